@@ -1,0 +1,56 @@
+//! The engine's settings.
+
+/// How much the engine takes on at once.
+///
+/// Values that cannot work are raised to the least that can (said at each field): a limit of zero would not be a limit
+/// but a stop.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Config {
+    /// Most tokens computed in one step, over all sequences. Decoding sequences come first with one token each, chunks of
+    /// prompts share what is left. Default 512; at least `max_running` + one block, so that neither kind starves.
+    pub max_batch_tokens: usize,
+    /// Most tokens of one prompt computed in one step. Default 256; rounded down to whole blocks, at least one block.
+    /// Smaller: layers are pushed to the decode worker sooner, and other sequences wait less. Larger: fewer, fatter
+    /// matrix products.
+    pub chunk_tokens: usize,
+    /// Most sequences that hold blocks: held, being computed, or kept after a prefill. Default 64, at least 1.
+    pub max_running: usize,
+    /// Most requests that wait for blocks; one more is refused with [`crate::Error::QueueFull`]. Default 256, at least 1.
+    pub max_waiting: usize,
+    /// Keep finished blocks for later requests with the same beginning. Default true.
+    pub prefix_cache: bool,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self { max_batch_tokens: 512, chunk_tokens: 256, max_running: 64, max_waiting: 256, prefix_cache: true }
+    }
+}
+
+impl Config {
+    /// The same with every value raised or rounded as its field says.
+    pub(crate) fn effective(self, block_size: usize) -> Self {
+        let max_running = self.max_running.max(1);
+        Self {
+            max_batch_tokens: self.max_batch_tokens.max(max_running + block_size),
+            chunk_tokens: (self.chunk_tokens / block_size).max(1) * block_size,
+            max_running,
+            max_waiting: self.max_waiting.max(1),
+            prefix_cache: self.prefix_cache,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn limits_that_would_stop_everything_are_raised() {
+        let zero = Config { max_batch_tokens: 0, chunk_tokens: 0, max_running: 0, max_waiting: 0, prefix_cache: false };
+        let raised = Config { max_batch_tokens: 17, chunk_tokens: 16, max_running: 1, max_waiting: 1, ..zero.clone() };
+        assert_eq!(zero.effective(16), raised);
+        let usual = Config { chunk_tokens: 40, ..Config::default() };
+        assert_eq!(usual.clone().effective(16), Config { chunk_tokens: 32, ..usual });
+    }
+}

@@ -1,0 +1,85 @@
+//! Why a request is refused or a sequence fails.
+
+use std::{sync::Arc, time::Duration};
+
+use kvasir_types::{Retry, TokenId};
+
+/// What went wrong with one request.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum Error {
+    /// There is nothing to compute.
+    #[error("the prompt is empty")]
+    EmptyPrompt,
+    /// A token id that the model does not have.
+    #[error("token {} is not in the vocabulary of {vocab}", token.0)]
+    UnknownToken {
+        /// The token.
+        token: TokenId,
+        /// Size of the vocabulary.
+        vocab: usize,
+    },
+    /// The model's context does not hold the prompt and one more token.
+    #[error("a prompt of {tokens} tokens leaves no room for an answer in a context of {max_len}")]
+    PromptTooLong {
+        /// Tokens of the prompt.
+        tokens: usize,
+        /// The model's context length.
+        max_len: usize,
+    },
+    /// Even an idle engine would not have enough blocks.
+    #[error("a prompt of {tokens} tokens needs {needed} blocks, there are {blocks}")]
+    PromptExceedsPool {
+        /// Tokens of the prompt.
+        tokens: usize,
+        /// Blocks it needs.
+        needed: usize,
+        /// Blocks of the pool.
+        blocks: usize,
+    },
+    /// As many requests as may wait are waiting.
+    #[error("{limit} requests are waiting already")]
+    QueueFull {
+        /// The queue's bound.
+        limit: usize,
+    },
+    /// The engine takes no more requests, or is gone.
+    #[error("the engine is shutting down")]
+    Closed,
+    /// No block for the next token, and nobody to take one from.
+    #[error("no block is left for the next token after {tokens}")]
+    OutOfBlocks {
+        /// Tokens of the sequence so far.
+        tokens: usize,
+    },
+    /// The batch that the sequence was part of could not be computed.
+    #[error("the step failed")]
+    Runner(#[source] Arc<kvasir_model::Error>),
+    /// The runner broke its contract or panicked: a bug of ours.
+    #[error("the step failed: {reason}")]
+    RunnerBroken {
+        /// What happened.
+        reason: Arc<str>,
+    },
+    /// The model's output is not a distribution over tokens.
+    #[error("the logits at position {position} are not numbers")]
+    BadLogits {
+        /// Position of the token that was to be chosen.
+        position: usize,
+    },
+    /// The sequence's [`crate::LayerSink`] panicked: a bug of ours.
+    #[error("the layer sink panicked")]
+    SinkPanicked,
+}
+
+impl Error {
+    /// Whether trying again may help.
+    pub fn retry(&self) -> Retry {
+        match self {
+            Self::EmptyPrompt | Self::UnknownToken { .. } | Self::PromptTooLong { .. } => Retry::Never,
+            Self::QueueFull { .. } => Retry::After(Duration::from_secs(1)),
+            Self::Runner(error) => error.retry(),
+            Self::PromptExceedsPool { .. } | Self::Closed | Self::OutOfBlocks { .. } => Retry::Elsewhere,
+            Self::RunnerBroken { .. } | Self::BadLogits { .. } | Self::SinkPanicked => Retry::Elsewhere,
+        }
+    }
+}

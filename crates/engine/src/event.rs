@@ -1,0 +1,73 @@
+//! What the engine tells its callers, and how: all of it on the engine thread.
+
+use std::{ops::Range, sync::Arc};
+
+use kvasir_types::{BlockHash, BlockId, FinishReason, Sampled};
+
+use crate::Error;
+
+/// Hears what becomes of one sequence.
+///
+/// Called on the engine thread, so it must not block; a sink that panics loses its sequence (which is ended as if
+/// aborted) and nothing else. It may call the engine's `Handle`. A sink that is dropped without a last event belonged to
+/// a sequence that was aborted or released, or to an engine that is gone.
+pub trait EventSink: Send {
+    /// The next event.
+    fn event(&mut self, event: Event);
+}
+
+impl<F: FnMut(Event) + Send> EventSink for F {
+    fn event(&mut self, event: Event) {
+        self(event);
+    }
+}
+
+/// What becomes of a sequence, in this order: `Admitted`, then `Token`s, then `Finished`; or `Failed` at any point.
+#[derive(Clone, Debug)]
+pub enum Event {
+    /// Blocks are reserved for the whole prompt. The sequence is held until `landed`, `compute` or `resume`.
+    Admitted(Admission),
+    /// The next token; the last one (an end token, too) included.
+    Token(Sampled),
+    /// The answer is complete and its blocks are given back. Never sent to a `PrefillOnly` sequence: that one is kept
+    /// after its token, until `release` or `abort`.
+    Finished(FinishReason),
+    /// The sequence cannot go on; its blocks are given back.
+    Failed(Error),
+}
+
+/// Where a prompt's KV is, or is to land.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Admission {
+    /// Blocks of the whole prompt, in order, the last one perhaps used in part. They stay this sequence's own until it
+    /// ends: a held sequence is never preempted, a peer may be writing into its blocks.
+    pub blocks: Vec<BlockId>,
+    /// Hashes of the prompt's full blocks.
+    pub hashes: Arc<[BlockHash]>,
+    /// How many tokens at the beginning have their KV already: a multiple of the block size, less than the prompt, because
+    /// at least the last token must be computed to know what follows it. These blocks may be read, not written.
+    pub cached_tokens: usize,
+}
+
+/// Watches a prompt being computed, layer by layer: the prefill worker's pusher.
+///
+/// Called on the engine thread, so it must not block; if it panics, only its own sequence fails.
+pub trait LayerSink: Send {
+    /// K and V of one layer of one chunk are complete in the arena and will not be written again.
+    fn layer_done(&mut self, done: LayerDone<'_>);
+}
+
+/// One layer of one chunk of one prompt.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LayerDone<'a> {
+    /// Which layer.
+    pub layer: usize,
+    /// How many there are.
+    pub layers: usize,
+    /// Index of `blocks[0]` in the sequence's block table.
+    pub first_block: usize,
+    /// The blocks that this chunk wrote to, in order; the first and the last perhaps in part.
+    pub blocks: &'a [BlockId],
+    /// Positions of the prompt in this chunk.
+    pub tokens: Range<usize>,
+}

@@ -1,0 +1,57 @@
+//! The engine: from prompts to tokens, many sequences at once, on one thread.
+//!
+//! ```text
+//!   Handle ──commands──▶ ┌ engine thread ───────────────────────────────────────────┐
+//!   (any thread)         │ loop { take commands; Engine::step() }                   │
+//!                        │    step = grow decoders → admit → cut prompts in chunks  │
+//!   EventSink ◀──────────│           → Runner::run → sample → events                │
+//!   LayerSink ◀──────────│                  └ after each layer                      │
+//!                        └──────────────────────────────────────────────────────────┘
+//! ```
+//!
+//! Reading order: what callers say and hear ([`Request`], [`Event`], [`LayerSink`]); the thread and its [`Handle`]; the
+//! [`Engine`] itself, which is pure (no clock, no thread, no I/O: commands in, events out, one `step` at a time) and made
+//! of the sequences' states, the scheduler and the sampler; the [`Runner`] it drives, with [`ScriptedRunner`] as the test
+//! double for everything above the model.
+//!
+//! What holds at all times:
+//! - a sequence that was admitted ends with exactly one of `Finished`, `Failed`, or the caller's abort/release;
+//! - what is emitted depends on the request alone: not on the batch, on chunking, on cache hits or on preemption;
+//! - a block that was told to the outside ([`Admission`]) stays with its sequence until that is computed, ended or aborted;
+//! - with no sequence alive, free + cached blocks = all blocks.
+
+#![forbid(unsafe_code)]
+
+mod config;
+mod error;
+mod event;
+mod request;
+
+mod thread;
+
+mod engine;
+mod sampler;
+mod scheduler;
+mod sequence;
+mod stats;
+
+mod runner;
+mod scripted;
+
+pub use config::Config;
+pub use engine::{Command, Engine, Progress};
+pub use error::Error;
+pub use event::{Admission, Event, EventSink, LayerDone, LayerSink};
+pub use request::{Intake, Mode, NewSequence, Rejected, Request, SeqId};
+pub use runner::{ModelRunner, Runner, RunnerSpec};
+pub use sampler::{sample, uniform};
+pub use scripted::{Script, ScriptedRunner};
+pub use stats::Stats;
+pub use thread::{Handle, spawn};
+
+// What a caller names together with this crate's API.
+pub use kvasir_kv_cache::Counts;
+pub use kvasir_model::{Logits, SeqInput};
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,52 @@
+//! The seam between scheduling and computing: a [`Runner`] turns a batch into logits.
+
+use kvasir_model::{Backend, Error, Logits, SeqInput};
+use kvasir_types::TokenId;
+
+/// What the engine must know of a model.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RunnerSpec {
+    /// Token ids are below this; length of a row of logits.
+    pub vocab: usize,
+    /// Most tokens in a sequence, prompt and answer together.
+    pub max_len: usize,
+    /// Tokens that end an answer.
+    pub eos: Vec<TokenId>,
+}
+
+/// Computes one step of many sequences. Implemented by [`ModelRunner`] and, for tests, [`crate::ScriptedRunner`].
+pub trait Runner: Send {
+    /// The model.
+    fn spec(&self) -> &RunnerSpec;
+
+    /// Computes K and V of every input's tokens into the blocks of its table, calls `after_layer(l)` once they are
+    /// complete for layer `l`, and returns one row of logits per input that asked for one, in order. On an error or a
+    /// panic nothing that it wrote is used.
+    fn run(&mut self, batch: &[SeqInput<'_>], after_layer: &mut dyn FnMut(usize)) -> Result<Logits, Error>;
+}
+
+/// A model backend as a runner.
+#[derive(Debug)]
+pub struct ModelRunner<B> {
+    backend: B,
+    spec: RunnerSpec,
+}
+
+impl<B: Backend> ModelRunner<B> {
+    /// Drives `backend`.
+    pub fn new(backend: B) -> Self {
+        let config = backend.spec();
+        let spec = RunnerSpec { vocab: config.vocab, max_len: config.max_len, eos: config.eos.clone() };
+        Self { backend, spec }
+    }
+}
+
+impl<B: Backend> Runner for ModelRunner<B> {
+    fn spec(&self) -> &RunnerSpec {
+        &self.spec
+    }
+
+    fn run(&mut self, batch: &[SeqInput<'_>], after_layer: &mut dyn FnMut(usize)) -> Result<Logits, Error> {
+        self.backend.forward(batch, after_layer)
+    }
+}

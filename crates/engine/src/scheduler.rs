@@ -1,0 +1,262 @@
+//! Who gets blocks, and who gets computed in the next step.
+//!
+//! The rules, in the order in which a step applies them:
+//! 1. every decoding sequence gets one token, oldest first; one that needs a block and finds none takes it from the
+//!    youngest sequence that may lose its blocks (see [`Sequence::is_preemptible`]), which is possibly itself;
+//! 2. those who wait get blocks in order of age, preempted ones therefore before new ones; the first that does not fit
+//!    stops the line;
+//! 3. what is left of the token budget goes to prompts, oldest first, in chunks that end at block boundaries.
+//!
+//! Why this ends: the oldest sequence that runs is never a victim of another, and takes from everybody else; a sequence
+//! that holds the whole pool and wants more is finished with `Length` (its pool is its context); a sequence that
+//! preempted itself waits first in line for blocks of sequences that their callers hold.
+
+use std::{collections::BTreeMap, ops::Range};
+
+use kvasir_kv_cache::BlockPool;
+use kvasir_types::FinishReason;
+
+use crate::{
+    Admission, Config, Error, Event, SeqId, Stats,
+    sequence::{Sequence, State, Table},
+};
+
+/// What to compute of one sequence in one step.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Work {
+    pub seq: SeqId,
+    /// Positions to compute.
+    pub tokens: Range<usize>,
+    /// Whether they reach the end of what is known: then the next token is sampled.
+    pub last: bool,
+}
+
+/// The sequences and the blocks.
+pub(crate) struct Scheduler {
+    config: Config,
+    pub block_size: usize,
+    pool: BlockPool,
+    /// Without blocks, by age. Ids grow with age, so the first is the next to be admitted.
+    waiting: BTreeMap<SeqId, Sequence>,
+    /// With blocks, by age.
+    live: BTreeMap<SeqId, Sequence>,
+    /// The totals among the statistics; the rest is counted when asked for.
+    pub totals: Stats,
+}
+
+impl Scheduler {
+    pub fn new(config: Config, block_size: usize, blocks: usize) -> Self {
+        let pool = BlockPool::new(blocks);
+        let (waiting, live) = (BTreeMap::new(), BTreeMap::new());
+        Self { config, block_size, pool, waiting, live, totals: Stats::default() }
+    }
+
+    /// Takes a sequence into the queue.
+    pub fn enqueue(&mut self, sequence: Sequence) {
+        self.waiting.insert(sequence.id, sequence);
+    }
+
+    /// A sequence that has blocks.
+    pub fn live_mut(&mut self, seq: SeqId) -> Option<&mut Sequence> {
+        self.live.get_mut(&seq)
+    }
+
+    /// The same, to look at.
+    pub fn live(&self, seq: SeqId) -> Option<&Sequence> {
+        self.live.get(&seq)
+    }
+
+    /// A sequence that has none.
+    pub fn waiting_mut(&mut self, seq: SeqId) -> Option<&mut Sequence> {
+        self.waiting.get_mut(&seq)
+    }
+
+    /// Every sequence.
+    pub fn ids(&self) -> Vec<SeqId> {
+        self.live.keys().chain(self.waiting.keys()).copied().collect()
+    }
+
+    /// KV of the first `tokens` tokens of a live sequence is there, and complete for good for the first `sealable` ones.
+    pub fn advance(&mut self, seq: SeqId, tokens: usize, sealable: usize) {
+        let Some(sequence) = self.live.get_mut(&seq) else { return };
+        sequence.advance(tokens);
+        if self.config.prefix_cache {
+            sequence.seal(sealable, &mut self.pool, self.block_size);
+        }
+    }
+
+    /// Takes a sequence out, whatever it is doing, and gives its blocks back.
+    pub fn remove(&mut self, seq: SeqId) -> Option<Sequence> {
+        let mut sequence = self.live.remove(&seq).or_else(|| self.waiting.remove(&seq))?;
+        if let Some(table) = sequence.take_table() {
+            table.give_back(&mut self.pool);
+        }
+        Some(sequence)
+    }
+
+    /// Ends a sequence with its last event, told after its blocks are free again.
+    pub fn end(&mut self, seq: SeqId, event: Event) {
+        let Some(mut sequence) = self.remove(seq) else { return };
+        match event {
+            Event::Failed(_) => self.totals.failed += 1,
+            _ => self.totals.finished += 1,
+        }
+        let _gone_either_way = sequence.tell(event);
+    }
+
+    /// The work of the next step, and whether anything changed while it was planned (so that planning once more may find
+    /// more to do).
+    pub fn plan(&mut self) -> (Vec<Work>, bool) {
+        let mut work = Vec::new();
+        let mut budget = self.config.max_batch_tokens;
+        let decoding: Vec<_> =
+            self.live.values().filter(|s| matches!(s.state, State::Decoding(..))).map(|s| s.id).collect();
+        let mut changed = false;
+        for seq in decoding {
+            match self.plan_decode(seq) {
+                Some(next) => work.push(next),
+                None => changed = true,
+            }
+        }
+        budget = budget.saturating_sub(work.len());
+        while self.admit_next() {
+            changed = true;
+        }
+        for sequence in self.live.values() {
+            if let Some(next) = plan_chunk(sequence, self.config.chunk_tokens.min(budget), self.block_size) {
+                budget -= next.tokens.len();
+                work.push(next);
+            }
+        }
+        (work, changed)
+    }
+
+    /// One token of a decoding sequence, with a block for it. `None`: the sequence does not decode (any more).
+    fn plan_decode(&mut self, seq: SeqId) -> Option<Work> {
+        loop {
+            let State::Decoding(table, _) = &mut self.live.get_mut(&seq)?.state else { return None };
+            let at = table.computed;
+            if at < table.ids().len() * self.block_size {
+                return Some(Work { seq, tokens: at..at + 1, last: true });
+            }
+            match self.pool.take() {
+                Some(block) => table.push(block),
+                None => self.make_room_for(seq),
+            }
+        }
+    }
+
+    /// No block is left for the next token of `seq`: takes blocks away from somebody.
+    fn make_room_for(&mut self, seq: SeqId) {
+        let Some(needy) = self.live.get(&seq) else { return };
+        let (blocks, tokens) = (needy.table().map_or(0, |table| table.ids().len()), needy.tokens.len());
+        // Not from older ones: they are in this step's work already, and taking in turns would get nobody to the end.
+        let victim = self.live.range(seq..).rev().find(|(_, other)| other.is_preemptible()).map(|(&id, _)| id);
+        match victim {
+            Some(victim) if victim != seq => self.preempt(victim),
+            _ if blocks == self.pool.counts().total => self.end(seq, Event::Finished(FinishReason::Length)),
+            Some(_itself) => self.preempt(seq),
+            None => self.end(seq, Event::Failed(Error::OutOfBlocks { tokens })),
+        }
+    }
+
+    fn preempt(&mut self, seq: SeqId) {
+        if let Some(sequence) = self.remove(seq) {
+            self.totals.preemptions += 1;
+            self.waiting.insert(seq, sequence);
+        }
+    }
+
+    /// Gives blocks to the first in line, if there are enough. False: nobody waits, or not now.
+    fn admit_next(&mut self) -> bool {
+        if self.live.len() >= self.config.max_running {
+            return false;
+        }
+        let Some(mut entry) = self.waiting.first_entry() else { return false };
+        let sequence = entry.get_mut();
+        // A preempted sequence may have grown to the pool's size; it must still get its turn (and ends there).
+        let needed = sequence.tokens_to_reserve().div_ceil(self.block_size).min(self.pool.counts().total);
+        let hashes = sequence.reusable_hashes(self.block_size);
+        let run = self.pool.lookup(hashes);
+        if self.pool.available() - run.idle < needed - run.blocks {
+            return false;
+        }
+        let cached = self.pool.pin_run(hashes);
+        let fresh =
+            self.pool.take_many(needed - cached.len()).expect("as many blocks are available, pinned ones apart");
+        let table = Table::new(cached, fresh, self.block_size);
+        let sequence = entry.remove();
+        self.start(sequence, table);
+        true
+    }
+
+    /// A sequence has its blocks: on to the caller, or straight on computing.
+    fn start(&mut self, mut sequence: Sequence, table: Table) {
+        let admission = Admission {
+            blocks: table.ids()[..sequence.request.prompt.len().div_ceil(self.block_size)].to_vec(),
+            hashes: sequence.prompt_hashes.clone(),
+            cached_tokens: table.computed,
+        };
+        let seq = sequence.id;
+        let (state, first_time) = match std::mem::replace(&mut sequence.state, State::Preempted) {
+            State::Queued { early: Some(watcher), .. } => (State::Prefilling(table, watcher), true),
+            State::Queued { early: None, .. } => (State::Held(table), true),
+            _ => (State::Prefilling(table, None), false),
+        };
+        sequence.state = state;
+        if first_time {
+            self.totals.cached_tokens += admission.cached_tokens as u64;
+            let told = sequence.tell(Event::Admitted(admission));
+            self.live.insert(seq, sequence);
+            if !told {
+                self.remove(seq);
+            }
+        } else {
+            self.live.insert(seq, sequence);
+        }
+    }
+
+    /// What is going on now, and the totals so far.
+    pub fn stats(&self) -> Stats {
+        let mut stats = Stats { blocks: self.pool.counts(), ..self.totals };
+        for sequence in self.waiting.values() {
+            match sequence.state {
+                State::Preempted => stats.preempted += 1,
+                _ => stats.waiting += 1,
+            }
+        }
+        for sequence in self.live.values() {
+            match sequence.state {
+                State::Held(_) => stats.held += 1,
+                State::Parked(_) => stats.parked += 1,
+                _ => stats.running += 1,
+            }
+        }
+        stats
+    }
+
+    /// A block that may be written belongs to one sequence, and the counts agree with the tables.
+    #[cfg(test)]
+    pub fn check(&self) {
+        let tables = || self.live.values().map(|sequence| sequence.table().expect("live sequences have a table"));
+        let mut uses = std::collections::HashMap::new();
+        tables().flat_map(Table::ids).for_each(|id| *uses.entry(*id).or_insert(0) += 1);
+        for id in tables().flat_map(Table::open_ids) {
+            assert_eq!(uses[id], 1, "{id} may be written and is in {} tables", uses[id]);
+        }
+        let counts = self.pool.counts();
+        assert_eq!(counts.in_use, uses.len());
+        assert_eq!(counts.free + counts.cached + counts.in_use, counts.total);
+    }
+}
+
+/// The next chunk of a sequence that is being prefilled, of at most `limit` tokens.
+///
+/// Every chunk starts at a block boundary (but for a lone last token) and, unless it is the last one, ends at one: so a
+/// layer of a chunk is a number of whole blocks to push. If the limit is less than a block, the sequence waits a step.
+fn plan_chunk(sequence: &Sequence, limit: usize, block_size: usize) -> Option<Work> {
+    let State::Prefilling(table, _) = &sequence.state else { return None };
+    let (start, total) = (table.computed, sequence.tokens.len());
+    let end = if total - start <= limit { total } else { (start + limit) / block_size * block_size };
+    (end > start).then_some(Work { seq: sequence.id, tokens: start..end, last: end == total })
+}

@@ -1,0 +1,223 @@
+//! A runner without a model, for tests of everything above it.
+//!
+//! The next token is a hash of **the whole history as it stands in the blocks**. A run writes, for every position it
+//! computes, the token and the hash of all tokens up to it into the slot that the block table names, as a model writes K
+//! and V; and it derives its logits by reading all slots back. So whatever would make a real model answer wrongly makes
+//! this one answer wrongly: a block that was reused while held, a table in the wrong order, a chunk that was skipped, a
+//! landing that was not complete. [`Script::logits`] says what a correct answer is.
+
+use std::{
+    collections::HashMap,
+    fmt,
+    ops::Range,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use kvasir_model::{Error, Logits, SeqInput};
+use kvasir_types::{BlockId, KvLayout, Sampling, TokenId};
+
+use crate::{Runner, RunnerSpec, sampler::mix};
+
+/// Where the hash of a history starts.
+const START: u64 = 0x6b76_6173_6972;
+
+/// A deterministic stand-in for a model; see the module's page. Its [`Script`] controls and observes it.
+#[derive(Debug)]
+pub struct ScriptedRunner {
+    spec: RunnerSpec,
+    layers: usize,
+    script: Script,
+}
+
+/// The fake KV memory of a [`ScriptedRunner`], the right answers, and faults to order. Clones share all of it.
+#[derive(Clone)]
+pub struct Script {
+    vocab: usize,
+    block_size: usize,
+    shared: Arc<Mutex<Memory>>,
+}
+
+#[derive(Default)]
+struct Memory {
+    slots: HashMap<(BlockId, usize), Slot>,
+    fault: Option<Fault>,
+    runs: Vec<usize>,
+}
+
+/// What stands for K and V of one token.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Slot {
+    token: TokenId,
+    history: u64,
+}
+
+#[derive(Clone, Copy)]
+enum Fault {
+    Error,
+    Panic,
+}
+
+impl ScriptedRunner {
+    /// A runner for a model of this spec over blocks of this layout (of which size and layers matter).
+    pub fn new(spec: RunnerSpec, layout: &KvLayout) -> Self {
+        let script =
+            Script { vocab: spec.vocab, block_size: layout.block_size as usize, shared: Arc::new(Mutex::default()) };
+        Self { spec, layers: layout.layers as usize, script }
+    }
+
+    /// The script behind it.
+    pub fn script(&self) -> Script {
+        self.script.clone()
+    }
+}
+
+impl Runner for ScriptedRunner {
+    fn spec(&self) -> &RunnerSpec {
+        &self.spec
+    }
+
+    fn run(&mut self, batch: &[SeqInput<'_>], after_layer: &mut dyn FnMut(usize)) -> Result<Logits, Error> {
+        let mut memory = self.script.lock();
+        memory.runs.push(batch.iter().map(|input| input.tokens.len()).sum());
+        match memory.fault.take() {
+            Some(Fault::Error) => return Err(Error::NoTokens { input: 0 }),
+            Some(Fault::Panic) => {
+                drop(memory);
+                panic!("the script says so");
+            }
+            None => {}
+        }
+        let script = &self.script;
+        for input in batch {
+            script.write(&mut memory, input.table, input.start, input.tokens);
+        }
+        let wanted = batch.iter().filter(|input| input.logits);
+        let rows = wanted.flat_map(|input| {
+            let read = script.read(&memory, input.table, input.start + input.tokens.len());
+            script.row(read)
+        });
+        let logits = Logits { vocab: self.spec.vocab, rows: rows.collect() };
+        // Sinks may look at the memory.
+        drop(memory);
+        (0..self.layers).for_each(after_layer);
+        Ok(logits)
+    }
+}
+
+impl Script {
+    /// The logits that follow `history`.
+    pub fn logits(&self, history: &[TokenId]) -> Vec<f32> {
+        self.row(history.iter().fold(START, |hash, &token| extend(hash, token)))
+    }
+
+    /// The first `count` tokens of the right answer to `prompt`, stop rules apart.
+    pub fn answer(&self, prompt: &[TokenId], sampling: &Sampling, count: usize) -> Vec<TokenId> {
+        let mut history = prompt.to_vec();
+        for _ in 0..count {
+            let next = crate::sample(&self.logits(&history), sampling, history.len());
+            history.push(next.expect("the script's logits are finite").token);
+        }
+        history.split_off(prompt.len())
+    }
+
+    /// Writes KV of the positions `range` of `history` into the blocks of `table`, as a peer's one-sided writes would.
+    pub fn land(&self, table: &[BlockId], history: &[TokenId], range: Range<usize>) {
+        let mut memory = self.lock();
+        let before = history[..range.start].iter().fold(START, |hash, &token| extend(hash, token));
+        self.write_from(&mut memory, table, range.start, &history[range], before);
+    }
+
+    /// Copies a block out of another engine's memory into this one's, as a transfer would.
+    pub fn copy_block(&self, from: &Script, source: BlockId, target: BlockId) {
+        let copied: Vec<_> = {
+            let memory = from.lock();
+            (0..self.block_size).map(|slot| memory.slots.get(&(source, slot)).copied()).collect()
+        };
+        let mut memory = self.lock();
+        for (slot, value) in copied.into_iter().enumerate() {
+            match value {
+                Some(value) => memory.slots.insert((target, slot), value),
+                None => memory.slots.remove(&(target, slot)),
+            };
+        }
+    }
+
+    /// Overwrites a block with rubbish, as a write that comes too late would.
+    pub fn scribble(&self, block: BlockId) {
+        let mut memory = self.lock();
+        for slot in 0..self.block_size {
+            memory.slots.insert((block, slot), Slot { token: TokenId(u32::MAX), history: u64::MAX });
+        }
+    }
+
+    /// The next run fails.
+    pub fn fail_next_run(&self) {
+        self.lock().fault = Some(Fault::Error);
+    }
+
+    /// The next run panics.
+    pub fn panic_in_next_run(&self) {
+        self.lock().fault = Some(Fault::Panic);
+    }
+
+    /// How many tokens each run so far was asked to compute.
+    pub fn runs(&self) -> Vec<usize> {
+        self.lock().runs.clone()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Memory> {
+        self.shared.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn slot(&self, table: &[BlockId], position: usize) -> (BlockId, usize) {
+        (table[position / self.block_size], position % self.block_size)
+    }
+
+    fn write(&self, memory: &mut Memory, table: &[BlockId], start: usize, tokens: &[TokenId]) {
+        let before = match start {
+            0 => START,
+            // An empty slot stands for whatever was in memory: any value but the right one.
+            _ => memory.slots.get(&self.slot(table, start - 1)).map_or(!START, |slot| slot.history),
+        };
+        self.write_from(memory, table, start, tokens, before);
+    }
+
+    fn write_from(&self, memory: &mut Memory, table: &[BlockId], start: usize, tokens: &[TokenId], before: u64) {
+        let mut history = before;
+        for (position, &token) in (start..).zip(tokens) {
+            history = extend(history, token);
+            memory.slots.insert(self.slot(table, position), Slot { token, history });
+        }
+    }
+
+    /// The hash of the first `len` tokens as they stand in the blocks; something else if any slot is not what was
+    /// written there for this history.
+    fn read(&self, memory: &Memory, table: &[BlockId], len: usize) -> u64 {
+        let mut history = START;
+        for position in 0..len {
+            match memory.slots.get(&self.slot(table, position)) {
+                Some(slot) if slot.history == extend(history, slot.token) => history = slot.history,
+                _ => history = mix(!history),
+            }
+        }
+        history
+    }
+
+    /// Noise, with one token well above it.
+    fn row(&self, history: u64) -> Vec<f32> {
+        let noise = |token: u64| (mix(history ^ mix(token + 1)) >> 40) as f32 / (1u32 << 24) as f32;
+        let mut row: Vec<f32> = (0..self.vocab as u64).map(noise).collect();
+        row[(history % self.vocab as u64) as usize] += 2.0;
+        row
+    }
+}
+
+fn extend(history: u64, token: TokenId) -> u64 {
+    mix(history.rotate_left(17) ^ (u64::from(token.0) + 1))
+}
+
+impl fmt::Debug for Script {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Script").field("vocab", &self.vocab).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,36 @@
+//! What an engine is doing and has done.
+
+use kvasir_kv_cache::Counts;
+
+/// A snapshot, as of the end of the last step. The totals only grow.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Stats {
+    /// Blocks by state.
+    pub blocks: Counts,
+    /// Requests that wait for their blocks.
+    pub waiting: usize,
+    /// Sequences that had blocks, lost them to an older one, and wait for some again.
+    pub preempted: usize,
+    /// Sequences whose blocks are reserved and that wait for their caller.
+    pub held: usize,
+    /// Sequences being computed, prompt or answer.
+    pub running: usize,
+    /// Prefilled sequences that wait for their release.
+    pub parked: usize,
+    /// Steps that computed something.
+    pub steps: u64,
+    /// Prompt tokens computed (after a preemption: again).
+    pub prefilled_tokens: u64,
+    /// Prompt tokens found in the prefix cache when their sequence was admitted for the first time.
+    pub cached_tokens: u64,
+    /// Prompt tokens that landed from elsewhere.
+    pub landed_tokens: u64,
+    /// Tokens sampled.
+    pub sampled_tokens: u64,
+    /// Sequences that ended with `Finished`.
+    pub finished: u64,
+    /// Sequences that ended with `Failed`.
+    pub failed: u64,
+    /// Times a sequence lost its blocks to an older one.
+    pub preemptions: u64,
+}

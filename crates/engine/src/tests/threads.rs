@@ -1,0 +1,193 @@
+//! The engine on its thread: handles, sinks that use handles, shutdown, a full channel.
+
+use std::{
+    sync::mpsc,
+    thread::JoinHandle,
+    time::{Duration, Instant},
+};
+
+use kvasir_model::{Logits, SeqInput};
+
+use super::rig::*;
+use crate::{
+    Command, Config, Error, Event, Handle, LayerDone, LayerSink, Mode, Runner, RunnerSpec, Script, ScriptedRunner,
+    SeqId, spawn,
+};
+
+const SOON: Duration = Duration::from_secs(20);
+
+fn start(blocks: usize, config: Config) -> (Handle, JoinHandle<()>, Script) {
+    let runner = runner();
+    let script = runner.script();
+    let (handle, thread) = spawn(config, layout(), blocks, Box::new(runner));
+    (handle, thread, script)
+}
+
+fn ask(handle: &Handle, name: u32, max_tokens: u32) -> (SeqId, mpsc::Receiver<Event>) {
+    let (tell, hear) = mpsc::channel();
+    let sink = Box::new(move |event| drop(tell.send(event)));
+    (handle.admit(request(&prompt(name, 9), greedy(max_tokens), Mode::Generate), sink).unwrap(), hear)
+}
+
+fn until(what: &str, mut holds: impl FnMut() -> bool) {
+    let limit = Instant::now() + SOON;
+    while !holds() {
+        assert!(Instant::now() < limit, "waited too long until {what}");
+        std::thread::yield_now();
+    }
+}
+
+fn join(thread: JoinHandle<()>) {
+    until("the thread ends", || thread.is_finished());
+    thread.join().unwrap();
+}
+
+#[test]
+fn many_callers_get_their_own_answers() {
+    let (handle, thread, script) = start(24, Config { max_waiting: 64, ..config() });
+    let callers: Vec<_> = (0..16u32)
+        .map(|name| {
+            let (handle, script) = (handle.clone(), script.clone());
+            std::thread::spawn(move || {
+                let (seq, hear) = ask(&handle, name % 5, 12);
+                assert!(matches!(hear.recv_timeout(SOON), Ok(Event::Admitted(_))));
+                handle.compute(seq, None);
+                let expected = script.answer(&prompt(name % 5, 9), &greedy(1), 12);
+                for token in expected {
+                    assert!(matches!(hear.recv_timeout(SOON), Ok(Event::Token(told)) if told.token == token));
+                }
+                assert!(matches!(hear.recv_timeout(SOON), Ok(Event::Finished(_))));
+            })
+        })
+        .collect();
+    callers.into_iter().for_each(|caller| caller.join().unwrap());
+    until("all is given back", || handle.stats().finished == 16 && handle.stats().blocks.in_use == 0);
+    assert_eq!(handle.stats().waiting, 0);
+    drop(handle);
+    join(thread);
+}
+
+#[test]
+fn the_thread_bears_its_name_and_ends_with_its_last_handle() {
+    let (handle, thread, _) = start(8, config());
+    assert_eq!(thread.thread().name(), Some("engine"));
+    let (_, hear) = ask(&handle, 1, 3);
+    assert!(matches!(hear.recv_timeout(SOON), Ok(Event::Admitted(_))));
+    drop(handle.clone());
+    drop(handle);
+    assert!(matches!(hear.recv_timeout(SOON), Ok(Event::Failed(Error::Closed))));
+    join(thread);
+}
+
+#[test]
+fn after_a_shutdown_everybody_is_told_and_nobody_is_taken() {
+    let (handle, thread, _) = start(8, config());
+    let (_, held) = ask(&handle, 1, 3);
+    handle.shutdown();
+    assert!(held.iter().any(|event| matches!(event, Event::Failed(Error::Closed))));
+    let refused = handle.admit(request(&prompt(1, 4), greedy(1), Mode::Generate), Client::default().sink());
+    assert!(matches!(refused.unwrap_err().error, Error::Closed));
+    join(thread);
+    handle.abort(SeqId(0));
+    handle.shutdown();
+    assert_eq!(handle.stats().blocks.in_use, 0);
+}
+
+/// Starts and aborts from inside: the sink of each sequence commands the engine that calls it.
+#[test]
+fn a_sink_may_command_the_engine_that_calls_it() {
+    let (handle, thread, script) = start(24, config());
+    let (tell, hear) = mpsc::channel();
+    let (inner, mut seq) = (handle.clone(), None);
+    let (tell_seq, hear_seq) = mpsc::channel();
+    let sink = Box::new(move |event: Event| {
+        let seq = *seq.get_or_insert_with(|| hear_seq.recv().unwrap());
+        match &event {
+            // Far more than the channel holds.
+            Event::Admitted(_) => (0..10_000).for_each(|_| inner.landed(seq, 0)),
+            Event::Token(_) => inner.abort(SeqId(u64::MAX)),
+            _ => {}
+        }
+        if matches!(event, Event::Admitted(_)) {
+            inner.compute(seq, None);
+        }
+        drop(tell.send(event));
+    });
+    let seq = handle.admit(request(&prompt(1, 9), greedy(4), Mode::Generate), sink).unwrap();
+    tell_seq.send(seq).unwrap();
+    drop(handle);
+    let events: Vec<_> = hear.iter().collect();
+    let told = events.iter().filter_map(|event| match event {
+        Event::Token(sampled) => Some(sampled.token),
+        _ => None,
+    });
+    assert_eq!(told.collect::<Vec<_>>(), script.answer(&prompt(1, 9), &greedy(1), 4));
+    join(thread);
+}
+
+/// Stays in its first step until told to go on.
+struct Stuck(ScriptedRunner, mpsc::Receiver<()>);
+
+impl Runner for Stuck {
+    fn spec(&self) -> &RunnerSpec {
+        self.0.spec()
+    }
+
+    fn run(&mut self, batch: &[SeqInput<'_>], layer: &mut dyn FnMut(usize)) -> Result<Logits, kvasir_model::Error> {
+        let _ = self.1.recv();
+        self.0.run(batch, layer)
+    }
+}
+
+#[test]
+fn a_full_channel_refuses_requests_and_delays_the_rest() {
+    let (go, stuck) = mpsc::channel();
+    let config = Config { max_running: 1, max_waiting: 1, ..config() };
+    let (handle, thread) = spawn(config, layout(), 24, Box::new(Stuck(runner(), stuck)));
+    let (seq, hear) = ask(&handle, 1, 2);
+    handle.compute(seq, None);
+    assert!(matches!(hear.recv_timeout(SOON), Ok(Event::Admitted(_))));
+    let flood = {
+        let handle = handle.clone();
+        std::thread::spawn(move || (0..1000).for_each(|_| handle.abort(SeqId(u64::MAX))))
+    };
+    until("the channel is full", || handle.channel_is_full());
+    let refused = handle.admit(request(&prompt(1, 4), greedy(1), Mode::Generate), Client::default().sink());
+    assert!(matches!(refused.unwrap_err().error, Error::QueueFull { .. }));
+    assert_eq!(handle.stats().waiting, 0, "a refused request keeps no place");
+    drop(go);
+    flood.join().unwrap();
+    until("the answer is there", || handle.stats().finished == 1);
+    drop((handle, hear));
+    join(thread);
+}
+
+#[test]
+fn a_broken_step_does_not_end_the_thread() {
+    struct Broken;
+    impl LayerSink for Broken {
+        fn layer_done(&mut self, _: LayerDone<'_>) {
+            panic!("a sink's bug");
+        }
+    }
+    let (handle, thread, script) = start(24, config());
+    script.panic_in_next_run();
+    let (seq, hear) = ask(&handle, 1, 2);
+    handle.compute(seq, None);
+    assert!(hear.iter().any(|event| matches!(event, Event::Failed(Error::RunnerBroken { .. }))));
+    let (seq, hear) = ask(&handle, 1, 2);
+    handle.compute(seq, Some(Box::new(Broken)));
+    assert!(hear.iter().any(|event| matches!(event, Event::Failed(Error::SinkPanicked))));
+    let (seq, hear) = ask(&handle, 1, 2);
+    handle.compute(seq, None);
+    assert!(hear.iter().any(|event| matches!(event, Event::Finished(_))));
+    drop(handle);
+    join(thread);
+}
+
+#[test]
+fn commands_may_cross_threads() {
+    fn sendable<T: Send>() {}
+    sendable::<Command>();
+    sendable::<crate::Engine>();
+}

@@ -1,0 +1,153 @@
+//! What works element by element: written once, compiled once per instruction set.
+//!
+//! The bodies are plain Rust without branches on data, so the compiler vectorises them for whatever the wrapper allows.
+//! Rust neither reorders nor fuses floating-point operations on its own, so all copies return the same bits.
+
+use super::{Isa, LANES, Variant, portable::reduce};
+
+/// Compiles `body::$name` for each instruction set and dispatches.
+macro_rules! per_isa {
+    ($(#[$doc:meta])* fn $name:ident($($arg:ident: $ty:ty),+)) => {
+        $(#[$doc])*
+        pub(crate) fn $name(isa: Isa, $($arg: $ty),+) {
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,fma")]
+            fn avx512($($arg: $ty),+) {
+                body::$name($($arg),+);
+            }
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx2,fma")]
+            fn avx2($($arg: $ty),+) {
+                body::$name($($arg),+);
+            }
+            match isa.0 {
+                #[cfg(target_arch = "x86_64")]
+                // SAFETY: an `Isa` proves its instructions.
+                Variant::Avx512 => unsafe { avx512($($arg),+) },
+                #[cfg(target_arch = "x86_64")]
+                // SAFETY: as above.
+                Variant::Avx2 => unsafe { avx2($($arg),+) },
+                Variant::Portable => body::$name($($arg),+),
+            }
+        }
+    };
+}
+
+per_isa! {
+    /// `out = x / rms(x) · weight` for one row.
+    fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32])
+}
+
+per_isa! {
+    /// `gate = silu(gate) · up`, element by element.
+    fn silu_mul(gate: &mut [f32], up: &[f32])
+}
+
+per_isa! {
+    /// `x += y`, element by element.
+    fn add(x: &mut [f32], y: &[f32])
+}
+
+per_isa! {
+    /// One step of a running softmax: takes a row's next scores, turns them into weights relative to the largest score so
+    /// far, and rescales what was summed up relative to an earlier one. `max` starts at minus infinity, `sum` at zero.
+    fn softmax_step(scores: &mut [f32], max: &mut f32, sum: &mut f32, acc: &mut [f32])
+}
+
+mod body {
+    use super::*;
+
+    #[inline(always)]
+    pub(super) fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+        let mut lanes = [0.0f32; LANES];
+        let (chunks, rest) = x.as_chunks::<LANES>();
+        for chunk in chunks {
+            for (lane, &x) in lanes.iter_mut().zip(chunk) {
+                *lane = x.mul_add(x, *lane);
+            }
+        }
+        for (lane, &x) in lanes.iter_mut().zip(rest) {
+            *lane = x.mul_add(x, *lane);
+        }
+        let scale = 1.0 / (reduce(lanes) / x.len() as f32 + eps).sqrt();
+        for ((out, &x), &weight) in out.iter_mut().zip(x).zip(weight) {
+            *out = x * scale * weight;
+        }
+    }
+
+    #[inline(always)]
+    pub(super) fn silu_mul(gate: &mut [f32], up: &[f32]) {
+        for (gate, &up) in gate.iter_mut().zip(up) {
+            *gate = *gate / (1.0 + exp(-*gate)) * up;
+        }
+    }
+
+    #[inline(always)]
+    pub(super) fn add(x: &mut [f32], y: &[f32]) {
+        for (x, &y) in x.iter_mut().zip(y) {
+            *x += y;
+        }
+    }
+
+    #[inline(always)]
+    pub(super) fn softmax_step(scores: &mut [f32], max: &mut f32, sum: &mut f32, acc: &mut [f32]) {
+        // A maximum has no rounding, so its order is free; lanes let it vectorise.
+        let mut maxima = [*max; LANES];
+        let (chunks, rest) = scores.as_chunks_mut::<LANES>();
+        for chunk in chunks.iter() {
+            for (max, &score) in maxima.iter_mut().zip(chunk) {
+                *max = if score > *max { score } else { *max };
+            }
+        }
+        for (max, &score) in maxima.iter_mut().zip(rest.iter()) {
+            *max = if score > *max { score } else { *max };
+        }
+        let new_max = maxima.into_iter().fold(*max, |a, b| if b > a { b } else { a });
+        if new_max > *max {
+            let scale = exp(*max - new_max);
+            *sum *= scale;
+            acc.iter_mut().for_each(|value| *value *= scale);
+            *max = new_max;
+        }
+
+        let mut lanes = [0.0f32; LANES];
+        for chunk in chunks {
+            for (lane, score) in lanes.iter_mut().zip(chunk) {
+                *score = exp(*score - new_max);
+                *lane += *score;
+            }
+        }
+        for (lane, score) in lanes.iter_mut().zip(rest) {
+            *score = exp(*score - new_max);
+            *lane += *score;
+        }
+        *sum += reduce(lanes);
+    }
+
+    /// `e^x` within 2 units in the last place, for the whole range of finite results (a result below the smallest normal
+    /// number is that number). A NaN stays one.
+    ///
+    /// Cephes' `expf`: x = n·ln 2 + r with |r| ≤ ln 2 / 2, a polynomial for e^r, and n added to the exponent bits. Adding
+    /// and taking off 1.5·2²³ rounds to an integer and leaves it in the low bits, with no conversion instruction.
+    #[inline(always)]
+    pub(in crate::cpu::kernels) fn exp(x: f32) -> f32 {
+        const ROUND: f32 = 12_582_912.0;
+        let x = if x < -87.3 { -87.3 } else { x };
+        let x = if x > 88.0 { 88.0 } else { x };
+        let shifted = x.mul_add(std::f32::consts::LOG2_E, ROUND);
+        let n = shifted - ROUND;
+        let r = n.mul_add(-0.693_359_4, x);
+        let r = n.mul_add(2.121_944_4e-4, r);
+        let p = 1.987_569_1e-4f32;
+        let p = p.mul_add(r, 1.398_2e-3);
+        let p = p.mul_add(r, 8.333_452e-3);
+        let p = p.mul_add(r, 4.166_579_6e-2);
+        let p = p.mul_add(r, 1.666_666_5e-1);
+        let p = p.mul_add(r, 0.5);
+        let e = p.mul_add(r * r, r) + 1.0;
+        e * f32::from_bits((shifted.to_bits() << 23).wrapping_add(0x3f80_0000))
+    }
+}
+
+#[cfg(test)]
+pub(super) use body::exp;

@@ -1,0 +1,270 @@
+//! The arithmetic, once per instruction set: AVX-512, AVX2 with FMA, and plain Rust for everything else.
+//!
+//! The law of this directory: **all variants return the same bits**, and an output's bits depend on its own inputs only,
+//! not on the tile it was computed in. So a chunked prompt equals an unchunked one, a batch equals its members alone, and
+//! machines of different age agree. It holds because every sum has one order:
+//!
+//! ```text
+//! dot(x, w):  lane[i] = fma(x[k], w[k], lane[i])   for k = i, i+16, i+32 …      16 lanes, tail padded with zeros
+//!             lane[i] += lane[i+8]; += lane[i+4]; += lane[i+2]; += lane[i+1]    then a tree
+//! values:     acc[d] = fma(p[j], v[j][d], acc[d])  for j = 0, 1, 2 …            one order, no lanes over j
+//! ```
+//!
+//! Sixteen lanes are one AVX-512 register, two AVX2 registers, or an array the compiler vectorises where it can. On an
+//! x86 without FMA the fused multiply-add is a library call: slow, and still the same bits.
+
+use std::marker::PhantomData;
+
+use crate::weights::Dtype;
+
+mod elementwise;
+mod portable;
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+#[cfg(test)]
+mod tests;
+
+pub(crate) use elementwise::{add, rms_norm, silu_mul, softmax_step};
+
+/// Lanes of every dot product.
+const LANES: usize = 16;
+
+/// `Dtype` as a const parameter, so that a kernel's loads are chosen when it is compiled.
+const BF16: u8 = 0;
+const F16: u8 = 1;
+const F32: u8 = 2;
+
+/// Which variant of the kernels this machine runs. A value other than `Portable` proves that the instructions are there:
+/// it is made by [`Isa::detect`] and [`Isa::available`] only.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Isa(Variant);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Variant {
+    #[cfg(target_arch = "x86_64")]
+    Avx512,
+    #[cfg(target_arch = "x86_64")]
+    Avx2,
+    Portable,
+}
+
+impl Isa {
+    /// The best one here.
+    pub(crate) fn detect() -> Self {
+        Self::available()[0]
+    }
+
+    /// All that run here, best first.
+    pub(crate) fn available() -> Vec<Self> {
+        let mut all = Vec::new();
+        #[cfg(target_arch = "x86_64")]
+        {
+            use std::arch::is_x86_feature_detected as has;
+            let avx2 = has!("avx2") && has!("fma") && has!("f16c");
+            if avx2 && has!("avx512f") && has!("avx512bw") && has!("avx512vl") && has!("avx512dq") {
+                all.push(Self(Variant::Avx512));
+            }
+            if avx2 {
+                all.push(Self(Variant::Avx2));
+            }
+        }
+        all.push(Self(Variant::Portable));
+        all
+    }
+
+    /// Its name, for logs.
+    pub(crate) fn as_str(self) -> &'static str {
+        match self.0 {
+            #[cfg(target_arch = "x86_64")]
+            Variant::Avx512 => "avx512",
+            #[cfg(target_arch = "x86_64")]
+            Variant::Avx2 => "avx2",
+            Variant::Portable => "portable",
+        }
+    }
+}
+
+/// A row-major matrix as it lies in a weight file or in the arena.
+#[derive(Clone, Copy)]
+pub(crate) struct Matrix<'a> {
+    bytes: &'a [u8],
+    dtype: Dtype,
+    rows: usize,
+    cols: usize,
+}
+
+impl<'a> Matrix<'a> {
+    /// A matrix over `bytes`.
+    ///
+    /// # Panics
+    /// If `bytes` are not exactly the matrix.
+    pub(crate) fn new(bytes: &'a [u8], dtype: Dtype, rows: usize, cols: usize) -> Self {
+        assert_eq!(bytes.len(), rows * cols * dtype.bytes(), "a {rows} x {cols} matrix of {dtype:?}");
+        Self { bytes, dtype, rows, cols }
+    }
+
+    /// The rows from `first` on, `count` of them.
+    pub(crate) fn slice(&self, first: usize, count: usize) -> Self {
+        let width = self.cols * self.dtype.bytes();
+        Self { bytes: &self.bytes[first * width..(first + count) * width], rows: count, ..*self }
+    }
+}
+
+/// Rows of activations: `count` rows of the matrix's `cols` elements, `stride` apart.
+#[derive(Clone, Copy)]
+pub(crate) struct Rows<'a> {
+    data: &'a [f32],
+    stride: usize,
+    count: usize,
+}
+
+impl<'a> Rows<'a> {
+    /// `count` rows, `stride` apart.
+    pub(crate) fn new(data: &'a [f32], stride: usize, count: usize) -> Self {
+        Self { data, stride, count }
+    }
+}
+
+/// Memory of which several tasks write different elements at the same time.
+pub(crate) struct Output<'a> {
+    base: *mut f32,
+    len: usize,
+    lifetime: PhantomData<&'a mut [f32]>,
+}
+
+// SAFETY: it is a `&mut [f32]` whose only access is `write`, and that one's contract keeps two threads from writing the
+// same element.
+unsafe impl Send for Output<'_> {}
+// SAFETY: as for `Send`.
+unsafe impl Sync for Output<'_> {}
+
+impl<'a> Output<'a> {
+    /// Borrows `data` for writing by several tasks.
+    pub(crate) fn new(data: &'a mut [f32]) -> Self {
+        Self { base: data.as_mut_ptr(), len: data.len(), lifetime: PhantomData }
+    }
+
+    /// Writes `values` from element `at` on.
+    ///
+    /// # Safety
+    /// No other thread writes any of these elements while this `Output` lives.
+    ///
+    /// # Panics
+    /// If they are not inside.
+    #[inline(always)]
+    pub(crate) unsafe fn write(&self, at: usize, values: &[f32]) {
+        assert!(at <= self.len && values.len() <= self.len - at, "write inside the output");
+        // SAFETY: inside by the assertion, exclusive by the caller's promise, and `values` cannot overlap it because the
+        // memory is mutably borrowed for as long as `self` lives.
+        unsafe { std::ptr::copy_nonoverlapping(values.as_ptr(), self.base.add(at), values.len()) }
+    }
+}
+
+/// One product `out[t * stride + first + r] = x[t] · w[r]`, for all rows of `x` and `w`.
+struct Product<'a> {
+    x: Rows<'a>,
+    w: Matrix<'a>,
+    out: &'a Output<'a>,
+    /// Where row 0 of `x` against row 0 of `w` goes.
+    first: usize,
+    stride: usize,
+}
+
+/// The loop over tiles, the same for every instruction set: `$tile` computes `T × R` dot products in registers. Weights
+/// are the outer loop, so a few of their rows stay in the first-level cache while all activations pass by.
+macro_rules! tiled {
+    ($product:expr, $tile:ident::<$d:ident>, rows [$($r:literal),+], tokens $tokens:tt) => {{
+        let product = $product;
+        let mut row = 0;
+        $(
+            while product.w.rows - row >= $r {
+                tiled!(@tokens $tokens, product, $tile::<$d, $r>, row);
+                row += $r;
+            }
+        )+
+    }};
+    (@tokens [$($t:literal),+], $product:ident, $tile:ident::<$d:ident, $r:literal>, $row:ident) => {
+        let Product { x, w, out, first, stride } = &$product;
+        let mut token = 0;
+        $(
+            while x.count - token >= $t {
+                // SAFETY: `matmul` has checked that all rows of `x` and `w` are inside their slices, and token + t and
+                // row + r are at most their counts; the instructions are there (see `Isa`).
+                let tile = unsafe {
+                    let weights = w.bytes.as_ptr().add($row * w.cols * w.dtype.bytes());
+                    $tile::<$d, $t, $r>(x.data.as_ptr().add(token * x.stride), x.stride, weights, w.cols)
+                };
+                for (i, values) in tile.iter().enumerate() {
+                    // SAFETY: nobody else writes there, as the caller of `matmul` promised.
+                    unsafe { out.write(first + (token + i) * stride + $row, values) };
+                }
+                token += $t;
+            }
+        )+
+    };
+}
+use tiled;
+
+/// `out[first + t * stride + r] = x[t] · w[r]` for every row `t` of `x` and `r` of `w`.
+///
+/// # Safety
+/// No other thread writes those elements of `out` at the same time.
+///
+/// # Panics
+/// If `x` is shorter than its rows, or `out` than the result.
+pub(crate) unsafe fn matmul(isa: Isa, x: Rows<'_>, w: Matrix<'_>, out: &Output<'_>, first: usize, stride: usize) {
+    if x.count == 0 {
+        return;
+    }
+    assert!(x.data.len() >= (x.count - 1) * x.stride + w.cols, "all rows of x are there");
+    let kernel = match (isa.0, w.dtype) {
+        #[cfg(target_arch = "x86_64")]
+        (Variant::Avx512, Dtype::Bf16) => avx512::matmul::<BF16>,
+        #[cfg(target_arch = "x86_64")]
+        (Variant::Avx512, Dtype::F16) => avx512::matmul::<F16>,
+        #[cfg(target_arch = "x86_64")]
+        (Variant::Avx512, Dtype::F32) => avx512::matmul::<F32>,
+        #[cfg(target_arch = "x86_64")]
+        (Variant::Avx2, Dtype::Bf16) => avx2::matmul::<BF16>,
+        #[cfg(target_arch = "x86_64")]
+        (Variant::Avx2, Dtype::F16) => avx2::matmul::<F16>,
+        #[cfg(target_arch = "x86_64")]
+        (Variant::Avx2, Dtype::F32) => avx2::matmul::<F32>,
+        (Variant::Portable, Dtype::Bf16) => portable::matmul::<BF16>,
+        (Variant::Portable, Dtype::F16) => portable::matmul::<F16>,
+        (Variant::Portable, Dtype::F32) => portable::matmul::<F32> as unsafe fn(Product<'_>),
+    };
+    // SAFETY: an `Isa` proves its instructions, and all rows were just checked to be inside.
+    unsafe { kernel(Product { x, w, out, first, stride }) }
+}
+
+/// `acc[r] += Σ_j p[r][j] · v[j]` for every row `r` of `acc` (`v.cols` long), `j` ascending over the rows of `v`.
+///
+/// # Panics
+/// If `p` or `acc` is shorter than its rows.
+pub(crate) fn accumulate(isa: Isa, p: Rows<'_>, v: Matrix<'_>, acc: &mut [f32]) {
+    if p.count == 0 || v.rows == 0 {
+        return;
+    }
+    assert!(p.data.len() >= (p.count - 1) * p.stride + v.rows, "all rows of p are there");
+    assert!(acc.len() >= p.count * v.cols, "all rows of acc are there");
+    let kernel = match (isa.0, v.dtype) {
+        #[cfg(target_arch = "x86_64")]
+        (Variant::Avx512, Dtype::Bf16) => avx512::accumulate::<BF16>,
+        #[cfg(target_arch = "x86_64")]
+        (Variant::Avx512, Dtype::F16) => avx512::accumulate::<F16>,
+        #[cfg(target_arch = "x86_64")]
+        (Variant::Avx512, Dtype::F32) => avx512::accumulate::<F32>,
+        #[cfg(target_arch = "x86_64")]
+        (Variant::Avx2, Dtype::Bf16) => avx2::accumulate::<BF16>,
+        #[cfg(target_arch = "x86_64")]
+        (Variant::Avx2, Dtype::F16) => avx2::accumulate::<F16>,
+        #[cfg(target_arch = "x86_64")]
+        (Variant::Avx2, Dtype::F32) => avx2::accumulate::<F32>,
+        (Variant::Portable, _) => portable::accumulate as unsafe fn(Rows<'_>, Matrix<'_>, &mut [f32]),
+    };
+    // SAFETY: an `Isa` proves its instructions, and all rows were just checked to be inside.
+    unsafe { kernel(p, v, acc) }
+}

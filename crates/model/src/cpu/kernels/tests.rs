@@ -1,0 +1,190 @@
+//! The law of the directory, checked: right within rounding against `f64`, and the same bits from every variant, in every
+//! tile.
+
+use proptest::prelude::*;
+
+use super::{elementwise::exp, *};
+
+/// A matrix of one dtype with its exact values.
+#[derive(Debug, Clone)]
+struct Stored {
+    bytes: Vec<u8>,
+    values: Vec<f32>,
+    dtype: Dtype,
+}
+
+fn stored(values: &[f32], dtype: Dtype) -> Stored {
+    let mut bytes = Vec::new();
+    for &value in values {
+        match dtype {
+            Dtype::Bf16 => bytes.extend(half::bf16::from_f32(value).to_le_bytes()),
+            Dtype::F16 => bytes.extend(half::f16::from_f32(value).to_le_bytes()),
+            Dtype::F32 => bytes.extend(value.to_le_bytes()),
+        }
+    }
+    let mut exact = vec![0.0; values.len()];
+    crate::weights::widen(&bytes, dtype, &mut exact);
+    Stored { bytes, values: exact, dtype }
+}
+
+fn dtypes() -> impl Strategy<Value = Dtype> {
+    prop::sample::select(vec![Dtype::Bf16, Dtype::F16, Dtype::F32])
+}
+
+fn floats(len: usize) -> impl Strategy<Value = Vec<f32>> {
+    prop::collection::vec(-4.0f32..4.0, len)
+}
+
+/// Activations, matrix, tokens, rows, columns.
+fn products() -> impl Strategy<Value = (Vec<f32>, Stored, usize, usize, usize)> {
+    (1usize..14, 1usize..14, 1usize..70, dtypes()).prop_flat_map(|(tokens, rows, cols, dtype)| {
+        (floats(tokens * cols), floats(rows * cols))
+            .prop_map(move |(x, w)| (x, stored(&w, dtype), tokens, rows, cols))
+    })
+}
+
+fn run(isa: Isa, x: &[f32], w: &Stored, tokens: usize, rows: usize, cols: usize) -> Vec<f32> {
+    let mut out = vec![f32::NAN; tokens * rows];
+    let matrix = Matrix::new(&w.bytes, w.dtype, rows, cols);
+    // SAFETY: one thread.
+    unsafe { matmul(isa, Rows::new(x, cols, tokens), matrix, &Output::new(&mut out), 0, rows) };
+    out
+}
+
+fn bits(values: &[f32]) -> Vec<u32> {
+    values.iter().map(|value| value.to_bits()).collect()
+}
+
+proptest! {
+    #[test]
+    fn a_product_is_the_exact_one_within_rounding((x, w, tokens, rows, cols) in products()) {
+        for isa in Isa::available() {
+            let out = run(isa, &x, &w, tokens, rows, cols);
+            for t in 0..tokens {
+                for r in 0..rows {
+                    let terms = (0..cols).map(|k| f64::from(x[t * cols + k]) * f64::from(w.values[r * cols + k]));
+                    let (sum, magnitude) = terms.fold((0.0, 0.0), |(sum, size), term| (sum + term, size + term.abs()));
+                    let error = (f64::from(out[t * rows + r]) - sum).abs();
+                    prop_assert!(error <= magnitude * 1e-6 + 1e-12, "{isa:?} [{t}][{r}]: off by {error:e} of {magnitude}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn every_variant_and_every_tile_returns_the_same_bits((x, w, tokens, rows, cols) in products()) {
+        let expected = bits(&run(Isa::detect(), &x, &w, tokens, rows, cols));
+        for isa in Isa::available() {
+            prop_assert_eq!(&bits(&run(isa, &x, &w, tokens, rows, cols)), &expected, "{:?}", isa);
+            for t in 0..tokens {
+                let alone = run(isa, &x[t * cols..(t + 1) * cols], &w, 1, rows, cols);
+                prop_assert_eq!(&bits(&alone), &expected[t * rows..(t + 1) * rows], "{:?}, token {} alone", isa, t);
+            }
+        }
+    }
+
+    #[test]
+    fn values_add_up_the_same_in_any_cut(
+        (rows, tokens, dim, dtype) in (1usize..14, 1usize..40, 1usize..70, dtypes()),
+        seed in any::<u64>(),
+        cut in any::<prop::sample::Index>(),
+    ) {
+        let number = |i: usize| (((i as u64 + 1).wrapping_mul(seed | 1) >> 33) as f32 / (1u64 << 30) as f32) - 1.0;
+        let p: Vec<f32> = (0..rows * tokens).map(number).collect();
+        let v = stored(&(0..tokens * dim).map(|i| number(i + 7919)).collect::<Vec<_>>(), dtype);
+        let matrix = Matrix::new(&v.bytes, dtype, tokens, dim);
+        let mut expected = vec![0.0f32; rows * dim];
+        for r in 0..rows {
+            for j in 0..tokens {
+                for d in 0..dim {
+                    expected[r * dim + d] = p[r * tokens + j].mul_add(v.values[j * dim + d], expected[r * dim + d]);
+                }
+            }
+        }
+        let cut = cut.index(tokens);
+        for isa in Isa::available() {
+            let mut acc = vec![0.0; rows * dim];
+            accumulate(isa, Rows::new(&p, tokens, rows), matrix.slice(0, cut), &mut acc);
+            accumulate(isa, Rows::new(&p[cut..], tokens, rows), matrix.slice(cut, tokens - cut), &mut acc);
+            prop_assert_eq!(bits(&acc), bits(&expected), "{:?}", isa);
+        }
+    }
+
+    #[test]
+    fn elementwise_variants_agree_and_are_right(x in prop::collection::vec(-20.0f32..20.0, 1..100), eps in 1e-6f32..1e-3) {
+        let weight: Vec<f32> = x.iter().map(|x| x * 0.01 + 1.0).collect();
+        let mut all = Vec::new();
+        for isa in Isa::available() {
+            let mut normed = vec![0.0; x.len()];
+            rms_norm(isa, &x, &weight, eps, &mut normed);
+            let mut gated = x.clone();
+            silu_mul(isa, &mut gated, &weight);
+            let (mut scores, mut max, mut sum, mut acc) = (x.clone(), 1.0, 2.0, weight.clone());
+            softmax_step(isa, &mut scores, &mut max, &mut sum, &mut acc);
+            all.push((bits(&normed), bits(&gated), bits(&scores), bits(&acc), max.to_bits(), sum.to_bits()));
+
+            let mean = x.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>() / x.len() as f64;
+            let largest = x.iter().copied().fold(1.0f32, f32::max);
+            prop_assert_eq!(max, largest);
+            let mut total = 2.0 * f64::from(1.0 - largest).exp();
+            for i in 0..x.len() {
+                let exact = f64::from(x[i]);
+                let expected = exact / (mean + f64::from(eps)).sqrt() * f64::from(weight[i]);
+                prop_assert!((f64::from(normed[i]) - expected).abs() <= expected.abs() * 1e-5);
+                let expected = exact / (1.0 + (-exact).exp()) * f64::from(weight[i]);
+                prop_assert!((f64::from(gated[i]) - expected).abs() <= expected.abs() * 1e-5 + 1e-12);
+                let expected = (exact - f64::from(largest)).exp();
+                prop_assert!((f64::from(scores[i]) - expected).abs() <= expected * 1e-5);
+                total += expected;
+            }
+            prop_assert!((f64::from(sum) - total).abs() <= total * 1e-5);
+        }
+        prop_assert!(all.windows(2).all(|pair| pair[0] == pair[1]));
+    }
+}
+
+#[test]
+fn exp_is_within_two_units_in_the_last_place() {
+    let mut worst = 0.0f64;
+    for i in 0..2_000_000 {
+        let x = -87.0 + i as f32 * (175.0 / 2_000_000.0);
+        let exact = f64::from(x).exp();
+        let unit = f64::from(f32::EPSILON) * exact; // at least one unit of the result's binade
+        worst = worst.max((f64::from(exp(x)) - exact).abs() / unit);
+    }
+    assert!(worst <= 2.0, "{worst}");
+}
+
+#[test]
+fn exp_keeps_its_ends() {
+    assert_eq!(exp(0.0), 1.0);
+    assert!(exp(f32::NEG_INFINITY) < 1e-37);
+    assert!(exp(f32::INFINITY).is_finite());
+    assert!(exp(f32::NAN).is_nan());
+}
+
+/// `cargo test -p kvasir-model --release speed_of -- --ignored --nocapture`
+#[test]
+#[ignore = "a measurement"]
+fn speed_of_the_kernels() {
+    for (tokens, rows, cols) in [(192, 576, 192), (192, 192, 576), (24, 4096, 4096), (1, 576, 192), (1, 4096, 4096)] {
+        let x: Vec<f32> = (0..tokens * cols).map(|i| (i % 17) as f32 - 8.0).collect();
+        let w = stored(&(0..rows * cols).map(|i| (i % 13) as f32 - 6.0).collect::<Vec<_>>(), Dtype::Bf16);
+        for isa in Isa::available() {
+            let flops = 2 * tokens * rows * cols;
+            let repeats = if isa.as_str() == "portable" { 1 } else { (2_000_000_000 / flops).max(1) };
+            let best = (0..5)
+                .map(|_| {
+                    let start = std::time::Instant::now();
+                    for _ in 0..repeats {
+                        std::hint::black_box(run(isa, &x, &w, tokens, rows, cols));
+                    }
+                    start.elapsed() / repeats as u32
+                })
+                .min()
+                .unwrap();
+            let gflops = flops as f64 / best.as_nanos() as f64;
+            println!("{:8} {tokens:4} x {rows:4} x {cols:4}: {best:>10.1?} {gflops:6.1} GFLOP/s", isa.as_str());
+        }
+    }
+}

@@ -1,0 +1,105 @@
+//! Keys and values in the arena: written once per token and layer, read back by attention.
+//!
+//! The one place of the backend that touches the arena's memory. Attention reads what is in the arena even for tokens of
+//! the running step, rounded to the KV dtype, so it sees the same numbers as a worker that received the block.
+#![expect(unsafe_code, reason = "the arena is shared raw memory, see kvasir_types::HostMemory")]
+
+use std::{ops::Range, sync::Arc};
+
+use kvasir_types::{BlockId, HostMemory, KvDtype, KvLayout};
+
+use super::kernels::Matrix;
+use crate::{Error, weights::Dtype};
+
+/// A block arena and how its blocks are laid out.
+pub(super) struct KvArena {
+    memory: Arc<dyn HostMemory>,
+    layout: KvLayout,
+    blocks: usize,
+}
+
+/// Which half of a layer.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Half {
+    Keys,
+    Values,
+}
+
+impl KvArena {
+    /// The arena in `memory`, as many whole blocks as fit.
+    pub(super) fn new(memory: Arc<dyn HostMemory>, layout: KvLayout) -> Result<Self, Error> {
+        // Block ids are 32 bits: what lies beyond could not be named.
+        let blocks = (memory.len() / layout.block_bytes()).min(u32::MAX as usize);
+        if blocks == 0 {
+            return Err(Error::ArenaTooSmall { bytes: memory.len(), block_bytes: layout.block_bytes() });
+        }
+        Ok(Self { memory, layout, blocks })
+    }
+
+    pub(super) fn layout(&self) -> &KvLayout {
+        &self.layout
+    }
+
+    /// How many blocks there are.
+    pub(super) fn blocks(&self) -> usize {
+        self.blocks
+    }
+
+    /// Writes one half of one token: `values` are all KV heads', one after the other.
+    pub(super) fn write(&mut self, block: BlockId, layer: usize, half: Half, slot: usize, values: &[f32]) {
+        let dim = self.layout.head_dim as usize;
+        assert_eq!(values.len(), dim * self.layout.kv_heads as usize, "one row of all heads");
+        for (head, values) in values.chunks_exact(dim).enumerate() {
+            let offset = self.offset(block, layer, half, head, slot, 1);
+            // SAFETY: `offset` has checked that the token's row of this head is inside the arena, and the arena's contract
+            // gives a block that is being computed to the one who computes it: nobody reads or writes it meanwhile.
+            unsafe {
+                let to = self.memory.base().add(offset);
+                match self.layout.dtype {
+                    KvDtype::Bf16 => store(to, values, |v| half::bf16::from_f32(v).to_bits().to_le()),
+                    KvDtype::F16 => store(to, values, |v| half::f16::from_f32(v).to_bits().to_le()),
+                    KvDtype::F32 => store(to, values, |v| v.to_bits().to_le()),
+                }
+            }
+        }
+    }
+
+    /// One half of tokens `slots` of a block, one head's: a row per token.
+    pub(super) fn read(&self, block: BlockId, layer: usize, half: Half, head: usize, slots: Range<usize>) -> Matrix<'_> {
+        let dim = self.layout.head_dim as usize;
+        let dtype = match self.layout.dtype {
+            KvDtype::Bf16 => Dtype::Bf16,
+            KvDtype::F16 => Dtype::F16,
+            KvDtype::F32 => Dtype::F32,
+        };
+        let len = slots.len() * dim * dtype.bytes();
+        let offset = self.offset(block, layer, half, head, slots.start, slots.len());
+        // SAFETY: inside the arena by `offset`; initialised (the arena was zeroed); these tokens are complete, so nobody
+        // writes them while their sequence holds the block (the arena's contract), and `write` needs `&mut self`.
+        let bytes = unsafe { std::slice::from_raw_parts(self.memory.base().add(offset).cast_const(), len) };
+        Matrix::new(bytes, dtype, slots.len(), dim)
+    }
+
+    /// Where `count` tokens from `slot` on lie.
+    ///
+    /// # Panics
+    /// If they do not lie in the arena. Batches are checked before, so this is a bug's last fence before foreign memory.
+    fn offset(&self, block: BlockId, layer: usize, half: Half, head: usize, slot: usize, count: usize) -> usize {
+        let l = &self.layout;
+        assert!((block.0 as usize) < self.blocks && layer < l.layers as usize, "{block} layer {layer} is in the arena");
+        assert!(head < l.kv_heads as usize && slot + count <= l.block_size as usize, "head {head} slot {slot}");
+        let heads = head + if matches!(half, Half::Values) { l.kv_heads as usize } else { 0 };
+        l.layer_offset(block, layer) + heads * l.head_bytes() + slot * l.head_dim as usize * l.dtype.bytes()
+    }
+}
+
+/// Stores converted elements one after the other.
+///
+/// # Safety
+/// Room for all of them at `to`.
+unsafe fn store<T>(to: *mut u8, values: &[f32], convert: impl Fn(f32) -> T) {
+    for (i, &value) in values.iter().enumerate() {
+        // SAFETY: element i of the caller's room.
+        unsafe { to.cast::<T>().add(i).write_unaligned(convert(value)) };
+    }
+}

@@ -1,0 +1,201 @@
+//! What can go wrong between a folder on disk and a row of logits.
+//!
+//! Two kinds: the folder is not one we can serve (told to the operator at start, naming file and tensor), or the caller
+//! handed in a batch that makes no sense (a bug of the engine's, answered with an error because the alternative is a
+//! write outside the arena). Neither goes away by trying again.
+
+use std::path::PathBuf;
+
+use kvasir_types::{BlockId, KvLayout, Retry, TokenId};
+
+/// Why a model cannot be loaded or a batch not be computed.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A file could not be opened, read or mapped.
+    #[error("{}: cannot be read", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        source: std::io::Error,
+    },
+    /// A JSON file is larger than any sane one.
+    #[error("{}: {bytes} bytes, more than the {limit} expected at most of such a file", path.display())]
+    TooLarge {
+        /// The file.
+        path: PathBuf,
+        /// Its length.
+        bytes: u64,
+        /// The bound.
+        limit: u64,
+    },
+    /// A JSON file is not what it should be.
+    #[error("{}: not valid: {source}", path.display())]
+    Json {
+        /// The file.
+        path: PathBuf,
+        /// Where and why.
+        #[source]
+        source: serde_json::Error,
+    },
+    /// A model family nobody has taught us.
+    #[error("{}: model_type `{model_type}` is not supported (supported: {supported})", path.display())]
+    UnsupportedModel {
+        /// The configuration file.
+        path: PathBuf,
+        /// What it says.
+        model_type: String,
+        /// What it may say.
+        supported: &'static str,
+    },
+    /// A configuration value that is missing, out of bounds or asks for something not implemented.
+    #[error("{}: `{key}`: {reason}", path.display())]
+    Config {
+        /// The configuration file.
+        path: PathBuf,
+        /// The key.
+        key: &'static str,
+        /// What is wrong and what is allowed.
+        reason: String,
+    },
+    /// Neither `model.safetensors` nor its index is there.
+    #[error("{}: holds neither model.safetensors nor model.safetensors.index.json", dir.display())]
+    NoWeights {
+        /// The model folder.
+        dir: PathBuf,
+    },
+    /// The index names a file outside the folder, or something that is not a safetensors file.
+    #[error("{}: tensor {tensor} is said to be in {file:?}, which is not the name of a .safetensors file of this folder", index.display())]
+    BadShardName {
+        /// The index.
+        index: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// What the index says.
+        file: String,
+    },
+    /// The header of a weight file contradicts itself or the file.
+    #[error("{}: not a valid safetensors file: {reason}", file.display())]
+    BadHeader {
+        /// The weight file.
+        file: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
+    /// A weight the configuration asks for is not there.
+    #[error("{}: tensor {tensor} of shape {expected:?} is missing", file.display())]
+    MissingTensor {
+        /// The tensor.
+        tensor: String,
+        /// The shape it should have.
+        expected: Vec<usize>,
+        /// Where it was looked for.
+        file: PathBuf,
+    },
+    /// A weight has another shape than the configuration asks for.
+    #[error("{}: tensor {tensor} has shape {shape:?}, expected {expected:?}", file.display())]
+    TensorShape {
+        /// The tensor.
+        tensor: String,
+        /// Its shape.
+        shape: Vec<usize>,
+        /// The shape it should have.
+        expected: Vec<usize>,
+        /// The file it is in.
+        file: PathBuf,
+    },
+    /// A weight is of a type we do not compute with.
+    #[error("{}: tensor {tensor} of shape {shape:?} is {dtype}, expected BF16, F16 or F32", file.display())]
+    TensorDtype {
+        /// The tensor.
+        tensor: String,
+        /// Its shape.
+        shape: Vec<usize>,
+        /// Its type.
+        dtype: String,
+        /// The file it is in.
+        file: PathBuf,
+    },
+    /// The KV layout is not this model's.
+    #[error("kv layout {layout:?} does not fit the model: expected {expected:?} (any block_size and dtype)")]
+    Layout {
+        /// The layout handed in.
+        layout: KvLayout,
+        /// One that fits.
+        expected: KvLayout,
+    },
+    /// The arena cannot hold a single block.
+    #[error("an arena of {bytes} bytes holds no block of {block_bytes} bytes")]
+    ArenaTooSmall {
+        /// Bytes of the arena.
+        bytes: usize,
+        /// Bytes of a block.
+        block_bytes: usize,
+    },
+    /// The worker threads could not be started.
+    #[error("cannot start {threads} compute threads: {reason}")]
+    Threads {
+        /// How many were asked for.
+        threads: usize,
+        /// Why not.
+        reason: String,
+    },
+    /// An input has no token to compute.
+    #[error("input {input}: no tokens")]
+    NoTokens {
+        /// Index in the batch.
+        input: usize,
+    },
+    /// A token id the model does not know.
+    #[error("input {input}: token {} is outside the vocabulary of {vocab}", token.0)]
+    TokenOutOfVocabulary {
+        /// Index in the batch.
+        input: usize,
+        /// The token.
+        token: TokenId,
+        /// Size of the vocabulary.
+        vocab: usize,
+    },
+    /// A position past the model's context length.
+    #[error("input {input}: positions {start}..{end} pass the model's {max_len}")]
+    TooLong {
+        /// Index in the batch.
+        input: usize,
+        /// First position to compute.
+        start: usize,
+        /// One past the last.
+        end: usize,
+        /// The model's context length.
+        max_len: usize,
+    },
+    /// The block table does not reach the last token.
+    #[error("input {input}: a table of {blocks} blocks is too short for {tokens} tokens, which need {needed}")]
+    TableTooShort {
+        /// Index in the batch.
+        input: usize,
+        /// Blocks in the table.
+        blocks: usize,
+        /// Tokens the sequence has after this step.
+        tokens: usize,
+        /// Blocks they occupy.
+        needed: usize,
+    },
+    /// The block table names a block the arena does not have.
+    #[error("input {input}: block {block} is outside the arena of {blocks} blocks")]
+    BlockOutOfArena {
+        /// Index in the batch.
+        input: usize,
+        /// The block.
+        block: BlockId,
+        /// Blocks in the arena.
+        blocks: usize,
+    },
+}
+
+impl Error {
+    /// Whether trying again may help: never. Another worker serves the same folder and would get the same batch.
+    pub fn retry(&self) -> Retry {
+        Retry::Never
+    }
+}

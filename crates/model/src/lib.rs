@@ -1,0 +1,25 @@
+//! Model folders and the arithmetic on them: from a Hugging Face directory to rows of logits over paged KV.
+//!
+//! Reading order: [`Folder`] opens a directory and checks it whole (`config`, `rope`, `weights`, `fingerprint`); a
+//! [`Backend`] computes steps of many sequences at once over the block layout of `kvasir_types::KvLayout`; [`cpu`] is the
+//! backend for plain processors, the reference the others are measured against.
+//!
+//! This crate knows token ids, tensors and blocks. It knows no text, no scheduler, no network and no async runtime.
+
+#![deny(missing_docs)]
+
+mod backend;
+mod config;
+pub mod cpu;
+mod error;
+mod fingerprint;
+mod folder;
+mod rope;
+mod weights;
+
+pub use backend::{Backend, Logits, SeqInput};
+pub use config::{Family, ModelConfig};
+pub use error::Error;
+pub use folder::Folder;
+pub use rope::{Rope, RopeScaling};
+pub use weights::Dtype;

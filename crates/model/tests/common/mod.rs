@@ -1,0 +1,123 @@
+//! What the tests of this crate share: an arena of plain memory, and sequences that fill it.
+#![allow(unsafe_code, reason = "a test arena is raw memory, as the real one is")]
+#![allow(dead_code, clippy::allow_attributes, reason = "every test binary uses its own part of this module")]
+
+use std::{
+    alloc::{Layout, alloc_zeroed, dealloc},
+    path::PathBuf,
+    sync::Arc,
+};
+
+use kvasir_model::{Backend, Folder, Logits, SeqInput, cpu::CpuBackend};
+use kvasir_types::{BlockId, HostMemory, KvDtype, KvLayout, TokenId};
+
+/// Zeroed, aligned memory.
+pub struct TestMemory {
+    base: *mut u8,
+    layout: Layout,
+}
+
+// SAFETY: it is owned memory; who touches which bytes is the users' affair (see `HostMemory`).
+unsafe impl Send for TestMemory {}
+// SAFETY: as for `Send`.
+unsafe impl Sync for TestMemory {}
+
+impl TestMemory {
+    pub fn new(bytes: usize) -> Arc<Self> {
+        let layout = Layout::from_size_align(bytes, 64).unwrap();
+        // SAFETY: the size is not zero in any test.
+        let base = unsafe { alloc_zeroed(layout) };
+        assert!(!base.is_null());
+        Arc::new(Self { base, layout })
+    }
+
+    pub fn bytes(&self) -> &[u8] {
+        // SAFETY: allocated and zeroed; tests call this only while no backend computes.
+        unsafe { std::slice::from_raw_parts(self.base, self.layout.size()) }
+    }
+}
+
+impl Drop for TestMemory {
+    fn drop(&mut self) {
+        // SAFETY: allocated with this layout.
+        unsafe { dealloc(self.base, self.layout) }
+    }
+}
+
+impl HostMemory for TestMemory {
+    fn base(&self) -> *mut u8 {
+        self.base
+    }
+    fn len(&self) -> usize {
+        self.layout.size()
+    }
+}
+
+pub fn models() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../models")
+}
+
+/// A backend over an arena of its own.
+pub struct Bench {
+    pub backend: CpuBackend,
+    pub memory: Arc<TestMemory>,
+    pub layout: KvLayout,
+    next: u32,
+}
+
+pub const BLOCKS: u32 = 256;
+
+impl Bench {
+    pub fn new(folder: &Folder, block_size: u32, dtype: KvDtype, threads: usize) -> Self {
+        let layout = folder.kv_layout(block_size, dtype);
+        let memory = TestMemory::new(layout.block_bytes() * BLOCKS as usize);
+        let backend = CpuBackend::new(folder, layout, memory.clone(), threads).unwrap();
+        Self { backend, memory, layout, next: 0 }
+    }
+
+    /// A table for `tokens` tokens, of blocks that are neither neighbours nor in order.
+    pub fn table(&mut self, tokens: usize) -> Vec<BlockId> {
+        (0..self.layout.blocks_for(tokens))
+            .map(|_| {
+                self.next += 1;
+                assert!(self.next <= BLOCKS);
+                BlockId((self.next * 101) % BLOCKS)
+            })
+            .collect()
+    }
+
+    pub fn forget(&mut self) {
+        self.next = 0;
+    }
+
+    pub fn step(&mut self, tokens: &[TokenId], start: usize, table: &[BlockId]) -> Logits {
+        let input = SeqInput { tokens, start, table, logits: true };
+        self.backend.forward(&[input], &mut |_| {}).unwrap()
+    }
+
+    /// Computes a prompt in chunks of `chunk`; the logits after its last token.
+    pub fn prefill(&mut self, prompt: &[TokenId], table: &[BlockId], chunk: usize) -> Vec<f32> {
+        let mut last = Vec::new();
+        for (i, part) in prompt.chunks(chunk).enumerate() {
+            last = self.step(part, i * chunk, table).rows;
+        }
+        last
+    }
+}
+
+pub fn argmax(row: &[f32]) -> TokenId {
+    let best = row.iter().enumerate().fold(0, |best, (i, value)| if *value > row[best] { i } else { best });
+    TokenId(best as u32)
+}
+
+pub fn tokens(ids: &[u32]) -> Vec<TokenId> {
+    ids.iter().copied().map(TokenId).collect()
+}
+
+/// Equality of floats by their bits, telling where they differ.
+pub fn assert_same_bits(a: &[f32], b: &[f32], what: &str) {
+    assert_eq!(a.len(), b.len(), "{what}");
+    for (i, (a, b)) in a.iter().zip(b).enumerate() {
+        assert!(a.to_bits() == b.to_bits(), "{what}: element {i} is {a:e} here and {b:e} there");
+    }
+}

@@ -1,0 +1,279 @@
+//! Wire values to domain values and back.
+//!
+//! From the wire it is `TryFrom` (or a function, where the domain type belongs to std), to the wire it is `From`: what
+//! we hold is always expressible, what we are sent is not always acceptable.
+
+use bytes::Bytes;
+use kvasir_types as types;
+use kvasir_types::{
+    BadId, BadLayout, BlockHash, FinishReason, GrantKey, Incarnation, KvDtype, KvLayout, ModelFingerprint,
+    PROTOCOL_VERSION, Sampled, SegmentId, TokenId, TopLogprob, TransportKind,
+};
+
+use crate::v1;
+
+/// Longest cache salt accepted, in bytes.
+pub const MAX_SALT_BYTES: usize = 256;
+/// Most stop tokens accepted in one request.
+pub const MAX_STOP_TOKENS: usize = 64;
+/// Most log-probabilities per position, as OpenAI has it.
+pub const MAX_LOGPROBS: u32 = 20;
+/// Most addresses read from one segment descriptor.
+const MAX_TRANSPORTS: usize = 16;
+/// Longest transport address accepted, in bytes.
+const MAX_ADDRESS_BYTES: usize = 256;
+
+/// A message that does not mean anything acceptable.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+pub enum Error {
+    /// The peer speaks another protocol version.
+    #[error("peer speaks protocol version {theirs}, this process speaks {ours}")]
+    Version {
+        /// The peer's version.
+        theirs: u32,
+        /// [`PROTOCOL_VERSION`].
+        ours: u32,
+    },
+    /// A field that must be there is not.
+    #[error("field {0} is missing")]
+    Missing(&'static str),
+    /// A byte string of the wrong length.
+    #[error("field {field} has {got} bytes, expected {expected}")]
+    Length {
+        /// Which field.
+        field: &'static str,
+        /// Bytes received.
+        got: usize,
+        /// Bytes expected.
+        expected: usize,
+    },
+    /// A value outside its range.
+    #[error("field {field} is {got}, allowed is {allowed}")]
+    Range {
+        /// Which field.
+        field: &'static str,
+        /// What came.
+        got: String,
+        /// What is allowed.
+        allowed: &'static str,
+    },
+    /// A name that is none.
+    #[error(transparent)]
+    Id(#[from] BadId),
+    /// A layout no arena can have.
+    #[error(transparent)]
+    Layout(#[from] BadLayout),
+}
+
+fn out_of_range(field: &'static str, got: impl ToString, allowed: &'static str) -> Error {
+    Error::Range { field, got: got.to_string(), allowed }
+}
+
+/// Refuses a peer of another protocol version: called before anything else in a message is read.
+pub fn check_protocol(theirs: u32) -> Result<(), Error> {
+    if theirs == PROTOCOL_VERSION { Ok(()) } else { Err(Error::Version { theirs, ours: PROTOCOL_VERSION }) }
+}
+
+fn sixteen(field: &'static str, bytes: &[u8]) -> Result<[u8; 16], Error> {
+    bytes.try_into().map_err(|_| Error::Length { field, got: bytes.len(), expected: 16 })
+}
+
+/// A model fingerprint from its wire form.
+pub fn fingerprint(bytes: &[u8]) -> Result<ModelFingerprint, Error> {
+    sixteen("fingerprint", bytes).map(ModelFingerprint)
+}
+
+/// A block hash from its wire form.
+pub fn block_hash(bytes: &[u8]) -> Result<BlockHash, Error> {
+    sixteen("hash", bytes).map(BlockHash)
+}
+
+/// A checksum from its wire form.
+pub fn checksum(bytes: &[u8]) -> Result<[u8; 16], Error> {
+    sixteen("checksum", bytes)
+}
+
+/// The wire form of 16 bytes (fingerprints, hashes, checksums).
+pub fn bytes16(value: &[u8; 16]) -> Bytes {
+    Bytes::copy_from_slice(value)
+}
+
+/// A cache salt: bounded, otherwise any text.
+pub fn salt(text: &str) -> Result<&str, Error> {
+    if text.len() > MAX_SALT_BYTES {
+        return Err(out_of_range("cache_salt", format!("{} bytes", text.len()), "at most 256 bytes"));
+    }
+    Ok(text)
+}
+
+/// Tokens from their wire form. Whether they are in the vocabulary is for the one who has the model.
+pub fn tokens(ids: &[u32]) -> Vec<TokenId> {
+    ids.iter().copied().map(TokenId).collect()
+}
+
+/// The wire form of tokens.
+pub fn token_ids(tokens: &[TokenId]) -> Vec<u32> {
+    tokens.iter().map(|token| token.0).collect()
+}
+
+impl From<KvLayout> for v1::KvLayout {
+    fn from(layout: KvLayout) -> Self {
+        let dtype = match layout.dtype {
+            KvDtype::Bf16 => v1::kv_layout::Dtype::Bf16,
+            KvDtype::F16 => v1::kv_layout::Dtype::F16,
+            KvDtype::F32 => v1::kv_layout::Dtype::F32,
+        };
+        Self {
+            block_size: layout.block_size,
+            layers: layout.layers,
+            kv_heads: layout.kv_heads,
+            head_dim: layout.head_dim,
+            dtype: dtype.into(),
+        }
+    }
+}
+
+impl TryFrom<&v1::KvLayout> for KvLayout {
+    type Error = Error;
+    fn try_from(wire: &v1::KvLayout) -> Result<Self, Error> {
+        let dtype = match wire.dtype() {
+            v1::kv_layout::Dtype::Bf16 => KvDtype::Bf16,
+            v1::kv_layout::Dtype::F16 => KvDtype::F16,
+            v1::kv_layout::Dtype::F32 => KvDtype::F32,
+            v1::kv_layout::Dtype::Unspecified => {
+                return Err(out_of_range("layout.dtype", wire.dtype, "bf16, f16 or f32"));
+            }
+        };
+        let &v1::KvLayout { block_size, layers, kv_heads, head_dim, .. } = wire;
+        Ok(Self { block_size, layers, kv_heads, head_dim, dtype }.check()?)
+    }
+}
+
+impl From<&types::SegmentDescriptor> for v1::SegmentDescriptor {
+    fn from(segment: &types::SegmentDescriptor) -> Self {
+        let transports = segment
+            .transports
+            .iter()
+            .map(|t| v1::TransportAddress { kind: t.kind.to_string(), address: t.address.clone() })
+            .collect();
+        Self { segment: segment.segment.0, incarnation: segment.incarnation.0, len: segment.len, transports }
+    }
+}
+
+impl TryFrom<&v1::SegmentDescriptor> for types::SegmentDescriptor {
+    type Error = Error;
+    fn try_from(wire: &v1::SegmentDescriptor) -> Result<Self, Error> {
+        if wire.transports.len() > MAX_TRANSPORTS {
+            return Err(out_of_range("segment.transports", wire.transports.len(), "at most 16 addresses"));
+        }
+        let mut transports = Vec::with_capacity(wire.transports.len());
+        for transport in &wire.transports {
+            if transport.address.len() > MAX_ADDRESS_BYTES {
+                return Err(out_of_range("segment.transports.address", transport.address.len(), "at most 256 bytes"));
+            }
+            let kind = match transport.kind.as_str() {
+                "local" => TransportKind::Local,
+                "tcp" => TransportKind::Tcp,
+                "ucx" => TransportKind::Ucx,
+                _ => continue, // a newer peer may offer ways that this version doesn't know
+            };
+            transports.push(types::TransportAddress { kind, address: transport.address.clone() });
+        }
+        Ok(Self {
+            segment: SegmentId(wire.segment),
+            incarnation: Incarnation(wire.incarnation),
+            len: wire.len,
+            transports,
+        })
+    }
+}
+
+/// A grant key from its wire form.
+pub fn grant_key(wire: u64) -> GrantKey {
+    GrantKey(wire)
+}
+
+impl From<&types::Sampling> for v1::Sampling {
+    fn from(sampling: &types::Sampling) -> Self {
+        Self {
+            temperature: sampling.temperature,
+            top_p: sampling.top_p,
+            top_k: sampling.top_k,
+            seed: sampling.seed,
+            max_tokens: sampling.max_tokens,
+            stop_token_ids: token_ids(&sampling.stop_token_ids),
+            ignore_eos: sampling.ignore_eos,
+            logprobs: sampling.logprobs.map(u32::from),
+        }
+    }
+}
+
+impl TryFrom<&v1::Sampling> for types::Sampling {
+    type Error = Error;
+    fn try_from(wire: &v1::Sampling) -> Result<Self, Error> {
+        // `contains` is false for NaN, so NaN is refused here too.
+        if !(0.0..=2.0).contains(&wire.temperature) {
+            return Err(out_of_range("sampling.temperature", wire.temperature, "0 to 2"));
+        }
+        if !(wire.top_p > 0.0 && wire.top_p <= 1.0) {
+            return Err(out_of_range("sampling.top_p", wire.top_p, "above 0, up to 1"));
+        }
+        if wire.max_tokens == 0 {
+            return Err(out_of_range("sampling.max_tokens", 0, "at least 1"));
+        }
+        if wire.stop_token_ids.len() > MAX_STOP_TOKENS {
+            return Err(out_of_range("sampling.stop_token_ids", wire.stop_token_ids.len(), "at most 64 tokens"));
+        }
+        if wire.logprobs.is_some_and(|n| n > MAX_LOGPROBS) {
+            return Err(out_of_range("sampling.logprobs", wire.logprobs(), "0 to 20"));
+        }
+        Ok(Self {
+            temperature: wire.temperature,
+            top_p: wire.top_p,
+            top_k: wire.top_k,
+            seed: wire.seed,
+            max_tokens: wire.max_tokens,
+            stop_token_ids: tokens(&wire.stop_token_ids),
+            ignore_eos: wire.ignore_eos,
+            logprobs: wire.logprobs.and_then(|n| u8::try_from(n).ok()),
+        })
+    }
+}
+
+impl From<&Sampled> for v1::Token {
+    fn from(sampled: &Sampled) -> Self {
+        let top = sampled.top.iter().map(|t| v1::TopLogprob { token: t.token.0, logprob: t.logprob }).collect();
+        Self { id: sampled.token.0, logprob: sampled.logprob, top }
+    }
+}
+
+impl TryFrom<&v1::Token> for Sampled {
+    type Error = Error;
+    fn try_from(wire: &v1::Token) -> Result<Self, Error> {
+        if wire.top.len() > MAX_LOGPROBS as usize {
+            return Err(out_of_range("token.top", wire.top.len(), "at most 20 alternatives"));
+        }
+        let top = wire.top.iter().map(|t| TopLogprob { token: TokenId(t.token), logprob: t.logprob }).collect();
+        Ok(Self { token: TokenId(wire.id), logprob: wire.logprob, top })
+    }
+}
+
+impl From<FinishReason> for v1::finished::Reason {
+    fn from(reason: FinishReason) -> Self {
+        match reason {
+            FinishReason::Stop => Self::Stop,
+            FinishReason::Length => Self::Length,
+        }
+    }
+}
+
+impl TryFrom<v1::finished::Reason> for FinishReason {
+    type Error = Error;
+    fn try_from(wire: v1::finished::Reason) -> Result<Self, Error> {
+        match wire {
+            v1::finished::Reason::Stop => Ok(Self::Stop),
+            v1::finished::Reason::Length => Ok(Self::Length),
+            v1::finished::Reason::Unspecified => Err(Error::Missing("finished.reason")),
+        }
+    }
+}

@@ -1,0 +1,21 @@
+//! The wire: gRPC code generated from `proto/kvasir/v1`, and the one place where wire bytes become domain values.
+//!
+//! Rule: a service converts a message with [`convert`] before it looks at any field that has a domain type. Conversion
+//! checks versions before meaning and lengths before allocation, so what comes out needs no further doubt.
+#![forbid(unsafe_code)]
+
+pub mod convert;
+#[cfg(test)]
+mod tests;
+
+/// Generated messages, clients and servers of protocol version 1.
+#[expect(missing_docs, unused_qualifications, clippy::allow_attributes, reason = "generated; the .proto files carry the documentation")]
+pub mod v1 {
+    tonic::include_proto!("kvasir.v1");
+}
+
+pub use convert::{Error, check_protocol};
+
+/// Bound on one gRPC message in either direction. The largest is a prompt of a million tokens: at most 5 bytes each as
+/// a varint, plus its block targets.
+pub const MAX_MESSAGE_BYTES: usize = 16 << 20;

@@ -1,0 +1,109 @@
+//! Laws of the conversions: what we send comes back as it was, what is out of bounds is refused by name.
+
+use kvasir_types::{
+    Incarnation, KvDtype, KvLayout, PROTOCOL_VERSION, Sampled, Sampling, SegmentDescriptor, SegmentId, TokenId,
+    TopLogprob, TransportAddress, TransportKind,
+};
+use proptest::prelude::*;
+
+use crate::{Error, check_protocol, convert, v1};
+
+fn layouts() -> impl Strategy<Value = KvLayout> {
+    let dtype = prop_oneof![Just(KvDtype::Bf16), Just(KvDtype::F16), Just(KvDtype::F32)];
+    (1u32..64, 1u32..100, 1u32..64, 1u32..256, dtype).prop_map(|(block_size, layers, kv_heads, head_dim, dtype)| {
+        KvLayout { block_size, layers, kv_heads, head_dim, dtype }
+    })
+}
+
+fn samplings() -> impl Strategy<Value = Sampling> {
+    (
+        0f32..=2.0,
+        0.01f32..=1.0,
+        0u32..100,
+        any::<u64>(),
+        1u32..10_000,
+        prop::collection::vec(any::<u32>(), 0..8),
+        any::<bool>(),
+        prop::option::of(0u8..=20),
+    )
+        .prop_map(|(temperature, top_p, top_k, seed, max_tokens, stop, ignore_eos, logprobs)| Sampling {
+            temperature,
+            top_p,
+            top_k,
+            seed,
+            max_tokens,
+            stop_token_ids: convert::tokens(&stop),
+            ignore_eos,
+            logprobs,
+        })
+}
+
+proptest! {
+    #[test]
+    fn layouts_round_trip(layout in layouts()) {
+        prop_assert_eq!(KvLayout::try_from(&v1::KvLayout::from(layout)).ok(), layout.check().ok());
+    }
+
+    #[test]
+    fn samplings_round_trip(sampling in samplings()) {
+        prop_assert_eq!(Sampling::try_from(&v1::Sampling::from(&sampling)), Ok(sampling));
+    }
+
+    #[test]
+    fn tokens_round_trip(id in any::<u32>(), logprob in prop::option::of(-50f32..0.0), top in prop::collection::vec((any::<u32>(), -50f32..0.0), 0..20)) {
+        let top = top.into_iter().map(|(id, logprob)| TopLogprob { token: TokenId(id), logprob }).collect();
+        let sampled = Sampled { token: TokenId(id), logprob, top };
+        prop_assert_eq!(Sampled::try_from(&v1::Token::from(&sampled)), Ok(sampled));
+    }
+
+    #[test]
+    fn no_message_bytes_make_a_conversion_panic(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
+        use prost::Message;
+        if let Ok(wire) = v1::Sampling::decode(&bytes[..]) {
+            let _ = Sampling::try_from(&wire);
+        }
+        if let Ok(wire) = v1::KvLayout::decode(&bytes[..]) {
+            let _ = KvLayout::try_from(&wire);
+        }
+        if let Ok(wire) = v1::SegmentDescriptor::decode(&bytes[..]) {
+            let _ = SegmentDescriptor::try_from(&wire);
+        }
+    }
+}
+
+#[test]
+fn a_newer_peers_transports_are_skipped_and_the_known_ones_kept() {
+    let ours = SegmentDescriptor {
+        segment: SegmentId(1),
+        incarnation: Incarnation(2),
+        len: 3,
+        transports: vec![TransportAddress { kind: TransportKind::Tcp, address: "127.0.0.1:1".into() }],
+    };
+    let mut wire = v1::SegmentDescriptor::from(&ours);
+    wire.transports.insert(0, v1::TransportAddress { kind: "warp".into(), address: "ncc-1701".into() });
+    assert_eq!(SegmentDescriptor::try_from(&wire), Ok(ours));
+}
+
+#[test]
+fn another_protocol_version_is_refused_by_number() {
+    assert_eq!(check_protocol(PROTOCOL_VERSION), Ok(()));
+    assert_eq!(check_protocol(99), Err(Error::Version { theirs: 99, ours: PROTOCOL_VERSION }));
+}
+
+#[test]
+fn bad_values_are_refused_by_name() {
+    let good = v1::Sampling::from(&Sampling::default());
+    for (field, bad) in [
+        ("temperature", v1::Sampling { temperature: f32::NAN, ..good.clone() }),
+        ("temperature", v1::Sampling { temperature: -0.1, ..good.clone() }),
+        ("top_p", v1::Sampling { top_p: 0.0, ..good.clone() }),
+        ("max_tokens", v1::Sampling { max_tokens: 0, ..good.clone() }),
+        ("stop_token_ids", v1::Sampling { stop_token_ids: vec![0; 65], ..good.clone() }),
+        ("logprobs", v1::Sampling { logprobs: Some(21), ..good.clone() }),
+    ] {
+        let error = Sampling::try_from(&bad).unwrap_err().to_string();
+        assert!(error.contains(field), "{error}");
+    }
+    assert!(convert::fingerprint(&[0; 15]).is_err());
+    assert!(convert::salt(&"x".repeat(257)).is_err());
+}

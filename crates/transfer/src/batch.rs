@@ -1,0 +1,420 @@
+//! Batches and their life: what is moved, and the future that always resolves.
+//!
+//! A batch is cut into **frames** (at most `slice_bytes` and [`MAX_RANGES`] ranges each), the unit that a transport sends,
+//! retries and finishes. Each frame is in one of three stages, and the batch resolves when all are settled:
+//!
+//! ```text
+//!              touch()                     result of the transport, or the batch was aborted
+//!   waiting ────────────▶ busy                                     │
+//!      ▲  │   drop(Touch)  │   a thread is in local memory         ▼
+//!      │  └────────────────┼──────────────────────────────▶   settled
+//!      └───────────────────┴── (a result that came meanwhile settles it on leaving)
+//! ```
+//!
+//! That makes the promise of [`Transfer`] hold: local bytes are touched only in `busy`, an abort (cancel, deadline, a
+//! sister frame's failure) settles every frame that is not `busy` at once, and a settled frame can't become busy again.
+//! A frame still busy after the fence grace has its connection cut, which makes its thread leave.
+
+use std::{
+    fmt,
+    future::Future,
+    pin::Pin,
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak},
+    task::{Context, Poll, Waker},
+    time::{Duration, Instant},
+};
+
+use kvasir_types::{Deadline, GrantKey, SegmentDescriptor, SegmentId, TransportKind};
+
+use crate::{
+    error::Error,
+    grant::Cut,
+    memory::Arena,
+    plan::{FramePlan, Plan},
+    timer::Timer,
+};
+
+#[cfg(doc)]
+use crate::plan::MAX_RANGES;
+
+/// Which way the bytes go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Op {
+    /// From the peer's segment into our arena.
+    Read,
+    /// From our arena into the peer's segment.
+    Write,
+}
+
+/// One stretch to move. A range of length zero moves nothing and is not sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Range {
+    /// Offset in our own arena.
+    pub local: u64,
+    /// Offset in the peer's segment.
+    pub remote: u64,
+    /// Bytes.
+    pub len: u64,
+}
+
+/// Ranges that are moved together, to or from one segment under one grant.
+#[derive(Clone, Debug)]
+pub struct Batch {
+    /// Which way.
+    pub op: Op,
+    /// The peer's segment.
+    pub target: SegmentDescriptor,
+    /// The right to touch it, as its owner gave it.
+    pub grant: GrantKey,
+    /// What goes where. The order in which ranges move is not promised. While the transfer lasts, nobody may write the
+    /// local ranges of a write, or touch those of a read.
+    pub ranges: Vec<Range>,
+    /// When to give up.
+    pub deadline: Deadline,
+}
+
+/// What a completed transfer did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Report {
+    /// Bytes moved.
+    pub bytes: u64,
+    /// Ranges moved, after neighbours were merged and long ones cut.
+    pub ops: u64,
+    /// Over what.
+    pub transport: TransportKind,
+    /// From submit to completion.
+    pub elapsed: Duration,
+}
+
+enum Stage {
+    Waiting,
+    Busy { cut: Arc<dyn Cut>, result: Option<Result<(), Error>> },
+    Settled,
+}
+
+struct Inner {
+    stages: Vec<Stage>,
+    unsettled: usize,
+    failure: Option<Error>,
+    outcome: Option<Result<Report, Error>>,
+    waker: Option<Waker>,
+    on_end: Option<Box<dyn FnOnce() + Send>>,
+}
+
+/// A batch in progress: shared by the caller's [`Transfer`], the transport's threads and the timer.
+pub(crate) struct BatchState {
+    pub(crate) op: Op,
+    pub(crate) key: GrantKey,
+    pub(crate) segment: SegmentId,
+    pub(crate) arena: Arc<Arena>,
+    plan: Plan,
+    transport: TransportKind,
+    started: Instant,
+    timer: Timer,
+    grace: Duration,
+    inner: Mutex<Inner>,
+    ended: Condvar,
+}
+
+/// What a new batch needs to know besides itself.
+pub(crate) struct Setting {
+    pub(crate) arena: Arc<Arena>,
+    pub(crate) transport: TransportKind,
+    pub(crate) timer: Timer,
+    pub(crate) grace: Duration,
+}
+
+impl BatchState {
+    /// A batch with every frame waiting; `plan` has at least one. Its deadline runs from now on.
+    pub(crate) fn new(batch: &Batch, plan: Plan, setting: Setting) -> Arc<Self> {
+        let frames = plan.frames.len();
+        let state = Self::with(batch, plan, setting, None, frames);
+        let weak = Arc::downgrade(&state);
+        state.timer.at(batch.deadline.instant(), move || Self::abort_weak(&weak, Error::DeadlineExceeded));
+        state
+    }
+
+    /// A batch that is over before it began.
+    pub(crate) fn ended(batch: &Batch, setting: Setting, outcome: Result<(), Error>) -> Arc<Self> {
+        let outcome =
+            outcome.map(|()| Report { bytes: 0, ops: 0, transport: setting.transport, elapsed: Duration::ZERO });
+        Self::with(batch, Plan::default(), setting, Some(outcome), 0)
+    }
+
+    fn with(
+        batch: &Batch,
+        plan: Plan,
+        setting: Setting,
+        outcome: Option<Result<Report, Error>>,
+        frames: usize,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            op: batch.op,
+            key: batch.grant,
+            segment: batch.target.segment,
+            arena: setting.arena,
+            plan,
+            transport: setting.transport,
+            started: Instant::now(),
+            timer: setting.timer,
+            grace: setting.grace,
+            inner: Mutex::new(Inner {
+                stages: (0..frames).map(|_| Stage::Waiting).collect(),
+                unsettled: frames,
+                failure: None,
+                outcome,
+                waker: None,
+                on_end: None,
+            }),
+            ended: Condvar::new(),
+        })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What this batch counts for in the engine's limit: its bytes and what its bookkeeping takes.
+    pub(crate) fn cost(&self) -> u64 {
+        self.plan.bytes + 64 * self.plan.ranges.len() as u64
+    }
+
+    /// Runs `action` when the batch has ended; at once if it has.
+    pub(crate) fn on_end(&self, action: impl FnOnce() + Send + 'static) {
+        let mut inner = self.lock();
+        if inner.outcome.is_none() {
+            inner.on_end = Some(Box::new(action));
+            return;
+        }
+        drop(inner);
+        action();
+    }
+
+    pub(crate) fn is_over(&self) -> bool {
+        self.lock().outcome.is_some()
+    }
+
+    /// The frames, to be handed to a transport; each fails as shut down if it is dropped unfinished.
+    pub(crate) fn frames(self: &Arc<Self>) -> impl Iterator<Item = Frame> {
+        (0..self.plan.frames.len()).map(|index| Frame { batch: Arc::clone(self), index })
+    }
+
+    /// Ends the batch with `error`: at once where nobody is in local memory, after the grace by force elsewhere.
+    pub(crate) fn abort(self: &Arc<Self>, error: Error) {
+        let mut inner = self.lock();
+        if inner.outcome.is_some() {
+            return;
+        }
+        inner.failure.get_or_insert(error);
+        let mut settled = 0;
+        for stage in &mut inner.stages {
+            if matches!(stage, Stage::Waiting) {
+                *stage = Stage::Settled;
+                settled += 1;
+            }
+        }
+        inner.unsettled -= settled;
+        if inner.unsettled == 0 {
+            self.resolve(inner);
+        } else {
+            drop(inner);
+            let weak = Arc::downgrade(self);
+            self.timer.at(Instant::now() + self.grace, move || {
+                if let Some(batch) = weak.upgrade() {
+                    batch.cut_busy();
+                }
+            });
+        }
+    }
+
+    fn abort_weak(weak: &Weak<Self>, error: Error) {
+        if let Some(batch) = weak.upgrade() {
+            batch.abort(error);
+        }
+    }
+
+    fn cut_busy(&self) {
+        for stage in &self.lock().stages {
+            if let Stage::Busy { cut, .. } = stage {
+                cut.cut();
+            }
+        }
+    }
+
+    /// All frames are settled: tell everyone, outside the lock.
+    fn resolve(&self, mut inner: MutexGuard<'_, Inner>) {
+        inner.outcome = Some(match inner.failure.take() {
+            Some(error) => Err(error),
+            None => Ok(Report {
+                bytes: self.plan.bytes,
+                ops: self.plan.ranges.len() as u64,
+                transport: self.transport,
+                elapsed: self.started.elapsed(),
+            }),
+        });
+        let (waker, on_end) = (inner.waker.take(), inner.on_end.take());
+        drop(inner);
+        self.ended.notify_all();
+        if let Some(waker) = waker {
+            waker.wake();
+        }
+        if let Some(on_end) = on_end {
+            on_end();
+        }
+    }
+}
+
+/// One frame of a batch, in a transport's hands. Dropped unfinished, it fails: no transfer is ever forgotten.
+pub(crate) struct Frame {
+    batch: Arc<BatchState>,
+    index: usize,
+}
+
+impl Frame {
+    pub(crate) fn batch(&self) -> &BatchState {
+        &self.batch
+    }
+
+    fn plan(&self) -> &FramePlan {
+        &self.batch.plan.frames[self.index]
+    }
+
+    pub(crate) fn ranges(&self) -> &[Range] {
+        &self.batch.plan.ranges[self.plan().ranges.clone()]
+    }
+
+    pub(crate) fn bytes(&self) -> u64 {
+        self.plan().bytes
+    }
+
+    /// Whether nobody waits for this frame any more.
+    pub(crate) fn is_settled(&self) -> bool {
+        matches!(self.batch.lock().stages[self.index], Stage::Settled)
+    }
+
+    /// Leave to touch local memory until the returned value is dropped; `None` once the frame is settled. One thread at a
+    /// time: transports see to that.
+    pub(crate) fn touch(&self, cut: Arc<dyn Cut>) -> Option<Touch<'_>> {
+        let stage = &mut self.batch.lock().stages[self.index];
+        match stage {
+            Stage::Waiting => {
+                *stage = Stage::Busy { cut, result: None };
+                Some(Touch { frame: self })
+            }
+            Stage::Busy { .. } => unreachable!("one thread at a time touches a frame"),
+            Stage::Settled => None,
+        }
+    }
+
+    /// Settles the frame (when the thread that touches it leaves, if one does). The first failure aborts the batch.
+    pub(crate) fn finish(&self, result: Result<(), Error>) {
+        let mut inner = self.batch.lock();
+        match &mut inner.stages[self.index] {
+            Stage::Settled => {}
+            Stage::Busy { result: slot, .. } => {
+                slot.get_or_insert(result);
+            }
+            Stage::Waiting => self.settle(inner, result),
+        }
+    }
+
+    fn settle(&self, mut inner: MutexGuard<'_, Inner>, result: Result<(), Error>) {
+        inner.stages[self.index] = Stage::Settled;
+        inner.unsettled -= 1;
+        let first_failure = inner.failure.is_none();
+        if let Err(error) = result {
+            inner.failure.get_or_insert(error);
+        }
+        if inner.unsettled == 0 {
+            self.batch.resolve(inner);
+        } else if first_failure && let Some(error) = inner.failure.clone() {
+            drop(inner);
+            self.batch.abort(error);
+        }
+    }
+}
+
+impl Drop for Frame {
+    fn drop(&mut self) {
+        self.finish(Err(Error::Shutdown));
+    }
+}
+
+/// While it lives, its holder may touch the frame's local ranges.
+#[must_use]
+pub(crate) struct Touch<'a> {
+    frame: &'a Frame,
+}
+
+impl Drop for Touch<'_> {
+    fn drop(&mut self) {
+        let mut inner = self.frame.batch.lock();
+        let aborted = inner.failure.is_some();
+        let stage = &mut inner.stages[self.frame.index];
+        match std::mem::replace(stage, Stage::Waiting) {
+            Stage::Busy { result: Some(result), .. } => self.frame.settle(inner, result),
+            // The failure is recorded already; which result goes with it does not matter.
+            Stage::Busy { result: None, .. } if aborted => self.frame.settle(inner, Ok(())),
+            Stage::Busy { result: None, .. } => {}
+            Stage::Waiting | Stage::Settled => unreachable!("a touched frame is busy until its touch ends"),
+        }
+    }
+}
+
+/// A submitted batch: a future of its [`Report`].
+///
+/// It always resolves: by completion, a typed error, its deadline or [`Transfer::cancel`]. When it has resolved, the
+/// engine no longer touches the local ranges; and `Ok` of a write means that the owner has every byte in place. Dropping
+/// it neither cancels nor waits: the ranges then stay in use until the deadline at the latest.
+#[must_use = "local memory is in use until the transfer resolves"]
+pub struct Transfer {
+    state: Arc<BatchState>,
+}
+
+impl fmt::Debug for Transfer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let BatchState { op, segment, plan, .. } = &*self.state;
+        f.debug_struct("Transfer").field("op", op).field("segment", segment).field("bytes", &plan.bytes).finish()
+    }
+}
+
+impl Transfer {
+    pub(crate) fn new(state: Arc<BatchState>) -> Self {
+        Self { state }
+    }
+
+    /// Makes it resolve soon, with [`Error::Cancelled`] unless it has completed: within the fence grace, and still only
+    /// when local memory is out of reach. What was written at the far side stays written.
+    pub fn cancel(&self) {
+        self.state.abort(Error::Cancelled);
+    }
+
+    /// Blocks until it resolves: for threads without an executor.
+    ///
+    /// # Errors
+    /// Those of the future.
+    pub fn wait(self) -> Result<Report, Error> {
+        let mut inner = self.state.lock();
+        loop {
+            match &inner.outcome {
+                Some(outcome) => return outcome.clone(),
+                None => inner = self.state.ended.wait(inner).unwrap_or_else(PoisonError::into_inner),
+            }
+        }
+    }
+}
+
+impl Future for Transfer {
+    type Output = Result<Report, Error>;
+
+    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        let mut inner = self.state.lock();
+        match &inner.outcome {
+            Some(outcome) => Poll::Ready(outcome.clone()),
+            None => {
+                inner.waker = Some(context.waker().clone());
+                Poll::Pending
+            }
+        }
+    }
+}

@@ -1,0 +1,74 @@
+//! The transfer engine: moves KV blocks between the memories of processes, one-sided.
+//!
+//! An engine owns one **arena** of memory and offers it to peers as a **segment**. Its owner opens ranges of it under a
+//! **grant** and hands the grant's key to a peer (over gRPC, not here); the peer's engine then reads or writes those ranges in
+//! **batches**, and the owner's program takes no part: the owner's engine checks key, bounds and direction and lets the
+//! bytes land. Two promises carry the rest of Kvasir:
+//!
+//! - once [`Grant::revoke`] has resolved, no byte can land in or leave its ranges under that key: blocks can be reused;
+//! - a [`Transfer`] always resolves, and from then on the engine does not touch its local ranges: blocks can be freed.
+//!
+//! ```text
+//!          submit                      choose                       moves frames
+//! caller ─────────▶ engine, gate ─────────────────▶ Transport ─────────────────────────▶ owner: enter grant, copy, leave
+//!   ▲                    │ plan: batch → frames     local: memcpy                            ▲
+//!   └── Transfer ◀── batch: frames settled          tcp: own sockets          grant / revoke ┴── the owner's program
+//! ```
+//!
+//! ```
+//! use std::time::Duration;
+//!
+//! use kvasir_transfer::{Access, Batch, Config, GrantRange, LocalNet, Op, Range, TransferEngine};
+//! use kvasir_types::Deadline;
+//!
+//! # fn main() -> Result<(), kvasir_transfer::Error> {
+//! let net = LocalNet::new();
+//! let prefill = TransferEngine::new(Config::default(), net.clone(), 1 << 20)?;
+//! let decode = TransferEngine::new(Config::default(), net, 1 << 20)?;
+//!
+//! let grant = decode.grant(vec![GrantRange { offset: 4096, len: 4096, access: Access::Write }])?;
+//! prefill.write_bytes(0, b"keys and values")?;
+//! let pushed = prefill.submit(Batch {
+//!     op: Op::Write,
+//!     target: decode.descriptor(),
+//!     grant: grant.key(),
+//!     ranges: vec![Range { local: 0, remote: 4096, len: 15 }],
+//!     deadline: Deadline::after(Duration::from_secs(5)),
+//! });
+//! assert_eq!(pushed.wait()?.bytes, 15);
+//! grant.revoke().wait();
+//! assert_eq!(decode.checksum(4096, 15)?, prefill.checksum(0, 15)?);
+//! # Ok(()) }
+//! ```
+//!
+//! Its own named threads do the work; futures need no particular executor. It knows no model and no gRPC.
+
+#![expect(unsafe_code, reason = "owns the arena and hands its addresses to the kernel")]
+
+mod config;
+mod engine;
+mod error;
+
+mod batch;
+mod gate;
+mod grant;
+mod plan;
+
+mod local;
+mod tcp;
+mod transport;
+
+mod counters;
+mod memory;
+mod owner;
+mod stats;
+mod threads;
+mod timer;
+
+pub use batch::{Batch, Op, Range, Report, Transfer};
+pub use config::Config;
+pub use engine::TransferEngine;
+pub use error::{Error, Refusal};
+pub use grant::{Access, Grant, GrantRange, Revoke};
+pub use local::LocalNet;
+pub use stats::{Refused, Side, Stats, Traffic};

@@ -1,0 +1,62 @@
+//! What moved, what was refused: counters of one engine, read as a snapshot.
+
+/// Snapshot of an engine's counters since its start (the two `…_connections` gauges: now).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Stats {
+    /// Moved by batches submitted here.
+    pub client: Side,
+    /// Moved in and out of this engine's memory by peers.
+    pub owner: Side,
+    /// Operations and connections of peers that this engine refused.
+    pub refused: Refused,
+    /// Frames sent again on a fresh connection after theirs died.
+    pub retries: u64,
+    /// Connections cut on this side so that memory could be reused.
+    pub fenced_connections: u64,
+    /// Connections open to peers now.
+    pub open_connections: u64,
+    /// Connections of peers open to us now.
+    pub accepted_connections: u64,
+}
+
+/// Traffic by transport.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Side {
+    /// Within the process.
+    pub local: Traffic,
+    /// Over sockets.
+    pub tcp: Traffic,
+}
+
+/// Traffic by direction, seen from the one who submitted the batch. An op is one range of a batch (a piece of it if it
+/// was cut).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Traffic {
+    /// Bytes read from the owner's memory.
+    pub read_bytes: u64,
+    /// Ranges read.
+    pub read_ops: u64,
+    /// Bytes written into the owner's memory.
+    pub written_bytes: u64,
+    /// Ranges written.
+    pub written_ops: u64,
+}
+
+/// Refusals by cause.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Refused {
+    /// No such key, or revoked: normal when a request is cancelled while its blocks arrive.
+    pub unknown_grant: u64,
+    /// A write under a read grant, or the reverse.
+    pub access: u64,
+    /// Outside the granted ranges.
+    pub bounds: u64,
+    /// A hello for another segment or an earlier life.
+    pub stale: u64,
+    /// A hello in another protocol version.
+    pub version: u64,
+    /// One connection too many.
+    pub busy: u64,
+    /// Bytes that are no frame.
+    pub malformed: u64,
+}

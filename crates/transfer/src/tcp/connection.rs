@@ -1,0 +1,232 @@
+//! One connection to a peer, from the submitting side: what has been sent on it, and what comes back.
+//!
+//! A frame is noted as pending before its first byte is sent and leaves that list exactly once: with its answer, or when
+//! the connection is lost. Whoever notices the loss first (sending thread, receiving thread, shutdown) takes the list.
+
+use std::{
+    collections::HashMap,
+    io,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+};
+
+use kvasir_types::TransportKind;
+
+use super::{
+    client::{Client, Lane},
+    frame::{ANSWER_BYTES, Answer, RANGE_BYTES, REQUEST_BYTES, Request, Span},
+    link::{Link, Pieces},
+};
+use crate::{
+    batch::{Frame, Op},
+    counters::{Counters, add_one, sub_one},
+    error::Error,
+    grant::Cut,
+};
+
+/// A frame on its way over a lane; counts in the lane's load while it lives.
+pub(super) struct Job {
+    pub(super) frame: Frame,
+    retried: AtomicBool,
+    load: Arc<AtomicU64>,
+}
+
+impl Job {
+    pub(super) fn new(frame: Frame, load: Arc<AtomicU64>) -> Arc<Self> {
+        load.fetch_add(frame.bytes(), Ordering::Relaxed);
+        Arc::new(Self { frame, retried: AtomicBool::new(false), load })
+    }
+
+    /// Whether it may be tried (once) more; counted.
+    pub(super) fn may_retry(&self, counters: &Counters) -> bool {
+        let first = !self.frame.is_settled() && !self.retried.swap(true, Ordering::Relaxed);
+        if first {
+            add_one(&counters.retries);
+        }
+        first
+    }
+}
+
+impl Drop for Job {
+    fn drop(&mut self) {
+        self.load.fetch_sub(self.frame.bytes(), Ordering::Relaxed);
+    }
+}
+
+/// An established connection.
+pub(super) struct Connection {
+    link: Arc<Link>,
+    client: Arc<Client>,
+    lane: Arc<Lane>,
+    pending: Mutex<Pending>,
+}
+
+#[derive(Default)]
+struct Pending {
+    lost: bool,
+    next_id: u64,
+    jobs: HashMap<u64, Arc<Job>>,
+}
+
+impl Connection {
+    /// Starts the receiving thread.
+    pub(super) fn start(link: Arc<Link>, client: Arc<Client>, lane: Arc<Lane>) -> Result<Arc<Self>, Error> {
+        let connection = Arc::new(Self { link, client, lane, pending: Mutex::default() });
+        let receiving = Arc::clone(&connection);
+        connection.client.threads.spawn("transfer-recv", move || receiving.receive_all())?;
+        add_one(&connection.client.counters.open_connections);
+        Ok(connection)
+    }
+
+    fn pending(&self) -> MutexGuard<'_, Pending> {
+        self.pending.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn is_alive(&self) -> bool {
+        !self.pending().lost
+    }
+
+    /// Sends a frame: on the lane's thread only, one after another.
+    pub(super) fn send(&self, job: &Arc<Job>) {
+        let Some(id) = self.note(job) else {
+            return self.give_back(job, "closed");
+        };
+        let (frame, batch) = (&job.frame, job.frame.batch());
+        let mut head = Vec::with_capacity(REQUEST_BYTES + frame.ranges().len() * RANGE_BYTES);
+        let (ranges, payload) = (frame.ranges().len() as u16, frame.bytes() as u32);
+        Request { op: batch.op, ranges, payload, id, key: batch.key }.encode(&mut head);
+        for range in frame.ranges() {
+            Span { offset: range.remote, len: range.len as u32 }.encode(&mut head);
+        }
+        let sent = match batch.op {
+            Op::Read => self.link.send_bytes(&head),
+            Op::Write => {
+                let Some(touch) = frame.touch(Arc::clone(&self.link) as Arc<dyn Cut>) else {
+                    self.pending().jobs.remove(&id);
+                    return; // aborted before a byte of it was sent
+                };
+                let mut pieces = Pieces::default();
+                for range in frame.ranges() {
+                    pieces.push_arena(&batch.arena, range.local, range.len);
+                }
+                // SAFETY: the pieces lie in the batch's arena, kept mapped by `job`.
+                let sent = unsafe { self.link.send(&head, &mut pieces) };
+                drop(touch);
+                sent
+            }
+        };
+        if let Err(error) = sent {
+            self.lost(&error.to_string());
+        }
+    }
+
+    /// Lists a frame as pending; `None` if the connection is lost.
+    fn note(&self, job: &Arc<Job>) -> Option<u64> {
+        let mut pending = self.pending();
+        if pending.lost {
+            return None;
+        }
+        if pending.jobs.is_empty() {
+            self.link.note_progress(); // the wait for an answer begins
+        }
+        let id = pending.next_id;
+        pending.next_id += 1;
+        pending.jobs.insert(id, Arc::clone(job));
+        Some(id)
+    }
+
+    /// Closes the connection and sees to what was pending on it. Only the first call does anything.
+    pub(super) fn lost(&self, reason: &str) {
+        let jobs = {
+            let mut pending = self.pending();
+            if std::mem::replace(&mut pending.lost, true) {
+                return;
+            }
+            std::mem::take(&mut pending.jobs)
+        };
+        self.link.cut();
+        sub_one(&self.client.counters.open_connections);
+        tracing::debug!(peer = %self.lane.peer.address, pending = jobs.len(), reason, "transfer connection lost");
+        let mut jobs: Vec<_> = jobs.into_iter().collect();
+        jobs.sort_unstable_by_key(|(id, _)| *id); // again in the order of submission
+        jobs.into_iter().for_each(|(_, job)| self.give_back(&job, reason));
+    }
+
+    /// A frame whose connection died under it: once more, or failed.
+    fn give_back(&self, job: &Arc<Job>, reason: &str) {
+        if self.client.is_stopping() {
+            job.frame.finish(Err(Error::Shutdown));
+        } else if job.may_retry(&self.client.counters) {
+            drop(self.lane.queue(Arc::clone(job)));
+        } else {
+            let peer = self.lane.peer.address.to_string();
+            job.frame.finish(Err(Error::Disconnected { peer, reason: reason.into() }));
+        }
+    }
+
+    /// The receiving thread's body.
+    fn receive_all(&self) {
+        let reason = match self.receive_answers() {
+            Ok(()) => "closed by the peer".to_owned(),
+            Err(error) => error.to_string(),
+        };
+        self.lost(&reason);
+    }
+
+    fn receive_answers(&self) -> io::Result<()> {
+        let mut pieces = Pieces::default();
+        let mut head = [0; ANSWER_BYTES];
+        // Idle is fine, waiting in vain for an answer is not.
+        let may_wait = || self.pending().jobs.is_empty() || !self.link.is_stalled();
+        while self.link.receive_head(&mut head, may_wait)?.is_some() {
+            let answer = Answer::decode(&head).map_err(invalid)?;
+            let job = self.pending().jobs.remove(&answer.id).ok_or_else(|| invalid("answer to no request"))?;
+            let received = self.take(&job, answer, &mut pieces);
+            if let Err(error) = received {
+                let reason = error.to_string();
+                self.give_back(&job, &reason);
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes one answer in and finishes its frame; an error leaves the frame to another attempt.
+    fn take(&self, job: &Job, answer: Answer, pieces: &mut Pieces) -> io::Result<()> {
+        let (frame, batch) = (&job.frame, job.frame.batch());
+        let expected = match (batch.op, answer.result) {
+            (Op::Read, Ok(())) => frame.bytes(),
+            (Op::Write, _) | (_, Err(_)) => 0,
+        };
+        if u64::from(answer.payload) != expected {
+            return Err(invalid("answer of another length than asked for"));
+        }
+        if let Err(refusal) = answer.result {
+            frame.finish(Err(Error::Refused { segment: batch.segment, refusal }));
+            return Ok(());
+        }
+        if batch.op == Op::Read {
+            let Some(touch) = frame.touch(Arc::clone(&self.link) as Arc<dyn Cut>) else {
+                return self.link.discard(expected); // cancelled meanwhile
+            };
+            pieces.clear();
+            for range in frame.ranges() {
+                pieces.push_arena(&batch.arena, range.local, range.len);
+            }
+            // SAFETY: the pieces lie in the batch's arena, kept mapped by `job`; nobody holds references into an arena.
+            let received = unsafe { self.link.receive(pieces) };
+            drop(touch);
+            received?;
+        }
+        let ops = frame.ranges().len() as u64;
+        self.client.counters.client_moved(TransportKind::Tcp, batch.op, frame.bytes(), ops);
+        frame.finish(Ok(()));
+        Ok(())
+    }
+}
+
+fn invalid(what: impl ToString) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, what.to_string())
+}

@@ -1,0 +1,271 @@
+//! One socket that can be cut from any thread, and vectored I/O between it and raw memory.
+//!
+//! Sending and receiving go by `sendmsg` and `recvmsg` over addresses, not slices: the bytes may be arena memory, into which
+//! no reference is ever formed. Both wait in ticks of the kernel's socket timeouts; a stretch of the wire that makes
+//! no progress for `io_timeout` is given up.
+//!
+//! Buffer sizes are left to the kernel, which grows them as the connection needs (to several MiB). Asking for a size turns
+//! that off and is clamped to `net.core.[rw]mem_max`, 208 KiB where nobody has raised it; asking for 4 MiB where it is
+//! allowed made no measurable difference.
+//!
+//! Cutting sets a flag, then shuts the socket down both ways: a thread blocked in the kernel wakes, and one that is between
+//! two calls sees the flag before its next. The flag is needed because Linux goes on delivering what has arrived on a
+//! socket after it was shut down for reading.
+
+use std::{
+    io,
+    os::fd::AsRawFd,
+    ptr,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use socket2::{Socket, TcpKeepalive};
+
+use crate::{grant::Cut, memory::Arena};
+
+/// Pieces of memory to send from or receive into, in order, consumed as the kernel takes them.
+#[derive(Default)]
+pub(crate) struct Pieces {
+    pieces: Vec<libc::iovec>,
+    next: usize,
+}
+
+// SAFETY: a list of addresses; what they point to is touched only in `Link::send` and `Link::receive`, whose callers answer
+// for it.
+unsafe impl Send for Pieces {}
+
+impl Pieces {
+    pub(crate) fn clear(&mut self) {
+        self.pieces.clear();
+        self.next = 0;
+    }
+
+    /// Adds arena bytes. Panics if out of bounds.
+    pub(crate) fn push_arena(&mut self, arena: &Arena, offset: u64, len: u64) {
+        self.push(arena.at(offset, len), len as usize);
+    }
+
+    fn push(&mut self, base: *mut u8, len: usize) {
+        if len > 0 {
+            self.pieces.push(libc::iovec { iov_base: base.cast(), iov_len: len });
+        }
+    }
+
+    fn rest(&mut self) -> &mut [libc::iovec] {
+        &mut self.pieces[self.next..]
+    }
+
+    fn advance(&mut self, mut done: usize) {
+        while done > 0 {
+            let piece = &mut self.pieces[self.next];
+            let step = done.min(piece.iov_len);
+            piece.iov_base = piece.iov_base.cast::<u8>().wrapping_add(step).cast();
+            piece.iov_len -= step;
+            done -= step;
+            if piece.iov_len == 0 {
+                self.next += 1;
+            }
+        }
+    }
+}
+
+/// A connected socket.
+pub(crate) struct Link {
+    socket: Socket,
+    cut: AtomicBool,
+    io_timeout: Duration,
+    started: Instant,
+    progress_ms: AtomicU64,
+}
+
+impl Cut for Link {
+    fn cut(&self) -> bool {
+        let first = !self.cut.swap(true, Ordering::SeqCst);
+        // Fails only if the peer has gone already.
+        let _ = self.socket.shutdown(std::net::Shutdown::Both);
+        first
+    }
+}
+
+impl Link {
+    /// Sets a connected socket up for bulk transfer.
+    pub(crate) fn new(socket: Socket, io_timeout: Duration) -> io::Result<Arc<Self>> {
+        let tick = (io_timeout / 4).clamp(Duration::from_millis(5), Duration::from_millis(2500));
+        socket.set_nonblocking(false)?;
+        socket.set_tcp_nodelay(true)?;
+        socket.set_read_timeout(Some(tick))?;
+        socket.set_write_timeout(Some(tick))?;
+        // An idle connection may last for hours; these probes find out when its peer's machine has gone.
+        let keepalive = TcpKeepalive::new()
+            .with_time(Duration::from_secs(30))
+            .with_interval(Duration::from_secs(10))
+            .with_retries(3);
+        socket.set_tcp_keepalive(&keepalive)?;
+        let (cut, started) = (AtomicBool::new(false), Instant::now());
+        Ok(Arc::new(Self { socket, cut, io_timeout, started, progress_ms: AtomicU64::new(0) }))
+    }
+
+    pub(crate) fn is_cut(&self) -> bool {
+        self.cut.load(Ordering::SeqCst)
+    }
+
+    /// Notes that the wire moved (or that waiting begins now).
+    pub(crate) fn note_progress(&self) {
+        self.progress_ms.store(self.started.elapsed().as_millis() as u64, Ordering::Relaxed);
+    }
+
+    /// Whether nothing has moved either way for the timeout.
+    pub(crate) fn is_stalled(&self) -> bool {
+        let last = Duration::from_millis(self.progress_ms.load(Ordering::Relaxed));
+        self.started.elapsed().saturating_sub(last) >= self.io_timeout
+    }
+
+    /// Sends `head`, then all the pieces.
+    ///
+    /// # Safety
+    /// The pieces' memory stays mapped until this returns.
+    pub(crate) unsafe fn send(&self, head: &[u8], pieces: &mut Pieces) -> io::Result<()> {
+        pieces.pieces.insert(0, libc::iovec { iov_base: head.as_ptr().cast_mut().cast(), iov_len: head.len() });
+        // SAFETY: sendmsg only reads; `head` is borrowed and the pieces are the caller's promise.
+        unsafe { self.transfer(pieces, libc::MSG_NOSIGNAL, send_message) }
+    }
+
+    /// Sends plain bytes.
+    pub(crate) fn send_bytes(&self, bytes: &[u8]) -> io::Result<()> {
+        // SAFETY: there are no pieces.
+        unsafe { self.send(bytes, &mut Pieces::default()) }
+    }
+
+    /// Fills all the pieces.
+    ///
+    /// # Safety
+    /// The pieces' memory stays mapped and writable until this returns, and nobody holds a reference into it.
+    pub(crate) unsafe fn receive(&self, pieces: &mut Pieces) -> io::Result<()> {
+        // SAFETY: the caller's promise.
+        unsafe { self.transfer(pieces, 0, libc::recvmsg) }
+    }
+
+    /// Fills a buffer.
+    pub(crate) fn receive_bytes(&self, into: &mut [u8]) -> io::Result<()> {
+        let mut pieces = Pieces::default();
+        pieces.push(into.as_mut_ptr(), into.len());
+        // SAFETY: `into` is exclusively borrowed until this returns.
+        unsafe { self.receive(&mut pieces) }
+    }
+
+    /// Fills `into` with the next header, waiting for its first byte for as long as `may_wait` says; `None` if the
+    /// peer closed the connection before it.
+    pub(crate) fn receive_head(&self, into: &mut [u8], may_wait: impl Fn() -> bool) -> io::Result<Option<()>> {
+        let first = loop {
+            if self.is_cut() {
+                return Err(cut_error());
+            }
+            let mut piece = libc::iovec { iov_base: into.as_mut_ptr().cast(), iov_len: into.len() };
+            // SAFETY: recvmsg writes into `into` only, exclusively borrowed here.
+            match unsafe { call(&self.socket, std::slice::from_mut(&mut piece), 0, libc::recvmsg) } {
+                Ok(0) => return Ok(None),
+                Ok(count) => break count,
+                Err(error) if is_tick(&error) && may_wait() => {}
+                Err(error) if is_tick(&error) => return Err(self.stall_error()),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        };
+        self.note_progress();
+        self.receive_bytes(&mut into[first..]).map(Some)
+    }
+
+    /// Reads `bytes` bytes and throws them away.
+    pub(crate) fn discard(&self, mut bytes: u64) -> io::Result<()> {
+        let mut scratch = vec![0; bytes.min(64 << 10) as usize];
+        while bytes > 0 {
+            let step = bytes.min(scratch.len() as u64);
+            self.receive_bytes(&mut scratch[..step as usize])?;
+            bytes -= step;
+        }
+        Ok(())
+    }
+
+    /// Says that nothing more will be sent, then reads and throws away what still comes, until the peer closes or `limit`
+    /// has passed. Closing with unread bytes would reset the connection and take the last answer with it.
+    pub(crate) fn linger(&self, limit: Duration) {
+        let until = Instant::now() + limit;
+        let _ = self.socket.shutdown(std::net::Shutdown::Write);
+        let mut scratch = [0; 64 << 10];
+        while Instant::now() < until && !self.is_cut() {
+            let mut piece = libc::iovec { iov_base: scratch.as_mut_ptr().cast(), iov_len: scratch.len() };
+            // SAFETY: recvmsg writes into the local buffer only.
+            match unsafe { call(&self.socket, std::slice::from_mut(&mut piece), 0, libc::recvmsg) } {
+                Ok(0) => return,
+                Err(error) if !is_tick(&error) => return,
+                Ok(_) | Err(_) => {}
+            }
+        }
+    }
+
+    /// Repeats one system call until every piece is done.
+    ///
+    /// # Safety
+    /// What `syscall` does to the pieces' memory must be allowed until this returns.
+    unsafe fn transfer(&self, pieces: &mut Pieces, flags: libc::c_int, syscall: Syscall) -> io::Result<()> {
+        let mut last = Instant::now();
+        while !pieces.rest().is_empty() {
+            if self.is_cut() {
+                return Err(cut_error());
+            }
+            // SAFETY: the caller's promise.
+            match unsafe { call(&self.socket, pieces.rest(), flags, syscall) } {
+                Ok(0) => return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "closed by the peer in a frame")),
+                Ok(done) => {
+                    pieces.advance(done);
+                    last = Instant::now();
+                    self.note_progress();
+                }
+                Err(error) if is_tick(&error) && last.elapsed() < self.io_timeout => {}
+                Err(error) if is_tick(&error) => return Err(self.stall_error()),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    fn stall_error(&self) -> io::Error {
+        io::Error::new(io::ErrorKind::TimedOut, format!("no progress for {} ms", self.io_timeout.as_millis()))
+    }
+}
+
+/// `sendmsg` with the signature of `recvmsg`.
+unsafe extern "C" fn send_message(fd: libc::c_int, message: *mut libc::msghdr, flags: libc::c_int) -> libc::ssize_t {
+    // SAFETY: the caller's promise; sendmsg reads only.
+    unsafe { libc::sendmsg(fd, message, flags) }
+}
+
+type Syscall = unsafe extern "C" fn(libc::c_int, *mut libc::msghdr, libc::c_int) -> libc::ssize_t;
+
+/// One `sendmsg` or `recvmsg` over `pieces`.
+///
+/// # Safety
+/// What `syscall` does to the pieces' memory must be allowed.
+unsafe fn call(socket: &Socket, pieces: &mut [libc::iovec], flags: libc::c_int, syscall: Syscall) -> io::Result<usize> {
+    // SAFETY: msghdr is plain data for which all zeroes mean absent.
+    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+    message.msg_iov = pieces.as_mut_ptr();
+    message.msg_iovlen = pieces.len() as _;
+    // SAFETY: the header names `pieces`, alive and exclusively borrowed; their memory is the caller's promise.
+    let count = unsafe { syscall(socket.as_raw_fd(), ptr::from_mut(&mut message), flags) };
+    usize::try_from(count).map_err(|_| io::Error::last_os_error())
+}
+
+/// Whether the kernel's socket timeout passed: time to look around.
+fn is_tick(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::WouldBlock
+}
+
+fn cut_error() -> io::Error {
+    io::Error::new(io::ErrorKind::ConnectionAborted, "cut on this side")
+}

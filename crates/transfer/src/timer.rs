@@ -1,0 +1,131 @@
+//! One thread that does small things later: deadlines of batches, the end of a fence's grace.
+//!
+//! What runs here must be short and must not block: it aborts a batch or shuts a socket down.
+
+use std::{
+    cmp::Reverse,
+    collections::BinaryHeap,
+    fmt,
+    sync::{Arc, Condvar, Mutex, PoisonError},
+    time::Instant,
+};
+
+type Action = Box<dyn FnOnce() + Send>;
+
+struct Entry {
+    at: Instant,
+    action: Action,
+}
+
+impl PartialEq for Entry {
+    fn eq(&self, other: &Self) -> bool {
+        self.at == other.at
+    }
+}
+
+impl Eq for Entry {}
+
+impl PartialOrd for Entry {
+    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Ord for Entry {
+    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
+        self.at.cmp(&other.at)
+    }
+}
+
+#[derive(Default)]
+struct Queue {
+    entries: BinaryHeap<Reverse<Entry>>,
+    stopped: bool,
+}
+
+/// Handle to the timer thread's queue. Any thread adds; the one thread in [`Timer::run`] takes out.
+#[derive(Clone, Default)]
+pub(crate) struct Timer(Arc<(Mutex<Queue>, Condvar)>);
+
+impl fmt::Debug for Timer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Timer")
+    }
+}
+
+impl Timer {
+    /// Runs `action` on the timer thread once `at` has come; never, if the timer is stopped first.
+    pub(crate) fn at(&self, at: Instant, action: impl FnOnce() + Send + 'static) {
+        let (queue, changed) = &*self.0;
+        let mut queue = queue.lock().unwrap_or_else(PoisonError::into_inner);
+        if queue.stopped {
+            return;
+        }
+        let earliest = queue.entries.peek().is_none_or(|Reverse(first)| at < first.at);
+        queue.entries.push(Reverse(Entry { at, action: Box::new(action) }));
+        if earliest {
+            changed.notify_one();
+        }
+    }
+
+    /// The thread's body; returns after [`Timer::stop`].
+    pub(crate) fn run(&self) {
+        let (queue, changed) = &*self.0;
+        let mut guard = queue.lock().unwrap_or_else(PoisonError::into_inner);
+        while !guard.stopped {
+            let now = Instant::now();
+            let wait = guard.entries.peek().map(|Reverse(first)| first.at.saturating_duration_since(now));
+            guard = match wait {
+                Some(wait) if wait.is_zero() => {
+                    let due = guard.entries.pop();
+                    drop(guard); // actions take other locks
+                    if let Some(Reverse(entry)) = due {
+                        (entry.action)();
+                    }
+                    queue.lock().unwrap_or_else(PoisonError::into_inner)
+                }
+                Some(wait) => changed.wait_timeout(guard, wait).unwrap_or_else(PoisonError::into_inner).0,
+                None => changed.wait(guard).unwrap_or_else(PoisonError::into_inner),
+            };
+        }
+    }
+
+    /// Ends the thread and forgets what was planned.
+    pub(crate) fn stop(&self) {
+        let (queue, changed) = &*self.0;
+        let forgotten = {
+            let mut queue = queue.lock().unwrap_or_else(PoisonError::into_inner);
+            queue.stopped = true;
+            std::mem::take(&mut queue.entries)
+        };
+        drop(forgotten); // outside the lock: dropping an action may drop what it captured
+        changed.notify_all();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{sync::mpsc, thread, time::Duration};
+
+    use super::*;
+
+    #[test]
+    fn actions_run_in_the_order_of_their_time_not_of_their_submission() {
+        let timer = Timer::default();
+        let (sender, receiver) = mpsc::channel();
+        let now = Instant::now();
+        for ms in [30u64, 10, 20] {
+            let sender = sender.clone();
+            timer.at(now + Duration::from_millis(ms), move || sender.send(ms).unwrap());
+        }
+        let thread = thread::spawn({
+            let timer = timer.clone();
+            move || timer.run()
+        });
+        let order: Vec<u64> = receiver.iter().take(3).collect();
+        assert_eq!(order, [10, 20, 30]);
+        timer.at(Instant::now() + Duration::from_secs(3600), || unreachable!("stopped before"));
+        timer.stop();
+        thread.join().unwrap();
+    }
+}

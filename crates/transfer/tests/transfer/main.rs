@@ -1,0 +1,7 @@
+//! The transfer engine from outside: one contract for every transport, and what faulty peers may do.
+
+#![expect(clippy::unwrap_used, reason = "an error here is a failed test")]
+
+mod contract;
+mod faults;
+mod support;

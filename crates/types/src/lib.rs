@@ -1,0 +1,31 @@
+//! The words every part of Kvasir shares: ids, block hashes, the KV layout, fingerprints, deadlines, sampling.
+//!
+//! Pure values: nothing here does I/O, reads a clock (but for [`Deadline`], which wraps one instant) or allocates more
+//! than its argument's size. What crosses a process boundary is converted to these types in `kvasir-proto`, once; from
+//! there on a value of one of these types has been checked.
+
+#![forbid(unsafe_code)]
+
+mod deadline;
+mod fingerprint;
+mod hash;
+mod ids;
+mod layout;
+mod memory;
+mod retry;
+mod sampling;
+mod segment;
+
+pub use deadline::Deadline;
+pub use fingerprint::ModelFingerprint;
+pub use hash::{BlockHash, chain};
+pub use ids::{BadId, BlockId, Incarnation, MemberId, RequestId, Role, TokenId};
+pub use layout::{BadLayout, KvDtype, KvLayout};
+pub use memory::HostMemory;
+pub use retry::Retry;
+pub use sampling::{FinishReason, Sampled, Sampling, TopLogprob, Usage};
+pub use segment::{GrantKey, SegmentDescriptor, SegmentId, TransportAddress, TransportKind};
+
+/// Version of everything that crosses a process boundary (gRPC messages, transfer frames, member records). Two
+/// processes with different numbers refuse one another before any byte of KV moves.
+pub const PROTOCOL_VERSION: u32 = 1;

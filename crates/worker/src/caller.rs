@@ -1,0 +1,59 @@
+//! The other end of a streaming call: where events go, and the two reasons to stop working for it.
+
+use std::future::Future;
+
+use kvasir_types::Deadline;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::Status;
+
+use crate::error::Error;
+
+/// The stream a gRPC handler returns.
+pub(crate) type Events<T> = ReceiverStream<Result<T, Status>>;
+
+/// Whoever waits for the events of one request.
+pub(crate) struct Caller<T> {
+    events: mpsc::Sender<Result<T, Status>>,
+    deadline: Deadline,
+}
+
+impl<T> Caller<T> {
+    /// A caller and the stream to hand to it. `capacity` must cover all events of the request, so that sending never
+    /// waits: a slow reader costs memory that was counted when the request was admitted, not the engine's time.
+    pub(crate) fn new(capacity: usize, deadline: Deadline) -> (Self, Events<T>) {
+        let (events, receiver) = mpsc::channel(capacity);
+        (Self { events, deadline }, ReceiverStream::new(receiver))
+    }
+
+    /// The moment after which nobody waits.
+    pub(crate) fn deadline(&self) -> Deadline {
+        self.deadline
+    }
+
+    /// Whether nobody listens any more.
+    pub(crate) fn is_gone(&self) -> bool {
+        self.events.is_closed()
+    }
+
+    /// Sends an event.
+    pub(crate) fn send(&self, event: T) -> Result<(), Error> {
+        self.events.try_send(Ok(event)).map_err(|_| Error::CallerGone)
+    }
+
+    /// Ends the stream with an error; a caller that is gone does not mind.
+    pub(crate) fn fail(&self, error: &Error) {
+        let _ = self.events.try_send(Err(error.to_status()));
+    }
+
+    /// Runs `work` until it ends, the caller goes away or the deadline passes. `work` is dropped in the latter cases, so
+    /// it must be something whose cancellation loses nothing (a receive, a gRPC stream).
+    pub(crate) async fn while_waiting<F: Future>(&self, work: F) -> Result<F::Output, Error> {
+        tokio::select! {
+            biased;
+            output = work => Ok(output),
+            () = self.events.closed() => Err(Error::CallerGone),
+            () = tokio::time::sleep_until(self.deadline.instant().into()) => Err(Error::Deadline),
+        }
+    }
+}

@@ -1,0 +1,210 @@
+//! Configuration of a worker, the same for both roles: a worker's role may change while its configuration stays.
+
+use std::{net::SocketAddr, path::PathBuf};
+
+use kvasir_cluster::RegistryConfig;
+use kvasir_runtime::{AdminConfig, LogConfig, ShutdownConfig};
+use kvasir_types::{KvDtype, TransportKind};
+use serde::{Deserialize, Serialize};
+
+/// A prefill or decode worker.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// Name in the cluster, unique within the role. Default: the role and a random number.
+    pub id: Option<String>,
+    /// Where the gRPC server listens; port 0 takes a free one. Default 127.0.0.1:0.
+    pub listen: SocketAddr,
+    /// `host:port` that others reach the gRPC server at. Default: the address it listens on.
+    pub advertise: Option<String>,
+    /// File to write the actual addresses to once the worker is ready (JSON).
+    pub port_file: Option<PathBuf>,
+    /// Threads of the async runtime. Default: 2, which carry bytes only; computing has its own (`engine.threads`).
+    pub threads: Option<usize>,
+    /// Health, readiness and metrics over HTTP.
+    pub admin: AdminConfig,
+    /// Logging.
+    pub log: LogConfig,
+    /// Shutdown.
+    pub shutdown: ShutdownConfig,
+    /// Where the cluster's metadata is.
+    pub registry: RegistryConfig,
+    /// The model served.
+    pub model: ModelConfig,
+    /// Batching and threads.
+    pub engine: EngineConfig,
+    /// The KV cache.
+    pub kv: KvConfig,
+    /// Moving KV blocks.
+    pub transfer: TransferConfig,
+    /// The decode role.
+    pub decode: DecodeConfig,
+    /// The prefill role.
+    pub prefill: PrefillConfig,
+    /// The KV store.
+    pub store: StoreConfig,
+}
+
+/// Which model.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ModelConfig {
+    /// A Hugging Face folder: config.json, *.safetensors, tokenizer.json. Required.
+    pub path: PathBuf,
+    /// Name in the cluster. Default: the folder's name.
+    pub name: Option<String>,
+}
+
+/// Batching and threads.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct EngineConfig {
+    /// Threads that compute. 0: one for every core. Default 0.
+    pub threads: usize,
+    /// Tokens of one prompt computed in one step, rounded to whole blocks. Default 512.
+    pub chunk_tokens: usize,
+    /// Tokens in one step over all sequences. Default 1024.
+    pub max_batch_tokens: usize,
+    /// Sequences that hold blocks at the same time. Default 64.
+    pub max_running: usize,
+    /// Sequences that wait for blocks; one more is refused. Default 256.
+    pub max_waiting: usize,
+    /// Whether finished blocks are kept for later prompts. Default true.
+    pub prefix_cache: bool,
+}
+
+/// The KV cache.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct KvConfig {
+    /// Memory for KV blocks, in MiB, taken at start. Default 256.
+    pub memory_mib: u64,
+    /// Tokens in a block; the same on all workers of a model. Default 16.
+    pub block_size: u32,
+    /// Element type: bf16, f16 or f32; the same on all workers of a model. Default bf16.
+    pub dtype: KvDtype,
+}
+
+/// Moving KV blocks.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct TransferConfig {
+    /// Where the tcp transport listens. Default 127.0.0.1:0.
+    pub listen: SocketAddr,
+    /// `host:port` that others reach it at. Default: the address it listens on.
+    pub advertise: Option<String>,
+    /// Transports that may be used, best first. Default local, tcp.
+    pub transports: Vec<TransportKind>,
+    /// Connections to each peer. Default 2.
+    pub connections_per_peer: usize,
+}
+
+/// The decode role.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct DecodeConfig {
+    /// A prompt with at most this many tokens left to compute is computed by the decode worker itself: asking another
+    /// worker would take longer. Default 8.
+    pub local_prefill_tokens: usize,
+    /// Prefill workers tried before the decode worker computes the prompt itself. Default 2.
+    pub max_prefill_attempts: usize,
+    /// How long a prefill worker may take to accept a connection, and how long it may leave a ping unanswered before it
+    /// counts as dead (busy workers answer: computing has threads of its own). Default 2000.
+    pub peer_timeout_ms: u64,
+    /// Bound on a request's deadline, whatever the router asks for. Default 600000.
+    pub max_request_ms: u64,
+}
+
+/// The prefill role.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct PrefillConfig {
+    /// Bound on a prompt's deadline, whatever the decode worker asks for. Default 600000.
+    pub max_request_ms: u64,
+    /// How long reading a prompt's known blocks from a peer or the store may take before they are computed instead.
+    /// Default 1000.
+    pub fetch_timeout_ms: u64,
+    /// How long writing a prompt's blocks back to the store may take; they stay held for so long. Default 5000.
+    pub write_back_timeout_ms: u64,
+}
+
+/// The KV store.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct StoreConfig {
+    /// Whether to use the cluster's KV store nodes. Default true.
+    pub enabled: bool,
+    /// Consecutive blocks of a prompt placed on the same node; the same on all workers. Default 32.
+    pub group_blocks: usize,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            id: None,
+            listen: SocketAddr::from(([127, 0, 0, 1], 0)),
+            advertise: None,
+            port_file: None,
+            threads: Some(2),
+            admin: AdminConfig::default(),
+            log: LogConfig::default(),
+            shutdown: ShutdownConfig::default(),
+            registry: RegistryConfig::default(),
+            model: ModelConfig::default(),
+            engine: EngineConfig::default(),
+            kv: KvConfig::default(),
+            transfer: TransferConfig::default(),
+            decode: DecodeConfig::default(),
+            prefill: PrefillConfig::default(),
+            store: StoreConfig::default(),
+        }
+    }
+}
+
+impl Default for EngineConfig {
+    fn default() -> Self {
+        Self {
+            threads: 0,
+            chunk_tokens: 512,
+            max_batch_tokens: 1024,
+            max_running: 64,
+            max_waiting: 256,
+            prefix_cache: true,
+        }
+    }
+}
+
+impl Default for KvConfig {
+    fn default() -> Self {
+        Self { memory_mib: 256, block_size: 16, dtype: KvDtype::Bf16 }
+    }
+}
+
+impl Default for TransferConfig {
+    fn default() -> Self {
+        Self {
+            listen: SocketAddr::from(([127, 0, 0, 1], 0)),
+            advertise: None,
+            transports: vec![TransportKind::Local, TransportKind::Tcp],
+            connections_per_peer: 2,
+        }
+    }
+}
+
+impl Default for DecodeConfig {
+    fn default() -> Self {
+        Self { local_prefill_tokens: 8, max_prefill_attempts: 2, peer_timeout_ms: 2_000, max_request_ms: 600_000 }
+    }
+}
+
+impl Default for PrefillConfig {
+    fn default() -> Self {
+        Self { max_request_ms: 600_000, fetch_timeout_ms: 1_000, write_back_timeout_ms: 5_000 }
+    }
+}
+
+impl Default for StoreConfig {
+    fn default() -> Self {
+        Self { enabled: true, group_blocks: 32 }
+    }
+}

@@ -1,0 +1,8 @@
+//! The decode role: owns a request from admission to its last token.
+
+mod answer;
+mod remote;
+mod request;
+mod service;
+
+pub(crate) use service::DecodeService;

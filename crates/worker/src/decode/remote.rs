@@ -1,0 +1,92 @@
+//! One attempt to have a prompt computed by a prefill worker.
+//!
+//! The prefill worker may write into the landing blocks from the moment it has the grant's key, and the only thing that
+//! ends this is the grant's end. So however the attempt ends, it revokes the grant and waits for that: afterwards no byte
+//! of this attempt can land any more, and the blocks may be used (it succeeded), offered to the next candidate, computed
+//! here, or given back.
+
+use kvasir_proto::v1::{self, prefill_event::Event};
+use kvasir_types::{GrantKey, PROTOCOL_VERSION, Sampled, TokenId};
+use tonic::Status;
+
+use super::{answer::Answer, service::Checked};
+use crate::{error::Error, handoff::Landing, host::Host, peers::Peers};
+
+/// Who is asked for what.
+pub(super) struct Attempt<'a> {
+    pub(super) host: &'a Host,
+    pub(super) peers: &'a Peers,
+    pub(super) request: &'a Checked,
+    pub(super) landing: &'a Landing,
+    pub(super) candidate: &'a v1::PrefillCandidate,
+}
+
+/// The whole prompt is in this worker's memory.
+pub(super) struct Landed {
+    pub(super) first: TokenId,
+    pub(super) done: v1::PrefillDone,
+}
+
+/// Runs the attempt to its end; the landing blocks are this worker's alone again when it returns.
+pub(super) async fn attempt(attempt: Attempt<'_>, answer: &mut Answer) -> Result<Landed, Error> {
+    let grant = attempt.host.transfer.grant(attempt.landing.grant_ranges())?;
+    let result = attempt.exchange(grant.key(), answer).await;
+    grant.revoke().await;
+    result
+}
+
+impl Attempt<'_> {
+    /// The conversation with the prefill worker. Leaving it early drops the gRPC stream, which cancels the work there.
+    async fn exchange(&self, grant: GrantKey, answer: &mut Answer) -> Result<Landed, Error> {
+        let mut client =
+            self.peers.prefill(&self.candidate.address).map_err(|e| self.failed(Status::from_error(e.into())))?;
+        let call = client.prefill(self.message(grant));
+        let response = answer.caller().while_waiting(call).await?;
+        let mut stream = response.map_err(|status| self.failed(status))?.into_inner();
+        let mut first = None;
+        loop {
+            let message = answer.caller().while_waiting(stream.message()).await?;
+            match message.map_err(|status| self.failed(status))?.map(|message| message.event) {
+                Some(Some(Event::FirstToken(token))) => {
+                    let sampled = Sampled::try_from(&token)?;
+                    if sampled.token.0 as usize >= self.host.vocab() {
+                        return Err(self.broke_protocol("its first token is outside the vocabulary"));
+                    }
+                    answer.first(&sampled)?;
+                    first = Some(sampled.token);
+                }
+                Some(Some(Event::Done(done))) => {
+                    let first = first.ok_or_else(|| self.broke_protocol("done before the first token"))?;
+                    return Ok(Landed { first, done });
+                }
+                Some(None) => {} // an event that a later version added
+                None => return Err(self.broke_protocol("its stream ended before done")),
+            }
+        }
+    }
+
+    fn message(&self, grant: GrantKey) -> v1::PrefillRequest {
+        let Checked { id, prompt, salt, sampling, deadline, .. } = self.request;
+        v1::PrefillRequest {
+            protocol_version: PROTOCOL_VERSION,
+            request_id: id.to_string(),
+            fingerprint: kvasir_proto::convert::bytes16(&self.host.model.fingerprint.0),
+            layout: Some(self.host.model.layout.into()),
+            prompt: kvasir_proto::convert::token_ids(prompt),
+            cache_salt: salt.clone(),
+            sampling: Some(sampling.into()),
+            deadline_ms: deadline.to_wire(),
+            destination: Some((&self.host.transfer.descriptor()).into()),
+            grant: grant.0,
+            blocks: self.landing.targets.clone(),
+        }
+    }
+
+    fn failed(&self, status: Status) -> Error {
+        Error::Prefill { member: self.candidate.member.clone(), status: Box::new(status) }
+    }
+
+    fn broke_protocol(&self, what: &'static str) -> Error {
+        Error::Protocol { member: self.candidate.member.clone(), what }
+    }
+}

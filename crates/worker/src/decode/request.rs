@@ -1,0 +1,150 @@
+//! The life of one request on the decode worker that owns it.
+//!
+//! ```text
+//! admitted ─┬─ little to compute ───────────────────────── compute here ─┐
+//!           └─ remote ─▶ attempt 1 ─▶ attempt 2 ─▶ … ─ all failed ─▶ compute here ─┤
+//!                            └── landed ─▶ resume ──────────────────────▶ tokens ─▶ finished
+//! ```
+
+use std::{sync::Arc, time::Instant};
+
+use kvasir_engine::{Admission, Event};
+use kvasir_runtime::chain;
+use kvasir_types::{FinishReason, TokenId};
+
+use super::{
+    answer::Answer,
+    remote::{self, Attempt},
+    service::Checked,
+};
+use crate::{error::Error, handoff::plan, host::Host, metrics::Source, peers::Peers, sequence::Sequence};
+
+/// How a request's prompt came to be in this worker's memory.
+struct Prefilled {
+    first: TokenId,
+    cached_tokens: usize,
+    member: String,
+}
+
+/// Runs a request to its end. Never cancelled: it ends by itself soon after the caller is gone.
+pub(super) async fn run(
+    host: Arc<Host>,
+    peers: Arc<Peers>,
+    request: Checked,
+    mut sequence: Sequence,
+    mut answer: Answer,
+) {
+    match live(&host, &peers, &request, &mut sequence, &mut answer).await {
+        Ok(end) => {
+            tracing::info!(
+                output_tokens = end.output_tokens,
+                cached_tokens = end.cached_tokens,
+                prefill = end.member,
+                "finished"
+            );
+            answer.finish(end.reason, request.prompt.len(), end.cached_tokens, end.member);
+        }
+        Err(error) => {
+            match error {
+                Error::CallerGone => tracing::info!("cancelled"),
+                ref error => tracing::warn!(error = chain(error), "request failed"),
+            }
+            answer.fail(&error);
+        }
+    }
+    // Only now: every grant over its blocks has been revoked by whoever made it.
+    drop(sequence);
+}
+
+struct End {
+    reason: FinishReason,
+    cached_tokens: usize,
+    output_tokens: usize,
+    member: String,
+}
+
+async fn live(
+    host: &Host,
+    peers: &Peers,
+    request: &Checked,
+    sequence: &mut Sequence,
+    answer: &mut Answer,
+) -> Result<End, Error> {
+    let admission = sequence.admitted(answer.caller()).await?;
+    let prefilled = prefill_elsewhere(host, peers, request, &admission, answer).await?;
+
+    let mut output_tokens = 0;
+    // A first token that an attempt sent before it failed comes out of the engine once more and is compared, not sent.
+    let mut repeated_first = false;
+    let (cached_tokens, member) = match prefilled {
+        Some(done) => {
+            host.engine.landed(sequence.id(), request.prompt.len());
+            host.engine.resume(sequence.id(), done.first);
+            output_tokens += 1;
+            (done.cached_tokens, done.member)
+        }
+        None => {
+            host.engine.compute(sequence.id(), None);
+            host.metrics.prompt_tokens(Source::Cache, admission.cached_tokens);
+            host.metrics.prompt_tokens(Source::Computed, request.prompt.len() - admission.cached_tokens);
+            repeated_first = answer.has_first();
+            (admission.cached_tokens, String::new())
+        }
+    };
+
+    loop {
+        match sequence.next(answer.caller()).await? {
+            Event::Token(sampled) => {
+                output_tokens += 1;
+                if std::mem::take(&mut repeated_first) { answer.first(&sampled)? } else { answer.token(&sampled)? }
+            }
+            Event::Finished(reason) => return Ok(End { reason, cached_tokens, output_tokens, member }),
+            Event::Admitted(_) | Event::Failed(_) => {} // admitted once already; failures come out of `next` as errors
+        }
+    }
+}
+
+/// Has a prefill worker compute the prompt, trying the candidates in order; `None` if the decode worker must do it.
+async fn prefill_elsewhere(
+    host: &Host,
+    peers: &Peers,
+    request: &Checked,
+    admission: &Admission,
+    answer: &mut Answer,
+) -> Result<Option<Prefilled>, Error> {
+    let Some(landing) = plan(
+        &host.model.layout,
+        &admission.blocks,
+        request.prompt.len(),
+        admission.cached_tokens,
+        request.candidates.len(),
+        host.config.decode.local_prefill_tokens,
+    ) else {
+        return Ok(None);
+    };
+    for (attempt, candidate) in request.candidates.iter().enumerate() {
+        let started = Instant::now();
+        match remote::attempt(Attempt { host, peers, request, landing: &landing, candidate }, answer).await {
+            Ok(landed) => {
+                host.metrics.handoff.observe(started.elapsed().as_secs_f64());
+                let computed = (landed.done.computed as usize).min(request.prompt.len());
+                return Ok(Some(Prefilled {
+                    first: landed.first,
+                    cached_tokens: request.prompt.len() - computed,
+                    member: candidate.member.clone(),
+                }));
+            }
+            Err(error @ (Error::CallerGone | Error::Deadline | Error::Diverged { .. })) => return Err(error),
+            Err(error) => {
+                host.metrics.failed_attempt();
+                tracing::warn!(
+                    prefill = candidate.member,
+                    attempt,
+                    error = chain(&error),
+                    "prefill failed, trying next"
+                );
+            }
+        }
+    }
+    Ok(None)
+}

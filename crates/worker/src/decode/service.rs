@@ -1,0 +1,95 @@
+//! `Decode.Generate`: checks a request and starts its task.
+
+use std::{sync::Arc, time::Duration};
+
+use kvasir_engine::Mode;
+use kvasir_proto::{check_protocol, convert, v1};
+use kvasir_runtime::Kind;
+use kvasir_types::{BlockHash, Deadline, RequestId, Sampling, TokenId};
+use tonic::{Request, Response, Status};
+
+use super::{answer::Answer, request};
+use crate::{
+    caller::{Caller, Events},
+    error::Error,
+    host::Host,
+    peers::Peers,
+    sequence::{Prompt, Sequence},
+};
+
+/// Most prefill candidates looked at in one request.
+const MAX_CANDIDATES: usize = 16;
+
+/// A request that has been checked.
+pub(super) struct Checked {
+    pub(super) id: RequestId,
+    pub(super) prompt: Arc<[TokenId]>,
+    pub(super) salt: String,
+    pub(super) sampling: Sampling,
+    pub(super) candidates: Vec<v1::PrefillCandidate>,
+    pub(super) deadline: Deadline,
+}
+
+/// The gRPC service of a decode worker.
+pub(crate) struct DecodeService {
+    host: Arc<Host>,
+    peers: Arc<Peers>,
+}
+
+impl DecodeService {
+    pub(crate) fn new(host: Arc<Host>) -> Self {
+        let timeout = Duration::from_millis(host.config.decode.peer_timeout_ms);
+        Self { host, peers: Arc::new(Peers::new(timeout)) }
+    }
+
+    fn check(&self, wire: v1::GenerateRequest) -> Result<Checked, Error> {
+        check_protocol(wire.protocol_version)?;
+        let id = wire.request_id.parse().map_err(kvasir_proto::Error::from)?;
+        self.host.check_model(&wire.fingerprint)?;
+        let prompt = self.host.check_prompt(&wire.prompt)?;
+        let salt = convert::salt(&wire.cache_salt)?.to_owned();
+        let sampling = wire.sampling.as_ref().ok_or(kvasir_proto::Error::Missing("sampling"))?.try_into()?;
+        let mut candidates = wire.prefill;
+        candidates.truncate(self.host.config.decode.max_prefill_attempts.min(MAX_CANDIDATES));
+        let limit = Duration::from_millis(self.host.config.decode.max_request_ms);
+        Ok(Checked { id, prompt, salt, sampling, candidates, deadline: Deadline::from_wire(wire.deadline_ms, limit) })
+    }
+
+    fn start(&self, wire: v1::GenerateRequest) -> Result<Events<v1::GenerateEvent>, Error> {
+        if self.host.draining() {
+            return Err(Error::Draining);
+        }
+        let checked = self.check(wire)?;
+        let max_len = self.host.max_len();
+        let prompt = Prompt {
+            id: checked.id.clone(),
+            tokens: checked.prompt.clone(),
+            root: BlockHash::root(self.host.model.fingerprint, &checked.salt),
+            sampling: checked.sampling.clone(),
+        };
+        let sequence = Sequence::admit(&self.host.engine, prompt, Mode::Generate, max_len)?;
+        let (caller, events) = Caller::new((checked.sampling.max_tokens as usize).min(max_len) + 4, checked.deadline);
+        let span = tracing::info_span!(
+            "decode",
+            request_id = %checked.id,
+            worker = %self.host.id,
+            tokens = checked.prompt.len()
+        );
+        let answer = Answer::new(caller, self.host.clone());
+        let work = request::run(self.host.clone(), self.peers.clone(), checked, sequence, answer);
+        self.host.tasks.spawn_in(Kind::Request, "decode", span, async move {
+            work.await;
+            Ok(())
+        });
+        Ok(events)
+    }
+}
+
+#[tonic::async_trait]
+impl v1::decode_server::Decode for DecodeService {
+    type GenerateStream = Events<v1::GenerateEvent>;
+
+    async fn generate(&self, request: Request<v1::GenerateRequest>) -> Result<Response<Self::GenerateStream>, Status> {
+        self.start(request.into_inner()).map(Response::new).map_err(|error| self.host.refuse(&error))
+    }
+}

@@ -1,0 +1,94 @@
+//! What can go wrong with a request on a worker, and what the caller is told.
+
+use kvasir_types::{KvLayout, ModelFingerprint, Retry, TokenId};
+use tonic::{Code, Status};
+
+/// Why a request ended without an answer.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Error {
+    /// The message itself is unacceptable.
+    #[error("unacceptable message")]
+    Message(#[from] kvasir_proto::Error),
+    /// A request for another model.
+    #[error("this worker serves model {ours}, the request is for {theirs}")]
+    Model { ours: ModelFingerprint, theirs: ModelFingerprint },
+    /// A peer whose blocks look otherwise.
+    #[error("the peer's kv layout {theirs:?} is not this worker's {ours:?}")]
+    Layout { ours: KvLayout, theirs: KvLayout },
+    /// A token the model does not know.
+    #[error("token {} at position {position} is outside the vocabulary of {vocab}", token.0)]
+    Token { token: TokenId, position: usize, vocab: usize },
+    /// Block targets that do not fit the prompt or the destination.
+    #[error("block targets: {0}")]
+    Targets(String),
+    /// The engine did not take it: full, draining, or too long for ever.
+    #[error("not admitted")]
+    Rejected(#[source] kvasir_engine::Error),
+    /// The engine took it and failed.
+    #[error("the engine failed")]
+    Engine(#[source] kvasir_engine::Error),
+    /// The worker is leaving.
+    #[error("this worker is draining")]
+    Draining,
+    /// Nobody waits for the answer any more.
+    #[error("the caller is gone")]
+    CallerGone,
+    /// The deadline passed.
+    #[error("the deadline passed")]
+    Deadline,
+    /// A prefill worker answered with an error or stopped answering.
+    #[error("prefill worker {member}")]
+    Prefill {
+        member: String,
+        #[source]
+        status: Box<Status>,
+    },
+    /// A prefill worker broke the protocol.
+    #[error("prefill worker {member} broke the protocol: {what}")]
+    Protocol { member: String, what: &'static str },
+    /// A repeated prefill chose another first token than the one the client has already.
+    #[error("the repeated prefill chose token {} where {} had been sent", second.0, first.0)]
+    Diverged { first: TokenId, second: TokenId },
+    /// Bytes did not move.
+    #[error("transfer")]
+    Transfer(#[from] kvasir_transfer::Error),
+}
+
+impl Error {
+    /// Whether another worker could do better.
+    pub(crate) fn retry(&self) -> Retry {
+        match self {
+            Self::Message(_)
+            | Self::Token { .. }
+            | Self::Targets(_)
+            | Self::CallerGone
+            | Self::Deadline
+            | Self::Diverged { .. } => Retry::Never,
+            Self::Rejected(error) | Self::Engine(error) => error.retry(),
+            Self::Model { .. }
+            | Self::Layout { .. }
+            | Self::Draining
+            | Self::Prefill { .. }
+            | Self::Protocol { .. }
+            | Self::Transfer(_) => Retry::Elsewhere,
+        }
+    }
+
+    /// What the caller sees. The one place where an error of this crate becomes a gRPC status.
+    pub(crate) fn to_status(&self) -> Status {
+        let code = match self {
+            Self::Message(_) | Self::Token { .. } | Self::Targets(_) => Code::InvalidArgument,
+            Self::Model { .. } | Self::Layout { .. } => Code::FailedPrecondition,
+            Self::Rejected(error) => match error.retry() {
+                Retry::Never => Code::InvalidArgument,
+                Retry::Elsewhere | Retry::After(_) => Code::ResourceExhausted,
+            },
+            Self::Draining => Code::Unavailable,
+            Self::CallerGone => Code::Cancelled,
+            Self::Deadline => Code::DeadlineExceeded,
+            Self::Prefill { .. } | Self::Protocol { .. } | Self::Transfer(_) => Code::Unavailable,
+            Self::Engine(_) | Self::Diverged { .. } => Code::Internal,
+        };
+        Status::new(code, kvasir_runtime::chain(self))
+    }
+}

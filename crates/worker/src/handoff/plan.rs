@@ -1,0 +1,106 @@
+//! Decides who computes a prompt and lays out the memory for it.
+//!
+//! ```text
+//! prompt blocks   | cached here | cached here |  to land  |  to land  | to land (partial) |
+//! grant           |<------ read ------------->|<-------------- write ------------------->|
+//! ```
+//!
+//! Blocks that the decode worker holds are offered for reading: a prefill worker that lacks them reads them rather than
+//! computing them again. Nothing else of the arena is open to it.
+
+use kvasir_proto::v1::BlockTarget;
+use kvasir_transfer::{Access, GrantRange};
+use kvasir_types::{BlockId, KvLayout};
+
+/// A prompt laid out in the decode worker's arena for a prefill worker.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Landing {
+    /// One for every block of the prompt, in order.
+    pub(crate) targets: Vec<BlockTarget>,
+    /// What a grant must open.
+    pub(crate) ranges: Vec<(u64, u64, bool)>,
+}
+
+impl Landing {
+    /// The ranges in the transfer engine's form.
+    pub(crate) fn grant_ranges(&self) -> Vec<GrantRange> {
+        self.ranges
+            .iter()
+            .map(|&(offset, len, write)| GrantRange {
+                offset,
+                len,
+                access: if write { Access::Write } else { Access::Read },
+            })
+            .collect()
+    }
+}
+
+/// Lays out `blocks` for a prefill worker, or `None` if the decode worker should compute the prompt itself: nobody to
+/// ask, or at most `local_tokens` left to compute.
+pub(crate) fn plan(
+    layout: &KvLayout,
+    blocks: &[BlockId],
+    prompt_tokens: usize,
+    cached_tokens: usize,
+    candidates: usize,
+    local_tokens: usize,
+) -> Option<Landing> {
+    if candidates == 0 || prompt_tokens - cached_tokens <= local_tokens {
+        return None;
+    }
+    let cached_blocks = cached_tokens / layout.block_size as usize;
+    let len = layout.block_bytes() as u64;
+    let mut ranges: Vec<(u64, u64, bool)> = Vec::new();
+    let mut targets = Vec::with_capacity(blocks.len());
+    for (index, &block) in blocks.iter().enumerate() {
+        let (offset, present) = (layout.block_offset(block) as u64, index < cached_blocks);
+        targets.push(BlockTarget { offset, present });
+        match ranges.last_mut() {
+            // Neighbours in the arena with the same right become one range: fewer to check for every write.
+            Some((start, length, write)) if *start + *length == offset && *write != present => *length += len,
+            _ => ranges.push((offset, len, !present)),
+        }
+    }
+    Some(Landing { targets, ranges })
+}
+
+#[cfg(test)]
+mod tests {
+    use kvasir_types::KvDtype;
+
+    use super::*;
+
+    const LAYOUT: KvLayout = KvLayout { block_size: 4, layers: 1, kv_heads: 1, head_dim: 1, dtype: KvDtype::F32 };
+
+    fn blocks(ids: &[u32]) -> Vec<BlockId> {
+        ids.iter().copied().map(BlockId).collect()
+    }
+
+    #[test]
+    fn little_work_or_nobody_to_ask_means_local() {
+        let table = blocks(&[0, 1, 2]);
+        assert_eq!(plan(&LAYOUT, &table, 10, 8, 3, 2), None);
+        assert_eq!(plan(&LAYOUT, &table, 10, 0, 0, 2), None);
+        assert!(plan(&LAYOUT, &table, 10, 4, 1, 2).is_some());
+    }
+
+    #[test]
+    fn cached_blocks_are_readable_the_rest_writable_and_nothing_else_is_open() {
+        let landing = plan(&LAYOUT, &blocks(&[7, 8, 2, 3, 9]), 18, 8, 1, 0).unwrap();
+        let bytes = LAYOUT.block_bytes() as u64;
+        let present: Vec<bool> = landing.targets.iter().map(|t| t.present).collect();
+        assert_eq!(present, [true, true, false, false, false]);
+        assert_eq!(
+            landing.ranges,
+            [(7 * bytes, 2 * bytes, false), (2 * bytes, 2 * bytes, true), (9 * bytes, bytes, true)]
+        );
+        let open: u64 = landing.ranges.iter().map(|r| r.1).sum();
+        assert_eq!(open, 5 * bytes);
+    }
+
+    #[test]
+    fn a_readable_and_a_writable_neighbour_stay_apart() {
+        let landing = plan(&LAYOUT, &blocks(&[0, 1]), 8, 4, 1, 0).unwrap();
+        assert_eq!(landing.ranges.len(), 2);
+    }
+}

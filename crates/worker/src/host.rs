@@ -1,0 +1,195 @@
+//! What a worker process holds for its whole life: model, arena, engine, transfer engine, store client.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Instant,
+};
+
+use anyhow::{Context as _, ensure};
+use kvasir_cluster::{ModelInfo, Registry};
+use kvasir_engine::{Handle, ModelRunner};
+use kvasir_model::{Folder, cpu::CpuBackend};
+use kvasir_proto::convert;
+use kvasir_runtime::{Context, Tasks, chain};
+use kvasir_store_client::StoreClient;
+use kvasir_transfer::{LocalNet, TransferEngine};
+use kvasir_types::{MemberId, Role, TokenId};
+use tonic::Status;
+
+use crate::{
+    config::Config,
+    error::Error,
+    metrics::{Metrics, Outcome},
+};
+
+/// One worker. Shared by all request tasks; everything in it is either immutable or its own lock.
+pub(crate) struct Host {
+    pub(crate) id: MemberId,
+    pub(crate) role: Role,
+    pub(crate) config: Config,
+    pub(crate) model: ModelInfo,
+    pub(crate) engine: Handle,
+    pub(crate) transfer: TransferEngine,
+    pub(crate) store: Option<StoreClient>,
+    pub(crate) metrics: Metrics,
+    pub(crate) tasks: Tasks,
+    pub(crate) started: Instant,
+    vocab: usize,
+    draining: AtomicBool,
+}
+
+impl Host {
+    /// Loads the model, takes the arena, starts the engine. Blocks for as long as that takes.
+    pub(crate) fn build(
+        id: MemberId,
+        role: Role,
+        config: Config,
+        context: &Context,
+        registry: &dyn Registry,
+        local: LocalNet,
+    ) -> anyhow::Result<Self> {
+        let path = &config.model.path;
+        ensure!(!path.as_os_str().is_empty(), "model.path: not set; it must name a Hugging Face model folder");
+        let folder = Folder::open(path).with_context(|| format!("model.path {}", path.display()))?;
+        let layout = folder.kv_layout(config.kv.block_size, config.kv.dtype).check().context("kv.block_size")?;
+        let block_bytes = layout.block_bytes() as u64;
+        let blocks = u32::try_from((config.kv.memory_mib << 20) / block_bytes).unwrap_or(u32::MAX);
+        ensure!(
+            blocks >= 2,
+            "kv.memory_mib: {} MiB hold {blocks} blocks of {block_bytes} bytes, at least 2 are needed",
+            config.kv.memory_mib
+        );
+
+        let arena_bytes = blocks as usize * layout.block_bytes();
+        let transfer = TransferEngine::new(transfer_config(&config), local, arena_bytes).context("transfer")?;
+        let threads = match config.engine.threads {
+            0 => std::thread::available_parallelism().map_or(1, usize::from),
+            threads => threads,
+        };
+        let backend = CpuBackend::new(&folder, layout, transfer.memory(), threads)
+            .with_context(|| format!("model.path {}", path.display()))?;
+        let model = ModelInfo {
+            name: model_name(&config)?,
+            fingerprint: folder.fingerprint(),
+            layout,
+            max_model_len: folder.config().max_len as u32,
+            tokenizer: tokenizer_id(path)?,
+        };
+        let vocab = folder.config().vocab;
+        let (engine, _thread) =
+            kvasir_engine::spawn(engine_config(&config), layout, blocks as usize, Box::new(ModelRunner::new(backend)));
+        let store = config.store.enabled.then(|| {
+            let store = kvasir_store_client::Config { group_blocks: config.store.group_blocks, ..Default::default() };
+            StoreClient::new(store, registry.view(), transfer.clone())
+        });
+        let metrics = Metrics::new(&context.metrics, engine.clone(), transfer.clone());
+        tracing::info!(
+            model = model.name,
+            fingerprint = %model.fingerprint,
+            blocks,
+            block_bytes,
+            threads,
+            "model loaded"
+        );
+        Ok(Self {
+            id,
+            role,
+            model,
+            engine,
+            transfer,
+            store,
+            metrics,
+            tasks: context.tasks.clone(),
+            started: Instant::now(),
+            vocab,
+            draining: AtomicBool::new(false),
+            config,
+        })
+    }
+
+    /// Tokens the model knows.
+    pub(crate) fn vocab(&self) -> usize {
+        self.vocab
+    }
+
+    /// Most tokens of prompt and answer together.
+    pub(crate) fn max_len(&self) -> usize {
+        self.model.max_model_len as usize
+    }
+
+    /// Whether new work is refused.
+    pub(crate) fn draining(&self) -> bool {
+        self.draining.load(Ordering::Relaxed)
+    }
+
+    /// Refuses new work from now on.
+    pub(crate) fn drain(&self) {
+        self.draining.store(true, Ordering::Relaxed);
+    }
+
+    /// Counts a refusal and turns it into the caller's status.
+    pub(crate) fn refuse(&self, error: &Error) -> Status {
+        self.metrics.outcome(Outcome::of(error));
+        tracing::debug!(error = chain(error), retry = ?error.retry(), "refused");
+        error.to_status()
+    }
+
+    /// Refuses a request for another model.
+    pub(crate) fn check_model(&self, fingerprint: &[u8]) -> Result<(), Error> {
+        let (ours, theirs) = (self.model.fingerprint, convert::fingerprint(fingerprint)?);
+        if ours == theirs { Ok(()) } else { Err(Error::Model { ours, theirs }) }
+    }
+
+    /// A prompt whose every token the model knows. Its length is for the engine to judge.
+    pub(crate) fn check_prompt(&self, ids: &[u32]) -> Result<Arc<[TokenId]>, Error> {
+        match ids.iter().position(|&id| id as usize >= self.vocab) {
+            Some(position) => Err(Error::Token { token: TokenId(ids[position]), position, vocab: self.vocab }),
+            None => Ok(convert::tokens(ids).into()),
+        }
+    }
+}
+
+fn transfer_config(config: &Config) -> kvasir_transfer::Config {
+    kvasir_transfer::Config {
+        tcp_bind: config.transfer.listen,
+        tcp_advertise: config.transfer.advertise.clone(),
+        transports: config.transfer.transports.clone(),
+        connections_per_peer: config.transfer.connections_per_peer,
+        ..kvasir_transfer::Config::default()
+    }
+}
+
+fn engine_config(config: &Config) -> kvasir_engine::Config {
+    let engine = &config.engine;
+    kvasir_engine::Config {
+        max_batch_tokens: engine.max_batch_tokens,
+        chunk_tokens: engine.chunk_tokens,
+        max_running: engine.max_running,
+        max_waiting: engine.max_waiting,
+        prefix_cache: engine.prefix_cache,
+    }
+}
+
+/// The configured name, else the folder's.
+fn model_name(config: &Config) -> anyhow::Result<String> {
+    let folder = || config.model.path.file_name().map(|name| name.to_string_lossy().into_owned());
+    config
+        .model
+        .name
+        .clone()
+        .or_else(folder)
+        .context("model.name: not set, and model.path has no last component to take it from")
+}
+
+/// What tells routers whether they speak this model's token ids: BLAKE3 of tokenizer.json, or empty without one.
+fn tokenizer_id(folder: &std::path::Path) -> anyhow::Result<String> {
+    let path = folder.join("tokenizer.json");
+    match std::fs::read(&path) {
+        Ok(bytes) => Ok(blake3::hash(&bytes).to_hex().to_string()),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(String::new()),
+        Err(error) => Err(error).with_context(|| format!("cannot read {}", path.display())),
+    }
+}

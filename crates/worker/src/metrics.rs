@@ -1,0 +1,228 @@
+//! What a worker counts. Names are promises: dashboards and alerts are built on them.
+
+use kvasir_engine::Handle;
+use kvasir_runtime::metrics::{
+    Counter, EncodeLabelSet, EncodeLabelValue, Family, Gauge, Histogram, LATENCY_SECONDS, set_total,
+};
+use kvasir_transfer::{Stats as TransferStats, TransferEngine};
+
+use crate::error::Error;
+
+/// Bounds in seconds for the gap between two tokens: a tenth of a millisecond to ten seconds.
+const TOKEN_SECONDS: &[f64] =
+    &[0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0];
+
+/// How a request ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, EncodeLabelValue)]
+pub(crate) enum Outcome {
+    Finished,
+    Refused,
+    Cancelled,
+    Deadline,
+    Failed,
+}
+
+impl Outcome {
+    pub(crate) fn of(error: &Error) -> Self {
+        match error {
+            Error::Message(_)
+            | Error::Model { .. }
+            | Error::Layout { .. }
+            | Error::Token { .. }
+            | Error::Targets(_)
+            | Error::Rejected(_)
+            | Error::Draining => Self::Refused,
+            Error::CallerGone => Self::Cancelled,
+            Error::Deadline => Self::Deadline,
+            Error::Engine(_)
+            | Error::Prefill { .. }
+            | Error::Protocol { .. }
+            | Error::Diverged { .. }
+            | Error::Transfer(_) => Self::Failed,
+        }
+    }
+}
+
+/// Where the KV of a prompt's tokens came from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, EncodeLabelValue)]
+pub(crate) enum Source {
+    /// This worker's prefix cache.
+    Cache,
+    /// The decode worker's memory.
+    Peer,
+    /// The KV store.
+    Store,
+    /// Computed here.
+    Computed,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ByOutcome {
+    outcome: Outcome,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct BySource {
+    source: Source,
+}
+
+/// The counters and distributions that request tasks write to.
+pub(crate) struct Metrics {
+    requests: Family<ByOutcome, Counter>,
+    prompt_tokens: Family<BySource, Counter>,
+    failed_attempts: Counter,
+    /// From the arrival of a request to its first token, in seconds.
+    pub(crate) ttft: Histogram,
+    /// Between two tokens of an answer, in seconds.
+    pub(crate) inter_token: Histogram,
+    /// From asking a prefill worker until the whole prompt had landed, in seconds.
+    pub(crate) handoff: Histogram,
+    /// Bytes that this worker wrote into decode workers' memory.
+    pub(crate) handoff_bytes: Counter,
+}
+
+impl Metrics {
+    pub(crate) fn new(page: &kvasir_runtime::Metrics, engine: Handle, transfer: TransferEngine) -> Self {
+        let metrics = Self {
+            requests: page.counters("kvasir_worker_requests", "Requests by how they ended"),
+            prompt_tokens: page.counters("kvasir_worker_prompt_tokens", "Prompt tokens by where their KV came from"),
+            failed_attempts: page
+                .counter("kvasir_worker_prefill_attempts_failed", "Prefill workers that failed a handoff"),
+            ttft: page.histogram(
+                "kvasir_worker_ttft_seconds",
+                "From a request's arrival to its first token",
+                LATENCY_SECONDS,
+            ),
+            inter_token: page.histogram(
+                "kvasir_worker_inter_token_seconds",
+                "Between two tokens of an answer",
+                TOKEN_SECONDS,
+            ),
+            handoff: page.histogram(
+                "kvasir_worker_handoff_seconds",
+                "From asking a prefill worker until the whole prompt had landed",
+                LATENCY_SECONDS,
+            ),
+            handoff_bytes: page.counter("kvasir_worker_handoff_bytes", "KV bytes written into decode workers' memory"),
+        };
+        EnginePage::register(page, engine);
+        TransferPage::register(page, transfer);
+        metrics
+    }
+
+    /// Counts a request's end.
+    pub(crate) fn outcome(&self, outcome: Outcome) {
+        self.requests.get_or_create(&ByOutcome { outcome }).inc();
+    }
+
+    /// Counts tokens of a prompt by where their KV came from.
+    pub(crate) fn prompt_tokens(&self, source: Source, tokens: usize) {
+        self.prompt_tokens.get_or_create(&BySource { source }).inc_by(tokens as u64);
+    }
+
+    /// Counts a prefill worker that failed a handoff.
+    pub(crate) fn failed_attempt(&self) {
+        self.failed_attempts.inc();
+    }
+
+    /// Requests that ended, however.
+    pub(crate) fn requests_total(&self) -> u64 {
+        [Outcome::Finished, Outcome::Refused, Outcome::Cancelled, Outcome::Deadline, Outcome::Failed]
+            .into_iter()
+            .map(|outcome| self.requests.get_or_create(&ByOutcome { outcome }).get())
+            .sum()
+    }
+}
+
+/// What the engine counts, copied over when somebody looks.
+struct EnginePage {
+    blocks: Family<[(&'static str, &'static str); 1], Gauge>,
+    sequences: Family<[(&'static str, &'static str); 1], Gauge>,
+    steps: Counter,
+    prefilled: Counter,
+    sampled: Counter,
+    preemptions: Counter,
+}
+
+impl EnginePage {
+    fn register(page: &kvasir_runtime::Metrics, engine: Handle) {
+        let this = Self {
+            blocks: page.gauges("kvasir_worker_blocks", "KV blocks by state: free + cached + in_use = all"),
+            sequences: page.gauges("kvasir_worker_sequences", "Sequences by state; waiting is the queue's depth"),
+            steps: page.counter("kvasir_worker_engine_steps", "Steps that computed something"),
+            prefilled: page.counter("kvasir_worker_prefilled_tokens", "Prompt tokens computed"),
+            sampled: page.counter("kvasir_worker_sampled_tokens", "Tokens sampled"),
+            preemptions: page.counter("kvasir_worker_preemptions", "Times a sequence lost its blocks to an older one"),
+        };
+        page.on_scrape(move || this.refresh(&engine));
+    }
+
+    fn refresh(&self, engine: &Handle) {
+        let stats = engine.stats();
+        let (blocks, sequences) = (stats.blocks, &stats);
+        for (state, count) in [("free", blocks.free), ("cached", blocks.cached), ("in_use", blocks.in_use)] {
+            self.blocks.get_or_create(&[("state", state)]).set(count as i64);
+        }
+        for (state, count) in [
+            ("waiting", sequences.waiting),
+            ("held", sequences.held),
+            ("running", sequences.running),
+            ("parked", sequences.parked),
+        ] {
+            self.sequences.get_or_create(&[("state", state)]).set(count as i64);
+        }
+        set_total(&self.steps, stats.steps);
+        set_total(&self.prefilled, stats.prefilled_tokens);
+        set_total(&self.sampled, stats.sampled_tokens);
+        set_total(&self.preemptions, stats.preemptions);
+    }
+}
+
+/// What the transfer engine counts, copied over when somebody looks.
+struct TransferPage {
+    bytes: Family<[(&'static str, &'static str); 3], Counter>,
+    refused: Family<[(&'static str, &'static str); 1], Counter>,
+    retries: Counter,
+    fenced: Counter,
+    connections: Gauge,
+}
+
+impl TransferPage {
+    fn register(page: &kvasir_runtime::Metrics, transfer: TransferEngine) {
+        let this = Self {
+            bytes: page.counters("kvasir_transfer_bytes", "KV bytes moved, by side, direction and transport"),
+            refused: page.counters("kvasir_transfer_refused", "Peers' operations refused, by cause"),
+            retries: page.counter("kvasir_transfer_retries", "Frames sent again after their connection died"),
+            fenced: page
+                .counter("kvasir_transfer_fenced_connections", "Connections cut so that memory could be reused"),
+            connections: page.gauge("kvasir_transfer_open_connections", "Connections open to peers"),
+        };
+        page.on_scrape(move || this.refresh(&transfer.stats()));
+    }
+
+    fn refresh(&self, stats: &TransferStats) {
+        for (side, traffic) in [("client", stats.client), ("owner", stats.owner)] {
+            for (transport, traffic) in [("local", traffic.local), ("tcp", traffic.tcp)] {
+                for (direction, bytes) in [("read", traffic.read_bytes), ("write", traffic.written_bytes)] {
+                    let labels = [("side", side), ("direction", direction), ("transport", transport)];
+                    set_total(&self.bytes.get_or_create(&labels), bytes);
+                }
+            }
+        }
+        let refused = &stats.refused;
+        for (cause, count) in [
+            ("unknown_grant", refused.unknown_grant),
+            ("access", refused.access),
+            ("bounds", refused.bounds),
+            ("stale", refused.stale),
+            ("version", refused.version),
+            ("busy", refused.busy),
+            ("malformed", refused.malformed),
+        ] {
+            set_total(&self.refused.get_or_create(&[("cause", cause)]), count);
+        }
+        set_total(&self.retries, stats.retries);
+        set_total(&self.fenced, stats.fenced_connections);
+        self.connections.set(stats.open_connections as i64);
+    }
+}

@@ -1,0 +1,191 @@
+//! The life of one prompt on a prefill worker.
+//!
+//! ```text
+//! admitted (own cache) ─▶ fetch: decode worker's blocks, then the store ─▶ compute the rest, pushing layer by layer
+//!    ─▶ first token ─▶ all writes complete ─▶ done ─▶ write back to the store ─▶ release
+//! ```
+
+use std::{sync::Arc, time::Duration};
+
+use kvasir_engine::Admission;
+use kvasir_proto::v1::{PrefillDone, PrefillEvent, prefill_event::Event};
+use kvasir_runtime::chain;
+use kvasir_transfer::{Batch, Op, Range};
+use kvasir_types::{BlockHash, Deadline};
+
+use super::{push::Writes, service::Checked};
+use crate::{
+    caller::Caller,
+    error::Error,
+    host::Host,
+    metrics::{Outcome, Source},
+    sequence::Sequence,
+};
+
+/// Where a prompt's KV came from, in tokens.
+#[derive(Default)]
+struct Sources {
+    cache: usize,
+    peer: usize,
+    store: usize,
+}
+
+/// Runs a prompt to its end. Never cancelled: it ends by itself soon after the caller is gone.
+pub(super) async fn run(host: Arc<Host>, request: Checked, mut sequence: Sequence, caller: Caller<PrefillEvent>) {
+    let Checked { id, prompt, destination, deadline } = request;
+    let writes = Writes::new(host.transfer.clone(), host.model.layout, destination, deadline);
+    let job = Job { host: &host, id: &id, prompt_tokens: prompt.len(), writes: &writes, caller: &caller };
+    match job.live(&mut sequence).await {
+        Ok(admission) => {
+            host.metrics.outcome(Outcome::Finished);
+            // The caller has its `done` and needs us no more; the blocks stay held until the store has them.
+            drop(caller);
+            write_back(&host, &id, &admission).await;
+        }
+        Err(error) => {
+            writes.stop().await;
+            // A caller that leaves revokes its grant first, so a refused write may be how we learn of it.
+            if caller.is_gone() {
+                tracing::info!(error = chain(&error), "cancelled");
+            } else {
+                tracing::warn!(error = chain(&error), "prefill failed");
+            }
+            caller.fail(&error);
+            host.metrics.outcome(Outcome::of(&error));
+        }
+    }
+    // Only now: no transfer touches its blocks any more.
+    drop(sequence);
+}
+
+struct Job<'a> {
+    host: &'a Host,
+    id: &'a kvasir_types::RequestId,
+    prompt_tokens: usize,
+    writes: &'a Writes,
+    caller: &'a Caller<PrefillEvent>,
+}
+
+impl Job<'_> {
+    async fn live(&self, sequence: &mut Sequence) -> Result<Admission, Error> {
+        let admission = sequence.admitted(self.caller).await?;
+        let block_size = self.host.model.layout.block_size as usize;
+        let sources = self.fetch(&admission).await;
+        let found = (sources.cache + sources.peer + sources.store) / block_size;
+        if sources.peer + sources.store > 0 {
+            self.host.engine.landed(sequence.id(), found * block_size);
+        }
+
+        let present = self.writes.destination().present;
+        if present < found {
+            self.writes.push_blocks(&admission.blocks, present..found);
+        }
+        let sink = self.writes.sink(self.prompt_tokens, found.max(present));
+        self.host.engine.compute(sequence.id(), Some(sink));
+        let first = sequence.token(self.caller).await?;
+        self.caller.send(PrefillEvent { event: Some(Event::FirstToken((&first).into())) })?;
+
+        let bytes_written = self.writes.finish().await?;
+        let computed = self.prompt_tokens - found * block_size;
+        self.count(&sources, computed, bytes_written);
+        let done = PrefillDone {
+            from_cache: sources.cache as u32,
+            from_peer: sources.peer as u32,
+            from_store: sources.store as u32,
+            computed: computed as u32,
+            bytes_written,
+        };
+        self.caller.send(PrefillEvent { event: Some(Event::Done(done)) })?;
+        tracing::info!(
+            computed,
+            from_cache = sources.cache,
+            from_peer = sources.peer,
+            from_store = sources.store,
+            bytes = bytes_written,
+            "prefilled"
+        );
+        Ok(admission)
+    }
+
+    /// Reads the blocks that somebody else has and this worker lacks. What can't be had is computed: no failure here
+    /// fails the request. Runs to its end even if the caller leaves, as the reads write into our blocks.
+    async fn fetch(&self, admission: &Admission) -> Sources {
+        let layout = &self.host.model.layout;
+        let block_size = layout.block_size as usize;
+        // The last token is always computed, as its logits choose the first token of the answer.
+        let wanted = (self.prompt_tokens - 1) / block_size;
+        let mut have = admission.cached_tokens / block_size;
+        let mut sources = Sources { cache: have * block_size, ..Sources::default() };
+        let timeout = Duration::from_millis(self.host.config.prefill.fetch_timeout_ms);
+        let deadline = self.caller.deadline().min(Deadline::after(timeout));
+
+        let present = self.writes.destination().present.min(wanted);
+        if have < present {
+            match self.read_from_caller(admission, have..present, deadline).await {
+                Ok(()) => {
+                    sources.peer = (present - have) * block_size;
+                    have = present;
+                }
+                Err(error) => {
+                    tracing::warn!(error = chain(&error), "blocks of the decode worker not read, going on without")
+                }
+            }
+        }
+        if let Some(store) = self.host.store.as_ref().filter(|_| have < wanted) {
+            let blocks = located(self.host, admission, have..wanted);
+            let report = store.read(self.id, &blocks, layout.block_bytes() as u64, deadline).await;
+            if let Some(error) = &report.error {
+                tracing::warn!(error = chain(error), "store not read, going on without");
+            }
+            sources.store = report.blocks * block_size;
+        }
+        sources
+    }
+
+    async fn read_from_caller(
+        &self,
+        admission: &Admission,
+        blocks: std::ops::Range<usize>,
+        deadline: Deadline,
+    ) -> Result<(), Error> {
+        let layout = &self.host.model.layout;
+        let destination = self.writes.destination();
+        let ranges = blocks
+            .map(|i| Range {
+                local: layout.block_offset(admission.blocks[i]) as u64,
+                remote: destination.offsets[i],
+                len: layout.block_bytes() as u64,
+            })
+            .collect();
+        let target = destination.segment.clone();
+        let batch = Batch { op: Op::Read, target, grant: destination.grant, ranges, deadline };
+        self.host.transfer.submit(batch).await?;
+        Ok(())
+    }
+
+    fn count(&self, sources: &Sources, computed: usize, bytes_written: u64) {
+        let metrics = &self.host.metrics;
+        metrics.prompt_tokens(Source::Cache, sources.cache);
+        metrics.prompt_tokens(Source::Peer, sources.peer);
+        metrics.prompt_tokens(Source::Store, sources.store);
+        metrics.prompt_tokens(Source::Computed, computed);
+        metrics.handoff_bytes.inc_by(bytes_written);
+    }
+}
+
+/// Offers the prompt's full blocks to the store, which takes those it lacks.
+async fn write_back(host: &Host, id: &kvasir_types::RequestId, admission: &Admission) {
+    let Some(store) = host.store.as_ref().filter(|_| !admission.hashes.is_empty()) else { return };
+    let deadline = Deadline::after(Duration::from_millis(host.config.prefill.write_back_timeout_ms));
+    let blocks = located(host, admission, 0..admission.hashes.len());
+    let report = store.write(id, &blocks, host.model.layout.block_bytes() as u64, deadline).await;
+    if let Some(error) = &report.error {
+        tracing::warn!(error = chain(error), "blocks not written back to the store");
+    }
+    tracing::debug!(written = report.written, skipped = report.skipped, bytes = report.bytes, "written back");
+}
+
+/// Full blocks of the prompt with their hashes and where they are in this worker's arena.
+fn located(host: &Host, admission: &Admission, blocks: std::ops::Range<usize>) -> Vec<(BlockHash, u64)> {
+    blocks.map(|i| (admission.hashes[i], host.model.layout.block_offset(admission.blocks[i]) as u64)).collect()
+}

@@ -1,0 +1,174 @@
+//! Pushes a prompt's KV into the decode worker's memory while the rest of it is still being computed.
+//!
+//! The rule: **every byte of the destination is written at most once.** Writes of one handoff go over several
+//! connections and arrive in any order; if a half-filled block were pushed and later pushed again full, the first might
+//! arrive last. So a layer of a block is pushed when the chunk that completes the block has passed that layer, and the
+//! partial block at the prompt's end with the last chunk.
+
+use std::sync::{Arc, Mutex};
+
+use kvasir_engine::{LayerDone, LayerSink};
+use kvasir_transfer::{Batch, Op, Range, Transfer, TransferEngine};
+use kvasir_types::{BlockId, Deadline, KvLayout};
+
+use super::service::Destination;
+use crate::error::Error;
+
+/// The writes of one handoff. Added to by the engine's thread (layers) and the job (cached blocks), taken by the job.
+#[derive(Clone)]
+pub(super) struct Writes {
+    state: Arc<Mutex<State>>,
+    target: Arc<Target>,
+}
+
+struct Target {
+    transfer: TransferEngine,
+    layout: KvLayout,
+    destination: Destination,
+    deadline: Deadline,
+}
+
+#[derive(Default)]
+struct State {
+    started: Vec<Transfer>,
+    /// Set when the job gives up: the engine may be in the middle of a step and must start no more writes.
+    stopped: bool,
+}
+
+impl Writes {
+    pub(super) fn new(
+        transfer: TransferEngine,
+        layout: KvLayout,
+        destination: Destination,
+        deadline: Deadline,
+    ) -> Self {
+        let target = Target { transfer, layout, destination, deadline };
+        Self { state: Arc::default(), target: Arc::new(target) }
+    }
+
+    /// The decode worker's memory.
+    pub(super) fn destination(&self) -> &Destination {
+        &self.target.destination
+    }
+
+    /// Pushes whole blocks that were found rather than computed: those at `indexes` of the prompt.
+    pub(super) fn push_blocks(&self, table: &[BlockId], indexes: std::ops::Range<usize>) {
+        let Target { layout, destination, .. } = &*self.target;
+        let len = layout.block_bytes() as u64;
+        let ranges = indexes
+            .map(|i| Range { local: layout.block_offset(table[i]) as u64, remote: destination.offsets[i], len })
+            .collect();
+        self.submit(ranges);
+    }
+
+    /// What the engine tells about finished layers. `pushed` blocks from the prompt's beginning are taken care of.
+    pub(super) fn sink(&self, prompt_tokens: usize, pushed: usize) -> Box<dyn LayerSink> {
+        Box::new(Sink { writes: self.clone(), prompt_tokens, pushed })
+    }
+
+    /// Waits for every write; the number of bytes that are in the decode worker's memory now, or the first failure.
+    pub(super) async fn finish(&self) -> Result<u64, Error> {
+        let mut bytes = 0;
+        let mut failure = None;
+        // All of them, also after a failure: our blocks are out of reach only when the last one has ended.
+        for transfer in self.take() {
+            match transfer.await {
+                Ok(report) => bytes += report.bytes,
+                Err(error) => failure = failure.or(Some(error)),
+            }
+        }
+        failure.map_or(Ok(bytes), |error| Err(error.into()))
+    }
+
+    /// Starts no more writes, and waits until those under way no longer touch this worker's memory.
+    pub(super) async fn stop(&self) {
+        self.lock().stopped = true;
+        let transfers = self.take();
+        transfers.iter().for_each(Transfer::cancel);
+        for transfer in transfers {
+            let _ = transfer.await; // cancelled, or done in time: either way it is over
+        }
+    }
+
+    fn submit(&self, ranges: Vec<Range>) {
+        if ranges.is_empty() {
+            return;
+        }
+        let Target { transfer, destination, deadline, .. } = &*self.target;
+        let mut state = self.lock();
+        if !state.stopped {
+            let target = destination.segment.clone();
+            let batch = Batch { op: Op::Write, target, grant: destination.grant, ranges, deadline: *deadline };
+            state.started.push(transfer.submit(batch));
+        }
+    }
+
+    fn take(&self) -> Vec<Transfer> {
+        std::mem::take(&mut self.lock().started)
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, State> {
+        self.state.lock().expect("no code panics while it holds this lock")
+    }
+}
+
+struct Sink {
+    writes: Writes,
+    prompt_tokens: usize,
+    pushed: usize,
+}
+
+impl LayerSink for Sink {
+    fn layer_done(&mut self, done: LayerDone<'_>) {
+        let Target { layout, destination, .. } = &*self.writes.target;
+        let complete = completed_blocks(layout.block_size as usize, done.tokens.end, self.prompt_tokens);
+        let len = layout.layer_bytes() as u64;
+        let ranges = done
+            .blocks
+            .iter()
+            .zip(done.first_block..)
+            .filter(|&(_, index)| (self.pushed..complete).contains(&index))
+            .map(|(&block, index)| Range {
+                local: layout.layer_offset(block, done.layer) as u64,
+                remote: destination.offsets[index] + done.layer as u64 * len,
+                len,
+            })
+            .collect();
+        self.writes.submit(ranges);
+        if done.layer + 1 == done.layers {
+            self.pushed = self.pushed.max(complete);
+        }
+    }
+}
+
+/// Blocks, counted from the prompt's first, that hold all they ever will once tokens up to `end` are computed.
+fn completed_blocks(block_size: usize, end: usize, prompt_tokens: usize) -> usize {
+    if end >= prompt_tokens { end.div_ceil(block_size) } else { end / block_size }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_block_is_pushed_by_the_chunk_that_completes_it_and_by_no_other() {
+        for prompt in 1..60usize {
+            for chunk in 1..20usize {
+                let mut pushes = vec![0; prompt.div_ceil(4)];
+                let mut pushed = 0;
+                let mut start = 0;
+                while start < prompt {
+                    let end = (start + chunk).min(prompt);
+                    let complete = completed_blocks(4, end, prompt);
+                    // The chunk touches these; the sink pushes those among them in pushed..complete.
+                    for index in (start / 4..end.div_ceil(4)).filter(|i| (pushed..complete).contains(i)) {
+                        pushes[index] += 1;
+                    }
+                    pushed = pushed.max(complete);
+                    start = end;
+                }
+                assert!(pushes.iter().all(|&times| times == 1), "prompt {prompt}, chunk {chunk}: {pushes:?}");
+            }
+        }
+    }
+}

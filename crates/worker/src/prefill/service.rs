@@ -1,0 +1,143 @@
+//! `Prefill.Prefill`: checks a request and starts its job.
+
+use std::{sync::Arc, time::Duration};
+
+use kvasir_engine::Mode;
+use kvasir_proto::{check_protocol, convert, v1};
+use kvasir_runtime::Kind;
+use kvasir_types::{BlockHash, Deadline, GrantKey, KvLayout, RequestId, SegmentDescriptor, TokenId};
+use tonic::{Request, Response, Status};
+
+use super::job;
+use crate::{
+    caller::{Caller, Events},
+    error::Error,
+    host::Host,
+    sequence::{Prompt, Sequence},
+};
+
+/// The decode worker's memory for one prompt.
+pub(super) struct Destination {
+    pub(super) segment: SegmentDescriptor,
+    pub(super) grant: GrantKey,
+    /// Where each block of the prompt is or must land.
+    pub(super) offsets: Vec<u64>,
+    /// How many blocks, from the first on, the decode worker holds already.
+    pub(super) present: usize,
+}
+
+/// A prompt that has been checked.
+pub(super) struct Checked {
+    pub(super) id: RequestId,
+    pub(super) prompt: Arc<[TokenId]>,
+    pub(super) destination: Destination,
+    pub(super) deadline: Deadline,
+}
+
+/// The gRPC service of a prefill worker.
+pub(crate) struct PrefillService {
+    host: Arc<Host>,
+}
+
+impl PrefillService {
+    pub(crate) fn new(host: Arc<Host>) -> Self {
+        Self { host }
+    }
+
+    fn start(&self, wire: v1::PrefillRequest) -> Result<Events<v1::PrefillEvent>, Error> {
+        if self.host.draining() {
+            return Err(Error::Draining);
+        }
+        check_protocol(wire.protocol_version)?;
+        let id: RequestId = wire.request_id.parse().map_err(kvasir_proto::Error::from)?;
+        self.host.check_model(&wire.fingerprint)?;
+        let theirs = wire.layout.as_ref().ok_or(kvasir_proto::Error::Missing("layout"))?.try_into()?;
+        let ours = self.host.model.layout;
+        if theirs != ours {
+            return Err(Error::Layout { ours, theirs });
+        }
+        let prompt = self.host.check_prompt(&wire.prompt)?;
+        let destination = destination(&wire, prompt.len(), &ours)?;
+        let limit = Duration::from_millis(self.host.config.prefill.max_request_ms);
+        let deadline = Deadline::from_wire(wire.deadline_ms, limit);
+        let admitted = Prompt {
+            id: id.clone(),
+            tokens: prompt.clone(),
+            root: BlockHash::root(self.host.model.fingerprint, convert::salt(&wire.cache_salt)?),
+            sampling: wire.sampling.as_ref().ok_or(kvasir_proto::Error::Missing("sampling"))?.try_into()?,
+        };
+        let sequence = Sequence::admit(&self.host.engine, admitted, Mode::PrefillOnly, self.host.max_len())?;
+        let (caller, events) = Caller::new(4, deadline); // first token, done, an error, one to spare
+        let span = tracing::info_span!("prefill", request_id = %id, worker = %self.host.id, tokens = prompt.len());
+        let checked = Checked { id, prompt, destination, deadline };
+        let work = job::run(self.host.clone(), checked, sequence, caller);
+        self.host.tasks.spawn_in(Kind::Request, "prefill", span, async move {
+            work.await;
+            Ok(())
+        });
+        Ok(events)
+    }
+}
+
+/// The caller's memory, checked against what the prompt needs. Whether the grant opens it is for its owner to say.
+fn destination(wire: &v1::PrefillRequest, prompt_tokens: usize, layout: &KvLayout) -> Result<Destination, Error> {
+    let segment: SegmentDescriptor =
+        wire.destination.as_ref().ok_or(kvasir_proto::Error::Missing("destination"))?.try_into()?;
+    let needed = layout.blocks_for(prompt_tokens);
+    if wire.blocks.len() != needed {
+        return Err(Error::Targets(format!("{} blocks for a prompt that needs {needed}", wire.blocks.len())));
+    }
+    let last_offset = segment.len.checked_sub(layout.block_bytes() as u64);
+    if let Some(bad) = wire.blocks.iter().find(|block| last_offset.is_none_or(|last| block.offset > last)) {
+        return Err(Error::Targets(format!("offset {:#x} is outside a segment of {} bytes", bad.offset, segment.len)));
+    }
+    let present = wire.blocks.iter().take_while(|block| block.present).count();
+    if wire.blocks[present..].iter().any(|block| block.present) {
+        return Err(Error::Targets("a present block after one that is not".into()));
+    }
+    let offsets = wire.blocks.iter().map(|block| block.offset).collect();
+    Ok(Destination { segment, grant: convert::grant_key(wire.grant), offsets, present })
+}
+
+#[tonic::async_trait]
+impl v1::prefill_server::Prefill for PrefillService {
+    type PrefillStream = Events<v1::PrefillEvent>;
+
+    async fn prefill(&self, request: Request<v1::PrefillRequest>) -> Result<Response<Self::PrefillStream>, Status> {
+        self.start(request.into_inner()).map(Response::new).map_err(|error| self.host.refuse(&error))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use kvasir_types::KvDtype;
+
+    use super::*;
+
+    const LAYOUT: KvLayout = KvLayout { block_size: 4, layers: 2, kv_heads: 1, head_dim: 4, dtype: KvDtype::Bf16 };
+
+    fn request(blocks: &[(u64, bool)], len: u64) -> v1::PrefillRequest {
+        v1::PrefillRequest {
+            destination: Some(v1::SegmentDescriptor { len, ..Default::default() }),
+            blocks: blocks.iter().map(|&(offset, present)| v1::BlockTarget { offset, present }).collect(),
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn targets_that_do_not_fit_are_refused_by_what_is_wrong() {
+        let block = LAYOUT.block_bytes() as u64;
+        for (blocks, len, word) in [
+            (vec![(0, false)], 10 * block, "needs 2"),
+            (vec![(0, false), (9 * block + 1, false)], 10 * block, "outside"),
+            (vec![(0, false), (u64::MAX, false)], 10 * block, "outside"),
+            (vec![(0, false), (0, false)], 1, "outside"),
+            (vec![(0, false), (block, true)], 10 * block, "present"),
+        ] {
+            let error = destination(&request(&blocks, len), 5, &LAYOUT).map(|_| ()).unwrap_err().to_string();
+            assert!(error.contains(word), "{error}");
+        }
+        let good = destination(&request(&[(0, true), (9 * block, false)], 10 * block), 5, &LAYOUT).unwrap();
+        assert_eq!((good.present, good.offsets), (1, vec![0, 9 * block]));
+    }
+}

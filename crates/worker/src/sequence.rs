@@ -1,0 +1,84 @@
+//! A sequence in the engine, as an async task sees it.
+
+use std::sync::Arc;
+
+use kvasir_engine::{Admission, Event, Handle, Mode, Request, SeqId};
+use kvasir_types::{BlockHash, RequestId, Sampled, Sampling, TokenId};
+use tokio::sync::mpsc;
+
+use crate::{caller::Caller, error::Error};
+
+/// Owns a sequence: dropping it gives the sequence's blocks back. Whoever holds it must have fenced every peer and
+/// awaited every transfer that touches those blocks before letting it go.
+pub(crate) struct Sequence {
+    engine: Handle,
+    id: SeqId,
+    events: mpsc::Receiver<Event>,
+}
+
+/// What to put into the engine.
+pub(crate) struct Prompt {
+    pub(crate) id: RequestId,
+    pub(crate) tokens: Arc<[TokenId]>,
+    pub(crate) root: BlockHash,
+    pub(crate) sampling: Sampling,
+}
+
+impl Sequence {
+    /// Queues a prompt; it is refused at once if the engine cannot take it.
+    pub(crate) fn admit(engine: &Handle, prompt: Prompt, mode: Mode, max_len: usize) -> Result<Self, Error> {
+        // One event for each token, admission and end: the engine's thread never finds the channel full.
+        let capacity = 4 + match mode {
+            Mode::Generate => (prompt.sampling.max_tokens as usize).min(max_len),
+            Mode::PrefillOnly => 1,
+        };
+        let (sender, events) = mpsc::channel(capacity);
+        let request =
+            Request { id: prompt.id, prompt: prompt.tokens, root: prompt.root, sampling: prompt.sampling, mode };
+        let sink = Box::new(move |event: Event| {
+            // Closed means that the owner let go; its abort is on the way.
+            let _ = sender.try_send(event);
+        });
+        let id = engine.admit(request, sink).map_err(|rejected| Error::Rejected(rejected.error))?;
+        Ok(Self { engine: engine.clone(), id, events })
+    }
+
+    /// Its name in the engine.
+    pub(crate) fn id(&self) -> SeqId {
+        self.id
+    }
+
+    /// The next event; an error once the caller is gone, the deadline passed or the engine failed.
+    pub(crate) async fn next<T>(&mut self, caller: &Caller<T>) -> Result<Event, Error> {
+        // Receiving is cancel safe: an event not taken stays in the channel.
+        match caller.while_waiting(self.events.recv()).await? {
+            Some(Event::Failed(error)) => Err(Error::Engine(error)),
+            Some(event) => Ok(event),
+            None => Err(Error::Engine(kvasir_engine::Error::Closed)),
+        }
+    }
+
+    /// Waits until blocks are reserved for the whole prompt.
+    pub(crate) async fn admitted<T>(&mut self, caller: &Caller<T>) -> Result<Admission, Error> {
+        loop {
+            if let Event::Admitted(admission) = self.next(caller).await? {
+                return Ok(admission);
+            }
+        }
+    }
+
+    /// Waits for the next token, ignoring everything else.
+    pub(crate) async fn token<T>(&mut self, caller: &Caller<T>) -> Result<Sampled, Error> {
+        loop {
+            if let Event::Token(sampled) = self.next(caller).await? {
+                return Ok(sampled);
+            }
+        }
+    }
+}
+
+impl Drop for Sequence {
+    fn drop(&mut self) {
+        self.engine.abort(self.id); // idempotent: a sequence that ended has nothing left to free
+    }
+}

@@ -1,0 +1,123 @@
+//! From configuration to a worker that serves, and back out again: build, announce, wait, drain.
+
+use std::{future::Future, sync::Arc, time::Duration};
+
+use anyhow::Context as _;
+use kvasir_cluster::{Member, Registry};
+use kvasir_proto::{
+    MAX_MESSAGE_BYTES,
+    v1::{decode_server::DecodeServer, prefill_server::PrefillServer, worker_server::WorkerServer},
+};
+use kvasir_runtime::{Context, Kind};
+use kvasir_transfer::LocalNet;
+use kvasir_types::{Incarnation, MemberId, PROTOCOL_VERSION, Role};
+use tokio::net::TcpListener;
+use tonic::transport::{Server, server::TcpIncoming};
+
+use crate::{config::Config, decode::DecodeService, host::Host, prefill::PrefillService, status::StatusService};
+
+/// Runs a worker in `role` with the cluster's metadata in etcd until shutdown.
+pub async fn run_with_etcd(role: Role, config: Config, context: Context) -> anyhow::Result<()> {
+    let (registry, watching) =
+        kvasir_cluster::connect_etcd(config.registry.etcd.clone()).await.context("registry.etcd")?;
+    context.tasks.spawn(Kind::Critical, "registry", async move {
+        watching.await;
+        Ok(())
+    });
+    run(role, config, context, registry, LocalNet::new()).await
+}
+
+/// Runs a worker in `role` until shutdown. `local` is shared by all workers and store nodes of this process.
+pub async fn run(
+    role: Role,
+    config: Config,
+    context: Context,
+    registry: Arc<dyn Registry>,
+    local: LocalNet,
+) -> anyhow::Result<()> {
+    // Whatever may be taken already is claimed before the slow part: a taken port is told at once.
+    let listener = TcpListener::bind(config.listen)
+        .await
+        .with_context(|| format!("listen: cannot listen on {}", config.listen))?;
+    let grpc = listener.local_addr().context("listen")?;
+    let admin = kvasir_runtime::admin::start(&config.admin, &context).await.context("admin.listen")?;
+    let id = member_id(role, &config)?;
+
+    let host = {
+        let (context, registry) = (context.clone(), registry.clone());
+        let build = move || Host::build(id, role, config, &context, &*registry, local);
+        Arc::new(tokio::task::spawn_blocking(build).await.context("loading the model panicked")??)
+    };
+    let incarnation = host.transfer.descriptor().incarnation;
+    let server = {
+        let closing = context.shutdown.clone();
+        serve(host.clone(), incarnation, listener, async move { closing.wait().await })
+    };
+    context.tasks.spawn(Kind::Critical, "grpc", async move { server.await.context("grpc server") });
+
+    let member = member(&host, incarnation, grpc.to_string(), admin.to_string());
+    registry.register(member.clone()).await.context("registration")?;
+    if let Some(path) = &host.config.port_file {
+        kvasir_runtime::write_port_file(path, &serde_json::json!({ "grpc": member.grpc, "admin": member.admin }))
+            .with_context(|| format!("port_file: cannot write {}", path.display()))?;
+    }
+    context.health.set_ready();
+    tracing::info!(worker = %host.id, role = %role, grpc = member.grpc, admin = member.admin, "ready");
+
+    context.shutdown.wait().await;
+    context.health.set_not_ready("draining");
+    host.drain();
+    // Out of the cluster first: routers stop choosing this worker while what it has taken goes on to its end.
+    if let Err(error) = registry.deregister(&host.id, role).await {
+        tracing::warn!(error = %error, "not deregistered, the lease will end by itself");
+    }
+    context.tasks.finish_requests(Duration::from_millis(host.config.shutdown.grace_ms)).await;
+    host.engine.shutdown();
+    host.transfer.shutdown();
+    Ok(())
+}
+
+async fn serve(
+    host: Arc<Host>,
+    incarnation: Incarnation,
+    listener: TcpListener,
+    closing: impl Future<Output = ()>,
+) -> Result<(), tonic::transport::Error> {
+    let status = WorkerServer::new(StatusService { host: host.clone(), incarnation });
+    let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+    let server = Server::builder().add_service(status);
+    let server = match host.role {
+        Role::Decode => server.add_service(
+            DecodeServer::new(DecodeService::new(host))
+                .max_decoding_message_size(MAX_MESSAGE_BYTES)
+                .max_encoding_message_size(MAX_MESSAGE_BYTES),
+        ),
+        _ => server.add_service(
+            PrefillServer::new(PrefillService::new(host))
+                .max_decoding_message_size(MAX_MESSAGE_BYTES)
+                .max_encoding_message_size(MAX_MESSAGE_BYTES),
+        ),
+    };
+    server.serve_with_incoming_shutdown(incoming, closing).await
+}
+
+fn member_id(role: Role, config: &Config) -> anyhow::Result<MemberId> {
+    let id = config.id.clone().unwrap_or_else(|| format!("{role}-{:08x}", kvasir_runtime::random_u64() as u32));
+    id.parse().context("id")
+}
+
+fn member(host: &Host, incarnation: Incarnation, grpc: String, admin: String) -> Member {
+    Member {
+        id: host.id.clone(),
+        incarnation,
+        role: host.role,
+        grpc: host.config.advertise.clone().unwrap_or(grpc),
+        admin,
+        http: String::new(),
+        protocol: PROTOCOL_VERSION,
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        model: Some(host.model.clone()),
+        segment: Some(host.transfer.descriptor()),
+        draining: false,
+    }
+}

@@ -1,0 +1,44 @@
+//! `Worker.Status`: what this worker is and how it is doing, for operators, routers and tests.
+
+use std::sync::Arc;
+
+use kvasir_proto::{convert, v1};
+use kvasir_types::{Incarnation, PROTOCOL_VERSION};
+use tonic::{Request, Response, Status};
+
+use crate::host::Host;
+
+/// The gRPC service of every worker.
+pub(crate) struct StatusService {
+    pub(crate) host: Arc<Host>,
+    pub(crate) incarnation: Incarnation,
+}
+
+#[tonic::async_trait]
+impl v1::worker_server::Worker for StatusService {
+    async fn status(&self, _: Request<v1::StatusRequest>) -> Result<Response<v1::StatusResponse>, Status> {
+        let host = &self.host;
+        let stats = host.engine.stats();
+        Ok(Response::new(v1::StatusResponse {
+            member: host.id.to_string(),
+            role: host.role.to_string(),
+            incarnation: self.incarnation.0,
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            protocol_version: PROTOCOL_VERSION,
+            model: host.model.name.clone(),
+            fingerprint: convert::bytes16(&host.model.fingerprint.0),
+            layout: Some(host.model.layout.into()),
+            blocks: Some(v1::BlockCounts {
+                total: stats.blocks.total as u64,
+                free: stats.blocks.free as u64,
+                cached: stats.blocks.cached as u64,
+                in_use: stats.blocks.in_use as u64,
+            }),
+            running: stats.running as u32,
+            waiting: stats.waiting as u32,
+            uptime_ms: host.started.elapsed().as_millis() as u64,
+            requests_total: host.metrics.requests_total(),
+            draining: host.draining(),
+        }))
+    }
+}
