@@ -174,7 +174,7 @@ impl Scheduler {
         }
         let Some(mut entry) = self.waiting.first_entry() else { return false };
         let sequence = entry.get_mut();
-        // A preempted sequence may have grown to the pool's size; it must still get its turn (and ends there).
+        // Never more than there is: a preempted sequence that has grown to the pool's size gets its turn, and ends there.
         let needed = sequence.tokens_to_reserve().div_ceil(self.block_size).min(self.pool.counts().total);
         let hashes = sequence.reusable_hashes(self.block_size);
         let run = self.pool.lookup(hashes);

@@ -210,8 +210,7 @@ struct Shard {
 impl Shard {
     fn open(path: PathBuf) -> Result<Self, Error> {
         let file = MappedFile::open(&path).map_err(|source| Error::Io { path: path.clone(), source })?;
-        let entries =
-            header::parse(file.bytes()).map_err(|reason| Error::BadHeader { file: path.clone(), reason })?;
+        let entries = header::parse(file.bytes()).map_err(|reason| Error::BadHeader { file: path.clone(), reason })?;
         Ok(Self { path, file: Arc::new(file), entries })
     }
 

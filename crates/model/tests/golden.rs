@@ -1,6 +1,8 @@
 //! Every checked-in model against the reference implementation's answers, and the law of the seam on real prompts:
 //! chunks, batches and threads change no bit.
 
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 mod common;
 
 use std::{fs, path::Path};
@@ -102,8 +104,7 @@ fn a_sequence_in_a_mixed_batch_has_the_same_bits_as_alone() {
     let dir = models().join("demo");
     let folder = Folder::open(&dir).unwrap();
     let lines = golden(&dir);
-    let prompts: Vec<Vec<TokenId>> =
-        lines.iter().step_by(9).take(6).map(|line| tokens(&line.prompt_ids)).collect();
+    let prompts: Vec<Vec<TokenId>> = lines.iter().step_by(9).take(6).map(|line| tokens(&line.prompt_ids)).collect();
 
     let mut alone = Bench::new(&folder, 16, KvDtype::Bf16, 1);
     let expected: Vec<[Vec<f32>; 2]> = prompts
@@ -157,7 +158,8 @@ fn a_layer_is_not_written_again_after_it_was_announced() {
     let table = bench.table(prompt.len());
     let (memory, layout) = (bench.memory.clone(), bench.layout);
     let layer_of = |layer: usize| -> Vec<u8> {
-        let slices = table.iter().map(|&block| &memory.bytes()[layout.layer_offset(block, layer)..][..layout.layer_bytes()]);
+        let slices =
+            table.iter().map(|&block| &memory.bytes()[layout.layer_offset(block, layer)..][..layout.layer_bytes()]);
         slices.flatten().copied().collect()
     };
     let mut announced = Vec::new();

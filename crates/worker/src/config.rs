@@ -77,8 +77,8 @@ pub struct EngineConfig {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct KvConfig {
-    /// Memory for KV blocks, in MiB, taken at start. Default 256.
-    pub memory_mib: u64,
+    /// Memory for KV blocks, in bytes, taken at start. Default 268435456 (256 MiB).
+    pub memory_bytes: u64,
     /// Tokens in a block; the same on all workers of a model. Default 16.
     pub block_size: u32,
     /// Element type: bf16, f16 or f32; the same on all workers of a model. Default bf16.
@@ -176,7 +176,7 @@ impl Default for EngineConfig {
 
 impl Default for KvConfig {
     fn default() -> Self {
-        Self { memory_mib: 256, block_size: 16, dtype: KvDtype::Bf16 }
+        Self { memory_bytes: 256 << 20, block_size: 16, dtype: KvDtype::Bf16 }
     }
 }
 
@@ -206,5 +206,65 @@ impl Default for PrefillConfig {
 impl Default for StoreConfig {
     fn default() -> Self {
         Self { enabled: true, group_blocks: 32 }
+    }
+}
+
+/// A configuration that can't work, found before anything is started.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Error {
+    /// No model is configured.
+    #[error("model.path: not set; it must name a Hugging Face model folder")]
+    NoModel,
+    /// A number below its least useful value.
+    #[error("{key}: must be at least {least}")]
+    TooSmall {
+        /// The key.
+        key: &'static str,
+        /// Its least value.
+        least: usize,
+    },
+    /// No way to move KV.
+    #[error("transfer.transports: at least one of local, tcp is needed")]
+    NoTransport,
+}
+
+impl Config {
+    /// Checks what the types can't.
+    pub fn check(&self) -> Result<(), Error> {
+        if self.model.path.as_os_str().is_empty() {
+            return Err(Error::NoModel);
+        }
+        if self.transfer.transports.is_empty() {
+            return Err(Error::NoTransport);
+        }
+        for (key, value) in [
+            ("engine.chunk_tokens", self.engine.chunk_tokens),
+            ("engine.max_batch_tokens", self.engine.max_batch_tokens),
+            ("engine.max_running", self.engine.max_running),
+            ("engine.max_waiting", self.engine.max_waiting),
+            ("kv.block_size", self.kv.block_size as usize),
+            ("transfer.connections_per_peer", self.transfer.connections_per_peer),
+            ("store.group_blocks", self.store.group_blocks),
+        ] {
+            if value == 0 {
+                return Err(Error::TooSmall { key, least: 1 });
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_mistake_is_told_by_its_key() {
+        let mut config = Config::default();
+        assert_eq!(config.check(), Err(Error::NoModel));
+        config.model.path = "models/demo".into();
+        assert_eq!(config.check(), Ok(()));
+        config.engine.chunk_tokens = 0;
+        assert!(config.check().unwrap_err().to_string().starts_with("engine.chunk_tokens: "));
     }
 }

@@ -52,15 +52,14 @@ impl Host {
         local: LocalNet,
     ) -> anyhow::Result<Self> {
         let path = &config.model.path;
-        ensure!(!path.as_os_str().is_empty(), "model.path: not set; it must name a Hugging Face model folder");
         let folder = Folder::open(path).with_context(|| format!("model.path {}", path.display()))?;
         let layout = folder.kv_layout(config.kv.block_size, config.kv.dtype).check().context("kv.block_size")?;
         let block_bytes = layout.block_bytes() as u64;
-        let blocks = u32::try_from((config.kv.memory_mib << 20) / block_bytes).unwrap_or(u32::MAX);
+        let blocks = u32::try_from(config.kv.memory_bytes / block_bytes).unwrap_or(u32::MAX);
         ensure!(
             blocks >= 2,
-            "kv.memory_mib: {} MiB hold {blocks} blocks of {block_bytes} bytes, at least 2 are needed",
-            config.kv.memory_mib
+            "kv.memory_bytes: {} bytes hold {blocks} blocks of {block_bytes} bytes, at least 2 are needed",
+            config.kv.memory_bytes
         );
 
         let arena_bytes = blocks as usize * layout.block_bytes();

@@ -35,6 +35,7 @@ pub async fn run(
     registry: Arc<dyn Registry>,
     local: LocalNet,
 ) -> anyhow::Result<()> {
+    config.check()?;
     // Whatever may be taken already is claimed before the slow part: a taken port is told at once.
     let listener = TcpListener::bind(config.listen)
         .await

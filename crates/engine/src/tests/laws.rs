@@ -210,6 +210,20 @@ fn a_preempted_sequence_goes_on_where_it_was() {
 }
 
 #[test]
+fn the_youngest_steps_back_and_the_eldest_is_never_interrupted() {
+    let mut rig = Rig::new(9, config());
+    let clients: Vec<_> = (1..4).map(|name| rig.generate(&prompt(name, 6), 20).1).collect();
+    for tokens in 1..=20 {
+        rig.step();
+        assert_eq!(clients[0].tokens().len(), tokens);
+        assert!(clients[1].tokens().len() >= clients[2].tokens().len());
+    }
+    assert!(rig.stats().preemptions > 0);
+    rig.settle();
+    rig.assert_no_leak();
+}
+
+#[test]
 fn the_blocks_of_a_held_sequence_are_never_taken_away() {
     let mut rig = Rig::new(8, config());
     let (elder_prompt, held_prompt) = (prompt(1, 6), prompt(2, 14));
@@ -316,6 +330,10 @@ fn a_landed_prompt_without_a_first_token_can_still_be_computed() {
         let (seq, client) = rig.admit(&prompt, greedy(5), Mode::Generate);
         rig.script.land(&client.admission().unwrap().blocks, &prompt, 0..len);
         rig.engine.apply(Command::Landed(seq, len));
+        // The last block will be written to once more, so nobody else may have found it.
+        let (other, longer) = rig.admit(&[&prompt[..], &[EOS]].concat(), greedy(1), Mode::Generate);
+        assert_eq!(longer.admission().unwrap().cached_tokens, 12);
+        rig.engine.apply(Command::Abort(other));
         rig.engine.apply(Command::Compute(seq, None));
         rig.settle();
         assert_eq!(rig.stats().prefilled_tokens, 1);
@@ -396,14 +414,25 @@ fn a_sink_sees_every_layer_of_every_chunk_and_chunks_end_at_blocks() {
 
 #[test]
 fn decoding_goes_on_beside_a_long_prompt_and_a_step_keeps_its_budget() {
-    let mut rig = Rig::new(64, Config { max_batch_tokens: 12, ..config() });
+    let mut rig = Rig::new(64, Config { max_batch_tokens: 12, chunk_tokens: 8, ..config() });
     let (_, writer) = rig.generate(&prompt(1, 4), 20);
     rig.step();
-    rig.generate(&prompt(2, 40), 1);
-    for _ in 0..5 {
+    // 12 is no limit that 8-token chunks and one decoding token add up to: what is over goes to a second prompt, in blocks.
+    let prompts = [(2, 30), (3, 30)].map(|(name, len)| {
+        let (seq, _) = rig.try_admit(request(&prompt(name, len), greedy(1), Mode::PrefillOnly)).unwrap();
+        let watch = Watch::default();
+        rig.engine.apply(Command::Compute(seq, Some(Box::new(watch.clone()))));
+        (len, watch)
+    });
+    for _ in 0..8 {
         let before = writer.tokens().len();
         rig.step();
         assert_eq!(writer.tokens().len(), before + 1);
+    }
+    for (len, watch) in prompts {
+        let chunks = watch.chunks.lock().unwrap();
+        assert!(chunks.len() > 2);
+        assert!(chunks.iter().all(|(tokens, ..)| tokens.end % BLOCK == 0 || tokens.end == len), "{chunks:?}");
     }
     assert!(rig.script.runs().iter().all(|&tokens| tokens <= 12), "{:?}", rig.script.runs());
 }

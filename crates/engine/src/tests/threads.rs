@@ -29,6 +29,11 @@ fn ask(handle: &Handle, name: u32, max_tokens: u32) -> (SeqId, mpsc::Receiver<Ev
     (handle.admit(request(&prompt(name, 9), greedy(max_tokens), Mode::Generate), sink).unwrap(), hear)
 }
 
+/// Whether it comes, before the sink is gone or the patience is.
+fn hears(hear: &mpsc::Receiver<Event>, wanted: impl Fn(&Event) -> bool) -> bool {
+    std::iter::from_fn(|| hear.recv_timeout(SOON).ok()).any(|event| wanted(&event))
+}
+
 fn until(what: &str, mut holds: impl FnMut() -> bool) {
     let limit = Instant::now() + SOON;
     while !holds() {
@@ -84,7 +89,7 @@ fn after_a_shutdown_everybody_is_told_and_nobody_is_taken() {
     let (handle, thread, _) = start(8, config());
     let (_, held) = ask(&handle, 1, 3);
     handle.shutdown();
-    assert!(held.iter().any(|event| matches!(event, Event::Failed(Error::Closed))));
+    assert!(hears(&held, |event| matches!(event, Event::Failed(Error::Closed))));
     let refused = handle.admit(request(&prompt(1, 4), greedy(1), Mode::Generate), Client::default().sink());
     assert!(matches!(refused.unwrap_err().error, Error::Closed));
     join(thread);
@@ -116,7 +121,7 @@ fn a_sink_may_command_the_engine_that_calls_it() {
     let seq = handle.admit(request(&prompt(1, 9), greedy(4), Mode::Generate), sink).unwrap();
     tell_seq.send(seq).unwrap();
     drop(handle);
-    let events: Vec<_> = hear.iter().collect();
+    let events: Vec<_> = std::iter::from_fn(|| hear.recv_timeout(SOON).ok()).collect();
     let told = events.iter().filter_map(|event| match event {
         Event::Token(sampled) => Some(sampled.token),
         _ => None,
@@ -174,13 +179,13 @@ fn a_broken_step_does_not_end_the_thread() {
     script.panic_in_next_run();
     let (seq, hear) = ask(&handle, 1, 2);
     handle.compute(seq, None);
-    assert!(hear.iter().any(|event| matches!(event, Event::Failed(Error::RunnerBroken { .. }))));
+    assert!(hears(&hear, |event| matches!(event, Event::Failed(Error::RunnerBroken { .. }))));
     let (seq, hear) = ask(&handle, 1, 2);
     handle.compute(seq, Some(Box::new(Broken)));
-    assert!(hear.iter().any(|event| matches!(event, Event::Failed(Error::SinkPanicked))));
+    assert!(hears(&hear, |event| matches!(event, Event::Failed(Error::SinkPanicked))));
     let (seq, hear) = ask(&handle, 1, 2);
     handle.compute(seq, None);
-    assert!(hear.iter().any(|event| matches!(event, Event::Finished(_))));
+    assert!(hears(&hear, |event| matches!(event, Event::Finished(_))));
     drop(handle);
     join(thread);
 }

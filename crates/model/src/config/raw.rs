@@ -240,10 +240,11 @@ impl Reader {
         let mut eos = Vec::new();
         for (path, ids) in from_generation.into_iter().chain([(&self.path, &self.raw.eos_token_id)]) {
             for &id in ids.iter().flat_map(OneOrMany::as_slice) {
-                let token = u32::try_from(id).ok().filter(|&id| (id as usize) < vocab).map(TokenId).ok_or_else(|| {
-                    let reason = format!("{id} is not a token of the vocabulary of {vocab}");
-                    Error::Config { path: path.clone(), key: "eos_token_id", reason }
-                })?;
+                let token =
+                    u32::try_from(id).ok().filter(|&id| (id as usize) < vocab).map(TokenId).ok_or_else(|| {
+                        let reason = format!("{id} is not a token of the vocabulary of {vocab}");
+                        Error::Config { path: path.clone(), key: "eos_token_id", reason }
+                    })?;
                 if !eos.contains(&token) {
                     eos.push(token);
                 }

@@ -48,7 +48,13 @@ impl Exec {
     }
 
     /// Runs `task(first row, rows)` over `data` cut into pieces of whole rows of `width`.
-    pub(super) fn rows(&self, data: &mut [f32], width: usize, flops: usize, task: impl Fn(usize, &mut [f32]) + Sync + Send) {
+    pub(super) fn rows(
+        &self,
+        data: &mut [f32],
+        width: usize,
+        flops: usize,
+        task: impl Fn(usize, &mut [f32]) + Sync + Send,
+    ) {
         let rows = data.len() / width;
         match &self.pool {
             Some(pool) if rows > 1 && flops >= SERIAL_FLOPS => {

@@ -65,7 +65,14 @@ impl KvArena {
     }
 
     /// One half of tokens `slots` of a block, one head's: a row per token.
-    pub(super) fn read(&self, block: BlockId, layer: usize, half: Half, head: usize, slots: Range<usize>) -> Matrix<'_> {
+    pub(super) fn read(
+        &self,
+        block: BlockId,
+        layer: usize,
+        half: Half,
+        head: usize,
+        slots: Range<usize>,
+    ) -> Matrix<'_> {
         let dim = self.layout.head_dim as usize;
         let dtype = match self.layout.dtype {
             KvDtype::Bf16 => Dtype::Bf16,

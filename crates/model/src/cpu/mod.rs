@@ -215,7 +215,10 @@ impl CpuBackend {
 
 impl fmt::Debug for CpuBackend {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("CpuBackend").field("exec", &self.exec).field("blocks", &self.kv.blocks()).finish_non_exhaustive()
+        f.debug_struct("CpuBackend")
+            .field("exec", &self.exec)
+            .field("blocks", &self.kv.blocks())
+            .finish_non_exhaustive()
     }
 }
 

@@ -1,1 +1,48 @@
+//! Whole forwards on every instruction set of this machine.
 
+use std::path::Path;
+
+use kvasir_types::{BlockId, KvDtype, TokenId};
+
+use super::*;
+
+/// Memory of 64-byte lines, zeroed.
+struct Arena(Box<[std::cell::UnsafeCell<[u64; 8]>]>);
+
+// SAFETY: plain memory; each test's one backend is all that touches it.
+unsafe impl Send for Arena {}
+// SAFETY: as for `Send`.
+unsafe impl Sync for Arena {}
+
+impl HostMemory for Arena {
+    fn base(&self) -> *mut u8 {
+        self.0.as_ptr().cast_mut().cast()
+    }
+    fn len(&self) -> usize {
+        self.0.len() * 64
+    }
+}
+
+#[test]
+fn every_instruction_set_returns_the_same_logits() {
+    for name in ["demo", "tiny/qwen3-f32", "tiny/llama-linear-f16"] {
+        let folder = Folder::open(&Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models").join(name)).unwrap();
+        let layout = folder.kv_layout(16, KvDtype::Bf16);
+        let tokens: Vec<_> = (0..41).map(|i| TokenId(i * 37 % 1532)).collect();
+        let table: Vec<_> = (0..3).map(BlockId).collect();
+        let all: Vec<Logits> = Isa::available()
+            .into_iter()
+            .map(|isa| {
+                let lines = (0..layout.block_bytes() * 3 / 64).map(|_| Default::default()).collect();
+                let mut backend = CpuBackend::with_isa(&folder, layout, Arc::new(Arena(lines)), 1, isa).unwrap();
+                let prompt = SeqInput { tokens: &tokens[..40], start: 0, table: &table, logits: true };
+                let first = backend.forward(&[prompt], &mut |_| {}).unwrap();
+                let next = SeqInput { tokens: &tokens[40..], start: 40, table: &table, logits: true };
+                let second = backend.forward(&[next], &mut |_| {}).unwrap();
+                Logits { vocab: first.vocab, rows: [first.rows, second.rows].concat() }
+            })
+            .collect();
+        assert!(all.windows(2).all(|pair| pair[0] == pair[1]), "{name}");
+        assert!(all[0].rows.iter().all(|value| value.is_finite()));
+    }
+}

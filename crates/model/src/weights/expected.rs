@@ -12,15 +12,13 @@ pub(crate) const FINAL_NORM: &str = "model.norm.weight";
 /// Every tensor the model needs.
 pub(crate) fn tensors(config: &ModelConfig) -> Vec<(String, Vec<usize>)> {
     let c = config;
-    let mut list = vec![
-        (EMBEDDING.to_owned(), vec![c.vocab, c.hidden]),
-        (FINAL_NORM.to_owned(), vec![c.hidden]),
-    ];
+    let mut list = vec![(EMBEDDING.to_owned(), vec![c.vocab, c.hidden]), (FINAL_NORM.to_owned(), vec![c.hidden])];
     if !c.tied_embeddings {
         list.push((LM_HEAD.to_owned(), vec![c.vocab, c.hidden]));
     }
     for layer in 0..c.layers {
-        let mut push = |name: &str, shape: &[usize]| list.push((format!("model.layers.{layer}.{name}"), shape.to_vec()));
+        let mut push =
+            |name: &str, shape: &[usize]| list.push((format!("model.layers.{layer}.{name}"), shape.to_vec()));
         push("input_layernorm.weight", &[c.hidden]);
         push("post_attention_layernorm.weight", &[c.hidden]);
         if c.qk_norm {

@@ -1,6 +1,11 @@
 //! What the tests of this crate share: an arena of plain memory, and sequences that fill it.
 #![allow(unsafe_code, reason = "a test arena is raw memory, as the real one is")]
-#![allow(dead_code, clippy::allow_attributes, reason = "every test binary uses its own part of this module")]
+#![allow(
+    dead_code,
+    clippy::unwrap_used,
+    clippy::allow_attributes,
+    reason = "every test binary uses its own part of this module"
+)]
 
 use std::{
     alloc::{Layout, alloc_zeroed, dealloc},

@@ -101,7 +101,7 @@ impl Cluster {
 pub(crate) fn config() -> Config {
     let mut config = Config::default();
     config.model.path = MODEL.into();
-    config.kv.memory_mib = 16;
+    config.kv.memory_bytes = 16 << 20;
     config.engine.threads = 1;
     config.decode.peer_timeout_ms = 1_000;
     config.decode.local_prefill_tokens = 0;

@@ -199,7 +199,8 @@ unsafe fn columns<const D: u8, const G: usize, const C: usize>(
             for (c, value) in values.iter_mut().enumerate() {
                 let at = j * v.cols + d + c * LANES;
                 let whole = mask == u16::MAX;
-                *value = if whole { load::<D>(v.bytes.as_ptr(), at) } else { load_masked::<D>(v.bytes.as_ptr(), at, mask) };
+                *value =
+                    if whole { load::<D>(v.bytes.as_ptr(), at) } else { load_masked::<D>(v.bytes.as_ptr(), at, mask) };
             }
             for (g, row) in sums.iter_mut().enumerate() {
                 let p = _mm512_set1_ps(*p.add(g * stride + j));

@@ -17,12 +17,12 @@ use std::marker::PhantomData;
 
 use crate::weights::Dtype;
 
-mod elementwise;
-mod portable;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+mod elementwise;
+mod portable;
 #[cfg(test)]
 mod tests;
 

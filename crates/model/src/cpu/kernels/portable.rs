@@ -8,7 +8,7 @@ use crate::weights::widen;
 /// # Safety
 /// The product's rows are inside their slices.
 pub(super) unsafe fn matmul<const D: u8>(product: Product<'_>) {
-    tiled!(product, tile::<D>, rows [1], tokens [1]);
+    tiled!(product, tile::<D>, rows[1], tokens[1]);
 }
 
 /// `T × R` dot products of `cols` elements.

@@ -38,8 +38,7 @@ fn floats(len: usize) -> impl Strategy<Value = Vec<f32>> {
 /// Activations, matrix, tokens, rows, columns.
 fn products() -> impl Strategy<Value = (Vec<f32>, Stored, usize, usize, usize)> {
     (1usize..14, 1usize..14, 1usize..70, dtypes()).prop_flat_map(|(tokens, rows, cols, dtype)| {
-        (floats(tokens * cols), floats(rows * cols))
-            .prop_map(move |(x, w)| (x, stored(&w, dtype), tokens, rows, cols))
+        (floats(tokens * cols), floats(rows * cols)).prop_map(move |(x, w)| (x, stored(&w, dtype), tokens, rows, cols))
     })
 }
 

@@ -1,0 +1,202 @@
+//! Calls to etcd, each with a time limit.
+//!
+//! etcd-client connects lazily and picks an endpoint at random for each call, so a call may fail because that one endpoint
+//! is down, or wait for ever because none is up. [`Etcd::ask`] therefore tries again until its limit is over; all calls
+//! here may be repeated without harm.
+
+use std::{future::Future, time::Duration};
+
+use etcd_client::{
+    Client, Compare, CompareOp, ConnectOptions, Error as EtcdError, GetOptions, GetResponse, PutOptions, Txn, TxnOp,
+    TxnOpResponse, WatchOptions, WatchStream,
+};
+use tokio::time::{Instant, sleep, timeout_at};
+
+use crate::{Error, EtcdConfig};
+
+/// Between two tries of a call.
+const PAUSE: Duration = Duration::from_millis(50);
+
+/// etcd closes connections that ping more often than every 5 s (its `--grpc-keepalive-min-time`).
+const PING_INTERVAL: Duration = Duration::from_secs(6);
+
+/// Most members read in one go.
+const MAX_READ: i64 = 20_000;
+
+/// A connection to etcd. Cheap to clone.
+#[derive(Clone)]
+pub(super) struct Etcd {
+    client: Client,
+    endpoints: String,
+    limit: Duration,
+}
+
+/// A key as it is in etcd.
+pub(super) struct Found {
+    pub(super) record: Vec<u8>,
+    pub(super) lease: i64,
+    pub(super) revision: i64,
+}
+
+impl Etcd {
+    /// Prepares the connection; nothing is sent yet.
+    pub(super) async fn new(config: &EtcdConfig) -> Result<Self, Error> {
+        let limit = Duration::from_millis(config.request_timeout_ms);
+        let options = ConnectOptions::new()
+            .with_connect_timeout(limit)
+            .with_keep_alive(PING_INTERVAL, limit)
+            .with_keep_alive_while_idle(true)
+            // A node that has lost the others says so instead of showing an old state for ever.
+            .with_require_leader(true);
+        let client = Client::connect(&config.endpoints, Some(options)).await.map_err(|error| Error::Config {
+            key: "registry.etcd.endpoints",
+            reason: format!("{:?}: {error}; expected `host:port`", config.endpoints),
+        })?;
+        Ok(Self { client, endpoints: config.endpoints.join(", "), limit })
+    }
+
+    /// All keys with that beginning.
+    pub(super) async fn read(&self, prefix: &str, limit: Duration) -> Result<GetResponse, Error> {
+        self.ask("a read of the members", limit, |mut client| async move {
+            client.get(prefix, Some(GetOptions::new().with_prefix().with_limit(MAX_READ))).await
+        })
+        .await
+    }
+
+    /// One key.
+    pub(super) async fn get(&self, key: &str) -> Result<Option<Found>, Error> {
+        let found = self.ask("a read", self.limit, |mut client| async move { client.get(key, None).await }).await?;
+        Ok(found.kvs().first().map(|kv| Found {
+            record: kv.value().to_vec(),
+            lease: kv.lease(),
+            revision: kv.mod_revision(),
+        }))
+    }
+
+    /// Changes under keys with that beginning, from a revision on.
+    pub(super) async fn watch(&self, prefix: &str, from: i64) -> Result<WatchStream, Error> {
+        self.ask("a watch", self.limit, |mut client| async move {
+            client.watch(prefix, Some(WatchOptions::new().with_prefix().with_start_revision(from))).await
+        })
+        .await
+    }
+
+    /// A new lease.
+    pub(super) async fn grant(&self, ttl: Duration) -> Result<i64, Error> {
+        let seconds = ttl.as_secs() as i64;
+        let granted = self
+            .ask("a lease", self.limit, |mut client| async move { client.lease_grant(seconds, None).await })
+            .await?;
+        Ok(granted.id())
+    }
+
+    /// How long the lease's holder may be silent; `None` if there is no such lease.
+    pub(super) async fn granted_ttl(&self, lease: i64) -> Result<Option<Duration>, Error> {
+        let lease = self
+            .ask("the state of a lease", self.limit, |mut client| async move {
+                client.lease_time_to_live(lease, None).await
+            })
+            .await?;
+        Ok((lease.ttl() > 0).then(|| Duration::from_secs(lease.granted_ttl().unsigned_abs())))
+    }
+
+    /// Renews a lease; `false` if it is gone.
+    ///
+    /// A stream for each renewal, not one for all: it costs a few hundred bytes every other second, and each renewal is a
+    /// call with an answer and a limit.
+    pub(super) async fn keep_alive(&self, lease: i64) -> Result<bool, Error> {
+        self.ask("a keep-alive", self.limit, |mut client| async move {
+            match client.lease_keep_alive(lease).await {
+                Ok(_) => Ok(true),
+                Err(error) if lease_is_gone(&error) => Ok(false),
+                Err(error) => Err(error),
+            }
+        })
+        .await
+    }
+
+    /// Ends a lease and removes its keys; one that is gone is fine.
+    pub(super) async fn revoke(&self, lease: i64) -> Result<(), Error> {
+        self.ask("the end of a lease", self.limit, |mut client| async move {
+            match client.lease_revoke(lease).await {
+                Ok(_) => Ok(()),
+                Err(error) if lease_is_gone(&error) => Ok(()),
+                Err(error) => Err(error),
+            }
+        })
+        .await
+    }
+
+    /// Writes a key if its last change was at `expected` (0: if it does not exist). Returns the revision of the write, or
+    /// `None` if the key was otherwise.
+    pub(super) async fn put(&self, key: &str, record: &str, lease: i64, expected: i64) -> Result<Option<i64>, Error> {
+        let done = self
+            .ask("a registration", self.limit, |mut client| async move {
+                let put = TxnOp::put(key, record, Some(PutOptions::new().with_lease(lease)));
+                let unchanged = Compare::mod_revision(key, CompareOp::Equal, expected);
+                // Tried twice because the first answer got lost: what we wrote is what is there.
+                let read = TxnOp::get(key, None);
+                client.txn(Txn::new().when([unchanged]).and_then([put]).or_else([read])).await
+            })
+            .await?;
+        if done.succeeded() {
+            return Ok(Some(done.header().map_or(i64::MAX, |header| header.revision())));
+        }
+        let ours = done.op_responses().into_iter().find_map(|response| match response {
+            TxnOpResponse::Get(found) => found
+                .kvs()
+                .first()
+                .filter(|kv| kv.lease() == lease && kv.value() == record.as_bytes())
+                .map(|kv| kv.mod_revision()),
+            _ => None,
+        });
+        Ok(ours)
+    }
+
+    async fn ask<T, F>(&self, what: &'static str, limit: Duration, call: impl Fn(Client) -> F) -> Result<T, Error>
+    where
+        F: Future<Output = Result<T, EtcdError>>,
+    {
+        let end = Instant::now() + limit;
+        let mut last = None;
+        loop {
+            match timeout_at(end, call(self.client.clone())).await {
+                Ok(Ok(answer)) => return Ok(answer),
+                Ok(Err(error)) => last = Some(error),
+                Err(_) => return Err(self.unreachable(what, limit, last)),
+            }
+            if Instant::now() + PAUSE >= end {
+                return Err(self.unreachable(what, limit, last));
+            }
+            sleep(PAUSE).await;
+        }
+    }
+
+    fn unreachable(&self, what: &'static str, limit: Duration, last: Option<EtcdError>) -> Error {
+        let reason = last.map_or_else(|| "silence".to_owned(), |error| brief(&error));
+        Error::Unreachable {
+            endpoints: self.endpoints.clone(),
+            what,
+            source: format!("{reason} (for {} ms)", limit.as_millis()).into(),
+        }
+    }
+}
+
+/// tonic's own text is a paragraph with metadata; the message is what a person needs.
+fn brief(error: &EtcdError) -> String {
+    match error {
+        EtcdError::GRpcStatus(status) => format!("{}: {}", status.code().description(), status.message()),
+        other => other.to_string(),
+    }
+    .chars()
+    .take(200)
+    .collect()
+}
+
+fn lease_is_gone(error: &EtcdError) -> bool {
+    match error {
+        EtcdError::GRpcStatus(status) => status.message().contains("lease not found"),
+        EtcdError::LeaseKeepAliveError(text) => text.contains("not found"),
+        _ => false,
+    }
+}

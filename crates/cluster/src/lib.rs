@@ -1,0 +1,27 @@
+//! Who is in the cluster: members, their leases, and the view everybody has of them.
+//!
+//! A service registers a [`Member`] (what it is, where it is, which model and layout it has) and watches the [`View`] of
+//! all members. Two forms behind one trait, [`Registry`]: etcd for processes of their own ([`connect_etcd`]), memory for
+//! services of one process and for tests ([`MemoryHub`]).
+//!
+//! Rules: reading the view never waits for anybody. The view is the last known one while etcd is away; requests go on with
+//! it. A member that is gone leaves the view when its lease ends. A name has one holder: a second process that claims it
+//! gets [`Error::Taken`]. This crate starts no task: [`connect_etcd`] returns a future beside the registry, which its
+//! owner runs.
+#![forbid(unsafe_code)]
+
+mod config;
+mod error;
+mod etcd;
+mod member;
+mod memory;
+mod registry;
+mod view;
+
+pub use config::{EtcdConfig, RegistryConfig};
+pub use error::Error;
+pub use etcd::connect as connect_etcd;
+pub use member::{Member, Mismatch, ModelInfo};
+pub use memory::MemoryHub;
+pub use registry::Registry;
+pub use view::View;

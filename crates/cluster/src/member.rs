@@ -1,0 +1,244 @@
+//! A member's record: what others must know to use it, and whether they may.
+//!
+//! Records are JSON. Unknown fields are skipped, so that an older process reads a newer one's record; fields that an
+//! older process did not write get their default. What is read has been checked: see [`Member::parse`].
+
+use kvasir_types::{Incarnation, KvLayout, MemberId, ModelFingerprint, PROTOCOL_VERSION, Role, SegmentDescriptor};
+use serde::{Deserialize, Serialize};
+
+/// Most bytes of a record. A full one has some 700.
+pub(crate) const MAX_RECORD_BYTES: usize = 64 << 10;
+
+/// Most characters of an address or a version in a record.
+const MAX_TEXT: usize = 512;
+
+/// Most ways to a segment that a record may offer.
+const MAX_TRANSPORTS: usize = 16;
+
+/// A service in the cluster.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Member {
+    /// Its name, unique in its role.
+    pub id: MemberId,
+    /// Which life of it this is.
+    pub incarnation: Incarnation,
+    /// What it does.
+    pub role: Role,
+    /// `host:port` of its gRPC server; empty for routers.
+    #[serde(default)]
+    pub grpc: String,
+    /// `host:port` of its admin page.
+    #[serde(default)]
+    pub admin: String,
+    /// `host:port` of its HTTP API; empty for all but routers.
+    #[serde(default)]
+    pub http: String,
+    /// Version of what it says to peers ([`PROTOCOL_VERSION`]).
+    pub protocol: u32,
+    /// Version of the program, for people.
+    #[serde(default)]
+    pub version: String,
+    /// The model it serves; none for routers and store nodes.
+    #[serde(default)]
+    pub model: Option<ModelInfo>,
+    /// The memory it offers to peers; none for routers.
+    #[serde(default)]
+    pub segment: Option<SegmentDescriptor>,
+    /// Takes no new work: it is about to leave.
+    #[serde(default)]
+    pub draining: bool,
+}
+
+/// The model a worker serves.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ModelInfo {
+    /// What clients call it.
+    pub name: String,
+    /// Which weights.
+    pub fingerprint: ModelFingerprint,
+    /// How its KV blocks are laid out.
+    pub layout: KvLayout,
+    /// Most tokens of prompt and answer together.
+    pub max_model_len: u32,
+    /// BLAKE3 of tokenizer.json in hexadecimal; empty if unknown.
+    #[serde(default)]
+    pub tokenizer: String,
+}
+
+/// Why two members must not exchange blocks: the first thing that differs.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{what} differs: {ours} here, {theirs} there")]
+pub struct Mismatch {
+    /// What differs.
+    pub what: &'static str,
+    /// The value of the one that asked.
+    pub ours: String,
+    /// The value of the other.
+    pub theirs: String,
+}
+
+impl ModelInfo {
+    /// Whether KV blocks of the two mean the same. Names and limits may differ, weights and layout may not.
+    pub fn pairs_with(&self, other: &Self) -> Result<(), Mismatch> {
+        same("model fingerprint", &self.fingerprint, &other.fingerprint, ToString::to_string)?;
+        same("kv layout", &self.layout, &other.layout, layout_text)
+    }
+}
+
+impl Member {
+    /// Whether the two may work on the same request: same protocol, and same model where both have one. A store node has
+    /// none: it keeps bytes by hash, and the hash names the model.
+    pub fn compatible(&self, other: &Self) -> Result<(), Mismatch> {
+        same("protocol", &self.protocol, &other.protocol, ToString::to_string)?;
+        match (&self.model, &other.model) {
+            (Some(ours), Some(theirs)) => ours.pairs_with(theirs),
+            _ => Ok(()),
+        }
+    }
+
+    /// Whether this build can talk to the member at all.
+    pub fn speaks_our_protocol(&self) -> Result<(), Mismatch> {
+        same("protocol", &PROTOCOL_VERSION, &self.protocol, ToString::to_string)
+    }
+
+    /// The record as it is stored.
+    pub(crate) fn record(&self) -> String {
+        serde_json::to_string(self).expect("a member has no map with keys that are not text")
+    }
+
+    /// Reads a record from outside; the error says what is wrong with it, in bounded length.
+    pub(crate) fn parse(record: &[u8]) -> Result<Self, String> {
+        if record.len() > MAX_RECORD_BYTES {
+            return Err(format!("{} bytes, at most {MAX_RECORD_BYTES} are allowed", record.len()));
+        }
+        let short = |error: String| error.chars().take(200).collect::<String>();
+        let member: Self = serde_json::from_slice(record).map_err(|error| short(error.to_string()))?;
+        let texts = [&member.grpc, &member.admin, &member.http, &member.version];
+        if texts.iter().any(|text| text.len() > MAX_TEXT || text.chars().any(char::is_control)) {
+            return Err(format!("an address or version over {MAX_TEXT} bytes or with control characters"));
+        }
+        if let Some(model) = &member.model {
+            model.layout.check().map_err(|error| error.to_string())?;
+            if [&model.name, &model.tokenizer]
+                .iter()
+                .any(|text| text.len() > MAX_TEXT || text.chars().any(char::is_control))
+            {
+                return Err(format!("a model's name over {MAX_TEXT} bytes or with control characters"));
+            }
+        }
+        if member.segment.as_ref().is_some_and(|segment| segment.transports.len() > MAX_TRANSPORTS) {
+            return Err(format!("over {MAX_TRANSPORTS} transports"));
+        }
+        Ok(member)
+    }
+}
+
+fn same<T: PartialEq>(what: &'static str, ours: &T, theirs: &T, text: impl Fn(&T) -> String) -> Result<(), Mismatch> {
+    if ours == theirs { Ok(()) } else { Err(Mismatch { what, ours: text(ours), theirs: text(theirs) }) }
+}
+
+fn layout_text(layout: &KvLayout) -> String {
+    let KvLayout { block_size, layers, kv_heads, head_dim, dtype } = layout;
+    format!("{block_size} tokens × {layers} layers × {kv_heads} heads × {head_dim} {dtype:?}").to_lowercase()
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use kvasir_types::{KvDtype, SegmentId, TransportAddress, TransportKind};
+    use proptest::prelude::*;
+
+    use super::*;
+
+    pub(crate) fn member(role: Role, id: &str, incarnation: u64) -> Member {
+        Member {
+            id: id.parse().unwrap(),
+            incarnation: Incarnation(incarnation),
+            role,
+            grpc: "127.0.0.1:1".into(),
+            admin: "127.0.0.1:2".into(),
+            http: String::new(),
+            protocol: PROTOCOL_VERSION,
+            version: "0.1.0".into(),
+            model: Some(ModelInfo {
+                name: "demo".into(),
+                fingerprint: ModelFingerprint([3; 16]),
+                layout: KvLayout { block_size: 16, layers: 2, kv_heads: 2, head_dim: 8, dtype: KvDtype::Bf16 },
+                max_model_len: 1024,
+                tokenizer: String::new(),
+            }),
+            segment: Some(SegmentDescriptor {
+                segment: SegmentId(u64::MAX),
+                incarnation: Incarnation(incarnation),
+                len: 4096,
+                transports: vec![TransportAddress { kind: TransportKind::Tcp, address: "127.0.0.1:3".into() }],
+            }),
+            draining: false,
+        }
+    }
+
+    #[test]
+    fn a_record_reads_as_it_was_written_and_newer_fields_are_skipped() {
+        let member = member(Role::KvStore, "kv-0", u64::MAX);
+        assert_eq!(Member::parse(member.record().as_bytes()), Ok(member.clone()));
+        let newer = member.record().replacen('{', r#"{"rack":{"name":"r1"},"#, 1);
+        assert_eq!(Member::parse(newer.as_bytes()), Ok(member));
+    }
+
+    #[test]
+    fn what_an_older_process_did_not_write_is_empty() {
+        let record = br#"{"id":"router-0","incarnation":1,"role":"router","protocol":1}"#;
+        let member = Member::parse(record).unwrap();
+        assert_eq!((member.grpc.as_str(), member.model, member.draining), ("", None, false));
+    }
+
+    #[test]
+    fn records_that_could_harm_a_reader_are_refused() {
+        let mut bad = member(Role::Decode, "d", 1);
+        bad.model.as_mut().unwrap().layout.layers = u32::MAX;
+        assert!(Member::parse(bad.record().as_bytes()).unwrap_err().contains("layout"));
+        bad = member(Role::Decode, "d", 1);
+        bad.grpc = "x".repeat(MAX_TEXT + 1);
+        assert!(Member::parse(bad.record().as_bytes()).unwrap_err().contains("address"));
+        assert!(Member::parse(&vec![b' '; MAX_RECORD_BYTES + 1]).unwrap_err().contains("at most"));
+        for text in ["", "{}", "null", "[]", "\u{1}", r#"{"id":"a/b","incarnation":1,"role":"decode","protocol":1}"#] {
+            assert!(Member::parse(text.as_bytes()).is_err(), "{text:?}");
+        }
+    }
+
+    #[test]
+    fn a_mismatch_names_what_differs() {
+        let ours = member(Role::Decode, "d", 1);
+        let mut theirs = member(Role::Prefill, "p", 2);
+        theirs.model.as_mut().unwrap().name = "other name".into();
+        assert_eq!(ours.compatible(&theirs), Ok(()));
+        theirs.model.as_mut().unwrap().layout.dtype = KvDtype::F32;
+        assert_eq!(
+            ours.compatible(&theirs).unwrap_err().to_string(),
+            "kv layout differs: 16 tokens × 2 layers × 2 heads × 8 bf16 here, 16 tokens × 2 layers × 2 heads × 8 f32 there"
+        );
+        theirs.model.as_mut().unwrap().fingerprint = ModelFingerprint([4; 16]);
+        assert_eq!(ours.compatible(&theirs).unwrap_err().what, "model fingerprint");
+        theirs.protocol += 1;
+        assert_eq!(ours.compatible(&theirs).unwrap_err().what, "protocol");
+        assert!(theirs.speaks_our_protocol().is_err());
+        theirs.protocol -= 1;
+        theirs.model = None;
+        assert_eq!(ours.compatible(&theirs), Ok(()));
+    }
+
+    proptest! {
+        #[test]
+        fn no_bytes_from_outside_panic(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
+            let _ = Member::parse(&bytes);
+        }
+
+        #[test]
+        fn no_cut_or_altered_record_panics(at in 0usize..600, byte in any::<u8>()) {
+            let mut record = member(Role::Decode, "d", 1).record().into_bytes();
+            let at = at % record.len();
+            record[at] = byte;
+            let _ = Member::parse(&record);
+            let _ = Member::parse(&record[..at]);
+        }
+    }
+}

@@ -1,0 +1,108 @@
+//! Members of one process, in its memory: for standalone and for tests.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex},
+};
+
+use async_trait::async_trait;
+use kvasir_types::{Incarnation, MemberId, Role};
+use tokio::sync::watch;
+
+use crate::{Error, Member, Registry, View};
+
+type Members = BTreeMap<(Role, MemberId), Member>;
+
+/// The members that all registries of this hub share. Clones are the same hub.
+#[derive(Clone, Debug, Default)]
+pub struct MemoryHub(Arc<Hub>);
+
+/// Written by whoever registers; read through the channel.
+#[derive(Debug, Default)]
+struct Hub {
+    members: Mutex<Members>,
+    view: watch::Sender<Arc<View>>,
+}
+
+impl MemoryHub {
+    /// A hub without members.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// A registry of this hub. Its members leave when it is dropped, as a process's members do when it dies.
+    pub fn registry(&self) -> Arc<dyn Registry> {
+        Arc::new(MemoryRegistry { hub: self.0.clone(), own: Mutex::default() })
+    }
+}
+
+impl Hub {
+    fn change<T>(&self, change: impl FnOnce(&mut Members) -> T) -> T {
+        let mut members = self.members.lock().expect(UNPOISONED);
+        let result = change(&mut members);
+        self.view.send_if_modified(|view| {
+            let now: Vec<_> = members.values().cloned().collect();
+            let changed = view.members != now;
+            if changed {
+                *view = Arc::new(View { revision: view.revision + 1, members: now });
+            }
+            changed
+        });
+        result
+    }
+}
+
+const UNPOISONED: &str = "no code panics while it holds this lock";
+
+/// One service's access to a hub.
+struct MemoryRegistry {
+    hub: Arc<Hub>,
+    /// What this registry has registered.
+    own: Mutex<BTreeMap<(Role, MemberId), Incarnation>>,
+}
+
+#[async_trait]
+impl Registry for MemoryRegistry {
+    async fn register(&self, member: Member) -> Result<(), Error> {
+        let key = (member.role, member.id.clone());
+        let mut own = self.own.lock().expect(UNPOISONED);
+        self.hub.change(|members| match members.get(&key) {
+            Some(held) if held.incarnation != member.incarnation => {
+                Err(Error::Taken { role: member.role, id: member.id.clone(), holder: held.incarnation })
+            }
+            _ => {
+                own.insert(key.clone(), member.incarnation);
+                members.insert(key, member);
+                Ok(())
+            }
+        })
+    }
+
+    async fn update(&self, member: Member) -> Result<(), Error> {
+        let key = (member.role, member.id.clone());
+        if !self.own.lock().expect(UNPOISONED).contains_key(&key) {
+            return Err(Error::NotRegistered { role: member.role, id: member.id });
+        }
+        self.hub.change(|members| members.insert(key, member));
+        Ok(())
+    }
+
+    async fn deregister(&self, id: &MemberId, role: Role) -> Result<(), Error> {
+        let key = (role, id.clone());
+        if self.own.lock().expect(UNPOISONED).remove(&key).is_some() {
+            self.hub.change(|members| members.remove(&key));
+        }
+        Ok(())
+    }
+
+    fn view(&self) -> watch::Receiver<Arc<View>> {
+        self.hub.view.subscribe()
+    }
+}
+
+impl Drop for MemoryRegistry {
+    fn drop(&mut self) {
+        let own = std::mem::take(&mut *self.own.lock().expect(UNPOISONED));
+        self.hub.change(|members| members.retain(|key, _| !own.contains_key(key)));
+    }
+}

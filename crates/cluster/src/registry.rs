@@ -1,0 +1,39 @@
+//! The seam between services and whatever keeps the members.
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use kvasir_types::{MemberId, Role};
+use tokio::sync::watch;
+
+use crate::{Error, Member, View};
+
+/// Registers this process's members and shows everybody's. One contract suite runs against every implementation.
+///
+/// Dropping a registry is what a crash is: its members are no longer kept, and leave when their leases end (in memory: at
+/// once). So hold it for as long as they live.
+#[async_trait]
+pub trait Registry: Send + Sync {
+    /// Puts a member into the cluster and keeps it there until it is deregistered or this process is gone. When this
+    /// returns, it is published; everybody's view (this one too) shows it a moment later. Registering the same incarnation again replaces its record.
+    ///
+    /// # Errors
+    /// [`Error::Taken`] if another living process has the name; before that is said, it gets the time of a lease to turn
+    /// out dead.
+    async fn register(&self, member: Member) -> Result<(), Error>;
+
+    /// Replaces the record of a registered member. If the registry is away, the record is published when it is back.
+    ///
+    /// # Errors
+    /// [`Error::NotRegistered`] if this registry does not hold the member.
+    async fn update(&self, member: Member) -> Result<(), Error>;
+
+    /// Takes a member out of the cluster at once. A member that is not there is not an error.
+    ///
+    /// # Errors
+    /// [`Error::Unreachable`] if nobody could be told; the member then leaves when its lease ends.
+    async fn deregister(&self, id: &MemberId, role: Role) -> Result<(), Error>;
+
+    /// The members, now and whenever they change. Reading never waits.
+    fn view(&self) -> watch::Receiver<Arc<View>>;
+}

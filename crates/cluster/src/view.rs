@@ -1,0 +1,26 @@
+//! All members at a moment.
+
+use kvasir_types::{MemberId, Role};
+
+use crate::Member;
+
+/// All members that this process knows, ordered by role and name.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct View {
+    /// Counts the changes this process has seen. Says nothing across processes.
+    pub revision: u64,
+    /// The members.
+    pub members: Vec<Member>,
+}
+
+impl View {
+    /// The members of a role, by name.
+    pub fn role(&self, role: Role) -> impl Iterator<Item = &Member> {
+        self.members.iter().filter(move |member| member.role == role)
+    }
+
+    /// The member of that role and name.
+    pub fn get(&self, role: Role, id: &MemberId) -> Option<&Member> {
+        self.members.iter().find(|member| member.role == role && member.id == *id)
+    }
+}

@@ -1,0 +1,154 @@
+//! What every registry promises, checked on each of them.
+
+use kvasir_cluster::{Error, MemoryHub};
+use kvasir_types::{Incarnation, Role};
+
+use crate::{
+    etcd::Etcd,
+    given::{Process, member},
+};
+
+/// A cluster that processes can join.
+enum World {
+    Memory(MemoryHub),
+    Etcd(Box<Etcd>),
+}
+
+impl World {
+    async fn process(&self) -> Process {
+        match self {
+            Self::Memory(hub) => Process::in_memory(hub),
+            Self::Etcd(etcd) => Process::with_etcd(etcd.config()).await.unwrap(),
+        }
+    }
+}
+
+/// Each law as a test of each registry.
+macro_rules! laws {
+    ($($law:ident),* $(,)?) => {
+        mod memory {
+            $(#[tokio::test]
+            async fn $law() {
+                super::$law(super::World::Memory(super::MemoryHub::new())).await;
+            })*
+        }
+        mod etcd {
+            $(#[tokio::test]
+            async fn $law() {
+                super::$law(super::World::Etcd(Box::new(super::Etcd::start().await))).await;
+            })*
+        }
+    };
+}
+
+laws!(
+    a_registered_member_is_seen_by_all_and_by_those_who_come_later,
+    an_update_replaces_the_record_and_only_the_holder_may,
+    a_deregistered_member_is_gone_at_once_and_its_name_is_free,
+    a_name_has_one_holder_and_a_second_process_is_told,
+    a_name_is_one_per_role,
+    the_same_incarnation_may_register_again,
+    a_crashed_process_leaves_the_view_and_its_name_is_free_for_its_next_life,
+    a_view_that_did_not_change_is_not_announced,
+);
+
+async fn a_registered_member_is_seen_by_all_and_by_those_who_come_later(world: World) {
+    let (one, two) = (world.process().await, world.process().await);
+    one.registry.register(member("b", 1)).await.unwrap();
+    two.registry.register(member("a", 2)).await.unwrap();
+    for process in [&one, &two, &world.process().await] {
+        process.sees(&["a", "b"]).await;
+        assert_eq!(process.view().members, [member("a", 2), member("b", 1)]);
+        assert_eq!(process.view().role(Role::Decode).count(), 2);
+        assert_eq!(process.view().role(Role::Prefill).count(), 0);
+    }
+}
+
+async fn an_update_replaces_the_record_and_only_the_holder_may(world: World) {
+    let (one, two) = (world.process().await, world.process().await);
+    let mut changed = member("a", 1);
+    one.registry.register(changed.clone()).await.unwrap();
+    changed.draining = true;
+    assert!(matches!(two.registry.update(changed.clone()).await, Err(Error::NotRegistered { .. })));
+    one.registry.update(changed.clone()).await.unwrap();
+    let mut view = two.registry.view();
+    let seen = view.wait_for(|view| view.members == [changed.clone()]);
+    tokio::time::timeout(crate::given::LIMIT, seen).await.unwrap().unwrap();
+}
+
+async fn a_deregistered_member_is_gone_at_once_and_its_name_is_free(world: World) {
+    let (one, two) = (world.process().await, world.process().await);
+    let a = member("a", 1);
+    one.registry.register(a.clone()).await.unwrap();
+    two.sees(&["a"]).await;
+    two.registry.deregister(&a.id, a.role).await.unwrap(); // not its own: nothing happens
+    two.sees(&["a"]).await;
+    one.registry.deregister(&a.id, a.role).await.unwrap();
+    let before = std::time::Instant::now();
+    two.sees(&[]).await;
+    assert!(before.elapsed().as_secs() < 2, "left with its lease only");
+    one.registry.deregister(&a.id, a.role).await.unwrap();
+    assert!(matches!(one.registry.update(a).await, Err(Error::NotRegistered { .. })));
+    two.registry.register(member("a", 2)).await.unwrap();
+    one.sees(&["a"]).await;
+}
+
+async fn a_name_has_one_holder_and_a_second_process_is_told(world: World) {
+    let (one, two) = (world.process().await, world.process().await);
+    one.registry.register(member("a", 1)).await.unwrap();
+    let error = two.registry.register(member("a", 2)).await.unwrap_err();
+    assert!(matches!(error, Error::Taken { holder: Incarnation(1), .. }), "{error}");
+    assert!(error.to_string().contains("decode a is registered by another process"), "{error}");
+    two.sees(&["a"]).await;
+    assert_eq!(two.view().members, [member("a", 1)]);
+}
+
+async fn a_name_is_one_per_role(world: World) {
+    let process = world.process().await;
+    let mut prefill = member("a", 2);
+    prefill.role = Role::Prefill;
+    process.registry.register(member("a", 1)).await.unwrap();
+    process.registry.register(prefill.clone()).await.unwrap();
+    process.sees(&["a", "a"]).await;
+    process.registry.deregister(&prefill.id, Role::Prefill).await.unwrap();
+    process.sees(&["a"]).await;
+    assert_eq!(process.view().members[0].role, Role::Decode);
+}
+
+async fn the_same_incarnation_may_register_again(world: World) {
+    let process = world.process().await;
+    let mut a = member("a", 1);
+    process.registry.register(a.clone()).await.unwrap();
+    a.grpc = "127.0.0.1:9".into();
+    process.registry.register(a.clone()).await.unwrap();
+    let mut view = process.registry.view();
+    let seen = view.wait_for(|view| view.members == [a.clone()]);
+    tokio::time::timeout(crate::given::LIMIT, seen).await.unwrap().unwrap();
+}
+
+async fn a_crashed_process_leaves_the_view_and_its_name_is_free_for_its_next_life(world: World) {
+    let (one, two) = (world.process().await, world.process().await);
+    one.registry.register(member("a", 1)).await.unwrap();
+    two.sees(&["a"]).await;
+    drop(one);
+    // Its next life comes up at once and waits for what is left of the last one's lease.
+    let next = world.process().await;
+    next.registry.register(member("a", 2)).await.unwrap();
+    let mut view = two.registry.view();
+    let seen = view.wait_for(|view| view.members == [member("a", 2)]);
+    tokio::time::timeout(crate::given::LIMIT, seen).await.unwrap().unwrap();
+    drop(next);
+    two.sees(&[]).await;
+}
+
+async fn a_view_that_did_not_change_is_not_announced(world: World) {
+    let process = world.process().await;
+    process.registry.register(member("a", 1)).await.unwrap();
+    process.sees(&["a"]).await;
+    let mut view = process.registry.view();
+    let before = view.borrow_and_update().revision;
+    process.registry.update(member("a", 1)).await.unwrap();
+    process.registry.register(member("b", 2)).await.unwrap();
+    process.sees(&["a", "b"]).await;
+    assert_eq!(process.view().revision, before + 1);
+}

@@ -1,0 +1,217 @@
+//! etcd fails in every way it can; requests must not notice, members must come back by themselves.
+
+use std::time::{Duration, Instant};
+
+use kvasir_cluster::{Error, EtcdConfig};
+use rustix::process::Signal;
+
+use crate::{
+    etcd::Etcd,
+    given::{Process, member, until},
+};
+
+const A: &str = "/kvasir/v1/members/decode/a";
+
+async fn join(etcd: &Etcd, id: &str, incarnation: u64) -> Process {
+    let process = Process::with_etcd(etcd.config()).await.unwrap();
+    process.registry.register(member(id, incarnation)).await.unwrap();
+    process
+}
+
+#[tokio::test]
+async fn an_unreachable_etcd_is_told_within_the_limit_with_its_address() {
+    let config = EtcdConfig { connect_timeout_ms: 600, ..closed_port() };
+    let before = Instant::now();
+    let error = Process::with_etcd(config.clone()).await.map(|_| ()).unwrap_err();
+    assert!(before.elapsed() < Duration::from_secs(3), "{:?}", before.elapsed());
+    assert!(matches!(&error, Error::Unreachable { .. }) && error.to_string().contains(&config.endpoints[0]), "{error}");
+}
+
+#[tokio::test]
+async fn a_silent_etcd_is_told_within_the_limit() {
+    // Accepts connections (the kernel does) and never says a word.
+    let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let endpoints = vec![silent.local_addr().unwrap().to_string()];
+    let config = EtcdConfig { connect_timeout_ms: 500, endpoints, ..EtcdConfig::default() };
+    let before = Instant::now();
+    assert!(matches!(Process::with_etcd(config).await, Err(Error::Unreachable { .. })));
+    assert!(before.elapsed() < Duration::from_secs(3), "{:?}", before.elapsed());
+}
+
+#[tokio::test]
+async fn settings_that_cannot_be_used_are_named_by_their_key() {
+    let fine = EtcdConfig::default();
+    for (config, key) in [
+        (EtcdConfig { endpoints: vec![], ..fine.clone() }, "registry.etcd.endpoints"),
+        (EtcdConfig { endpoints: vec!["no such host".into()], ..fine.clone() }, "registry.etcd.endpoints"),
+        (EtcdConfig { endpoints: vec!["https://a:1".into()], ..fine.clone() }, "registry.etcd.endpoints"),
+        (EtcdConfig { prefix: "kvasir".into(), ..fine.clone() }, "registry.etcd.prefix"),
+        (EtcdConfig { lease_ttl_s: 0, ..fine.clone() }, "registry.etcd.lease_ttl_s"),
+        (EtcdConfig { request_timeout_ms: 0, ..fine }, "request_timeout_ms"),
+    ] {
+        let error = Process::with_etcd(config).await.map(|_| ()).unwrap_err();
+        assert!(matches!(error, Error::Config { .. }) && error.to_string().contains(key), "{error}");
+    }
+}
+
+#[tokio::test]
+async fn one_dead_endpoint_of_several_does_not_matter() {
+    let etcd = Etcd::start().await;
+    let mut config = etcd.config();
+    config.endpoints.insert(0, closed_port().endpoints.remove(0));
+    let process = Process::with_etcd(config).await.unwrap();
+    process.registry.register(member("a", 1)).await.unwrap();
+    process.sees(&["a"]).await;
+}
+
+#[tokio::test]
+async fn while_etcd_is_away_the_view_stays_and_when_it_is_back_everybody_is_there() {
+    let mut etcd = Etcd::start().await;
+    let (mut one, two) = (join(&etcd, "a", 1).await, join(&etcd, "b", 2).await);
+    one.sees(&["a", "b"]).await;
+    etcd.kill();
+    // Longer than any lease. (A sleep, because nothing must happen.)
+    tokio::time::sleep(Duration::from_millis(3_500)).await;
+    assert_eq!((one.ids(), two.ids()), (vec!["a".into(), "b".into()], vec!["a".into(), "b".into()]));
+    assert!(one.runs());
+    assert!(etcd.restart().await);
+    let late = Process::with_etcd(etcd.config()).await.unwrap();
+    late.sees(&["a", "b"]).await;
+    // And changes are seen again, in both directions.
+    one.registry.deregister(&"a".parse().unwrap(), kvasir_types::Role::Decode).await.unwrap();
+    two.sees(&["b"]).await;
+    late.sees(&["b"]).await;
+}
+
+#[tokio::test]
+async fn an_etcd_that_comes_back_empty_gets_its_members_again_and_nobody_sees_them_missing() {
+    let mut etcd = Etcd::start().await;
+    let (one, two) = (join(&etcd, "a", 1).await, join(&etcd, "b", 2).await);
+    one.sees(&["a", "b"]).await;
+    // Some history, so that the new etcd's revisions are smaller than the old one's.
+    for _ in 0..20 {
+        etcd.raw().await.put("/other", "x", None).await.unwrap();
+    }
+    let mut views = one.registry.view();
+    views.mark_unchanged();
+    etcd.kill();
+    etcd.wipe();
+    assert!(etcd.restart().await);
+    Process::with_etcd(etcd.config()).await.unwrap().sees(&["a", "b"]).await;
+    assert_eq!(one.ids(), ["a", "b"]);
+    assert!(!views.has_changed().unwrap(), "a member was missing for a while");
+    drop(two);
+    one.sees(&["a"]).await;
+}
+
+#[tokio::test]
+async fn a_stopped_etcd_blocks_no_reader_and_every_call_ends() {
+    let etcd = Etcd::start().await;
+    let (one, two) = (join(&etcd, "a", 1).await, join(&etcd, "b", 2).await);
+    one.sees(&["a", "b"]).await;
+    etcd.signal(Signal::STOP);
+    let before = Instant::now();
+    assert_eq!(one.ids(), ["a", "b"]);
+    assert!(before.elapsed() < Duration::from_millis(100));
+    let mut changed = member("a", 1);
+    changed.draining = true;
+    one.registry.update(changed).await.unwrap(); // published when etcd goes on
+    assert!(matches!(one.registry.register(member("c", 3)).await, Err(Error::Unreachable { .. })));
+    let gone = two.registry.deregister(&"b".parse().unwrap(), kvasir_types::Role::Decode).await;
+    assert!(matches!(gone, Err(Error::Unreachable { .. })));
+    assert!(before.elapsed() < Duration::from_secs(10), "{:?}", before.elapsed());
+    assert_eq!(one.ids(), ["a", "b"]);
+    etcd.signal(Signal::CONT);
+    two.sees(&["a"]).await; // b's lease was not renewed any more
+    let mut view = two.registry.view();
+    let draining = view.wait_for(|view| view.members.iter().all(|member| member.draining));
+    tokio::time::timeout(crate::given::LIMIT, draining).await.unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn a_lease_or_a_key_that_an_operator_removed_is_there_again() {
+    let etcd = Etcd::start().await;
+    let one = join(&etcd, "a", 1).await;
+    let mut raw = etcd.raw().await;
+    one.sees(&["a"]).await;
+    let lease = raw.get(A, None).await.unwrap().kvs()[0].lease();
+    raw.lease_revoke(lease).await.unwrap();
+    let mut seen = 0;
+    until("registered under a new lease", async || {
+        seen = raw.get(A, None).await.unwrap().kvs().first().map_or(0, etcd_client::KeyValue::lease);
+        seen != 0 && seen != lease
+    })
+    .await;
+    raw.delete(A, None).await.unwrap();
+    until("registered again", async || raw.get(A, None).await.unwrap().count() == 1).await;
+    one.sees(&["a"]).await;
+}
+
+#[tokio::test]
+async fn a_compacted_history_is_read_anew() {
+    let mut etcd = Etcd::start().await;
+    let one = join(&etcd, "a", 1).await;
+    // A registry whose future has not run yet stands at an old revision …
+    let (late, run) = kvasir_cluster::connect_etcd(etcd.config()).await.unwrap();
+    let mut raw = etcd.raw().await;
+    let mut revision = 0;
+    for _ in 0..10 {
+        revision = raw.put("/other", "x", None).await.unwrap().header().unwrap().revision();
+    }
+    one.registry.register(member("b", 2)).await.unwrap();
+    raw.compact(revision, None).await.unwrap();
+    // … that is gone when it starts.
+    let mut running = tokio::task::JoinSet::new();
+    running.spawn(run);
+    let mut view = late.view();
+    let seen = view.wait_for(|view| view.members.len() == 2);
+    tokio::time::timeout(crate::given::LIMIT, seen).await.unwrap().unwrap();
+    etcd.kill();
+}
+
+#[tokio::test]
+async fn records_that_are_none_are_skipped() {
+    let etcd = Etcd::start().await;
+    let one = join(&etcd, "a", 1).await;
+    let mut raw = etcd.raw().await;
+    let good = serde_json::to_string(&member("x", 9)).unwrap();
+    for (key, record) in [
+        ("decode/b", "{"),
+        ("decode/c", &*"x".repeat(100_000)),
+        ("decode/d", &*good), // x's record under d's key
+        ("decode", "null"),
+        ("decode/x/y", &*good),
+        ("gpu-farm/e", r#"{"id":"e","incarnation":1,"role":"gpu-farm","protocol":7}"#),
+    ] {
+        raw.put(format!("/kvasir/v1/members/{key}"), record, None).await.unwrap();
+    }
+    raw.put("/kvasir/v1/members/decode/x", good, None).await.unwrap();
+    one.sees(&["a", "x"]).await;
+    Process::with_etcd(etcd.config()).await.unwrap().sees(&["a", "x"]).await;
+}
+
+#[tokio::test]
+async fn a_name_that_was_lost_to_another_process_is_not_taken_back() {
+    let etcd = Etcd::start().await;
+    let one = join(&etcd, "a", 1).await;
+    let mut raw = etcd.raw().await;
+    let lease = raw.get(A, None).await.unwrap().kvs()[0].lease();
+    // As it is for a process that was stopped for longer than its lease: gone, and the name is somebody else's.
+    raw.put(A, serde_json::to_string(&member("a", 2)).unwrap(), None).await.unwrap();
+    raw.lease_revoke(lease).await.unwrap();
+    let mut view = one.registry.view();
+    let seen = view.wait_for(|view| view.members == [member("a", 2)]);
+    tokio::time::timeout(crate::given::LIMIT, seen).await.unwrap().unwrap();
+    // Several rounds of keep-alive. (A sleep, because nothing must happen.)
+    tokio::time::sleep(Duration::from_millis(2_500)).await;
+    assert_eq!(one.view().members, [member("a", 2)]);
+    // And when the other one goes, the name is ours again.
+    raw.delete(A, None).await.unwrap();
+    let seen = view.wait_for(|view| view.members == [member("a", 1)]);
+    tokio::time::timeout(crate::given::LIMIT, seen).await.unwrap().unwrap();
+}
+
+fn closed_port() -> EtcdConfig {
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    EtcdConfig { endpoints: vec![format!("127.0.0.1:{port}")], ..EtcdConfig::default() }
+}

@@ -1,0 +1,121 @@
+//! The page for operators and probes, on a port of its own: `/health`, `/ready`, `/metrics`.
+//!
+//! It is up before the service is (loading a model takes a while, and a probe should get an answer meanwhile) and stays up
+//! while the service drains.
+
+use std::{io, net::SocketAddr, time::Instant};
+
+use axum::{
+    Json, Router,
+    extract::State,
+    http::{StatusCode, header},
+    response::IntoResponse,
+    routing::get,
+};
+use serde_json::json;
+use tokio::net::TcpListener;
+
+use crate::{AdminConfig, Context, Kind};
+
+/// The port could not be had.
+#[derive(Debug, thiserror::Error)]
+#[error("admin.listen: cannot listen on {address}")]
+pub struct Error {
+    address: SocketAddr,
+    #[source]
+    source: io::Error,
+}
+
+/// Binds the port of the configuration and serves in the background from now on; returns the address it got.
+pub async fn start(config: &AdminConfig, context: &Context) -> Result<SocketAddr, Error> {
+    let failed = |source| Error { address: config.listen, source };
+    let listener = TcpListener::bind(config.listen).await.map_err(failed)?;
+    let address = listener.local_addr().map_err(failed)?;
+    let serving = serve(listener, context.clone());
+    context.tasks.spawn(Kind::Background, "admin", async move { Ok(serving.await?) });
+    Ok(address)
+}
+
+/// Serves until the process ends.
+pub async fn serve(listener: TcpListener, context: Context) -> io::Result<()> {
+    axum::serve(listener, router(context)).await
+}
+
+fn router(context: Context) -> Router {
+    let started = Instant::now();
+    let health =
+        move || async move { Json(json!({ "status": "ok", "uptime_ms": started.elapsed().as_millis() as u64 })) };
+    Router::new()
+        .route("/health", get(health))
+        .route("/ready", get(ready))
+        .route("/metrics", get(metrics))
+        .with_state(context)
+}
+
+async fn ready(State(context): State<Context>) -> impl IntoResponse {
+    match context.health.ready() {
+        Ok(()) => (StatusCode::OK, Json(json!({ "ready": true }))),
+        Err(why) => (StatusCode::SERVICE_UNAVAILABLE, Json(json!({ "ready": false, "reason": why }))),
+    }
+}
+
+async fn metrics(State(context): State<Context>) -> impl IntoResponse {
+    ([(header::CONTENT_TYPE, crate::metrics::CONTENT_TYPE)], context.metrics.encode())
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt},
+        net::TcpStream,
+    };
+
+    use super::*;
+
+    async fn fetch(address: SocketAddr, path: &str) -> String {
+        let mut stream = TcpStream::connect(address).await.unwrap();
+        let request = format!("GET {path} HTTP/1.1\r\nhost: test\r\nconnection: close\r\n\r\n");
+        stream.write_all(request.as_bytes()).await.unwrap();
+        let mut reply = String::new();
+        stream.read_to_string(&mut reply).await.unwrap();
+        reply
+    }
+
+    #[tokio::test]
+    async fn it_answers_while_starting_serving_and_draining() {
+        let context = Context::detached("test");
+        context.metrics.gauge("kvasir_test", "Test").set(3);
+        let address = start(&AdminConfig::default(), &context).await.unwrap();
+        let ready = async |status: &str, words: &str| {
+            let reply = fetch(address, "/ready").await;
+            assert!(reply.starts_with(&format!("HTTP/1.1 {status}")) && reply.ends_with(words), "{reply}");
+            assert!(fetch(address, "/health").await.contains(r#"{"status":"ok","uptime_ms":"#));
+        };
+        ready("503", r#"{"ready":false,"reason":"starting"}"#).await;
+        context.health.set_ready();
+        ready("200", r#"{"ready":true}"#).await;
+        context.health.set_not_ready("draining");
+        context.shutdown.trigger();
+        ready("503", r#"{"ready":false,"reason":"draining"}"#).await;
+
+        let page = fetch(address, "/metrics").await;
+        assert!(
+            page.contains("\r\ncontent-type: application/openmetrics-text; version=1.0.0; charset=utf-8\r\n"),
+            "{page}"
+        );
+        assert!(page.contains("\nkvasir_test 3\n") && page.contains("# EOF"), "{page}");
+        assert!(fetch(address, "/nothing").await.starts_with("HTTP/1.1 404"));
+    }
+
+    #[tokio::test]
+    async fn a_taken_port_is_named_with_its_key() {
+        let taken = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let listen = taken.local_addr().unwrap();
+        let error = start(&AdminConfig { listen }, &Context::detached("test")).await.unwrap_err();
+        let line = crate::chain(&error);
+        assert!(
+            line.starts_with(&format!("admin.listen: cannot listen on {listen}: Address already in use")),
+            "{line}"
+        );
+    }
+}

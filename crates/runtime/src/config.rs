@@ -1,0 +1,62 @@
+//! Configuration in layers: defaults < file < environment < `--set`. One mistake, one line.
+//!
+//! | layer | form | example |
+//! | --- | --- | --- |
+//! | defaults | the type's `Default` | |
+//! | file | `--config FILE.yaml` | `admin: { listen: 127.0.0.1:9090 }` |
+//! | environment | `KVASIR_A__B` | `KVASIR_ADMIN__LISTEN=127.0.0.1:9090` |
+//! | flags | `--set a.b=value` | `--set admin.listen=127.0.0.1:9090` |
+//!
+//! Values of the last two are YAML (`true`, `8`, `[a, b]`, `{x: 1}`); a text that is no YAML, or whose YAML has the wrong
+//! type, is taken as it stands, so that `--set id=007` names a service `007`. Sections are merged, all else is replaced.
+//!
+//! Every layer is checked as it is laid on, so a mistake is blamed on the file, variable or flag that made it:
+//! `router.yaml: registry.etc: unknown field `etc`, expected `etcd``.
+
+mod layers;
+mod sections;
+
+use std::path::PathBuf;
+
+pub use layers::{Layers, Loaded};
+pub(crate) use layers::{flattened, section};
+pub use sections::{AdminConfig, LogConfig, LogFormat, ShutdownConfig};
+use serde::{Serialize, de::DeserializeOwned};
+
+/// A service's configuration: a struct with `serde(default, deny_unknown_fields)`, every field public and documented.
+///
+/// Three keys mean the same in every service and are read by [`crate::main`]: `log` ([`LogConfig`]), `shutdown`
+/// ([`ShutdownConfig`]) and `threads` (of the async runtime; absent or null: one for every core).
+pub trait Config: Default + Serialize + DeserializeOwned + Send + 'static {}
+impl<C: Default + Serialize + DeserializeOwned + Send + 'static> Config for C {}
+
+/// A configuration that can't be used. Its text is one line that names the layer, the key and what is allowed.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The file could not be read.
+    #[error("--config {}: cannot be read: {reason}", path.display())]
+    Unreadable {
+        /// Which file.
+        path: PathBuf,
+        /// Why, in the system's words.
+        reason: String,
+    },
+    /// A layer is not YAML, or not of the form its key needs.
+    #[error("{layer}: {reason}")]
+    Malformed {
+        /// The file, variable or flag.
+        layer: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A key that does not exist, or a value that its key does not take.
+    #[error("{layer}: {key}: {reason}")]
+    Refused {
+        /// The file, variable or flag.
+        layer: String,
+        /// The key, from the root, with dots.
+        key: String,
+        /// What is wrong and what is allowed.
+        reason: String,
+    },
+}

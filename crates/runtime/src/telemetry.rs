@@ -1,0 +1,39 @@
+//! Logs: lines for people or JSON for machines, on standard error; panics are log lines too.
+//!
+//! Request ids come from spans (`request_id` is a field of the span around a request), so that every line of a request
+//! carries it without anybody passing it along.
+
+use std::{backtrace::Backtrace, io::IsTerminal, panic};
+
+use tracing_subscriber::EnvFilter;
+
+use crate::{LogConfig, LogFormat};
+
+/// Starts logging for the whole process.
+pub(crate) fn start(config: &LogConfig) {
+    let filter = EnvFilter::try_new(&config.filter).unwrap_or_else(|_| EnvFilter::new("info"));
+    let lines = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    // An error means that somebody started logging before (a test in this process): theirs stays.
+    let _ = match config.format {
+        LogFormat::Human => lines.with_ansi(std::io::stderr().is_terminal()).try_init(),
+        LogFormat::Json => lines.json().try_init(),
+    };
+    panic::set_hook(Box::new(log_panic));
+}
+
+/// Whether a filter can be used; the error says what is wrong with it.
+pub(crate) fn check_filter(filter: &str) -> Result<(), String> {
+    EnvFilter::try_new(filter).map(drop).map_err(|error| error.to_string())
+}
+
+fn log_panic(info: &panic::PanicHookInfo<'_>) {
+    let message = info.payload_as_str().unwrap_or("(no text)");
+    let place = info.location().map(ToString::to_string).unwrap_or_default();
+    let thread = std::thread::current().name().unwrap_or("unnamed").to_owned();
+    // Empty unless RUST_BACKTRACE asks for it.
+    let backtrace = Backtrace::capture();
+    match backtrace.status() {
+        std::backtrace::BacktraceStatus::Captured => tracing::error!(place, thread, %backtrace, "panicked: {message}"),
+        _ => tracing::error!(place, thread, "panicked: {message}"),
+    }
+}

@@ -1,0 +1,127 @@
+//! The way into the KV store: blocks of a prompt from and into the cluster's store nodes, straight to their place.
+//!
+//! ```text
+//!             placement                 control (gRPC)                     bytes (one-sided, transfer engine)
+//!   read   blocks ─▶ groups ─▶ nodes ─▶ Lookup: longest run, leased ─────▶ read into the given offsets ─▶ verify ─▶ Release
+//!   write  blocks ─▶ groups ─▶ nodes ─▶ Reserve: slots for what is new ──▶ write from the given offsets ──────────▶ Commit
+//! ```
+//!
+//! Rules guarded here:
+//! - **The right bytes or a miss.** Every block read is compared with its checksum. A store that is away, slow, full or
+//!   wrong makes a request slower by a bounded delay at most, never wrong and never failed: what went wrong is told in
+//!   the report, for metrics and logs.
+//! - **A call that returned has let go of memory.** Both calls return only when no transfer can touch the given offsets any
+//!   more.
+//! - **A dead node is asked once a second,** not by every request: see [`Config::breaker_ms`].
+//!
+//! No task is spawned here and no thread is owned: the caller's await is what drives it.
+#![forbid(unsafe_code)]
+
+mod breaker;
+mod config;
+mod error;
+mod in_flight;
+mod peers;
+mod placement;
+mod read;
+mod write;
+
+#[cfg(test)]
+mod tests;
+
+use std::sync::Arc;
+
+use kvasir_cluster::View;
+use kvasir_transfer::TransferEngine;
+use kvasir_types::{BlockHash, Deadline, RequestId};
+use tokio::sync::watch;
+
+pub use config::Config;
+pub use error::Error;
+pub use read::ReadReport;
+pub use write::WriteReport;
+
+use peers::Peers;
+use placement::{Node, Placement, Share};
+
+/// Most hashes in one call, as the protocol has it.
+const MAX_HASHES: usize = 1024;
+/// Calls of one request that are open at the same time: enough for every node of a small cluster, and a bound in a large one.
+const MAX_CALLS: usize = 16;
+
+/// The store as a worker sees it. Clones share connections and what is known about the nodes.
+#[derive(Clone)]
+pub struct StoreClient {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    config: Config,
+    members: watch::Receiver<Arc<View>>,
+    engine: TransferEngine,
+    peers: Peers,
+}
+
+impl StoreClient {
+    /// A client that finds the store's nodes in `members` and moves bytes from and to `engine`'s arena. No connection is
+    /// made before it is needed.
+    pub fn new(config: Config, members: watch::Receiver<Arc<View>>, engine: TransferEngine) -> Self {
+        let peers = Peers::new(&config);
+        Self { inner: Arc::new(Inner { config, members, engine, peers }) }
+    }
+
+    /// Reads the longest run of `blocks` that the store has, from the first one on, each to its offset in the own arena.
+    ///
+    /// Offsets past the run may have been written to as well; their content means nothing. Run it to its end: a future
+    /// that is dropped halfway cancels its transfers and **blocks its thread** until memory is out of their reach (as
+    /// long as the transfer engine's fence grace at worst); its leases then end by themselves.
+    pub async fn read(
+        &self,
+        request: &RequestId,
+        blocks: &[(BlockHash, u64)],
+        block_bytes: u64,
+        deadline: Deadline,
+    ) -> ReadReport {
+        read::read(&self.inner, request, blocks, block_bytes, deadline).await
+    }
+
+    /// Offers `blocks` to the store: those it does not have are written from their offsets in the own arena.
+    ///
+    /// The caller keeps the blocks unchanged until it returns. What is said of a dropped future at [`StoreClient::read`]
+    /// holds here too; nothing of what it wrote becomes visible.
+    pub async fn write(
+        &self,
+        request: &RequestId,
+        blocks: &[(BlockHash, u64)],
+        block_bytes: u64,
+        deadline: Deadline,
+    ) -> WriteReport {
+        write::write(&self.inner, request, blocks, block_bytes, deadline).await
+    }
+
+    /// How many store nodes are known now; with none, reads and writes return at once.
+    pub fn nodes(&self) -> usize {
+        self.inner.placement().len()
+    }
+}
+
+impl Inner {
+    fn placement(&self) -> Placement {
+        Placement::of(&self.members.borrow())
+    }
+
+    /// Which node is asked for which of `blocks`, in calls of a bounded size.
+    fn shares(&self, blocks: &[(BlockHash, u64)]) -> Vec<Share> {
+        let placement = self.placement();
+        self.peers.keep_only(&placement);
+        placement.shares(blocks, self.config.group_blocks.clamp(1, MAX_HASHES), MAX_HASHES)
+    }
+
+    /// The bytes of a node did not move: if the way to it is at fault, it is left alone for a while.
+    fn transfer_failed(&self, node: &Node, error: &kvasir_transfer::Error) {
+        use kvasir_transfer::Error::{Disconnected, Stale, Unreachable};
+        if matches!(error, Unreachable { .. } | Disconnected { .. } | Stale { .. }) {
+            self.peers.failed(node);
+        }
+    }
+}

@@ -1,0 +1,126 @@
+//! Connections to store nodes: made when first needed, kept for a node's life, and a breaker each.
+
+use std::{
+    collections::HashMap,
+    future::Future,
+    sync::{Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
+
+use kvasir_proto::{MAX_MESSAGE_BYTES, v1::store_client::StoreClient};
+use kvasir_types::{Deadline, Incarnation, MemberId};
+use tonic::{
+    Code, Response, Status,
+    transport::{Channel, Endpoint},
+};
+
+use crate::{
+    Config, Error,
+    breaker::Breaker,
+    placement::{Node, Placement},
+};
+
+struct Peer {
+    incarnation: Incarnation,
+    channel: Channel,
+    breaker: Breaker,
+}
+
+/// The nodes this client has talked to. Written and read by whatever task makes a call; the lock is held for a map look-up
+/// only.
+pub(crate) struct Peers {
+    timeout: Duration,
+    wait: Duration,
+    peers: Mutex<HashMap<MemberId, Peer>>,
+}
+
+impl Peers {
+    pub(crate) fn new(config: &Config) -> Self {
+        Self {
+            timeout: Duration::from_millis(config.timeout_ms),
+            wait: Duration::from_millis(config.breaker_ms),
+            peers: Mutex::default(),
+        }
+    }
+
+    /// Forgets nodes that are gone or have restarted: their addresses would pile up for ever.
+    pub(crate) fn keep_only(&self, placement: &Placement) {
+        self.lock().retain(|id, peer| placement.has(id, peer.incarnation));
+    }
+
+    /// Makes one call to a node, bounded by the deadline and by how long a node may take to answer.
+    pub(crate) async fn call<T, F, Fut>(&self, node: &Node, deadline: Deadline, call: F) -> Result<T, Error>
+    where
+        F: FnOnce(StoreClient<Channel>) -> Fut,
+        Fut: Future<Output = Result<Response<T>, Status>>,
+    {
+        let channel = self.channel(node)?;
+        let client = StoreClient::new(channel)
+            .max_decoding_message_size(MAX_MESSAGE_BYTES)
+            .max_encoding_message_size(MAX_MESSAGE_BYTES);
+        let limit = self.timeout.min(deadline.remaining());
+        let error = match tokio::time::timeout(limit, call(client)).await {
+            Ok(Ok(response)) => {
+                self.with(node, Breaker::answered);
+                return Ok(response.into_inner());
+            }
+            Ok(Err(status)) => Error::Call { member: node.id.clone(), status: Box::new(status) },
+            Err(_) => Error::Timeout { member: node.id.clone(), waited: limit },
+        };
+        // A node that had less than its full time, because the request's was nearly over, has not failed.
+        let failed = match &error {
+            Error::Call { status, .. } => matches!(status.code(), Code::Unavailable | Code::Unknown | Code::Cancelled),
+            _ => limit == self.timeout,
+        };
+        if failed {
+            self.failed(node);
+        }
+        Err(error)
+    }
+
+    /// A node did not do its part.
+    pub(crate) fn failed(&self, node: &Node) {
+        self.with(node, |breaker| breaker.failed(Instant::now()));
+    }
+
+    fn channel(&self, node: &Node) -> Result<Channel, Error> {
+        let mut peers = self.lock();
+        if let Some(peer) = peers.get_mut(&node.id)
+            && peer.incarnation == node.incarnation
+        {
+            let passes = peer.breaker.passes(Instant::now());
+            return if passes { Ok(peer.channel.clone()) } else { Err(Error::Away { member: node.id.clone() }) };
+        }
+        let channel = self.endpoint(&node.grpc).map_err(|source| Error::Address {
+            member: node.id.clone(),
+            address: node.grpc.clone(),
+            source,
+        })?;
+        let peer = Peer { incarnation: node.incarnation, channel: channel.clone(), breaker: Breaker::new(self.wait) };
+        peers.insert(node.id.clone(), peer);
+        Ok(channel)
+    }
+
+    fn endpoint(&self, address: &str) -> Result<Channel, tonic::transport::Error> {
+        let endpoint = Endpoint::from_shared(format!("http://{address}"))?
+            .connect_timeout(self.timeout)
+            .tcp_nodelay(true)
+            // A machine that vanished closes no connection; without pings the next calls would go the same way.
+            .http2_keep_alive_interval(self.timeout)
+            .keep_alive_timeout(self.timeout);
+        Ok(endpoint.connect_lazy())
+    }
+
+    fn with(&self, node: &Node, change: impl FnOnce(&mut Breaker)) {
+        if let Some(peer) = self.lock().get_mut(&node.id)
+            && peer.incarnation == node.incarnation
+        {
+            change(&mut peer.breaker);
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<MemberId, Peer>> {
+        // Nothing below can leave the map half changed.
+        self.peers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

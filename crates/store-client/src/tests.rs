@@ -1,0 +1,163 @@
+//! A node that lies: whatever it answers, a read is a miss, a write is skipped, and nobody panics.
+//!
+//! What an honest node and this client do together is tested where the node is, in `kvasir-kv-store`.
+
+use std::{sync::Arc, time::Duration};
+
+use kvasir_cluster::{Member, MemoryHub, Registry};
+use kvasir_proto::v1::{self, store_server};
+use kvasir_transfer::{LocalNet, TransferEngine};
+use kvasir_types::{BlockHash, Deadline, Incarnation, PROTOCOL_VERSION, Role};
+use tokio::{net::TcpListener, task::JoinSet};
+use tonic::{Request, Response, Status, transport::server::TcpIncoming};
+
+use crate::{Config, Error, StoreClient};
+
+const BLOCK: u64 = 4096;
+
+/// Answers what it was told to answer.
+#[derive(Clone, Default)]
+struct Liar {
+    lookup: v1::LookupResponse,
+    reserve: v1::ReserveResponse,
+    committed: u32,
+}
+
+#[tonic::async_trait]
+impl store_server::Store for Liar {
+    async fn lookup(&self, _: Request<v1::LookupRequest>) -> Result<Response<v1::LookupResponse>, Status> {
+        Ok(Response::new(self.lookup.clone()))
+    }
+    async fn release(&self, _: Request<v1::ReleaseRequest>) -> Result<Response<v1::ReleaseResponse>, Status> {
+        Err(Status::internal("no"))
+    }
+    async fn reserve(&self, _: Request<v1::ReserveRequest>) -> Result<Response<v1::ReserveResponse>, Status> {
+        Ok(Response::new(self.reserve.clone()))
+    }
+    async fn commit(&self, _: Request<v1::CommitRequest>) -> Result<Response<v1::CommitResponse>, Status> {
+        Ok(Response::new(v1::CommitResponse { committed: self.committed }))
+    }
+    async fn store_status(
+        &self,
+        _: Request<v1::StoreStatusRequest>,
+    ) -> Result<Response<v1::StoreStatusResponse>, Status> {
+        Err(Status::internal("no"))
+    }
+}
+
+/// A client in a cluster whose only node is a liar.
+struct World {
+    client: StoreClient,
+    _registry: Arc<dyn Registry>,
+    _server: JoinSet<Result<(), tonic::transport::Error>>,
+}
+
+async fn world(liar: Liar) -> World {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let grpc = listener.local_addr().unwrap().to_string();
+    let mut server = JoinSet::new();
+    server.spawn(
+        tonic::transport::Server::builder()
+            .add_service(store_server::StoreServer::new(liar))
+            .serve_with_incoming(TcpIncoming::from(listener)),
+    );
+    let registry = MemoryHub::new().registry();
+    let member = Member {
+        id: "liar".parse().unwrap(),
+        incarnation: Incarnation(1),
+        role: Role::KvStore,
+        grpc,
+        admin: String::new(),
+        http: String::new(),
+        protocol: PROTOCOL_VERSION,
+        version: String::new(),
+        model: None,
+        segment: None,
+        draining: false,
+    };
+    registry.register(member).await.unwrap();
+    let engine = TransferEngine::new(kvasir_transfer::Config::default(), LocalNet::new(), 8 * BLOCK as usize).unwrap();
+    let client = StoreClient::new(Config::default(), registry.view(), engine);
+    World { client, _registry: registry, _server: server }
+}
+
+fn blocks() -> Vec<(BlockHash, u64)> {
+    (0..4u8).map(|n| (BlockHash([n; 16]), u64::from(n) * BLOCK)).collect()
+}
+
+/// A segment that nobody has.
+fn nowhere() -> v1::SegmentDescriptor {
+    let transport = v1::TransportAddress { kind: "tcp".into(), address: "127.0.0.1:1".into() };
+    v1::SegmentDescriptor { segment: 7, incarnation: 7, len: 1 << 20, transports: vec![transport] }
+}
+
+fn stored(offset: u64) -> v1::StoredBlock {
+    v1::StoredBlock { offset, checksum: vec![0; 16].into() }
+}
+
+fn found(blocks: usize) -> v1::LookupResponse {
+    let found = (0..blocks as u64).map(|n| stored(n * BLOCK)).collect();
+    v1::LookupResponse { found, segment: Some(nowhere()), grant: 1, lease: 1, lease_ms: 5_000 }
+}
+
+#[tokio::test]
+async fn no_answer_to_a_lookup_makes_a_read_more_than_a_miss() {
+    type Expected = fn(&Error) -> bool;
+    let cases: [(&str, v1::LookupResponse, Expected); 7] = [
+        ("more blocks than asked for", found(5), |e| matches!(e, Error::Count { asked: 4, got: 5, .. })),
+        (
+            "half a checksum",
+            v1::LookupResponse { found: vec![v1::StoredBlock { offset: 0, checksum: vec![0; 8].into() }], ..found(0) },
+            |e| matches!(e, Error::Answer { .. }),
+        ),
+        ("no segment", v1::LookupResponse { segment: None, ..found(1) }, |e| matches!(e, Error::Answer { .. })),
+        ("offset outside", v1::LookupResponse { found: vec![stored(u64::MAX)], ..found(0) }, |e| {
+            matches!(e, Error::Transfer { .. })
+        }),
+        ("nobody there", found(4), |e| matches!(e, Error::Transfer { .. })),
+        ("an endless lease", v1::LookupResponse { lease_ms: u64::MAX, ..found(4) }, |e| {
+            matches!(e, Error::Transfer { .. })
+        }),
+        ("a lease that is over", v1::LookupResponse { lease_ms: 0, ..found(4) }, |e| {
+            matches!(e, Error::Transfer { .. })
+        }),
+    ];
+    for (lie, lookup, expected) in cases {
+        let world = world(Liar { lookup, ..Liar::default() }).await;
+        let deadline = Deadline::after(Duration::from_secs(5));
+        let report = world.client.read(&"test".parse().unwrap(), &blocks(), BLOCK, deadline).await;
+        assert_eq!((report.blocks, report.bytes), (0, 0), "{lie}");
+        assert!(report.error.as_ref().is_some_and(expected), "{lie}: {report:?}");
+        assert!(!deadline.passed(), "{lie}: took too long");
+    }
+}
+
+#[tokio::test]
+async fn no_answer_to_a_reservation_makes_a_write_more_than_skipped() {
+    let slot = |state: v1::slot::State, offset| v1::Slot { state: state.into(), offset };
+    let reserved = v1::slot::State::Reserved;
+    let reserve = |slots| v1::ReserveResponse {
+        slots,
+        segment: Some(nowhere()),
+        grant: 1,
+        reservation: 1,
+        reservation_ms: 5_000,
+    };
+    let cases = [
+        ("too few slots", reserve(vec![slot(reserved, 0); 3]), 0),
+        ("too many slots", reserve(vec![slot(reserved, 0); 5]), 0),
+        ("no segment", v1::ReserveResponse { segment: None, ..reserve(vec![slot(reserved, 0); 4]) }, 0),
+        ("offset outside", reserve(vec![slot(reserved, u64::MAX - 5); 4]), 0),
+        ("nobody there", reserve(vec![slot(reserved, 0); 4]), 0),
+        ("states of the future", reserve(vec![v1::Slot { state: 99, offset: 0 }; 4]), 0),
+        ("one is there", reserve([vec![slot(v1::slot::State::Present, 0)], vec![slot(reserved, 0); 3]].concat()), 1),
+    ];
+    for (lie, reserve, present) in cases {
+        // It claims to have committed more than it was offered.
+        let world = world(Liar { reserve, committed: 1000, ..Liar::default() }).await;
+        let deadline = Deadline::after(Duration::from_secs(5));
+        let report = world.client.write(&"test".parse().unwrap(), &blocks(), BLOCK, deadline).await;
+        assert_eq!((report.written, report.present, report.skipped), (0, present, 4 - present), "{lie}: {report:?}");
+        assert!(!deadline.passed(), "{lie}: took too long");
+    }
+}

@@ -1,0 +1,171 @@
+"""Tiny random models of each supported family, with the reference implementation's greedy answers.
+
+    python make_tiny_models.py [--demo models/demo] [--out models/tiny] [NAME ...]
+
+Each variant covers something the demo model does not: another family, form of the configuration, weight type, number of
+files, a head size that is no multiple of the vector width. The answers are computed by transformers in float32 from the
+files as saved, and have the form of the demo model's golden.jsonl (see golden.py there).
+
+Random weights repeat one token for ever or leave ties if drawn carelessly: here the layers outweigh the embedding in the
+residual stream (answers wander), and prompts are kept whose answers no rounding can tip (margin above MARGIN). Logits are
+spread only so far that keys and values rounded to bfloat16 move a log-probability by well under 0.05.
+"""
+import argparse
+import json
+import random
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2Config, Qwen3Config
+from transformers.utils import logging
+
+PROMPTS = 6
+LONG_PROMPTS = 2  # of them, hundreds of tokens
+NEW_TOKENS = 24
+MARGIN = 0.08
+MIN_DISTINCT = 6  # tokens of an answer
+MAX_BYTES = 600_000
+
+COMMON = dict(vocab_size=1532, bos_token_id=None, eos_token_id=2, pad_token_id=0, max_position_embeddings=1024)
+
+VARIANTS = {
+    # The demo's family with another shape: heads wider than hidden / heads.
+    "qwen3-tied": dict(
+        config=Qwen3Config(**COMMON, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+                           num_key_value_heads=2, head_dim=32, tie_word_embeddings=True,
+                           rope_parameters={"rope_type": "default", "rope_theta": 1e6}),
+        dtype=torch.bfloat16),
+    "qwen3-f32": dict(
+        config=Qwen3Config(**COMMON, hidden_size=40, intermediate_size=72, num_hidden_layers=2, num_attention_heads=3,
+                           num_key_value_heads=1, head_dim=24, tie_word_embeddings=True, attention_bias=True,
+                           rope_parameters={"rope_type": "default", "rope_theta": 1e4}),
+        dtype=torch.float32),
+    # Untied, llama3 scaling (the context passes the original one), several end tokens, head size from hidden / heads.
+    "llama3-untied": dict(
+        config=LlamaConfig(**COMMON, hidden_size=48, intermediate_size=112, num_hidden_layers=3, num_attention_heads=6,
+                           num_key_value_heads=2, tie_word_embeddings=False,
+                           rope_parameters={"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0,
+                                            "high_freq_factor": 4.0, "original_max_position_embeddings": 128}),
+        dtype=torch.bfloat16, eos=[2, 0], drop=["head_dim"]),
+    # The older form of the configuration, f16, several shards, every bias, no grouped heads.
+    "llama-linear-f16": dict(
+        config=LlamaConfig(**COMMON, hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+                           num_key_value_heads=4, tie_word_embeddings=False, attention_bias=True, mlp_bias=True,
+                           rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}),
+        dtype=torch.float16, shard="160KB", old_rope={"type": "linear", "factor": 4.0}, drop=["num_key_value_heads"]),
+    "qwen2-tied": dict(
+        config=Qwen2Config(**COMMON, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+                           num_key_value_heads=1, tie_word_embeddings=True,
+                           rope_parameters={"rope_type": "default", "rope_theta": 1e6}),
+        dtype=torch.bfloat16),
+}
+
+
+def draw(model, seed):
+    """Fills a model with weights whose answers depend on the whole prompt."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in model.named_parameters():
+        noise = torch.randn(p.shape, generator=generator)
+        if "norm" in name:
+            p.data = 1 + 0.25 * noise
+        elif name.endswith("bias"):
+            p.data = 0.3 * noise
+        elif "embed_tokens" in name or "lm_head" in name:
+            p.data = noise * 2.5 / p.shape[1] ** 0.5  # logits spread by about 2.5
+        else:
+            gain = {"o_proj": 3.0, "down_proj": 4.0, "q_proj": 1.5, "k_proj": 1.5}.get(name.split(".")[-2], 1.0)
+            p.data = noise * gain / p.shape[1] ** 0.5
+
+
+def save(variant, folder, demo, seed):
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    model = AutoModelForCausalLM.from_config(variant["config"])
+    draw(model, seed)
+    model.to(variant["dtype"]).save_pretrained(folder, max_shard_size=variant.get("shard", "1GB"))
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copyfile(demo / name, folder / name)
+
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    if "old_rope" in variant:
+        rope = config.pop("rope_parameters")
+        config |= {"rope_theta": rope["rope_theta"], "rope_scaling": variant["old_rope"]}
+        config["torch_dtype"] = config.pop("dtype")
+    for key in variant.get("drop", []):
+        config.pop(key, None)
+    path.write_text(json.dumps(config, indent=2) + "\n")
+    generation = {"eos_token_id": variant.get("eos", 2), "pad_token_id": 0}
+    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+
+
+def answer(model, tokenizer, messages):
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    with torch.no_grad():
+        g = model.generate(torch.tensor([ids]), max_new_tokens=NEW_TOKENS, do_sample=False, output_logits=True,
+                           return_dict_in_generate=True)
+    out = g.sequences[0, len(ids):].tolist()
+    logp = torch.log_softmax(g.logits[0][0], -1)
+    top = torch.topk(logp, 5)
+    margin = min((t := torch.topk(l[0], 2).values)[0].item() - t[1].item() for l in g.logits)
+    return {"messages": messages, "prompt_ids": ids, "output_ids": out,
+            "text": tokenizer.decode(out, skip_special_tokens=True),
+            "first_logprobs": {str(i): round(v, 5) for i, v in zip(top.indices.tolist(), top.values.tolist())},
+            "margin": round(margin, 4)}
+
+
+def golden(folder, corpus):
+    rng = random.Random(7)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    lines, tried = [], 0
+    while len(lines) < PROMPTS:
+        tried += 1
+        if tried > 1500:
+            sys.exit(f"{folder.name}: only {len(lines)} of {tried} prompts have a margin above {MARGIN}")
+        if len(lines) < LONG_PROMPTS:
+            text = ""
+            while len(text) < 700:
+                text = corpus.recall(rng, 120)[0]
+            messages = [{"role": "user", "content": text}]
+        elif len(lines) == LONG_PROMPTS:
+            messages = corpus.chat(rng)[:-1]
+        else:
+            messages = [{"role": "user", "content": rng.choice((corpus.fact, corpus.copy, corpus.count))(rng)[0]}]
+        line = answer(model, tokenizer, messages)
+        if line["margin"] > MARGIN and len(set(line["output_ids"])) >= MIN_DISTINCT:
+            lines.append(line)
+    lines.reverse()  # the short ones first: a failure shows early
+    (folder / "golden.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return tried, lines
+
+
+def main():
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap.add_argument("names", nargs="*", metavar="NAME", help=", ".join(VARIANTS))
+    ap.add_argument("--demo", type=Path, default=Path("models/demo"))
+    ap.add_argument("--out", type=Path, default=Path("models/tiny"))
+    a = ap.parse_args()
+    sys.path.insert(0, str(a.demo))
+    import corpus
+
+    logging.disable_progress_bar()
+    torch.manual_seed(0)
+    for seed, (name, variant) in enumerate(VARIANTS.items()):
+        if a.names and name not in a.names:
+            continue
+        folder = a.out / name
+        save(variant, folder, a.demo, seed)
+        tried, lines = golden(folder, corpus)
+        size = sum(f.stat().st_size for f in folder.iterdir())
+        prompts = [len(line["prompt_ids"]) for line in lines]
+        margins = [line["margin"] for line in lines]
+        print(f"{name:18} {size:7} bytes  prompts {prompts}  margins {margins}  ({tried} tried)", flush=True)
+        if size > MAX_BYTES:
+            sys.exit(f"{name}: {size} bytes are more than {MAX_BYTES}")
+
+
+if __name__ == "__main__":
+    main()

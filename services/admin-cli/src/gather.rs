@@ -1,0 +1,78 @@
+//! Asking: etcd who is there, then every member how it is.
+
+use std::time::Duration;
+
+use futures_util::{StreamExt, stream};
+use kvasir_cluster::{EtcdConfig, Member, View};
+use kvasir_types::Role;
+
+use crate::{
+    judge,
+    probe::{self, Readiness},
+    report::{Live, MemberReport, Report, State},
+};
+
+/// Members asked at the same time.
+const AT_ONCE: usize = 64;
+
+/// Asks everybody. Fails only if etcd can't be read.
+pub(crate) async fn gather(etcd: EtcdConfig, limit: Duration) -> anyhow::Result<Report> {
+    // Without its future the registry shows the members as they were just read, which is all that is needed.
+    let (registry, _) = kvasir_cluster::connect_etcd(etcd).await?;
+    let view = registry.view().borrow().clone();
+    Ok(ask_all(&view, limit).await)
+}
+
+/// Asks the members of a view.
+pub(crate) async fn ask_all(view: &View, limit: Duration) -> Report {
+    let members = stream::iter(&view.members).map(|member| ask(member, limit)).buffered(AT_ONCE).collect().await;
+    judge::report(&view.members, members)
+}
+
+async fn ask(member: &Member, limit: Duration) -> MemberReport {
+    let live = async {
+        match member.role {
+            Role::Router => None,
+            Role::Prefill | Role::Decode => Some(probe::worker(&member.grpc, limit).await),
+            Role::KvStore => Some(probe::store(&member.grpc, limit).await),
+        }
+    };
+    let (live, readiness) = futures_util::future::join(live, probe::ready(&member.admin, limit)).await;
+    let (state, reason) = state(member, live.as_ref(), readiness);
+    MemberReport {
+        role: member.role,
+        id: member.id.to_string(),
+        state,
+        reason,
+        version: member.version.clone(),
+        protocol: member.protocol,
+        incarnation: member.incarnation.to_string(),
+        grpc: member.grpc.clone(),
+        http: member.http.clone(),
+        admin: member.admin.clone(),
+        model: member.model.as_ref().map(|model| model.name.clone()),
+        live: live.and_then(|answer| answer.ok().map(|answer| answer.live)),
+    }
+}
+
+/// What a member's answers add up to.
+fn state(member: &Member, live: Option<&Result<probe::Answer, String>>, readiness: Readiness) -> (State, String) {
+    let draining = member.draining || matches!(live, Some(Ok(answer)) if answer.draining);
+    match (live, readiness) {
+        (Some(Err(why)), _) => (State::Unreachable, format!("grpc {}: {why}", member.grpc)),
+        (_, Readiness::Unknown(why)) => (State::Unreachable, format!("admin {}: {why}", member.admin)),
+        _ if draining => (State::Draining, "takes no new work".to_owned()),
+        (_, Readiness::NotReady(why)) => (State::NotReady, why),
+        (_, Readiness::Ready) => (State::Ready, String::new()),
+    }
+}
+
+impl Live {
+    /// A worker's numbers.
+    pub(crate) fn worker(&self) -> Option<&crate::report::WorkerNumbers> {
+        match self {
+            Self::Worker(numbers) => Some(numbers),
+            Self::Store(_) => None,
+        }
+    }
+}

@@ -1,0 +1,57 @@
+//! `kvasirctl`: shows an operator what the cluster is doing.
+//!
+//! ```text
+//!   arguments ─▶ etcd: who is there ─▶ every member: how are you (in parallel, each with a time limit) ─▶ table or JSON
+//! ```
+//!
+//! It only reads. Exit status: 0 the question was answered (members that could not be reached are shown as such), 1 the
+//! cluster's metadata could not be read, 2 wrong usage.
+#![forbid(unsafe_code)]
+
+mod cli;
+mod gather;
+mod judge;
+mod probe;
+mod render;
+mod report;
+
+use std::{io::Write, process::ExitCode};
+
+use clap::Parser;
+
+use crate::cli::{Cli, Command, Output};
+
+fn main() -> ExitCode {
+    let cli = Cli::parse(); // exits with 2 on wrong usage
+    let etcd = match cli.etcd(std::env::var("KVASIR_ETCD").ok()) {
+        Ok(etcd) => etcd,
+        Err(line) => {
+            eprintln!("error: {line}");
+            return ExitCode::from(2);
+        }
+    };
+    match answer(&cli, etcd) {
+        Ok(text) => {
+            // A reader that has seen enough (`| head`) closes the pipe; that is no failure of ours.
+            let _ = std::io::stdout().write_all(text.as_bytes());
+            ExitCode::SUCCESS
+        }
+        Err(error) => {
+            eprintln!("error: {}", kvasir_runtime::chain(error.as_ref()));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn answer(cli: &Cli, etcd: kvasir_cluster::EtcdConfig) -> anyhow::Result<String> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let report = runtime.block_on(gather::gather(etcd, cli.timeout()))?;
+    Ok(match (&cli.output, &cli.command) {
+        (Output::Table, Command::Status) => render::status(&report),
+        (Output::Table, Command::Workers) => render::workers(&report),
+        (Output::Table, Command::Models) => render::models(&report),
+        (Output::Json, Command::Status) => render::json(&report),
+        (Output::Json, Command::Workers) => render::json(&report.workers()),
+        (Output::Json, Command::Models) => render::json(&report.models),
+    })
+}

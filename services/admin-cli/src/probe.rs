@@ -1,0 +1,147 @@
+//! One question to one member, with a time limit.
+//!
+//! Whatever comes back is from outside: texts are cut and freed of control characters before a terminal sees them.
+
+use std::{error::Error, future::Future, time::Duration};
+
+use kvasir_proto::v1::{StatusRequest, StoreStatusRequest, store_client::StoreClient, worker_client::WorkerClient};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+    time::timeout,
+};
+use tonic::transport::{Channel, Endpoint};
+
+use crate::report::{Blocks, Live, StoreNumbers, WorkerNumbers};
+
+/// Most bytes read of a readiness page.
+const MAX_PAGE_BYTES: u64 = 16 << 10;
+
+/// What a member said over gRPC.
+#[derive(Debug)]
+pub(crate) struct Answer {
+    pub(crate) live: Live,
+    pub(crate) draining: bool,
+}
+
+/// What a member's `/ready` said.
+#[derive(Debug, PartialEq)]
+pub(crate) enum Readiness {
+    Ready,
+    NotReady(String),
+    /// Nothing that makes sense, and why.
+    Unknown(String),
+}
+
+/// `Worker.Status`.
+pub(crate) async fn worker(address: &str, limit: Duration) -> Result<Answer, String> {
+    within(limit, async {
+        let status = WorkerClient::new(connect(address).await?).status(StatusRequest {}).await.map_err(told)?;
+        let status = status.into_inner();
+        let blocks = status.blocks.unwrap_or_default();
+        let blocks = Blocks { total: blocks.total, free: blocks.free, cached: blocks.cached, in_use: blocks.in_use };
+        let live = Live::Worker(WorkerNumbers {
+            blocks,
+            running: status.running.into(),
+            waiting: status.waiting.into(),
+            requests_total: status.requests_total,
+            uptime_ms: status.uptime_ms,
+        });
+        Ok(Answer { live, draining: status.draining })
+    })
+    .await
+}
+
+/// `Store.StoreStatus`.
+pub(crate) async fn store(address: &str, limit: Duration) -> Result<Answer, String> {
+    within(limit, async {
+        let status =
+            StoreClient::new(connect(address).await?).store_status(StoreStatusRequest {}).await.map_err(told)?;
+        let status = status.into_inner();
+        let live = Live::Store(StoreNumbers {
+            capacity_bytes: status.capacity_bytes,
+            used_bytes: status.used_bytes,
+            blocks: status.blocks,
+            pinned: status.pinned,
+            reserved: status.reserved,
+            lookups_total: status.lookups_total,
+            hit_blocks_total: status.hit_blocks_total,
+            committed_blocks_total: status.committed_blocks_total,
+            evicted_blocks_total: status.evicted_blocks_total,
+            uptime_ms: status.uptime_ms,
+        });
+        Ok(Answer { live, draining: false })
+    })
+    .await
+}
+
+/// `GET /ready` of the admin page. Twenty lines of HTTP/1.0 rather than a client library for one request.
+pub(crate) async fn ready(address: &str, limit: Duration) -> Readiness {
+    let page = within(limit, async {
+        let mut stream = TcpStream::connect(address).await.map_err(|error| printable(&error.to_string()))?;
+        let request = format!("GET /ready HTTP/1.0\r\nhost: {address}\r\n\r\n");
+        stream.write_all(request.as_bytes()).await.map_err(|error| printable(&error.to_string()))?;
+        let mut page = Vec::new();
+        stream.take(MAX_PAGE_BYTES).read_to_end(&mut page).await.map_err(|error| printable(&error.to_string()))?;
+        Ok(String::from_utf8_lossy(&page).into_owned())
+    })
+    .await;
+    page.map_or_else(Readiness::Unknown, |page| readiness(&page))
+}
+
+fn readiness(page: &str) -> Readiness {
+    let status = page.split(' ').nth(1).unwrap_or_default();
+    let body = page.split_once("\r\n\r\n").map_or("", |(_, body)| body);
+    let reason = || serde_json::from_str::<serde_json::Value>(body).ok()?["reason"].as_str().map(printable);
+    match status {
+        "200" => Readiness::Ready,
+        "503" => Readiness::NotReady(reason().unwrap_or_default()),
+        _ => Readiness::Unknown("not a readiness page".to_owned()),
+    }
+}
+
+async fn connect(address: &str) -> Result<Channel, String> {
+    let endpoint = Endpoint::from_shared(format!("http://{address}")).map_err(|_| "not an address".to_owned())?;
+    endpoint.connect().await.map_err(|error| {
+        // tonic says "transport error"; what happened is at the end of the chain.
+        let mut cause: &dyn Error = &error;
+        while let Some(deeper) = cause.source() {
+            cause = deeper;
+        }
+        printable(&cause.to_string())
+    })
+}
+
+async fn within<T>(limit: Duration, question: impl Future<Output = Result<T, String>>) -> Result<T, String> {
+    let silence = || format!("no answer within {} ms", limit.as_millis());
+    timeout(limit, question).await.unwrap_or_else(|_| Err(silence()))
+}
+
+fn told(status: tonic::Status) -> String {
+    printable(&format!("{}: {}", status.code().description(), status.message()))
+}
+
+fn printable(text: &str) -> String {
+    text.chars().filter(|c| !c.is_control()).take(120).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_readiness_page_is_understood_as_one() {
+        for (page, expected) in [
+            ("HTTP/1.0 200 OK\r\n\r\n{}", Readiness::Ready),
+            (
+                "HTTP/1.1 503 X\r\na: b\r\n\r\n{\"reason\":\"star\u{1b}[31mting\"}",
+                Readiness::NotReady("star[31mting".into()),
+            ),
+            ("HTTP/1.1 503 X\r\n\r\n", Readiness::NotReady(String::new())),
+            ("HTTP/1.1 404 X\r\n\r\n", Readiness::Unknown("not a readiness page".into())),
+            ("", Readiness::Unknown("not a readiness page".into())),
+        ] {
+            assert_eq!(readiness(page), expected, "{page:?}");
+        }
+    }
+}

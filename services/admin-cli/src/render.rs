@@ -1,0 +1,201 @@
+//! A report as text. Pure: the same report gives the same text.
+
+mod table;
+#[cfg(test)]
+mod tests;
+
+use kvasir_types::Role;
+use serde::Serialize;
+
+use self::table::Table;
+use crate::report::{Live, MemberReport, Report, RoleTotals, State};
+
+/// The answer as JSON.
+pub(crate) fn json(answer: &impl Serialize) -> String {
+    let mut text = serde_json::to_string_pretty(answer).expect("a report has no map with keys that are not text");
+    text.push('\n');
+    text
+}
+
+/// `status`: every member in a line, sums, warnings.
+pub(crate) fn status(report: &Report) -> String {
+    if report.members.is_empty() {
+        return "no members: no service of this cluster is running (or --prefix names another cluster)\n".to_owned();
+    }
+    let mut table =
+        Table::new(&["ROLE", "MEMBER", "STATE", "VERSION", "MODEL", "FREE", "CACHED", "IN USE", "RUNNING", "WAITING"]);
+    for member in &report.members {
+        let mut row = vec![
+            member.role.to_string(),
+            member.id.clone(),
+            state(member.state).to_owned(),
+            member.version.clone(),
+            or_dash(member.model.as_deref().unwrap_or_default()),
+        ];
+        match member.live.as_ref().and_then(Live::worker) {
+            Some(numbers) => {
+                let blocks = numbers.blocks;
+                let cells = [blocks.free, blocks.cached, blocks.in_use, numbers.running, numbers.waiting];
+                row.extend(cells.map(|number| number.to_string()));
+            }
+            None => row.extend(["-"; 5].map(str::to_owned)),
+        }
+        table.row(row);
+    }
+    let mut text = table.render();
+    text.push('\n');
+    report.totals.iter().for_each(|totals| text.push_str(&sums(totals)));
+    text.push_str(&troubles(report));
+    text
+}
+
+/// `workers`: prefill and decode workers, then store nodes, with what they have done.
+pub(crate) fn workers(report: &Report) -> String {
+    let mut workers = Table::new(&[
+        "ROLE", "MEMBER", "STATE", "GRPC", "UPTIME", "REQUESTS", "RUNNING", "WAITING", "BLOCKS", "FREE", "CACHED",
+        "IN USE",
+    ]);
+    let mut stores = Table::new(&[
+        "STORE", "STATE", "GRPC", "UPTIME", "USED", "CAPACITY", "BLOCKS", "PINNED", "RESERVED", "LOOKUPS", "HITS",
+        "WRITTEN", "EVICTED",
+    ]);
+    for member in report.workers() {
+        let state = state(member.state).to_owned();
+        if member.role == Role::KvStore {
+            let mut row = vec![member.id.clone(), state, or_dash(&member.grpc)];
+            match &member.live {
+                Some(Live::Store(store)) => {
+                    row.extend([duration(store.uptime_ms), bytes(store.used_bytes), bytes(store.capacity_bytes)]);
+                    let numbers = [
+                        store.blocks,
+                        store.pinned,
+                        store.reserved,
+                        store.lookups_total,
+                        store.hit_blocks_total,
+                        store.committed_blocks_total,
+                        store.evicted_blocks_total,
+                    ];
+                    row.extend(numbers.map(|number| number.to_string()));
+                }
+                _ => row.extend(["-"; 10].map(str::to_owned)),
+            }
+            stores.row(row);
+        } else {
+            let mut row = vec![member.role.to_string(), member.id.clone(), state, or_dash(&member.grpc)];
+            match member.live.as_ref().and_then(Live::worker) {
+                Some(worker) => {
+                    row.push(duration(worker.uptime_ms));
+                    let blocks = worker.blocks;
+                    let numbers = [
+                        worker.requests_total,
+                        worker.running,
+                        worker.waiting,
+                        blocks.total,
+                        blocks.free,
+                        blocks.cached,
+                        blocks.in_use,
+                    ];
+                    row.extend(numbers.map(|number| number.to_string()));
+                }
+                None => row.extend(["-"; 8].map(str::to_owned)),
+            }
+            workers.row(row);
+        }
+    }
+    let parts: Vec<_> = [&workers, &stores].into_iter().filter(|table| !table.is_empty()).map(Table::render).collect();
+    if parts.is_empty() {
+        return "no workers and no store nodes\n".to_owned();
+    }
+    parts.join("\n") + &reasons(report.workers())
+}
+
+/// `models`: a line for each.
+pub(crate) fn models(report: &Report) -> String {
+    if report.models.is_empty() {
+        return "no models: no worker is running\n".to_owned();
+    }
+    let mut table =
+        Table::new(&["MODEL", "FINGERPRINT", "CONTEXT", "KV DTYPE", "BLOCK", "BLOCK BYTES", "PREFILL", "DECODE"]);
+    for model in &report.models {
+        table.row(vec![
+            model.name.clone(),
+            model.fingerprint.chars().take(12).collect(),
+            model.max_model_len.to_string(),
+            format!("{:?}", model.layout.dtype).to_lowercase(),
+            format!("{} tokens", model.layout.block_size),
+            bytes(model.block_bytes),
+            or_dash(&model.prefill.join(" ")),
+            or_dash(&model.decode.join(" ")),
+        ]);
+    }
+    table.render()
+}
+
+fn sums(totals: &RoleTotals) -> String {
+    let RoleTotals { role, members, ready, blocks, running, waiting } = totals;
+    let mut line = format!("{role}: {ready} of {members} ready");
+    if matches!(role, Role::Prefill | Role::Decode) {
+        line += &format!(
+            ", {} blocks ({} free, {} cached, {} in use), {running} running, {waiting} waiting",
+            blocks.total, blocks.free, blocks.cached, blocks.in_use
+        );
+    }
+    line + "\n"
+}
+
+/// Warnings and reasons, below an empty line; nothing if all is well.
+fn troubles(report: &Report) -> String {
+    let mut text = reasons(report.members.iter().collect());
+    if !report.warnings.is_empty() && text.is_empty() {
+        text.push('\n');
+    }
+    report.warnings.iter().for_each(|warning| text += &format!("warning: {warning}\n"));
+    text
+}
+
+fn reasons(members: Vec<&MemberReport>) -> String {
+    let lines: String = members
+        .iter()
+        .filter(|member| member.state != State::Ready)
+        .map(|member| format!("{} {}: {}: {}\n", member.role, member.id, state(member.state), member.reason))
+        .collect();
+    if lines.is_empty() { lines } else { format!("\n{lines}") }
+}
+
+fn state(state: State) -> &'static str {
+    match state {
+        State::Ready => "ready",
+        State::NotReady => "not ready",
+        State::Draining => "draining",
+        State::Unreachable => "unreachable",
+    }
+}
+
+fn or_dash(text: &str) -> String {
+    if text.is_empty() { "-".to_owned() } else { text.to_owned() }
+}
+
+/// The two largest units.
+fn duration(ms: u64) -> String {
+    let seconds = ms / 1000;
+    match (seconds / 86_400, seconds / 3_600 % 24, seconds / 60 % 60, seconds % 60) {
+        (0, 0, 0, s) => format!("{s}s"),
+        (0, 0, m, s) => format!("{m}m{s:02}s"),
+        (0, h, m, _) => format!("{h}h{m:02}m"),
+        (d, h, _, _) => format!("{d}d{h:02}h"),
+    }
+}
+
+fn bytes(bytes: u64) -> String {
+    const UNITS: [&str; 5] = ["KiB", "MiB", "GiB", "TiB", "PiB"];
+    let mut value = bytes as f64;
+    let mut unit = None;
+    for next in UNITS {
+        if value < 1024.0 {
+            break;
+        }
+        value /= 1024.0;
+        unit = Some(next);
+    }
+    unit.map_or_else(|| format!("{bytes} B"), |unit| format!("{value:.1} {unit}"))
+}

@@ -1,0 +1,204 @@
+//! Configuration of a store node, checked once at start.
+
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
+
+use anyhow::{Context as _, ensure};
+use kvasir_cluster::RegistryConfig;
+use kvasir_runtime::{AdminConfig, LogConfig, ShutdownConfig};
+use kvasir_types::{MemberId, Role, TransportKind};
+use serde::{Deserialize, Serialize};
+
+use crate::store::Settings;
+
+/// A KV store node.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// Name in the cluster. It decides which blocks the node gets: keep it over restarts. Default: kv-store and a random
+    /// number.
+    pub id: Option<String>,
+    /// Where the gRPC server listens; port 0 takes a free one. Default 127.0.0.1:0.
+    pub listen: SocketAddr,
+    /// `host:port` that others reach the gRPC server at. Default: the address it listens on.
+    pub advertise: Option<String>,
+    /// File to write the actual addresses to once the node is ready (JSON).
+    pub port_file: Option<PathBuf>,
+    /// Threads of the async runtime. Default: 2; bytes are moved by the transfer engine's own.
+    pub threads: Option<usize>,
+    /// Health, readiness and metrics over HTTP.
+    pub admin: AdminConfig,
+    /// Logging.
+    pub log: LogConfig,
+    /// Shutdown.
+    pub shutdown: ShutdownConfig,
+    /// Where the cluster's metadata is.
+    pub registry: RegistryConfig,
+    /// Memory for blocks, in bytes, taken at start. Rounded down to whole slabs. Default 268435456 (256 MiB).
+    pub capacity_bytes: u64,
+    /// Memory is given to block sizes in slabs of so many bytes, a multiple of 4096: the largest block that can be stored,
+    /// and at most this much of the memory lies idle for each block size in use. Default 16777216 (16 MiB).
+    pub slab_bytes: u64,
+    /// How long a block that a reader was told of stays where it is, in milliseconds. Default 5000.
+    pub lease_ms: u64,
+    /// How long a writer may take from reserving to committing, in milliseconds. Default 5000.
+    pub reservation_ms: u64,
+    /// Whether written blocks are compared with their writer's checksum before they can be found. A reader compares too;
+    /// this keeps a broken writer's blocks from taking room. Default true.
+    pub verify_on_commit: bool,
+    /// Limits; past them a caller is refused.
+    pub limits: LimitsConfig,
+    /// Moving blocks.
+    pub transfer: TransferConfig,
+}
+
+/// Limits of a store node.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct LimitsConfig {
+    /// Leases open at the same time. Default 4096.
+    pub max_leases: usize,
+    /// Reservations open at the same time. Default 1024.
+    pub max_reservations: usize,
+    /// Calls of one client connection served at the same time. Default 256.
+    pub max_calls_per_connection: usize,
+    /// How long serving one call may take, in milliseconds. Default 10000.
+    pub call_timeout_ms: u64,
+}
+
+/// Moving blocks.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct TransferConfig {
+    /// Where the tcp transport listens. Default 127.0.0.1:0.
+    pub listen: SocketAddr,
+    /// `host:port` that others reach it at. Default: the address it listens on.
+    pub advertise: Option<String>,
+    /// Transports that may be used, best first. Default local, tcp.
+    pub transports: Vec<TransportKind>,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            id: None,
+            listen: SocketAddr::from(([127, 0, 0, 1], 0)),
+            advertise: None,
+            port_file: None,
+            threads: Some(2),
+            admin: AdminConfig::default(),
+            log: LogConfig::default(),
+            shutdown: ShutdownConfig::default(),
+            registry: RegistryConfig::default(),
+            capacity_bytes: 256 << 20,
+            slab_bytes: 16 << 20,
+            lease_ms: 5_000,
+            reservation_ms: 5_000,
+            verify_on_commit: true,
+            limits: LimitsConfig::default(),
+            transfer: TransferConfig::default(),
+        }
+    }
+}
+
+impl Default for LimitsConfig {
+    fn default() -> Self {
+        Self { max_leases: 4_096, max_reservations: 1_024, max_calls_per_connection: 256, call_timeout_ms: 10_000 }
+    }
+}
+
+impl Default for TransferConfig {
+    fn default() -> Self {
+        Self {
+            listen: SocketAddr::from(([127, 0, 0, 1], 0)),
+            advertise: None,
+            transports: vec![TransportKind::Local, TransportKind::Tcp],
+        }
+    }
+}
+
+/// Slabs are whole pages, so that a slab's memory can be given to a device or given back to the system by itself.
+const PAGE: u64 = 4096;
+
+impl Config {
+    /// What the store is made with; an error names the key and what is allowed.
+    pub(crate) fn settings(&self, seed: u64) -> anyhow::Result<Settings> {
+        let &Self { capacity_bytes, slab_bytes, lease_ms, reservation_ms, .. } = self;
+        let &LimitsConfig { max_leases, max_reservations, max_calls_per_connection, call_timeout_ms } = &self.limits;
+        ensure!(
+            slab_bytes >= PAGE && slab_bytes.is_multiple_of(PAGE),
+            "slab_bytes: {slab_bytes}, allowed is a multiple of {PAGE}"
+        );
+        ensure!(
+            capacity_bytes >= slab_bytes,
+            "capacity_bytes: {capacity_bytes}, allowed is at least one slab (slab_bytes: {slab_bytes})"
+        );
+        for (key, value) in [("lease_ms", lease_ms), ("reservation_ms", reservation_ms)] {
+            ensure!((1..=MAX_HOLD_MS).contains(&value), "{key}: {value}, allowed is 1 to {MAX_HOLD_MS}");
+        }
+        for (key, value) in [
+            ("max_leases", max_leases as u64),
+            ("max_reservations", max_reservations as u64),
+            ("max_calls_per_connection", max_calls_per_connection as u64),
+            ("call_timeout_ms", call_timeout_ms),
+        ] {
+            ensure!(value > 0, "limits.{key}: 0, allowed is at least 1");
+        }
+        Ok(Settings {
+            capacity_bytes: capacity_bytes / slab_bytes * slab_bytes,
+            slab_bytes,
+            lease: Duration::from_millis(lease_ms),
+            reservation: Duration::from_millis(reservation_ms),
+            max_leases,
+            max_reservations,
+            seed,
+        })
+    }
+
+    pub(crate) fn member_id(&self) -> anyhow::Result<MemberId> {
+        let random = || format!("{}-{:08x}", Role::KvStore, kvasir_runtime::random_u64() as u32);
+        self.id.clone().unwrap_or_else(random).parse().context("id")
+    }
+
+    pub(crate) fn engine(&self) -> kvasir_transfer::Config {
+        kvasir_transfer::Config {
+            tcp_bind: self.transfer.listen,
+            tcp_advertise: self.transfer.advertise.clone(),
+            transports: self.transfer.transports.clone(),
+            ..kvasir_transfer::Config::default()
+        }
+    }
+}
+
+/// A reader or writer that died keeps its blocks for so long at most.
+const MAX_HOLD_MS: u64 = 3_600_000;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn defaults_are_allowed() {
+        let settings = Config::default().settings(1).unwrap();
+        assert_eq!(settings.capacity_bytes, 256 << 20);
+        assert!(Config::default().member_id().unwrap().as_str().starts_with("kv-store-"));
+    }
+
+    #[test]
+    fn what_no_store_can_run_with_is_refused_by_key() {
+        let bad = |change: fn(&mut Config)| {
+            let mut config = Config::default();
+            change(&mut config);
+            config.settings(1).unwrap_err().to_string()
+        };
+        for (key, error) in [
+            ("slab_bytes", bad(|c| c.slab_bytes = 5000)),
+            ("slab_bytes", bad(|c| c.slab_bytes = 0)),
+            ("capacity_bytes", bad(|c| c.capacity_bytes = 1)),
+            ("lease_ms", bad(|c| c.lease_ms = 0)),
+            ("reservation_ms", bad(|c| c.reservation_ms = u64::MAX)),
+            ("limits.max_leases", bad(|c| c.limits.max_leases = 0)),
+        ] {
+            assert!(error.starts_with(key), "{error}");
+        }
+    }
+}

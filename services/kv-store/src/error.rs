@@ -1,0 +1,51 @@
+//! Why a call is refused, and what the caller is told.
+
+use kvasir_types::Retry;
+use tonic::{Code, Status};
+
+use crate::store::Refused;
+
+/// A call that was not served.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Error {
+    /// The message itself is unacceptable.
+    #[error("unacceptable message")]
+    Message(#[from] kvasir_proto::Error),
+    /// More blocks than one call may name.
+    #[error("{asked} blocks in one call, allowed are {limit}")]
+    TooMany { asked: usize, limit: usize },
+    /// Too much is open already.
+    #[error("busy")]
+    Refused(#[from] Refused),
+    /// No grant could be opened.
+    #[error("opening a grant failed")]
+    Grant(#[source] kvasir_transfer::Error),
+    /// The task that served the call is gone: the node is leaving.
+    #[error("this node is leaving")]
+    Leaving,
+}
+
+impl Error {
+    /// Whether trying again may help.
+    pub(crate) fn retry(&self) -> Retry {
+        match self {
+            Self::Message(_) | Self::TooMany { .. } => Retry::Never,
+            Self::Refused(_) => Retry::After(std::time::Duration::from_millis(100)),
+            Self::Grant(_) | Self::Leaving => Retry::Elsewhere,
+        }
+    }
+}
+
+/// The one place where an error becomes a gRPC status.
+impl From<Error> for Status {
+    fn from(error: Error) -> Self {
+        let code = match &error {
+            Error::Message(kvasir_proto::Error::Version { .. }) => Code::FailedPrecondition,
+            Error::Message(_) | Error::TooMany { .. } => Code::InvalidArgument,
+            Error::Refused(_) => Code::ResourceExhausted,
+            Error::Grant(_) | Error::Leaving => Code::Unavailable,
+        };
+        tracing::debug!(error = kvasir_runtime::chain(&error), retry = ?error.retry(), "refused");
+        Status::new(code, kvasir_runtime::chain(&error))
+    }
+}

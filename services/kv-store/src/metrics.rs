@@ -1,0 +1,133 @@
+//! What a store node counts.
+//!
+//! | name | unit | labels |
+//! | --- | --- | --- |
+//! | `kvasir_kv_store_capacity_bytes`, `_used_bytes` | bytes | |
+//! | `kvasir_kv_store_blocks` | blocks | `state`: present, pinned (present and being read), reserved |
+//! | `kvasir_kv_store_lookups_total` | calls | |
+//! | `kvasir_kv_store_hit_blocks_total`, `_missed_blocks_total` | blocks asked for | |
+//! | `kvasir_kv_store_committed_blocks_total`, `_evicted_blocks_total` | blocks | |
+//! | `kvasir_kv_store_refused_total` | blocks, calls for `busy` | `reason`: full, torn, busy |
+//! | `kvasir_kv_store_expired_total` | holds | `hold`: lease, reservation |
+//! | `kvasir_kv_store_moved_bytes_total` | bytes | `transport`: local, tcp; `direction`: read, written |
+//! | `kvasir_kv_store_fenced_connections_total` | connections cut so that memory could be reused | |
+//! | `kvasir_kv_store_call_seconds` | seconds | `call` |
+
+use std::{sync::Arc, time::Instant};
+
+use kvasir_runtime::metrics::{Histograms, set_total};
+use prometheus_client::metrics::histogram::Histogram;
+
+use crate::node::Node;
+
+/// Bounds in seconds for a call: most are a look into a table.
+const CALL_SECONDS: &[f64] =
+    &[0.000_02, 0.000_05, 0.000_1, 0.000_2, 0.000_5, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 1.0];
+
+/// Which call is timed.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Call {
+    Lookup,
+    Release,
+    Reserve,
+    Commit,
+}
+
+impl Call {
+    const ALL: [Self; 4] = [Self::Lookup, Self::Release, Self::Reserve, Self::Commit];
+
+    fn label(self) -> &'static str {
+        match self {
+            Self::Lookup => "lookup",
+            Self::Release => "release",
+            Self::Reserve => "reserve",
+            Self::Commit => "commit",
+        }
+    }
+}
+
+/// What is counted as it happens; the rest is copied from the node at each scrape.
+#[derive(Clone)]
+pub(crate) struct Metrics {
+    /// One for each call, in the order of [`Call::ALL`]: no look-up by label on the way of a call.
+    calls: Arc<[Histogram]>,
+}
+
+impl Metrics {
+    pub(crate) fn new(page: &kvasir_runtime::Metrics, node: Arc<Node>) -> Self {
+        copy_at_scrape(page, node);
+        let calls: Histograms<[(&str, &str); 1]> =
+            page.histograms("kvasir_kv_store_call_seconds", "Time to serve a call.", CALL_SECONDS);
+        Self { calls: Call::ALL.iter().map(|call| calls.get_or_create(&[("call", call.label())]).clone()).collect() }
+    }
+
+    /// Measures a call until the result is dropped.
+    pub(crate) fn time(&self, call: Call) -> Timer<'_> {
+        Timer { histogram: &self.calls[call as usize], started: Instant::now() }
+    }
+}
+
+/// A call under way.
+#[must_use]
+pub(crate) struct Timer<'a> {
+    histogram: &'a Histogram,
+    started: Instant,
+}
+
+impl Drop for Timer<'_> {
+    fn drop(&mut self) {
+        self.histogram.observe(self.started.elapsed().as_secs_f64());
+    }
+}
+
+/// The store's own counters and gauges.
+fn copy_at_scrape(page: &kvasir_runtime::Metrics, node: Arc<Node>) {
+    type One = [(&'static str, &'static str); 1];
+    let capacity = page.gauge("kvasir_kv_store_capacity_bytes", "Memory for blocks.");
+    let used = page.gauge("kvasir_kv_store_used_bytes", "Memory of blocks present or reserved.");
+    let blocks = page.gauges::<One>("kvasir_kv_store_blocks", "Blocks by state; pinned ones are present too.");
+    let lookups = page.counter("kvasir_kv_store_lookups", "Lookups served.");
+    let hits = page.counter("kvasir_kv_store_hit_blocks", "Blocks asked for that were found.");
+    let misses = page.counter("kvasir_kv_store_missed_blocks", "Blocks asked for from the first missing one on.");
+    let committed = page.counter("kvasir_kv_store_committed_blocks", "Blocks that became visible.");
+    let evicted = page.counter("kvasir_kv_store_evicted_blocks", "Blocks given up for room.");
+    let refused = page.counters::<One>(
+        "kvasir_kv_store_refused",
+        "Blocks for which there was no room or whose bytes were not as claimed, and calls past the limits.",
+    );
+    let expired = page.counters::<One>("kvasir_kv_store_expired", "Leases and reservations that nobody ended.");
+    let moved = page.counters::<[(&'static str, &'static str); 2]>(
+        "kvasir_kv_store_moved_bytes",
+        "Bytes that clients read from and wrote into this node.",
+    );
+    let fenced = page.counter("kvasir_kv_store_fenced_connections", "Connections cut so that memory could be reused.");
+    page.on_scrape(move || {
+        let (usage, (totals, torn), stats) = (node.usage(), node.totals(), node.engine().stats());
+        capacity.set(gauge(usage.capacity_bytes));
+        used.set(gauge(usage.used_bytes));
+        for (state, count) in [("present", usage.blocks), ("pinned", usage.pinned), ("reserved", usage.reserved)] {
+            blocks.get_or_create(&[("state", state)]).set(gauge(count));
+        }
+        set_total(&lookups, totals.lookups);
+        set_total(&hits, totals.hit_blocks);
+        set_total(&misses, totals.missed_blocks);
+        set_total(&committed, totals.committed_blocks);
+        set_total(&evicted, totals.evicted_blocks);
+        for (reason, count) in [("full", totals.full_blocks), ("torn", torn), ("busy", totals.refused_calls)] {
+            set_total(&refused.get_or_create(&[("reason", reason)]), count);
+        }
+        for (hold, count) in [("lease", totals.expired_leases), ("reservation", totals.expired_reservations)] {
+            set_total(&expired.get_or_create(&[("hold", hold)]), count);
+        }
+        for (transport, traffic) in [("local", stats.owner.local), ("tcp", stats.owner.tcp)] {
+            for (direction, bytes) in [("read", traffic.read_bytes), ("written", traffic.written_bytes)] {
+                set_total(&moved.get_or_create(&[("transport", transport), ("direction", direction)]), bytes);
+            }
+        }
+        set_total(&fenced, stats.fenced_connections);
+    });
+}
+
+fn gauge(value: u64) -> i64 {
+    value.try_into().unwrap_or(i64::MAX)
+}

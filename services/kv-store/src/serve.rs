@@ -1,0 +1,142 @@
+//! From configuration to a node that serves, and back out again: build, announce, wait, leave.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, ensure};
+use kvasir_cluster::{Member, Registry};
+use kvasir_proto::v1::store_server::StoreServer;
+use kvasir_runtime::{Context, Kind};
+use kvasir_transfer::{LocalNet, TransferEngine};
+use kvasir_types::{MemberId, PROTOCOL_VERSION, Role};
+use tokio::net::TcpListener;
+use tonic::transport::{Server, server::TcpIncoming};
+
+use crate::{
+    config::Config,
+    expiry,
+    metrics::Metrics,
+    node::Node,
+    service::{MAX_REQUEST_BYTES, StoreService},
+};
+
+/// Runs a store node with the cluster's metadata in etcd until shutdown.
+pub async fn run_with_etcd(config: Config, context: Context) -> anyhow::Result<()> {
+    config.settings(0)?; // a mistake of the operator's is told before anybody is waited for
+    let (registry, watching) =
+        kvasir_cluster::connect_etcd(config.registry.etcd.clone()).await.context("registry.etcd")?;
+    context.tasks.spawn(Kind::Critical, "registry", async move {
+        watching.await;
+        Ok(())
+    });
+    run(config, context, registry, LocalNet::new()).await
+}
+
+/// Runs a store node until shutdown. `local` is shared by all workers and store nodes of this process.
+pub async fn run(config: Config, context: Context, registry: Arc<dyn Registry>, local: LocalNet) -> anyhow::Result<()> {
+    let grace = Duration::from_millis(config.shutdown.grace_ms);
+    let started = start(config, &context, &*registry, local).await?;
+    context.shutdown.wait().await;
+    context.health.set_not_ready("leaving");
+    if let Err(error) = registry.deregister(&started.member.id, Role::KvStore).await {
+        tracing::warn!(error = kvasir_runtime::chain(&error), "not deregistered, the lease will end by itself");
+    }
+    context.tasks.finish_requests(grace).await;
+    // Joins its threads; readers and writers see their transfers fail and take the blocks for misses.
+    let engine = started.node.engine().clone();
+    tokio::task::spawn_blocking(move || engine.shutdown()).await.context("stopping the transfer engine")
+}
+
+/// A node that serves.
+pub(crate) struct Started {
+    pub(crate) node: Arc<Node>,
+    pub(crate) member: Member,
+}
+
+/// Builds and announces a node; it serves until the context's shutdown.
+pub(crate) async fn start(
+    config: Config,
+    context: &Context,
+    registry: &dyn Registry,
+    local: LocalNet,
+) -> anyhow::Result<Started> {
+    let id = config.member_id()?;
+    let settings = config.settings(kvasir_runtime::random_u64())?;
+    ensure!(
+        config.advertise.is_some() || !config.listen.ip().is_unspecified(),
+        "advertise: not set, but listen is {}: nobody could be told where that is",
+        config.listen
+    );
+    let listener = TcpListener::bind(config.listen)
+        .await
+        .with_context(|| format!("listen: cannot listen on {}", config.listen))?;
+    let grpc = listener.local_addr().context("listen")?.to_string();
+    let admin = kvasir_runtime::admin::start(&config.admin, context).await.context("admin.listen")?.to_string();
+
+    let arena_bytes = usize::try_from(settings.capacity_bytes).context("capacity_bytes")?;
+    let engine = TransferEngine::new(config.engine(), local, arena_bytes).context("transfer")?;
+    let node = Arc::new(Node::new(engine.clone(), settings, config.verify_on_commit));
+    let service = StoreService {
+        id: id.clone(),
+        node: node.clone(),
+        tasks: context.tasks.clone(),
+        metrics: Metrics::new(&context.metrics, node.clone()),
+        lease: settings.lease,
+        reservation: settings.reservation,
+        started: Instant::now(),
+    };
+    let expiring = expiry::run(node.clone(), context.tasks.clone(), context.shutdown.clone());
+    context.tasks.spawn(Kind::Critical, "expiry", async move {
+        expiring.await;
+        Ok(())
+    });
+    serve(&config, context, service, listener);
+
+    let member = member(&config, &id, &engine, grpc, admin);
+    registry.register(member.clone()).await.context("registration")?;
+    if let Some(path) = &config.port_file {
+        kvasir_runtime::write_port_file(path, &serde_json::json!({ "grpc": member.grpc, "admin": member.admin }))
+            .with_context(|| format!("port_file: cannot write {}", path.display()))?;
+    }
+    context.health.set_ready();
+    tracing::info!(
+        store = %id,
+        grpc = member.grpc,
+        admin = member.admin,
+        capacity_bytes = settings.capacity_bytes,
+        "ready"
+    );
+    Ok(Started { node, member })
+}
+
+fn serve(config: &Config, context: &Context, service: StoreService, listener: TcpListener) {
+    let store = StoreServer::new(service).max_decoding_message_size(MAX_REQUEST_BYTES);
+    let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+    let closing = context.shutdown.clone();
+    let server = Server::builder()
+        .concurrency_limit_per_connection(config.limits.max_calls_per_connection)
+        .timeout(Duration::from_millis(config.limits.call_timeout_ms))
+        .add_service(store)
+        .serve_with_incoming_shutdown(incoming, async move { closing.wait().await });
+    context.tasks.spawn(Kind::Critical, "grpc", async move { server.await.context("grpc server") });
+}
+
+fn member(config: &Config, id: &MemberId, engine: &TransferEngine, grpc: String, admin: String) -> Member {
+    let segment = engine.descriptor();
+    Member {
+        id: id.clone(),
+        // The segment's life is the node's: a client that knows one incarnation knows both.
+        incarnation: segment.incarnation,
+        role: Role::KvStore,
+        grpc: config.advertise.clone().unwrap_or(grpc),
+        admin,
+        http: String::new(),
+        protocol: PROTOCOL_VERSION,
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        model: None,
+        segment: Some(segment),
+        draining: false,
+    }
+}

@@ -1,0 +1,206 @@
+//! Configuration of a router.
+
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
+
+use kvasir_cluster::RegistryConfig;
+use kvasir_runtime::{AdminConfig, LogConfig, ShutdownConfig};
+use serde::{Deserialize, Serialize};
+
+use crate::route::PolicyName;
+
+/// A router.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// Name in the cluster, unique among routers. Default: `router` and a random number.
+    pub id: Option<String>,
+    /// Where the HTTP server listens; port 0 takes a free one. Default 127.0.0.1:8000.
+    pub listen: SocketAddr,
+    /// `host:port` that others reach the HTTP server at. Default: the address it listens on.
+    pub advertise: Option<String>,
+    /// File to write the actual addresses to once HTTP is served (JSON).
+    pub port_file: Option<PathBuf>,
+    /// Threads of the async runtime. Default: one for every core.
+    pub threads: Option<usize>,
+    /// Health, readiness and metrics over HTTP, on a port of its own.
+    pub admin: AdminConfig,
+    /// Logging.
+    pub log: LogConfig,
+    /// Shutdown.
+    pub shutdown: ShutdownConfig,
+    /// Where the cluster's metadata is.
+    pub registry: RegistryConfig,
+    /// The models served, at least one.
+    pub models: Vec<ModelConfig>,
+    /// How workers are chosen: `least-loaded` (default), `round-robin` or `random`.
+    pub policy: PolicyName,
+    /// What a client may ask for, and for how long.
+    pub limits: Limits,
+}
+
+/// A model served.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ModelConfig {
+    /// What clients, and the workers that serve it, call it.
+    pub name: String,
+    /// A Hugging Face folder; read are tokenizer.json, tokenizer_config.json, the chat template, config.json and
+    /// generation_config.json.
+    pub path: PathBuf,
+}
+
+/// What a client may ask for, and for how long.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Limits {
+    /// Bytes of a request's body; a bigger one gets 413. Default 4 MiB.
+    pub max_body_bytes: usize,
+    /// Requests under way; one more gets 429. Default 4096.
+    pub max_inflight: usize,
+    /// Connections; one more waits to be accepted. Default 16384.
+    pub max_connections: usize,
+    /// Tokens of an answer: the default of chat requests that don't say, and the most anybody may ask for. Default 32768.
+    pub max_output_tokens: u32,
+    /// From a request's head to the end of its answer, in milliseconds; then 504. Default 600000.
+    pub request_timeout_ms: u64,
+    /// For a request's body to arrive, in milliseconds; then 408. Default 30000.
+    pub body_timeout_ms: u64,
+    /// Silence between two tokens of a worker, in milliseconds; then 504. Default 60000.
+    pub idle_timeout_ms: u64,
+    /// For a connection's next request to begin and its head to arrive, in milliseconds; then it is closed. Default 75000.
+    pub header_timeout_ms: u64,
+    /// For a client to read on when nothing more can be sent to it, in milliseconds; then its connection is closed, and
+    /// its requests with it. Default 30000.
+    pub write_stall_ms: u64,
+    /// Threads for the text work of long prompts (short ones are done where they come in). Default 2.
+    pub text_threads: usize,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            id: None,
+            listen: SocketAddr::from(([127, 0, 0, 1], 8000)),
+            advertise: None,
+            port_file: None,
+            threads: None,
+            admin: AdminConfig::default(),
+            log: LogConfig::default(),
+            shutdown: ShutdownConfig::default(),
+            registry: RegistryConfig::default(),
+            models: Vec::new(),
+            policy: PolicyName::default(),
+            limits: Limits::default(),
+        }
+    }
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            max_body_bytes: 4 << 20,
+            max_inflight: 4096,
+            max_connections: 16_384,
+            max_output_tokens: 32_768,
+            request_timeout_ms: 600_000,
+            body_timeout_ms: 30_000,
+            idle_timeout_ms: 60_000,
+            header_timeout_ms: 75_000,
+            write_stall_ms: 30_000,
+            text_threads: 2,
+        }
+    }
+}
+
+/// A configuration that can't work.
+#[derive(Debug, PartialEq, thiserror::Error)]
+pub enum Error {
+    /// No model is configured.
+    #[error("models: at least one {{name, path}} is needed")]
+    NoModels,
+    /// A model without a name.
+    #[error("models[{0}].name: must not be empty")]
+    Unnamed(usize),
+    /// Two models of one name.
+    #[error("models: two are named {0:?}")]
+    Twice(String),
+    /// A limit of zero.
+    #[error("limits.{0}: must be at least 1")]
+    Zero(&'static str),
+}
+
+impl Config {
+    /// Checks what the types can't.
+    pub fn check(&self) -> Result<(), Error> {
+        if self.models.is_empty() {
+            return Err(Error::NoModels);
+        }
+        for (at, model) in self.models.iter().enumerate() {
+            if model.name.is_empty() {
+                return Err(Error::Unnamed(at));
+            }
+            if self.models[..at].iter().any(|other| other.name == model.name) {
+                return Err(Error::Twice(model.name.clone()));
+            }
+        }
+        let limits = &self.limits;
+        let zero = [
+            ("max_body_bytes", limits.max_body_bytes == 0),
+            ("max_inflight", limits.max_inflight == 0),
+            ("max_connections", limits.max_connections == 0),
+            ("max_output_tokens", limits.max_output_tokens == 0),
+            ("request_timeout_ms", limits.request_timeout_ms == 0),
+            ("body_timeout_ms", limits.body_timeout_ms == 0),
+            ("idle_timeout_ms", limits.idle_timeout_ms == 0),
+            ("header_timeout_ms", limits.header_timeout_ms == 0),
+            ("write_stall_ms", limits.write_stall_ms == 0),
+            ("text_threads", limits.text_threads == 0),
+        ];
+        match zero.into_iter().find(|(_, zero)| *zero) {
+            Some((name, _)) => Err(Error::Zero(name)),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Limits {
+    pub(crate) fn request_timeout(&self) -> Duration {
+        Duration::from_millis(self.request_timeout_ms)
+    }
+
+    pub(crate) fn body_timeout(&self) -> Duration {
+        Duration::from_millis(self.body_timeout_ms)
+    }
+
+    pub(crate) fn idle_timeout(&self) -> Duration {
+        Duration::from_millis(self.idle_timeout_ms)
+    }
+
+    pub(crate) fn header_timeout(&self) -> Duration {
+        Duration::from_millis(self.header_timeout_ms)
+    }
+
+    pub(crate) fn write_stall(&self) -> Duration {
+        Duration::from_millis(self.write_stall_ms)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_can_not_work_is_named_by_its_key() {
+        let model = |name: &str| ModelConfig { name: name.into(), path: "m".into() };
+        let mut config = Config::default();
+        assert_eq!(config.check(), Err(Error::NoModels));
+        config.models = vec![model("a"), model("a")];
+        assert_eq!(config.check(), Err(Error::Twice("a".into())));
+        config.models = vec![model("a"), model("")];
+        assert_eq!(config.check(), Err(Error::Unnamed(1)));
+        config.models.truncate(1);
+        assert_eq!(config.check(), Ok(()));
+        config.limits.max_inflight = 0;
+        assert_eq!(config.check().unwrap_err().to_string(), "limits.max_inflight: must be at least 1");
+    }
+}

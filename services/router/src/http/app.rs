@@ -1,0 +1,165 @@
+//! What every request handler shares.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+use axum::body::Body;
+use bytes::{Bytes, BytesMut};
+use futures_util::StreamExt;
+use http::{Request, header};
+use kvasir_runtime::{Context, random_u64};
+use kvasir_types::Deadline;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+
+use super::error::Error;
+use crate::{
+    config::Limits,
+    fleet::Fleet,
+    metrics::{Inflight, Metrics},
+    route::{Ask, Policy},
+    text::Model,
+};
+
+/// Bodies up to this long are worked on where they come in: tokenizing them takes less than a thread switch is worth
+/// worrying about (some 100 µs). Longer ones go to threads of their own, so that streams keep flowing meanwhile.
+const INLINE_BYTES: usize = 8 << 10;
+
+/// The router's parts. One for the process, shared by all handlers.
+pub(crate) struct App {
+    /// What a client may ask for.
+    pub(crate) limits: Limits,
+    /// The models served.
+    pub(crate) models: Vec<Arc<Model>>,
+    /// The workers now.
+    pub(crate) fleet: watch::Receiver<Arc<Fleet>>,
+    /// How workers are chosen.
+    pub(crate) policy: Box<dyn Policy>,
+    /// What is counted.
+    pub(crate) metrics: Metrics,
+    /// The process: its metrics page and readiness.
+    pub(crate) context: Context,
+    /// When the router started, in seconds since 1970.
+    pub(crate) started: u64,
+    inflight: Arc<Semaphore>,
+    text: Arc<Semaphore>,
+    tickets: AtomicU64,
+}
+
+/// A generation request that was let in.
+pub(crate) struct Admitted {
+    /// It counts as under way.
+    pub(crate) inflight: Inflight,
+    /// Its place among those under way.
+    pub(crate) permit: OwnedSemaphorePermit,
+    /// When nobody waits for it any more.
+    pub(crate) deadline: Deadline,
+}
+
+impl App {
+    /// All of it.
+    pub(crate) fn new(
+        limits: Limits,
+        models: Vec<Arc<Model>>,
+        fleet: watch::Receiver<Arc<Fleet>>,
+        policy: Box<dyn Policy>,
+        metrics: Metrics,
+        context: Context,
+    ) -> Self {
+        Self {
+            inflight: Arc::new(Semaphore::new(limits.max_inflight)),
+            text: Arc::new(Semaphore::new(limits.text_threads)),
+            limits,
+            models,
+            fleet,
+            policy,
+            metrics,
+            context,
+            started: unix_now(),
+            tickets: AtomicU64::new(0),
+        }
+    }
+
+    /// Lets a generation request in, if there is room: before its body is read, so that what waits is bounded too.
+    pub(crate) fn admit(&self) -> Result<Admitted, Error> {
+        let permit = Arc::clone(&self.inflight).try_acquire_owned();
+        let permit = permit.map_err(|_| Error::Full { limit: self.limits.max_inflight })?;
+        let deadline = Deadline::after(self.limits.request_timeout());
+        Ok(Admitted { inflight: self.metrics.admitted(), permit, deadline })
+    }
+
+    /// The model of this name.
+    pub(crate) fn model(&self, name: &str) -> Result<&Arc<Model>, Error> {
+        let found = self.models.iter().find(|model| model.name() == name);
+        found.ok_or_else(|| Error::NoModel(name.chars().take(200).collect()))
+    }
+
+    /// What a policy may know of a request.
+    pub(crate) fn ask(&self, prompt_tokens: usize) -> Ask {
+        Ask { prompt_tokens, ticket: self.tickets.fetch_add(1, Relaxed), dice: random_u64() }
+    }
+
+    /// Reads a body within its limits of size and time.
+    pub(crate) async fn body(&self, request: Request<Body>) -> Result<Bytes, Error> {
+        let limit_bytes = self.limits.max_body_bytes;
+        let announced = request.headers().get(header::CONTENT_LENGTH);
+        let announced = announced.and_then(|length| length.to_str().ok()?.parse::<u64>().ok());
+        if announced.is_some_and(|length| length > limit_bytes as u64) {
+            return Err(Error::BigBody { limit_bytes });
+        }
+        let timeout = self.limits.body_timeout();
+        let reading = read(request.into_body(), limit_bytes);
+        tokio::time::timeout(timeout, reading).await.map_err(|_| Error::SlowBody(timeout))?
+    }
+
+    /// Does text work on `bytes` bytes of input, on another thread if it is much.
+    pub(crate) async fn text_work<T: Send + 'static>(
+        &self,
+        bytes: usize,
+        deadline: Deadline,
+        work: impl FnOnce() -> Result<T, crate::text::Error> + Send + 'static,
+    ) -> Result<Result<T, crate::text::Error>, Error> {
+        if bytes <= INLINE_BYTES {
+            return Ok(work());
+        }
+        let elsewhere = async {
+            let permit = Arc::clone(&self.text).acquire_owned().await.expect("the semaphore is never closed");
+            // The permit goes with the work: if the client leaves, the work still ends on its thread.
+            let joined = tokio::task::spawn_blocking(move || {
+                let _permit = permit;
+                work()
+            });
+            joined.await
+        };
+        match tokio::time::timeout_at(deadline.instant().into(), elsewhere).await {
+            Err(_) => Err(Error::Deadline),
+            Ok(Ok(done)) => Ok(done),
+            Ok(Err(error)) => match error.try_into_panic() {
+                Ok(panic) => std::panic::resume_unwind(panic),
+                Err(_) => Err(Error::Deadline), // cancelled: the process ends
+            },
+        }
+    }
+}
+
+async fn read(body: Body, limit_bytes: usize) -> Result<Bytes, Error> {
+    let mut stream = body.into_data_stream();
+    let mut whole = BytesMut::new();
+    while let Some(part) = stream.next().await {
+        let part = part.map_err(|_| Error::Body)?;
+        if whole.len() + part.len() > limit_bytes {
+            return Err(Error::BigBody { limit_bytes });
+        }
+        whole.extend_from_slice(&part);
+    }
+    Ok(whole.freeze())
+}
+
+/// Seconds since 1970.
+pub(crate) fn unix_now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}

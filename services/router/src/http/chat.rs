@@ -1,0 +1,132 @@
+//! `POST /v1/chat/completions`.
+
+use std::sync::Arc;
+
+use axum::{
+    Extension, Json,
+    body::Body,
+    extract::State,
+    response::{IntoResponse, Response},
+};
+use http::Request;
+use kvasir_types::RequestId;
+use serde::Serialize;
+use tracing::Span;
+
+use super::{
+    app::{App, unix_now},
+    error::{BadParam, Error},
+    live::{Delta, End, Live, Prepared},
+    sse::{self, Shape},
+    types::ChatRequest,
+    wire::{ChatLogprobs, Head, Usage, finish_reason},
+};
+use crate::text::{self, Logged};
+
+/// Answers a conversation.
+pub(crate) async fn chat(
+    State(app): State<Arc<App>>,
+    Extension(id): Extension<RequestId>,
+    request: Request<Body>,
+) -> Result<Response, Error> {
+    let admitted = app.admit()?;
+    let body = app.body(request).await?;
+    let ChatRequest { mut common, messages } = ChatRequest::parse(&body)?;
+    let model = Arc::clone(app.model(&common.model)?);
+    Span::current().record("model", model.name());
+
+    let work = {
+        let model = Arc::clone(&model);
+        move || model.encode(&model.render(&messages, unix_now())?, false)
+    };
+    let prompt = app.text_work(body.len(), admitted.deadline, work).await?.map_err(told)?;
+    let (stream, logprobs) = (common.stream.take(), common.sampling.logprobs.is_some());
+    let live = Live::start(&app, admitted, common, Prepared { id, model, prompt, param: "messages" }).await?;
+    let head = Head::of(&live, "chatcmpl", unix_now());
+    match stream {
+        Some(stream) => Ok(sse::respond(live, head, Chat { logprobs }, stream.include_usage)),
+        None => whole(live, &head, logprobs).await,
+    }
+}
+
+/// The client's mistake where the template says so, else ours.
+fn told(error: text::Error) -> Error {
+    match error {
+        text::Error::NoTemplate | text::Error::Refused(_) | text::Error::TooManySteps | text::Error::Render(_) => {
+            BadParam::new("messages", "invalid_value", kvasir_runtime::chain(&error)).into()
+        }
+        other => Error::Internal(other),
+    }
+}
+
+async fn whole(mut live: Live, head: &Head, logprobs: bool) -> Result<Response, Error> {
+    let (mut text, mut logged, mut end): (String, Vec<Logged>, Option<End>) = Default::default();
+    while let Some(delta) = live.next().await? {
+        text.push_str(&delta.text);
+        logged.extend(delta.logged);
+        end = delta.end;
+    }
+    let choice = Choice {
+        index: 0,
+        message: Message { role: "assistant", content: &text, refusal: None },
+        logprobs: logprobs.then_some(ChatLogprobs { vocab: live.model.vocab(), logged: &logged }),
+        finish_reason: end.map(|end| finish_reason(end.reason)),
+    };
+    Ok(Json(head.around("chat.completion", &[choice], Some(end.as_ref().map(Usage::from)))).into_response())
+}
+
+#[derive(Serialize)]
+struct Choice<'a> {
+    index: u32,
+    message: Message<'a>,
+    logprobs: Option<ChatLogprobs<'a>>,
+    finish_reason: Option<&'static str>,
+}
+
+#[derive(Serialize)]
+struct Message<'a> {
+    role: &'static str,
+    content: &'a str,
+    refusal: Option<()>,
+}
+
+/// Chat's chunks.
+struct Chat {
+    logprobs: bool,
+}
+
+#[derive(Serialize)]
+struct ChunkChoice<'a> {
+    index: u32,
+    delta: DeltaMessage<'a>,
+    logprobs: Option<ChatLogprobs<'a>>,
+    finish_reason: Option<&'static str>,
+}
+
+#[derive(Default, Serialize)]
+struct DeltaMessage<'a> {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    role: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    content: Option<&'a str>,
+}
+
+impl Shape for Chat {
+    const CHUNK: &'static str = "chat.completion.chunk";
+    type Choice<'a> = ChunkChoice<'a>;
+
+    fn opening(&self) -> Option<ChunkChoice<'_>> {
+        let delta = DeltaMessage { role: Some("assistant"), content: Some("") };
+        Some(ChunkChoice { index: 0, delta, logprobs: None, finish_reason: None })
+    }
+
+    fn text<'a>(&'a self, live: &'a Live, delta: &'a Delta) -> ChunkChoice<'a> {
+        let logprobs = self.logprobs.then(|| ChatLogprobs { vocab: live.model.vocab(), logged: &delta.logged });
+        let delta = DeltaMessage { role: None, content: Some(&delta.text) };
+        ChunkChoice { index: 0, delta, logprobs, finish_reason: None }
+    }
+
+    fn end(&self, reason: &'static str) -> ChunkChoice<'_> {
+        ChunkChoice { index: 0, delta: DeltaMessage::default(), logprobs: None, finish_reason: Some(reason) }
+    }
+}

@@ -1,0 +1,225 @@
+//! The one place where something that went wrong becomes an HTTP answer, in OpenAI's shape.
+//!
+//! ```json
+//! {"error": {"message": "…", "type": "invalid_request_error", "param": "temperature", "code": "invalid_value"}}
+//! ```
+//!
+//! Within a stream the status is gone already: the same object is an event of its own and the last one.
+
+use std::time::Duration;
+
+use axum::response::{IntoResponse, Response};
+use http::{HeaderValue, StatusCode, header};
+use serde_json::{Value, json};
+
+use crate::{text, upstream};
+
+/// How long a refused client should wait: long enough to let a few answers end, short enough not to idle.
+const RETRY_AFTER: Duration = Duration::from_secs(1);
+
+/// A parameter that is not acceptable.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+#[error("{message}")]
+pub(crate) struct BadParam {
+    /// Its path in the request, e.g. `messages[2].content`.
+    pub(crate) param: String,
+    /// What kind of mistake, for programs.
+    pub(crate) code: &'static str,
+    /// What is wrong and what is allowed, for people.
+    pub(crate) message: String,
+}
+
+impl BadParam {
+    /// A mistake of kind `code` in `param`.
+    pub(crate) fn new(param: impl Into<String>, code: &'static str, message: impl Into<String>) -> Self {
+        Self { param: param.into(), code, message: message.into() }
+    }
+}
+
+/// Why a request is not answered.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Error {
+    /// The body is not JSON, or not an object.
+    #[error("could not parse the JSON body of your request: {0}")]
+    Malformed(String),
+    /// A parameter is not acceptable.
+    #[error(transparent)]
+    Param(#[from] BadParam),
+    /// No such model here.
+    #[error("the model `{0}` does not exist")]
+    NoModel(String),
+    /// No such path.
+    #[error("unknown request URL: {method} {path}")]
+    NoPath {
+        /// The method.
+        method: String,
+        /// The path, cut.
+        path: String,
+    },
+    /// Another method is needed.
+    #[error("method {0} is not allowed here")]
+    Method(String),
+    /// The body did not come in time.
+    #[error("the request body did not arrive within {} ms", .0.as_millis())]
+    SlowBody(Duration),
+    /// The body is too big.
+    #[error("the request body is over the limit of {limit_bytes} bytes")]
+    BigBody {
+        /// The limit.
+        limit_bytes: usize,
+    },
+    /// The body broke off.
+    #[error("the request body could not be read")]
+    Body,
+    /// The router holds as many requests as it may.
+    #[error("too many requests under way (limit {limit}), try again later")]
+    Full {
+        /// The limit.
+        limit: usize,
+    },
+    /// No worker serves the model now.
+    #[error("no worker serves the model `{0}` right now, try again later")]
+    NoWorker(String),
+    /// The request's time is over before a worker had it.
+    #[error("the request was not done within its time limit")]
+    Deadline,
+    /// A worker failed.
+    #[error(transparent)]
+    Upstream(#[from] upstream::Error),
+    /// A bug of ours.
+    #[error("internal error")]
+    Internal(#[source] text::Error),
+}
+
+impl Error {
+    /// The HTTP status.
+    pub(crate) fn status(&self) -> StatusCode {
+        match self {
+            Self::Malformed(_) | Self::Param(_) | Self::Body => StatusCode::BAD_REQUEST,
+            Self::NoModel(_) | Self::NoPath { .. } => StatusCode::NOT_FOUND,
+            Self::Method(_) => StatusCode::METHOD_NOT_ALLOWED,
+            Self::SlowBody(_) => StatusCode::REQUEST_TIMEOUT,
+            Self::BigBody { .. } => StatusCode::PAYLOAD_TOO_LARGE,
+            Self::Full { .. } => StatusCode::TOO_MANY_REQUESTS,
+            Self::NoWorker(_) => StatusCode::SERVICE_UNAVAILABLE,
+            Self::Deadline => StatusCode::GATEWAY_TIMEOUT,
+            Self::Internal(_) => StatusCode::INTERNAL_SERVER_ERROR,
+            Self::Upstream(error) => match error {
+                upstream::Error::Refused { .. } => StatusCode::BAD_REQUEST,
+                upstream::Error::Busy { .. } | upstream::Error::Unavailable { .. } => StatusCode::SERVICE_UNAVAILABLE,
+                upstream::Error::Stalled { .. } | upstream::Error::Deadline { .. } => StatusCode::GATEWAY_TIMEOUT,
+                upstream::Error::Broken { .. } | upstream::Error::Failed { .. } | upstream::Error::Protocol { .. } => {
+                    StatusCode::BAD_GATEWAY
+                }
+            },
+        }
+    }
+
+    /// What kind of mistake, for programs.
+    fn code(&self) -> Option<&'static str> {
+        Some(match self {
+            Self::Malformed(_) | Self::Body | Self::NoPath { .. } | Self::Method(_) => return None,
+            Self::Param(bad) => bad.code,
+            Self::NoModel(_) => "model_not_found",
+            Self::SlowBody(_) => "request_timeout",
+            Self::BigBody { .. } => "request_too_large",
+            Self::Full { .. } => "rate_limit_exceeded",
+            Self::NoWorker(_) => "no_worker",
+            Self::Deadline => "deadline_exceeded",
+            Self::Internal(_) => "internal_error",
+            Self::Upstream(error) => match error {
+                upstream::Error::Refused { .. } => "invalid_value",
+                upstream::Error::Busy { .. } => "overloaded",
+                upstream::Error::Unavailable { .. } => "worker_unavailable",
+                upstream::Error::Stalled { .. } => "worker_stalled",
+                upstream::Error::Deadline { .. } => "deadline_exceeded",
+                upstream::Error::Broken { .. } | upstream::Error::Failed { .. } | upstream::Error::Protocol { .. } => {
+                    "worker_failed"
+                }
+            },
+        })
+    }
+
+    fn kind(&self) -> &'static str {
+        match self.status() {
+            StatusCode::TOO_MANY_REQUESTS => "rate_limit_error",
+            status if status.is_client_error() => "invalid_request_error",
+            _ => "server_error",
+        }
+    }
+
+    fn param(&self) -> Option<&str> {
+        match self {
+            Self::Param(bad) => Some(&bad.param),
+            Self::NoModel(_) => Some("model"),
+            _ => None,
+        }
+    }
+
+    /// What the client reads. Names of workers are ours to know: they go to the log, not to clients.
+    fn message(&self) -> String {
+        let Self::Upstream(error) = self else { return self.to_string() };
+        match error {
+            upstream::Error::Refused { message, .. } => message.clone(),
+            upstream::Error::Busy { .. } => "the workers of this model are overloaded, try again later".to_owned(),
+            upstream::Error::Unavailable { .. } => "no worker of this model could be reached, try again later".to_owned(),
+            upstream::Error::Stalled { idle, .. } => {
+                format!("the worker that wrote this answer has said nothing for {} ms", idle.as_millis())
+            }
+            upstream::Error::Deadline { .. } => Self::Deadline.to_string(),
+            upstream::Error::Broken { .. } | upstream::Error::Failed { .. } | upstream::Error::Protocol { .. } => {
+                "the worker that wrote this answer failed".to_owned()
+            }
+        }
+    }
+
+    /// OpenAI's error object.
+    pub(crate) fn object(&self) -> Value {
+        json!({"error": {
+            "message": self.message(),
+            "type": self.kind(),
+            "param": self.param(),
+            "code": self.code(),
+        }})
+    }
+}
+
+impl IntoResponse for Error {
+    fn into_response(self) -> Response {
+        let status = self.status();
+        let mut response = (status, axum::Json(self.object())).into_response();
+        if matches!(status, StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE) {
+            response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(RETRY_AFTER.as_secs()));
+        }
+        response
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn errors_have_openais_shape() {
+        let bad = BadParam::new("temperature", "invalid_value", "'temperature' must be 0 to 2, got 3");
+        insta::assert_snapshot!(Error::from(bad).object(), @r#"{"error":{"message":"'temperature' must be 0 to 2, got 3","type":"invalid_request_error","param":"temperature","code":"invalid_value"}}"#);
+        insta::assert_snapshot!(Error::NoModel("gpt-9".into()).object(), @r#"{"error":{"message":"the model `gpt-9` does not exist","type":"invalid_request_error","param":"model","code":"model_not_found"}}"#);
+        insta::assert_snapshot!(Error::Full { limit: 8 }.object(), @r#"{"error":{"message":"too many requests under way (limit 8), try again later","type":"rate_limit_error","param":null,"code":"rate_limit_exceeded"}}"#);
+        let busy = upstream::Error::Busy { worker: "decode-0".parse().unwrap(), message: "queue full".into() };
+        insta::assert_snapshot!(Error::from(busy).object(), @r#"{"error":{"message":"the workers of this model are overloaded, try again later","type":"server_error","param":null,"code":"overloaded"}}"#);
+    }
+
+    #[test]
+    fn who_should_come_back_later_is_told_when() {
+        for (error, status, told) in [
+            (Error::Full { limit: 1 }, 429, true),
+            (Error::NoWorker("m".into()), 503, true),
+            (Error::Deadline, 504, false),
+            (Error::BigBody { limit_bytes: 1 }, 413, false),
+        ] {
+            let response = error.into_response();
+            assert_eq!(response.status(), status);
+            assert_eq!(response.headers().contains_key(header::RETRY_AFTER), told);
+        }
+    }
+}

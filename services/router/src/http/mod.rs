@@ -1,0 +1,121 @@
+//! The HTTP side: OpenAI's API in, OpenAI's API out.
+//!
+//! ```text
+//! connection (server) ─▶ identify: x-request-id, span, counters ─▶ handler ─▶ fields → types ─▶ live ─▶ wire | sse
+//!                                                                     └─────────── error ◀── anything that fails
+//! ```
+//!
+//! A handler is let in (or gets 429) before its body is read; nothing is started on a worker before everything in the
+//! request has been checked.
+
+mod app;
+mod chat;
+mod completions;
+mod error;
+mod fields;
+mod live;
+mod models;
+mod server;
+mod sse;
+mod types;
+mod wire;
+
+use std::sync::Arc;
+
+use axum::{
+    Router,
+    extract::{Request, State},
+    http::StatusCode,
+    middleware::{self, Next},
+    response::{IntoResponse, Response},
+    routing::{get, post},
+};
+use http::{HeaderName, HeaderValue, Method, Uri, header};
+use kvasir_runtime::random_u64;
+use kvasir_types::RequestId;
+use serde_json::json;
+use tracing::{Instrument, info_span};
+
+pub(crate) use app::App;
+pub(crate) use server::Server;
+
+use error::Error;
+
+const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+
+/// All routes.
+pub(crate) fn routes(app: Arc<App>) -> Router {
+    Router::new()
+        .route("/v1/chat/completions", post(chat::chat))
+        .route("/v1/completions", post(completions::completions))
+        .route("/v1/models", get(models::list))
+        // Names of models may have slashes: `Qwen/Qwen3-0.6B`.
+        .route("/v1/models/{*name}", get(models::get))
+        .route("/health", get(health))
+        .route("/ready", get(ready))
+        .route("/metrics", get(metrics))
+        .fallback(no_path)
+        .method_not_allowed_fallback(no_method)
+        .layer(middleware::from_fn_with_state(Arc::clone(&app), identify))
+        .with_state(app)
+}
+
+/// Gives every request its name, span and place in the counters. A client's `x-request-id` is kept if it is a name
+/// ([`RequestId`]); otherwise, or without one, the request gets a new one. The answer says which.
+async fn identify(State(app): State<Arc<App>>, mut request: Request, next: Next) -> Response {
+    let given = request.headers().get(REQUEST_ID).and_then(|id| id.to_str().ok()?.parse::<RequestId>().ok());
+    let id = given.unwrap_or_else(fresh_id);
+    let endpoint = match request.uri().path() {
+        "/v1/chat/completions" => "chat",
+        "/v1/completions" => "completions",
+        path if path.starts_with("/v1/models") => "models",
+        "/health" | "/ready" | "/metrics" => "probe",
+        _ => "other",
+    };
+    let span = info_span!(
+        "request",
+        request_id = %id,
+        endpoint,
+        model = tracing::field::Empty,
+        worker = tracing::field::Empty
+    );
+    request.extensions_mut().insert(id.clone());
+    let mut response = next.run(request).instrument(span).await;
+    app.metrics.answered(endpoint, response.status());
+    if let Ok(value) = HeaderValue::from_str(id.as_str()) {
+        response.headers_mut().insert(REQUEST_ID, value);
+    }
+    response
+}
+
+fn fresh_id() -> RequestId {
+    let id = format!("{:016x}{:016x}", random_u64(), random_u64());
+    id.parse().expect("hexadecimal digits are a name")
+}
+
+async fn health() -> impl IntoResponse {
+    axum::Json(json!({"status": "ok"}))
+}
+
+async fn ready(State(app): State<Arc<App>>) -> impl IntoResponse {
+    match app.context.health.ready() {
+        Ok(()) => (StatusCode::OK, axum::Json(json!({"ready": true}))),
+        Err(reason) => (StatusCode::SERVICE_UNAVAILABLE, axum::Json(json!({"ready": false, "reason": reason}))),
+    }
+}
+
+async fn metrics(State(app): State<Arc<App>>) -> impl IntoResponse {
+    ([(header::CONTENT_TYPE, kvasir_runtime::metrics::CONTENT_TYPE)], app.context.metrics.encode())
+}
+
+async fn no_path(method: Method, uri: Uri) -> Error {
+    Error::NoPath { method: method.to_string(), path: uri.path().chars().take(100).collect() }
+}
+
+async fn no_method(method: Method) -> Error {
+    Error::Method(method.to_string())
+}
+
+#[cfg(test)]
+#[path = "tests/mod.rs"]
+mod tests;

@@ -1,0 +1,35 @@
+//! `GET /v1/models` and `GET /v1/models/{id}`: what may be asked for.
+
+use std::sync::Arc;
+
+use axum::{
+    Json,
+    extract::{Path, State},
+};
+use serde_json::{Value, json};
+
+use super::{app::App, error::Error};
+use crate::{fleet::Crew, text::Model};
+
+/// All models.
+pub(crate) async fn list(State(app): State<Arc<App>>) -> Json<Value> {
+    let models: Vec<Value> = app.models.iter().map(|model| object(&app, model)).collect();
+    Json(json!({"object": "list", "data": models}))
+}
+
+/// One model.
+pub(crate) async fn get(State(app): State<Arc<App>>, Path(name): Path<String>) -> Result<Json<Value>, Error> {
+    app.model(&name).map(|model| Json(object(&app, model)))
+}
+
+fn object(app: &App, model: &Model) -> Value {
+    let fleet = Arc::clone(&app.fleet.borrow());
+    let context = fleet.crew(model.name()).and_then(Crew::max_model_len).or_else(|| model.context_len());
+    json!({
+        "id": model.name(),
+        "object": "model",
+        "created": app.started,
+        "owned_by": "kvasir",
+        "max_model_len": context, // not OpenAI's; clients that size their prompts want it
+    })
+}

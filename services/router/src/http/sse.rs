@@ -1,0 +1,107 @@
+//! Answers as they grow: server-sent events, one write for every token.
+//!
+//! ```text
+//! data: {"object":"chat.completion.chunk", …}\n\n      one for every delta
+//! data: [DONE]\n\n                                      the end; or, if the answer broke off:
+//! data: {"error":{…}}\n\n                               OpenAI's error object, and nothing after it
+//! ```
+//!
+//! The first event waits for the first token, so that what fails before has an HTTP status.
+
+use std::convert::Infallible;
+
+use axum::{
+    body::Body,
+    response::{IntoResponse, Response},
+};
+use bytes::{BufMut, Bytes, BytesMut};
+use http::header;
+use serde::Serialize;
+
+use super::{
+    live::{Delta, Live},
+    wire::{Head, Usage},
+};
+
+/// How an endpoint writes the choices of an answer.
+pub(crate) trait Shape: Send + 'static {
+    /// `object` of a chunk.
+    const CHUNK: &'static str;
+    /// The choice of a chunk.
+    type Choice<'a>: Serialize
+    where
+        Self: 'a;
+
+    /// A chunk before all others, if there is one.
+    fn opening(&self) -> Option<Self::Choice<'_>>;
+    /// A chunk with text.
+    fn text<'a>(&'a self, live: &'a Live, delta: &'a Delta) -> Self::Choice<'a>;
+    /// The chunk that says why the answer ended.
+    fn end(&self, reason: &'static str) -> Self::Choice<'_>;
+}
+
+/// Streams the answer.
+pub(crate) fn respond<S: Shape>(live: Live, head: Head, shape: S, include_usage: bool) -> Response {
+    let writer = Writer { live, head, shape, include_usage, opened: false };
+    let stream = futures_util::stream::unfold(Some(writer), |writer| async {
+        let mut writer = writer?;
+        let (bytes, more) = writer.step().await?;
+        Some((Ok::<_, Infallible>(bytes), more.then_some(writer)))
+    });
+    let headers = [
+        (header::CONTENT_TYPE, "text/event-stream"),
+        (header::CACHE_CONTROL, "no-cache"),
+        // nginx would collect the events otherwise.
+        (header::HeaderName::from_static("x-accel-buffering"), "no"),
+    ];
+    (headers, Body::from_stream(stream)).into_response()
+}
+
+struct Writer<S> {
+    live: Live,
+    head: Head,
+    shape: S,
+    include_usage: bool,
+    opened: bool,
+}
+
+impl<S: Shape> Writer<S> {
+    /// What to write next, in one piece, and whether more may follow.
+    async fn step(&mut self) -> Option<(Bytes, bool)> {
+        let delta = match self.live.next().await {
+            Ok(delta) => delta?,
+            Err(error) => {
+                let mut out = BytesMut::new();
+                event(&mut out, &error.object());
+                return Some((out.freeze(), false));
+            }
+        };
+        let mut out = BytesMut::with_capacity(512);
+        // With usage asked for, every chunk has the field, null until the last one.
+        let no_usage = self.include_usage.then_some(None);
+        let chunk = |out: &mut BytesMut, choice| event(out, &self.head.around(S::CHUNK, &[choice], no_usage));
+        if !std::mem::replace(&mut self.opened, true)
+            && let Some(choice) = self.shape.opening()
+        {
+            chunk(&mut out, choice);
+        }
+        if !delta.text.is_empty() || !delta.logged.is_empty() {
+            chunk(&mut out, self.shape.text(&self.live, &delta));
+        }
+        if let Some(end) = &delta.end {
+            chunk(&mut out, self.shape.end(super::wire::finish_reason(end.reason)));
+            if self.include_usage {
+                let no_choice: &[S::Choice<'_>] = &[];
+                event(&mut out, &self.head.around(S::CHUNK, no_choice, Some(Some(Usage::from(end)))));
+            }
+            out.extend_from_slice(b"data: [DONE]\n\n");
+        }
+        Some((out.freeze(), delta.end.is_none()))
+    }
+}
+
+fn event(out: &mut BytesMut, data: &impl Serialize) {
+    out.extend_from_slice(b"data: ");
+    serde_json::to_writer(out.writer(), data).expect("our own types have no keys that are not text");
+    out.extend_from_slice(b"\n\n");
+}

@@ -1,0 +1,9 @@
+//! The router as its clients see it: over HTTP, in front of scripted decode workers.
+//!
+//! The workers here are mocks: they speak the real protocol over real sockets and say what their script says. What a
+//! real worker does is tested end to end elsewhere.
+
+mod answers;
+mod bad_input;
+mod faults;
+mod harness;

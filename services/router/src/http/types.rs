@@ -1,0 +1,372 @@
+//! What a request may say, field by field, and what comes of it.
+//!
+//! **Both endpoints**
+//!
+//! | field | what it does here |
+//! | --- | --- |
+//! | `model` | required; a name of `/v1/models` |
+//! | `temperature` | 0 to 2, default 1; 0 is greedy |
+//! | `top_p` | 0 to 1, default 1; 0 keeps the likeliest token only |
+//! | `seed` | any integer; the same seed and prompt give the same answer; absent: random |
+//! | `stop` | a string or up to 4; the answer ends before the first that appears |
+//! | `stream`, `stream_options.include_usage` | server-sent events; with a last chunk that holds the usage |
+//! | `user`, `safety_identifier` | accepted, not used yet |
+//! | `top_k` (extension) | 0 (all, default) or the number of likeliest tokens kept |
+//! | `ignore_eos` (extension) | go on past the model's end tokens, for benchmarks |
+//! | `stop_token_ids` (extension) | up to 64 token ids that end the answer; not shown |
+//! | `cache_salt` (extension) | up to 256 bytes; prompts share cached blocks only under the same salt |
+//!
+//! **Chat**
+//!
+//! | field | what it does here |
+//! | --- | --- |
+//! | `messages` | required; roles `system`, `developer` (becomes `system`), `user`, `assistant`; content a string or text parts |
+//! | `max_completion_tokens`, `max_tokens` | at least 1; the same thing, so they must not contradict one another; default: what the context leaves, bounded by the server's `limits.max_output_tokens` |
+//! | `logprobs`, `top_logprobs` | log-probabilities of the tokens, and of 0 to 20 alternatives |
+//!
+//! **Completions**
+//!
+//! | field | what it does here |
+//! | --- | --- |
+//! | `prompt` | required; a string, an array of token ids, or an array with exactly one of these |
+//! | `max_tokens` | at least 1, default 16 |
+//! | `logprobs` | 0 to 20 alternatives a token |
+//!
+//! An answer that reaches the model's context length ends with `finish_reason` `length`; a `max_tokens` beyond that is
+//! no error. **Known, not supported**: accepted with the values that mean nothing ([`CHAT_UNSUPPORTED`],
+//! [`COMPLETION_UNSUPPORTED`]), else refused by name. **Unknown**: refused by name. `null` is as good as absent.
+
+use kvasir_proto::convert::{MAX_LOGPROBS, MAX_SALT_BYTES, MAX_STOP_TOKENS};
+use kvasir_types::{Sampling, TokenId};
+use serde_json::Value;
+
+use super::{
+    error::{BadParam, Error},
+    fields::{Fields, Unsupported, wrong_type},
+};
+use crate::text::Message;
+
+/// Most stop strings, as OpenAI has it.
+const MAX_STOPS: usize = 4;
+/// Longest stop string, in bytes: it bounds the text that may be held back.
+const MAX_STOP_BYTES: usize = 512;
+/// Tokens of a completion unless asked otherwise, as OpenAI has it.
+const COMPLETION_TOKENS: u32 = 16;
+
+/// Fields of chat requests that are known and not supported, with their neutral values.
+pub(crate) const CHAT_UNSUPPORTED: &[Unsupported] = &[
+    ("audio", &[]),
+    ("frequency_penalty", &["0"]),
+    ("function_call", &["\"none\"", "\"auto\""]),
+    ("functions", &[]),
+    ("logit_bias", &[]),
+    ("metadata", &[]),
+    ("modalities", &["[\"text\"]"]),
+    ("n", &["1"]),
+    ("parallel_tool_calls", &["true", "false"]),
+    ("prediction", &[]),
+    ("presence_penalty", &["0"]),
+    ("prompt_cache_key", &[]),
+    ("prompt_cache_retention", &[]),
+    ("reasoning_effort", &[]),
+    ("response_format", &["{\"type\":\"text\"}"]),
+    ("service_tier", &["\"auto\"", "\"default\""]),
+    ("store", &["false"]),
+    ("tool_choice", &["\"none\"", "\"auto\""]),
+    ("tools", &[]),
+    ("verbosity", &["\"medium\""]),
+    ("web_search_options", &[]),
+];
+
+/// Fields of completion requests that are known and not supported, with their neutral values.
+pub(crate) const COMPLETION_UNSUPPORTED: &[Unsupported] = &[
+    ("best_of", &["1"]),
+    ("echo", &["false"]),
+    ("frequency_penalty", &["0"]),
+    ("logit_bias", &[]),
+    ("n", &["1"]),
+    ("presence_penalty", &["0"]),
+    ("suffix", &["\"\""]),
+];
+
+/// What both endpoints take.
+#[derive(Debug, PartialEq)]
+pub(crate) struct Common {
+    /// Which model.
+    pub(crate) model: String,
+    /// How to choose tokens. `seed` is drawn and `max_tokens` bounded later, when the worker is known.
+    pub(crate) sampling: Sampling,
+    /// The seed, if the client wants one.
+    pub(crate) seed: Option<u64>,
+    /// Most tokens, if the client says.
+    pub(crate) max_tokens: Option<u32>,
+    /// Stop strings.
+    pub(crate) stop: Vec<String>,
+    /// The tenant's salt.
+    pub(crate) cache_salt: String,
+    /// Whether to stream, and how.
+    pub(crate) stream: Option<Streaming>,
+}
+
+/// Options of a stream.
+#[derive(Debug, PartialEq)]
+pub(crate) struct Streaming {
+    /// End with a chunk that holds the usage.
+    pub(crate) include_usage: bool,
+}
+
+/// A chat request, checked.
+#[derive(Debug, PartialEq)]
+pub(crate) struct ChatRequest {
+    /// What both endpoints take.
+    pub(crate) common: Common,
+    /// The conversation; not empty.
+    pub(crate) messages: Vec<Message>,
+}
+
+/// A completion request, checked.
+#[derive(Debug, PartialEq)]
+pub(crate) struct CompletionRequest {
+    /// What both endpoints take.
+    pub(crate) common: Common,
+    /// What to continue.
+    pub(crate) prompt: Prompt,
+}
+
+/// What to continue.
+#[derive(Debug, PartialEq)]
+pub(crate) enum Prompt {
+    /// Text, to be tokenized.
+    Text(String),
+    /// Tokens as they are.
+    Tokens(Vec<TokenId>),
+}
+
+impl ChatRequest {
+    /// Reads a body.
+    pub(crate) fn parse(body: &[u8]) -> Result<Self, Error> {
+        let mut fields = Fields::parse(body)?;
+        let mut common = common(&mut fields)?;
+        let messages = messages(fields.require("messages")?)?;
+
+        let old = max_tokens(&mut fields, "max_tokens")?;
+        let new = max_tokens(&mut fields, "max_completion_tokens")?;
+        if old.is_some() && new.is_some() && old != new {
+            let message = "'max_tokens' and 'max_completion_tokens' are the same thing and contradict one another";
+            return Err(BadParam::new("max_tokens", "invalid_value", message).into());
+        }
+        common.max_tokens = new.or(old);
+
+        let logprobs = fields.bool("logprobs")?.unwrap_or(false);
+        let top = fields.integer("top_logprobs", 0, MAX_LOGPROBS.into())?;
+        if top.is_some() && !logprobs {
+            let message = "'top_logprobs' is only allowed when 'logprobs' is true";
+            return Err(BadParam::new("top_logprobs", "invalid_value", message).into());
+        }
+        common.sampling.logprobs = logprobs.then(|| top.unwrap_or(0) as u8);
+        fields.finish(CHAT_UNSUPPORTED)?;
+        Ok(Self { common, messages })
+    }
+}
+
+impl CompletionRequest {
+    /// Reads a body.
+    pub(crate) fn parse(body: &[u8]) -> Result<Self, Error> {
+        let mut fields = Fields::parse(body)?;
+        let mut common = common(&mut fields)?;
+        let prompt = prompt(fields.require("prompt")?)?;
+        common.max_tokens = Some(max_tokens(&mut fields, "max_tokens")?.unwrap_or(COMPLETION_TOKENS));
+        common.sampling.logprobs = fields.integer("logprobs", 0, MAX_LOGPROBS.into())?.map(|n| n as u8);
+        fields.finish(COMPLETION_UNSUPPORTED)?;
+        Ok(Self { common, prompt })
+    }
+}
+
+fn common(fields: &mut Fields) -> Result<Common, BadParam> {
+    let model = match fields.require("model")? {
+        Value::String(name) => name,
+        other => return Err(wrong_type("model", "a string", &other)),
+    };
+    let sampling = Sampling {
+        temperature: fields.number("temperature", 0.0, 2.0)?.unwrap_or(1.0) as f32,
+        // Zero keeps the likeliest token only, and so does the least number above it, which workers take.
+        top_p: (fields.number("top_p", 0.0, 1.0)?.unwrap_or(1.0) as f32).max(f32::MIN_POSITIVE),
+        top_k: fields.integer("top_k", 0, u32::MAX.into())?.unwrap_or(0) as u32,
+        ignore_eos: fields.bool("ignore_eos")?.unwrap_or(false),
+        stop_token_ids: stop_token_ids(fields)?,
+        ..Sampling::default()
+    };
+    let cache_salt = fields.string("cache_salt")?.unwrap_or_default();
+    if cache_salt.len() > MAX_SALT_BYTES {
+        let message = format!("'cache_salt' must be at most {MAX_SALT_BYTES} bytes, got {}", cache_salt.len());
+        return Err(BadParam::new("cache_salt", "invalid_value", message));
+    }
+    fields.string("user")?;
+    fields.string("safety_identifier")?;
+    Ok(Common {
+        model,
+        sampling,
+        seed: seed(fields)?,
+        max_tokens: None,
+        stop: stop(fields)?,
+        cache_salt,
+        stream: streaming(fields)?,
+    })
+}
+
+fn max_tokens(fields: &mut Fields, name: &str) -> Result<Option<u32>, BadParam> {
+    Ok(fields.integer(name, 1, u32::MAX.into())?.map(|n| n as u32))
+}
+
+fn seed(fields: &mut Fields) -> Result<Option<u64>, BadParam> {
+    let Some(value) = fields.take("seed") else { return Ok(None) };
+    // Negative seeds are seeds too: their bits are what counts.
+    let seed = value.as_u64().or_else(|| value.as_i64().map(|seed| seed as u64));
+    seed.map(Some).ok_or_else(|| wrong_type("seed", "an integer of 64 bits", &value))
+}
+
+fn streaming(fields: &mut Fields) -> Result<Option<Streaming>, BadParam> {
+    let stream = fields.bool("stream")?.unwrap_or(false);
+    let mut include_usage = false;
+    if let Some(options) = fields.take("stream_options") {
+        if !stream {
+            let message = "'stream_options' is only allowed when 'stream' is true";
+            return Err(BadParam::new("stream_options", "invalid_value", message));
+        }
+        let mut options = Fields::of("stream_options", options)?;
+        include_usage = options.bool("include_usage")?.unwrap_or(false);
+        options.finish(&[("include_obfuscation", &["false"])])?;
+    }
+    Ok(stream.then_some(Streaming { include_usage }))
+}
+
+fn stop(fields: &mut Fields) -> Result<Vec<String>, BadParam> {
+    let stops = match fields.take("stop") {
+        None => return Ok(Vec::new()),
+        Some(Value::String(stop)) => vec![stop],
+        Some(Value::Array(stops)) => stops
+            .into_iter()
+            .map(|stop| match stop {
+                Value::String(stop) => Ok(stop),
+                other => Err(wrong_type("stop", "a string or an array of strings", &other)),
+            })
+            .collect::<Result<_, _>>()?,
+        Some(other) => return Err(wrong_type("stop", "a string or an array of strings", &other)),
+    };
+    let bad = |message| Err(BadParam::new("stop", "invalid_value", message));
+    if stops.len() > MAX_STOPS {
+        return bad(format!("'stop' must have at most {MAX_STOPS} strings, got {}", stops.len()));
+    }
+    if stops.iter().any(|stop| stop.is_empty() || stop.len() > MAX_STOP_BYTES) {
+        return bad(format!("each string of 'stop' must be 1 to {MAX_STOP_BYTES} bytes long"));
+    }
+    Ok(stops)
+}
+
+fn stop_token_ids(fields: &mut Fields) -> Result<Vec<TokenId>, BadParam> {
+    let ids = match fields.take("stop_token_ids") {
+        None => return Ok(Vec::new()),
+        Some(Value::Array(ids)) => token_ids("stop_token_ids", &ids)?,
+        Some(other) => return Err(wrong_type("stop_token_ids", "an array of token ids", &other)),
+    };
+    if ids.len() > MAX_STOP_TOKENS {
+        let message = format!("'stop_token_ids' must have at most {MAX_STOP_TOKENS} tokens, got {}", ids.len());
+        return Err(BadParam::new("stop_token_ids", "invalid_value", message));
+    }
+    Ok(ids)
+}
+
+fn token_ids(path: &str, ids: &[Value]) -> Result<Vec<TokenId>, BadParam> {
+    let id = |id: &Value| id.as_u64().and_then(|id| u32::try_from(id).ok()).map(TokenId);
+    ids.iter().map(|value| id(value).ok_or_else(|| wrong_type(path, "an array of token ids", value))).collect()
+}
+
+fn prompt(value: Value) -> Result<Prompt, BadParam> {
+    const EXPECTED: &str = "a string or an array of token ids";
+    let empty = || BadParam::new("prompt", "invalid_value", "'prompt' must not be empty");
+    match value {
+        Value::String(text) if text.is_empty() => Err(empty()),
+        Value::String(text) => Ok(Prompt::Text(text)),
+        Value::Array(mut items) => match items.first() {
+            None => Err(empty()),
+            Some(Value::Number(_)) => token_ids("prompt", &items).map(Prompt::Tokens),
+            Some(Value::String(_)) if items.len() == 1 => prompt(items.remove(0)),
+            Some(Value::Array(ids)) if items.len() == 1 => match ids.as_slice() {
+                [] => Err(empty()),
+                ids => token_ids("prompt", ids).map(Prompt::Tokens),
+            },
+            Some(Value::String(_) | Value::Array(_)) => {
+                let message = format!("'prompt' must hold one prompt, batches are not supported (got {})", items.len());
+                Err(BadParam::new("prompt", "unsupported_value", message))
+            }
+            Some(other) => Err(wrong_type("prompt", EXPECTED, other)),
+        },
+        other => Err(wrong_type("prompt", EXPECTED, &other)),
+    }
+}
+
+fn messages(value: Value) -> Result<Vec<Message>, BadParam> {
+    let Value::Array(items) = value else { return Err(wrong_type("messages", "an array of messages", &value)) };
+    if items.is_empty() {
+        return Err(BadParam::new("messages", "empty_array", "'messages' must hold at least one message"));
+    }
+    items.into_iter().enumerate().map(|(at, item)| message(&format!("messages[{at}]"), item)).collect()
+}
+
+fn message(path: &str, value: Value) -> Result<Message, BadParam> {
+    let mut fields = Fields::of(path, value)?;
+    let role = match fields.require("role")? {
+        Value::String(role) => role,
+        other => return Err(wrong_type(&fields.path("role"), "a string", &other)),
+    };
+    let role = match role.as_str() {
+        "system" | "user" | "assistant" => role,
+        // Templates know no developer; it is the newer name of the one who sets the rules.
+        "developer" => "system".to_owned(),
+        _ => {
+            let path = fields.path("role");
+            let got: String = role.chars().take(40).collect();
+            let message = format!("'{path}' must be system, developer, user or assistant, got {got:?}");
+            return Err(BadParam::new(path, "invalid_value", message));
+        }
+    };
+    let path = fields.path("content");
+    let content = match fields.take("content") {
+        Some(content) => content_text(&path, content)?,
+        None if role == "assistant" => String::new(),
+        None => {
+            return Err(BadParam::new(&path, "missing_required_parameter", format!("missing required parameter: '{path}'")));
+        }
+    };
+    let name = fields.string("name")?;
+    fields.finish(&[("audio", &[]), ("function_call", &[]), ("refusal", &[]), ("tool_call_id", &[]), ("tool_calls", &[])])?;
+    Ok(Message { role, content, name })
+}
+
+fn content_text(path: &str, value: Value) -> Result<String, BadParam> {
+    let parts = match value {
+        Value::String(text) => return Ok(text),
+        Value::Array(parts) => parts,
+        other => return Err(wrong_type(path, "a string or an array of text parts", &other)),
+    };
+    let mut text = String::new();
+    for (at, part) in parts.into_iter().enumerate() {
+        let mut fields = Fields::of(&format!("{path}[{at}]"), part)?;
+        let kind = fields.string("type")?;
+        if kind.as_deref() != Some("text") {
+            let path = fields.path("type");
+            let message = format!("'{path}' must be \"text\": this server takes text only");
+            return Err(BadParam::new(path, "unsupported_value", message));
+        }
+        match fields.require("text")? {
+            Value::String(part) => text.push_str(&part),
+            other => return Err(wrong_type(&fields.path("text"), "a string", &other)),
+        }
+        fields.finish(&[])?;
+    }
+    Ok(text)
+}
+
+#[cfg(test)]
+#[path = "types_tests.rs"]
+mod tests;

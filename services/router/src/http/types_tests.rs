@@ -1,0 +1,166 @@
+use serde_json::json;
+
+use super::*;
+
+fn with(base: Value, changes: Value) -> Vec<u8> {
+    let (Value::Object(mut base), Value::Object(changes)) = (base, changes) else { panic!("objects") };
+    for (name, value) in changes {
+        if value == json!("<absent>") {
+            base.remove(&name);
+        } else {
+            base.insert(name, value);
+        }
+    }
+    Value::Object(base).to_string().into_bytes()
+}
+
+fn chat(changes: Value) -> Result<ChatRequest, Error> {
+    ChatRequest::parse(&with(json!({"model": "m", "messages": [{"role": "user", "content": "hi"}]}), changes))
+}
+
+fn completion(changes: Value) -> Result<CompletionRequest, Error> {
+    CompletionRequest::parse(&with(json!({"model": "m", "prompt": "hi"}), changes))
+}
+
+fn refused<T: std::fmt::Debug>(result: Result<T, Error>) -> (String, &'static str) {
+    match result {
+        Err(Error::Param(bad)) => (bad.param, bad.code),
+        other => panic!("not refused: {other:?}"),
+    }
+}
+
+#[test]
+fn the_least_request_has_openais_defaults() {
+    let common = chat(json!({})).unwrap().common;
+    assert_eq!((common.sampling.temperature, common.sampling.top_p, common.sampling.top_k), (1.0, 1.0, 0));
+    assert_eq!((common.seed, common.max_tokens, common.stream), (None, None, None));
+    assert_eq!(completion(json!({})).unwrap().common.max_tokens, Some(16));
+}
+
+#[test]
+fn every_supported_field_arrives() {
+    let request = chat(json!({
+        "messages": [
+            {"role": "developer", "content": "be brief", "name": "ops"},
+            {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+            {"role": "assistant", "content": null},
+        ],
+        "temperature": 0, "top_p": 0, "top_k": 5, "seed": -1, "stop": ["x", "y"], "stop_token_ids": [7],
+        "ignore_eos": true, "cache_salt": "tenant", "max_completion_tokens": 9, "max_tokens": 9, "logprobs": true, "top_logprobs": 3,
+        "stream": true, "stream_options": {"include_usage": true}, "user": "u", "safety_identifier": "s",
+    }))
+    .unwrap();
+    let texts: Vec<_> = request.messages.iter().map(|m| (m.role.as_str(), m.content.as_str())).collect();
+    assert_eq!(texts, [("system", "be brief"), ("user", "ab"), ("assistant", "")]);
+    let common = request.common;
+    assert_eq!((common.seed, common.max_tokens, common.cache_salt.as_str()), (Some(u64::MAX), Some(9), "tenant"));
+    assert_eq!(common.stream, Some(Streaming { include_usage: true }));
+    let Sampling { temperature, top_p, top_k, ignore_eos, logprobs, stop_token_ids, .. } = common.sampling;
+    assert_eq!((temperature, top_k, ignore_eos, logprobs), (0.0, 5, true, Some(3)));
+    assert!(top_p > 0.0 && top_p < 1e-30 && stop_token_ids == [TokenId(7)]);
+}
+
+#[test]
+fn what_chat_does_not_take_is_refused_by_name() {
+    let huge = "x".repeat(600);
+    for (changes, param, code) in [
+        (json!({"model": "<absent>"}), "model", "missing_required_parameter"),
+        (json!({"model": 3}), "model", "invalid_type"),
+        (json!({"messages": "<absent>"}), "messages", "missing_required_parameter"),
+        (json!({"messages": "hi"}), "messages", "invalid_type"),
+        (json!({"messages": []}), "messages", "empty_array"),
+        (json!({"messages": [3]}), "messages[0]", "invalid_type"),
+        (json!({"messages": [{"content": "x"}]}), "messages[0].role", "missing_required_parameter"),
+        (json!({"messages": [{"role": "user"}]}), "messages[0].content", "missing_required_parameter"),
+        (json!({"messages": [{"role": "tool", "content": "x"}]}), "messages[0].role", "invalid_value"),
+        (json!({"messages": [{"role": "user", "content": 3}]}), "messages[0].content", "invalid_type"),
+        (json!({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}), "messages[0].content[0].type", "unsupported_value"),
+        (json!({"messages": [{"role": "user", "content": [{"type": "text", "text": "x", "y": 1}]}]}), "messages[0].content[0].y", "unknown_parameter"),
+        (json!({"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]}), "messages[0].tool_calls", "unsupported_parameter"),
+        (json!({"temperature": -0.1}), "temperature", "below_min_value"),
+        (json!({"temperature": 2.1}), "temperature", "above_max_value"),
+        (json!({"temperature": "hot"}), "temperature", "invalid_type"),
+        (json!({"top_p": 1.5}), "top_p", "above_max_value"),
+        (json!({"top_k": -1}), "top_k", "below_min_value"),
+        (json!({"top_k": 1.5}), "top_k", "invalid_type"),
+        (json!({"seed": 1.5}), "seed", "invalid_type"),
+        (json!({"max_tokens": 0}), "max_tokens", "below_min_value"),
+        (json!({"max_tokens": 1u64 << 40}), "max_tokens", "above_max_value"),
+        (json!({"max_tokens": 1, "max_completion_tokens": 2}), "max_tokens", "invalid_value"),
+        (json!({"stop": ["a", "b", "c", "d", "e"]}), "stop", "invalid_value"),
+        (json!({"stop": ""}), "stop", "invalid_value"),
+        (json!({"stop": huge}), "stop", "invalid_value"),
+        (json!({"stop": [1]}), "stop", "invalid_type"),
+        (json!({"stop_token_ids": vec![1; 65]}), "stop_token_ids", "invalid_value"),
+        (json!({"stop_token_ids": [-1]}), "stop_token_ids", "invalid_type"),
+        (json!({"cache_salt": huge}), "cache_salt", "invalid_value"),
+        (json!({"user": 1}), "user", "invalid_type"),
+        (json!({"stream": "yes"}), "stream", "invalid_type"),
+        (json!({"stream_options": {"include_usage": true}}), "stream_options", "invalid_value"),
+        (json!({"stream": true, "stream_options": {"x": 1}}), "stream_options.x", "unknown_parameter"),
+        (json!({"top_logprobs": 1}), "top_logprobs", "invalid_value"),
+        (json!({"logprobs": true, "top_logprobs": 21}), "top_logprobs", "above_max_value"),
+        (json!({"logprobs": 3}), "logprobs", "invalid_type"),
+        (json!({"n": 2}), "n", "unsupported_parameter"),
+        (json!({"presence_penalty": 0.5}), "presence_penalty", "unsupported_parameter"),
+        (json!({"logit_bias": {"1": 2}}), "logit_bias", "unsupported_parameter"),
+        (json!({"tools": [{"type": "function"}]}), "tools", "unsupported_parameter"),
+        (json!({"response_format": {"type": "json_object"}}), "response_format", "unsupported_parameter"),
+        (json!({"service_tier": "flex"}), "service_tier", "unsupported_parameter"),
+        (json!({"tempurature": 1}), "tempurature", "unknown_parameter"),
+    ] {
+        assert_eq!(refused(chat(changes.clone())), (param.to_owned(), code), "{changes}");
+    }
+}
+
+#[test]
+fn what_completions_do_not_take_is_refused_by_name() {
+    for (changes, param, code) in [
+        (json!({"prompt": null}), "prompt", "missing_required_parameter"),
+        (json!({"prompt": ""}), "prompt", "invalid_value"),
+        (json!({"prompt": []}), "prompt", "invalid_value"),
+        (json!({"prompt": ["a", "b"]}), "prompt", "unsupported_value"),
+        (json!({"prompt": [[1], [2]]}), "prompt", "unsupported_value"),
+        (json!({"prompt": [1, "a"]}), "prompt", "invalid_type"),
+        (json!({"prompt": [1, -2]}), "prompt", "invalid_type"),
+        (json!({"prompt": {}}), "prompt", "invalid_type"),
+        (json!({"echo": true}), "echo", "unsupported_parameter"),
+        (json!({"best_of": 2}), "best_of", "unsupported_parameter"),
+        (json!({"suffix": "end"}), "suffix", "unsupported_parameter"),
+        (json!({"logprobs": true}), "logprobs", "invalid_type"),
+        (json!({"logprobs": 21}), "logprobs", "above_max_value"),
+        (json!({"messages": []}), "messages", "unknown_parameter"),
+    ] {
+        assert_eq!(refused(completion(changes.clone())), (param.to_owned(), code), "{changes}");
+    }
+}
+
+#[test]
+fn prompts_come_in_four_forms() {
+    for (prompt, expected) in [
+        (json!("a"), Prompt::Text("a".to_owned())),
+        (json!(["a"]), Prompt::Text("a".to_owned())),
+        (json!([1, 2]), Prompt::Tokens(vec![TokenId(1), TokenId(2)])),
+        (json!([[1, 2]]), Prompt::Tokens(vec![TokenId(1), TokenId(2)])),
+    ] {
+        assert_eq!(completion(json!({"prompt": prompt})).unwrap().prompt, expected);
+    }
+}
+
+#[test]
+fn fields_with_their_neutral_value_are_accepted() {
+    let neutral = json!({
+        "n": 1, "frequency_penalty": 0.0, "presence_penalty": 0, "logit_bias": {}, "tools": [], "tool_choice": "none",
+        "functions": null, "response_format": {"type": "text"}, "metadata": {}, "store": false, "service_tier": "auto",
+        "modalities": ["text"], "parallel_tool_calls": true, "reasoning_effort": null, "stop": null, "top_logprobs": null,
+    });
+    chat(neutral).unwrap();
+    completion(json!({"best_of": 1, "echo": false, "suffix": "", "n": 1, "logit_bias": null, "logprobs": null})).unwrap();
+}
+
+#[test]
+fn a_body_that_is_no_object_is_malformed() {
+    for body in ["", "{", "[]", "3", "{\"model\": }", "\u{1}", &"[".repeat(10_000)] {
+        assert!(matches!(ChatRequest::parse(body.as_bytes()), Err(Error::Malformed(_))), "{body:.20}");
+    }
+}

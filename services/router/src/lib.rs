@@ -1,0 +1,34 @@
+//! The router: OpenAI's HTTP API in front of prefill and decode workers.
+//!
+//! ```text
+//! client ──HTTP──▶ http ─▶ text (template, tokenize) ─▶ route (which workers) ─▶ upstream ══gRPC══▶ decode worker
+//! client ◀──SSE─── http ◀─ text (detokenize, stop)   ◀──────────────────────────────┘
+//! ```
+//!
+//! All text is here: workers know only token ids. The router opens one stream per request, to the decode worker, and
+//! proposes prefill workers to it; it knows no tensor and moves no KV. Many routers may run side by side: they share
+//! nothing but the cluster's member list.
+//!
+//! | part | rule |
+//! | --- | --- |
+//! | [`config`] | every setting, with its default |
+//! | `service` | build, announce, wait, drain |
+//! | `http` | requests are checked wholly before a worker hears of them; errors have OpenAI's shape |
+//! | `text` | no async, no clock |
+//! | [`route`] | policies are pure functions |
+//! | `fleet` | members → workers that may be chosen, their loads and connections |
+//! | `upstream` | the stream from a decode worker |
+#![forbid(unsafe_code)]
+
+pub mod config;
+pub mod route;
+
+mod fleet;
+mod http;
+mod metrics;
+mod service;
+mod text;
+mod upstream;
+
+pub use config::{Config, Limits, ModelConfig};
+pub use service::{run, run_with_etcd};

@@ -1,0 +1,143 @@
+//! What a router counts.
+//!
+//! | name | labels | what |
+//! | --- | --- | --- |
+//! | `kvasir_router_requests_total` | `endpoint`, `status` | HTTP answers, by class of status (`2xx` …) |
+//! | `kvasir_router_answers_total` | `outcome` | answers begun: `complete`, `failed`, `cancelled` (the client left) |
+//! | `kvasir_router_inflight` | | generation requests under way |
+//! | `kvasir_router_ttft_seconds` | | from a request's head to its first token |
+//! | `kvasir_router_inter_token_seconds` | | between two tokens of an answer |
+//! | `kvasir_router_request_seconds` | | from a request's head to the end of its answer |
+//! | `kvasir_router_prompt_tokens_total`, `…_cached_tokens_total`, `…_output_tokens_total` | | tokens |
+//! | `kvasir_router_upstream_errors_total` | `kind` | failed calls to decode workers, retried ones too |
+//! | `kvasir_router_decode_workers` | | decode workers that may be chosen |
+
+use std::time::Instant;
+
+use kvasir_runtime::metrics::{Counter, Family, Gauge, Histogram, LATENCY_SECONDS, Metrics as Page};
+
+/// Bounds in seconds between tokens: fast decoding is well under a millisecond here.
+const INTER_TOKEN_SECONDS: &[f64] =
+    &[0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 5.0];
+
+/// The router's metrics. Cheap to clone.
+#[derive(Clone)]
+pub(crate) struct Metrics {
+    requests: Family<[(&'static str, &'static str); 2], Counter>,
+    answers: Family<[(&'static str, &'static str); 1], Counter>,
+    upstream_errors: Family<[(&'static str, &'static str); 1], Counter>,
+    inflight: Gauge,
+    ttft: Histogram,
+    inter_token: Histogram,
+    request: Histogram,
+    prompt_tokens: Counter,
+    cached_tokens: Counter,
+    output_tokens: Counter,
+    /// Set by the task that watches the members.
+    pub(crate) decode_workers: Gauge,
+}
+
+impl Metrics {
+    /// Registers all of them.
+    pub(crate) fn new(page: &Page) -> Self {
+        Self {
+            requests: page.counters("kvasir_router_requests", "HTTP answers by endpoint and class of status"),
+            answers: page.counters("kvasir_router_answers", "Answers begun, by how they ended"),
+            upstream_errors: page.counters("kvasir_router_upstream_errors", "Failed calls to decode workers"),
+            inflight: page.gauge("kvasir_router_inflight", "Generation requests under way"),
+            ttft: page.histogram("kvasir_router_ttft_seconds", "Request head to first token", LATENCY_SECONDS),
+            inter_token: page.histogram(
+                "kvasir_router_inter_token_seconds",
+                "Between two tokens of an answer",
+                INTER_TOKEN_SECONDS,
+            ),
+            request: page.histogram("kvasir_router_request_seconds", "Request head to end of answer", LATENCY_SECONDS),
+            prompt_tokens: page.counter("kvasir_router_prompt_tokens", "Tokens of prompts"),
+            cached_tokens: page.counter("kvasir_router_cached_tokens", "Tokens of prompts that were not computed"),
+            output_tokens: page.counter("kvasir_router_output_tokens", "Tokens of answers"),
+            decode_workers: page.gauge("kvasir_router_decode_workers", "Decode workers that may be chosen"),
+        }
+    }
+
+    /// An HTTP answer.
+    pub(crate) fn answered(&self, endpoint: &'static str, status: http::StatusCode) {
+        let class = match status.as_u16() / 100 {
+            2 => "2xx",
+            4 => "4xx",
+            5 => "5xx",
+            _ => "other",
+        };
+        self.requests.get_or_create(&[("endpoint", endpoint), ("status", class)]).inc();
+    }
+
+    /// A failed call to a worker.
+    pub(crate) fn upstream_error(&self, kind: &'static str) {
+        self.upstream_errors.get_or_create(&[("kind", kind)]).inc();
+    }
+
+    /// A generation request that was let in; it counts as under way until the guard is dropped.
+    pub(crate) fn admitted(&self) -> Inflight {
+        self.inflight.inc();
+        Inflight { metrics: self.clone(), start: Instant::now() }
+    }
+}
+
+/// A request under way.
+pub(crate) struct Inflight {
+    metrics: Metrics,
+    start: Instant,
+}
+
+impl Inflight {
+    /// Its answer has begun: the first token is here.
+    pub(crate) fn begun(self, prompt_tokens: usize) -> Progress {
+        let now = Instant::now();
+        self.metrics.ttft.observe((now - self.start).as_secs_f64());
+        self.metrics.prompt_tokens.inc_by(prompt_tokens as u64);
+        Progress { inflight: self, last: None, outcome: "cancelled" }
+    }
+}
+
+impl Drop for Inflight {
+    fn drop(&mut self) {
+        self.metrics.inflight.dec();
+    }
+}
+
+/// An answer under way. Dropped without an outcome, the client has left.
+pub(crate) struct Progress {
+    inflight: Inflight,
+    last: Option<Instant>,
+    outcome: &'static str,
+}
+
+impl Progress {
+    /// A token came.
+    pub(crate) fn token(&mut self) {
+        let (now, metrics) = (Instant::now(), &self.inflight.metrics);
+        if let Some(last) = self.last.replace(now) {
+            metrics.inter_token.observe((now - last).as_secs_f64());
+        }
+        metrics.output_tokens.inc();
+    }
+
+    /// The answer is complete; `cached`: prompt tokens that were not computed.
+    pub(crate) fn complete(&mut self, cached: u32) {
+        self.inflight.metrics.cached_tokens.inc_by(cached.into());
+        self.outcome = "complete";
+    }
+
+    /// The worker failed.
+    pub(crate) fn failed(&mut self, kind: &'static str) {
+        self.inflight.metrics.upstream_error(kind);
+        self.outcome = "failed";
+    }
+}
+
+impl Drop for Progress {
+    fn drop(&mut self) {
+        let metrics = &self.inflight.metrics;
+        metrics.request.observe(self.inflight.start.elapsed().as_secs_f64());
+        metrics.answers.get_or_create(&[("outcome", self.outcome)]).inc();
+    }
+}

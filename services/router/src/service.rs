@@ -1,0 +1,137 @@
+//! From configuration to a router that serves, and back out again: build, announce, wait, drain.
+
+use std::{collections::HashSet, sync::Arc, time::Duration};
+
+use anyhow::Context as _;
+use kvasir_cluster::{Member, Registry, View};
+use kvasir_runtime::{Context, Kind, random_u64};
+use kvasir_types::{Incarnation, MemberId, PROTOCOL_VERSION, Role};
+use tokio::{net::TcpListener, sync::watch};
+use tracing::{info, warn};
+
+use crate::{
+    config::Config,
+    fleet::{Fleet, Misfit},
+    http::{self, App, Server},
+    metrics::Metrics,
+    text::Model,
+};
+
+/// Runs a router with the cluster's metadata in etcd until shutdown.
+pub async fn run_with_etcd(config: Config, context: Context) -> anyhow::Result<()> {
+    config.check()?;
+    let (registry, watching) = kvasir_cluster::connect_etcd(config.registry.etcd.clone()).await.context("registry.etcd")?;
+    context.tasks.spawn(Kind::Critical, "registry", async move {
+        watching.await;
+        Ok(())
+    });
+    run(config, context, registry).await
+}
+
+/// Runs a router until shutdown.
+///
+/// It serves as soon as its models' text files are read; `/ready` says yes once a decode worker is known that it can use.
+pub async fn run(config: Config, context: Context, registry: Arc<dyn Registry>) -> anyhow::Result<()> {
+    config.check()?;
+    let listener =
+        TcpListener::bind(config.listen).await.with_context(|| format!("listen: cannot listen on {}", config.listen))?;
+    let address = listener.local_addr().context("listen")?;
+    let admin = kvasir_runtime::admin::start(&config.admin, &context).await?;
+    let id = config.id.clone().unwrap_or_else(|| format!("router-{:08x}", random_u64() as u32));
+    let id: MemberId = id.parse().context("id")?;
+    let models = load(&config).await?;
+
+    let metrics = Metrics::new(&context.metrics);
+    let (fleet, watcher) = watch_members(registry.view(), models.clone(), metrics.clone(), context.clone());
+    context.tasks.spawn(Kind::Critical, "members", watcher);
+    let app = App::new(config.limits.clone(), models, fleet, config.policy.build(), metrics, context.clone());
+    let server = Server { listener, routes: http::routes(Arc::new(app)), limits: config.limits.clone() };
+
+    let member = member(id, &config, address.to_string(), admin.to_string());
+    registry.register(member.clone()).await.context("registration")?;
+    let grace = Duration::from_millis(config.shutdown.grace_ms);
+    if let Some(path) = &config.port_file {
+        // Connections are accepted from here on: the listener has its queue.
+        kvasir_runtime::write_port_file(path, &serde_json::json!({"http": address.to_string(), "admin": member.admin}))
+            .with_context(|| format!("port_file: cannot write {}", path.display()))?;
+    }
+    info!(router = %member.id, http = member.http, admin = member.admin, "ready");
+
+    let serving = server.run(&context, grace);
+    let leaving = async {
+        context.shutdown.wait().await;
+        context.health.set_not_ready("draining");
+        if let Err(error) = registry.deregister(&member.id, Role::Router).await {
+            warn!(%error, "not deregistered, the lease will end by itself");
+        }
+    };
+    tokio::join!(serving, leaving);
+    Ok(())
+}
+
+async fn load(config: &Config) -> anyhow::Result<Vec<Arc<Model>>> {
+    let wanted = config.models.clone();
+    let loading = move || {
+        wanted
+            .iter()
+            .map(|model| {
+                let loaded = Model::load(&model.name, &model.path);
+                loaded.map(Arc::new).with_context(|| format!("model {}", model.name))
+            })
+            .collect()
+    };
+    tokio::task::spawn_blocking(loading).await.context("loading the models panicked")?
+}
+
+fn member(id: MemberId, config: &Config, http: String, admin: String) -> Member {
+    Member {
+        id,
+        incarnation: Incarnation(random_u64()),
+        role: Role::Router,
+        grpc: String::new(),
+        admin,
+        http: config.advertise.clone().unwrap_or(http),
+        protocol: PROTOCOL_VERSION,
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        model: None,
+        segment: None,
+        draining: false,
+    }
+}
+
+/// Keeps the fleet what the members are. The first fleet is there on return; the future keeps it so.
+fn watch_members(
+    mut view: watch::Receiver<Arc<View>>,
+    models: Vec<Arc<Model>>,
+    metrics: Metrics,
+    context: Context,
+) -> (watch::Receiver<Arc<Fleet>>, impl Future<Output = anyhow::Result<()>>) {
+    let mut told: HashSet<Misfit> = HashSet::new();
+    let mut build = move |view: &View, previous: &Fleet| {
+        let (fleet, misfits) = Fleet::build(view, &models, previous);
+        // Once for each life of a worker, however often the members change.
+        for misfit in misfits.iter().filter(|misfit| !told.contains(*misfit)) {
+            warn!(worker = %misfit.id, why = misfit.why, "a worker is not used");
+        }
+        told = misfits.into_iter().collect();
+        metrics.decode_workers.set(fleet.decode_workers() as i64);
+        match fleet.decode_workers() {
+            _ if context.shutdown.is_triggered() => {} // not ready is all it will be from now on
+            0 => context.health.set_not_ready("no decode worker is known"),
+            _ => context.health.set_ready(),
+        }
+        Arc::new(fleet)
+    };
+    let now = Arc::clone(&view.borrow_and_update());
+    let (sender, receiver) = watch::channel(build(&now, &Fleet::default()));
+    let watching = async move {
+        while view.changed().await.is_ok() {
+            let now = Arc::clone(&view.borrow_and_update());
+            let previous = Arc::clone(&sender.borrow());
+            sender.send_replace(build(&now, &previous));
+        }
+        // The registry is gone, and with it the process's end is near: until then the last known members are used.
+        std::future::pending().await
+    };
+    (receiver, watching)
+}

@@ -1,0 +1,46 @@
+//! `scripts/bench NAME`: measures ours and theirs in turn, prints a table, writes `target/bench/NAME.json`.
+//!
+//! A benchmark is a module with one `run(&Options) -> Result<Report>`. It measures ours and the rival in the same run, one
+//! after the other and again, so that whatever else the machine does hits both; figures are medians.
+
+#![forbid(unsafe_code)]
+
+mod first_light;
+mod report;
+
+use std::process::ExitCode;
+
+use anyhow::{Result, bail};
+use report::Report;
+
+/// What all benchmarks understand.
+struct Options {
+    /// How often each figure is measured.
+    repetitions: usize,
+}
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    match run().await {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("bench: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn run() -> Result<()> {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let (name, quick) = match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        [name] => (name, false),
+        [name, "--quick"] => (name, true),
+        _ => bail!("usage: bench NAME [--quick]"),
+    };
+    let options = Options { repetitions: if quick { 2 } else { 9 } };
+    let report: Report = match name {
+        "first-light" => first_light::run(&options).await?,
+        _ => bail!("there is no benchmark '{name}'; there is: first-light"),
+    };
+    report.finish()
+}

@@ -1,0 +1,96 @@
+//! A real etcd of one node, on loopback, with its data in the test's directory. It can die and come back.
+
+use std::{
+    path::{Path, PathBuf},
+    process::Command,
+    time::Duration,
+};
+
+use anyhow::{Context, Result, bail};
+use serde_json::Value;
+
+use crate::{Process, logs, wait};
+
+/// How long one start may take on a busy machine.
+const START: Duration = Duration::from_secs(20);
+
+/// A running (or killed) etcd.
+pub struct Etcd {
+    process: Process,
+    dir: PathBuf,
+    address: String,
+}
+
+impl Etcd {
+    /// Starts etcd with its data and log below `dir`, on a port that is free.
+    pub async fn start(dir: &Path) -> Result<Self> {
+        let process = spawn(dir, "127.0.0.1:0")?;
+        let mut etcd = Self { process, dir: dir.to_owned(), address: String::new() };
+        etcd.address = etcd.serving().await?;
+        Ok(etcd)
+    }
+
+    /// `host:port` for clients.
+    pub fn endpoint(&self) -> &str {
+        &self.address
+    }
+
+    /// Kills it. Its data stays.
+    pub fn kill(&mut self) {
+        self.process.kill();
+    }
+
+    /// Starts it again on the same port with the same data.
+    pub async fn restart(&mut self) -> Result<()> {
+        self.process.kill();
+        std::fs::remove_file(self.dir.join("etcd.log"))?; // or the old start would look like the new one
+        self.process = spawn(&self.dir, &self.address)?;
+        self.serving().await.map(drop)
+    }
+
+    /// Waits until it serves clients; where, it says in its log only.
+    async fn serving(&mut self) -> Result<String> {
+        let serving = wait::until("etcd serves clients", START, async || {
+            if self.process.ended().is_some() {
+                return Some(None);
+            }
+            self.process.log().lines().find_map(client_address).map(Some)
+        });
+        match serving.await? {
+            Some(address) => Ok(address),
+            None => bail!("etcd exited while starting:\n{}", logs::tail(&self.process.log(), 5, "  ")),
+        }
+    }
+}
+
+/// `{"msg":"serving client traffic insecurely; …","address":"127.0.0.1:40675"}`
+fn client_address(line: &str) -> Option<String> {
+    let line: Value = serde_json::from_str(line).ok()?;
+    let serves = line["msg"].as_str()?.starts_with("serving client traffic");
+    serves.then(|| line["address"].as_str().map(str::to_owned)).flatten()
+}
+
+fn spawn(dir: &Path, client: &str) -> Result<Process> {
+    let (client, peer) = (format!("http://{client}"), "http://127.0.0.1:0");
+    let mut command = Command::new("etcd");
+    command.arg("--data-dir").arg(dir.join("etcd-data"));
+    command.args(["--listen-client-urls", &client, "--advertise-client-urls", &client]);
+    command.args(["--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer]);
+    command.args(["--initial-cluster", &format!("default={peer}"), "--logger", "zap", "--log-level", "info"]);
+    Process::spawn("etcd", command, dir).context("is etcd installed? scripts/setup --test")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn it_comes_back_on_the_same_address() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut etcd = Etcd::start(dir.path()).await.unwrap();
+        let before = etcd.endpoint().to_owned();
+        etcd.kill();
+        etcd.restart().await.unwrap();
+        assert_eq!(etcd.endpoint(), before);
+    }
+}

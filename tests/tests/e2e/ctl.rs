@@ -1,0 +1,61 @@
+//! `kvasirctl` shows the cluster that is there, to people and to programs.
+
+use std::process::Command;
+
+use anyhow::{Result, ensure};
+use kvasir_tests::{Cluster, Service, workspace};
+use serde_json::Value;
+
+/// What `kvasirctl` prints.
+fn ctl(cluster: &mut Cluster, arguments: &[&str]) -> Result<String> {
+    let endpoint = cluster.etcd().endpoint().to_owned();
+    let output = Command::new(workspace::binary("kvasirctl")?).args(["--etcd", &endpoint]).args(arguments).output()?;
+    let (out, err) = (String::from_utf8(output.stdout)?, String::from_utf8_lossy(&output.stderr).into_owned());
+    ensure!(output.status.success(), "kvasirctl {arguments:?}: {}\n{out}{err}", output.status);
+    Ok(out)
+}
+
+#[tokio::test]
+async fn it_shows_every_member_as_a_table_and_as_json() -> Result<()> {
+    Cluster::builder()
+        .prefill(2)
+        .run(async |cluster| {
+            for command in ["status", "workers"] {
+                let table = ctl(cluster, &[command])?;
+                for id in ["prefill-0", "prefill-1", "decode-0"] {
+                    ensure!(table.contains(id), "{command} shows {id}:\n{table}");
+                }
+                let json: Value = serde_json::from_str(&ctl(cluster, &[command, "--output", "json"])?)?;
+                ensure!(json.to_string().contains("prefill-1"), "{command} as JSON: {json}");
+            }
+            let models = ctl(cluster, &["models"])?;
+            ensure!(models.contains("demo"), "models:\n{models}");
+            let json: Value = serde_json::from_str(&ctl(cluster, &["models", "--output", "json"])?)?;
+            ensure!(json.to_string().contains("demo"), "models as JSON: {json}");
+            Ok(())
+        })
+        .await
+}
+
+#[tokio::test]
+async fn a_worker_that_left_is_not_shown() -> Result<()> {
+    Cluster::builder()
+        .prefill(2)
+        .run(async |cluster| {
+            let node = cluster.node_mut(Service::Prefill, 1);
+            node.process.terminate();
+            node.process.wait(kvasir_tests::wait::SOON).await?;
+            let table = ctl(cluster, &["workers"])?;
+            ensure!(table.contains("prefill-0") && !table.contains("prefill-1"), "\n{table}");
+            Ok(())
+        })
+        .await
+}
+
+#[tokio::test]
+async fn an_etcd_out_of_reach_is_one_line() -> Result<()> {
+    let output = Command::new(workspace::binary("kvasirctl")?).args(["--etcd", "127.0.0.1:1", "status"]).output()?;
+    let err = String::from_utf8_lossy(&output.stderr);
+    ensure!(!output.status.success() && err.lines().count() == 1 && err.contains("127.0.0.1:1"), "{err}");
+    Ok(())
+}

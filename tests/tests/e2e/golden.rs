@@ -1,0 +1,174 @@
+//! Correct means: what the reference implementation answers, token for token, whatever way the prompt was computed.
+
+use std::{
+    collections::HashMap,
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context, Result, bail, ensure};
+use futures_util::{StreamExt, stream};
+use kvasir_tests::{
+    Builder, Client, Cluster, Service,
+    golden::{self, LOGPROB_TOLERANCE, Line, MARGIN, Vocabulary},
+    workspace,
+};
+use serde_json::{Value, json};
+
+/// More than any prompt: the decode worker computes all of them itself.
+const ALWAYS_LOCAL: usize = 1_000_000;
+
+#[tokio::test]
+async fn remote_prefill_in_one_chunk_says_what_the_reference_says() -> Result<()> {
+    matrix(workspace::demo_model(), 512, 0).await
+}
+
+#[tokio::test]
+async fn remote_prefill_in_chunks_of_16_says_what_the_reference_says() -> Result<()> {
+    matrix(workspace::demo_model(), 16, 0).await
+}
+
+#[tokio::test]
+async fn local_prefill_in_one_chunk_says_what_the_reference_says() -> Result<()> {
+    matrix(workspace::demo_model(), 512, ALWAYS_LOCAL).await
+}
+
+#[tokio::test]
+async fn local_prefill_in_chunks_of_16_says_what_the_reference_says() -> Result<()> {
+    matrix(workspace::demo_model(), 16, ALWAYS_LOCAL).await
+}
+
+#[tokio::test]
+async fn answers_are_the_same_from_every_cache() -> Result<()> {
+    let folder = workspace::demo_model();
+    // Two of each: the second pass finds blocks in the decode worker's cache, a prefill worker's, or the store.
+    Cluster::builder()
+        .prefill(2)
+        .decode(2)
+        .set(Service::Decode, "decode.local_prefill_tokens", 0)
+        .run(async |cluster| {
+            agree(cluster, &folder, 8).await?;
+            agree(cluster, &folder, 8).await
+        })
+        .await
+}
+
+#[tokio::test]
+async fn every_model_family_says_what_the_reference_says() -> Result<()> {
+    let mut folders: Vec<PathBuf> = std::fs::read_dir(workspace::root().join("models/tiny"))?
+        .filter_map(|entry| entry.ok().map(|entry| entry.path()))
+        .filter(|path| path.join("golden.jsonl").is_file())
+        .collect();
+    folders.sort();
+    ensure!(folders.len() >= 2, "models/tiny holds a model of each family, found {folders:?}");
+    for folder in folders {
+        let cluster = uncached(&folder, 16, 0);
+        cluster.run(async |cluster| agree(cluster, &folder, 8).await).await.with_context(|| show(&folder))?;
+    }
+    Ok(())
+}
+
+/// One request at a time, then eight; with remote or local prefill, which the workers' own counts must confirm.
+async fn matrix(folder: PathBuf, chunk_tokens: usize, local_prefill_tokens: usize) -> Result<()> {
+    uncached(&folder, chunk_tokens, local_prefill_tokens)
+        .run(async |cluster| {
+            agree(cluster, &folder, 1).await?;
+            agree(cluster, &folder, 8).await?;
+            let prompts = 2 * golden::load(&folder)?.len() as u64;
+            let remote = cluster.node(Service::Prefill, 0).status().await?.requests_total;
+            let expected = if local_prefill_tokens == 0 { prompts } else { 0 };
+            ensure!(remote == expected, "{remote} prompts were prefilled remotely, expected {expected}");
+            Ok(())
+        })
+        .await
+}
+
+/// A cluster in which every prompt is computed anew.
+fn uncached(folder: &Path, chunk_tokens: usize, local_prefill_tokens: usize) -> Builder {
+    Cluster::builder()
+        .model(folder)
+        .kv_store(0)
+        .worker("engine.prefix_cache", false)
+        .worker("engine.chunk_tokens", chunk_tokens)
+        .set(Service::Decode, "decode.local_prefill_tokens", local_prefill_tokens)
+}
+
+/// Asks all the folder's questions, so many at a time, and compares every answer with the reference's.
+async fn agree(cluster: &Cluster, folder: &Path, in_flight: usize) -> Result<()> {
+    let (client, vocabulary, lines) = (cluster.client(), Vocabulary::load(folder)?, golden::load(folder)?);
+    let total = lines.len();
+    let (client, vocabulary) = (&client, &vocabulary);
+    let ask = |line: Line| async move {
+        let outcome = compare(client, cluster.model(), vocabulary, &line).await;
+        (line, outcome)
+    };
+    let outcomes: Vec<_> = stream::iter(lines).map(ask).buffer_unordered(in_flight).collect().await;
+    let mut excused = 0;
+    for (line, outcome) in outcomes {
+        match outcome {
+            Ok(()) => {}
+            Err(difference) if line.margin < MARGIN => {
+                excused += 1;
+                println!("excused, the reference hesitated (margin {}): {difference:#}", line.margin);
+            }
+            Err(difference) => return Err(difference.context(format!("{} in flight", in_flight))),
+        }
+    }
+    println!("{}: {} of {total} as the reference, {excused} excused", show(folder), total - excused);
+    Ok(())
+}
+
+async fn compare(client: &Client, model: &str, vocabulary: &Vocabulary, line: &Line) -> Result<()> {
+    let answer = client
+        .chat(&json!({
+            "model": model, "messages": line.messages, "temperature": 0, "max_tokens": line.output_ids.len(),
+            "logprobs": true, "top_logprobs": 5,
+        }))
+        .await?;
+    let choice = &answer["choices"][0];
+    let question = line.messages.last().map(|message| &message["content"]).unwrap_or(&Value::Null);
+    let told = |what: &str| format!("{what} of the answer to {question}");
+
+    let prompt_tokens = answer["usage"]["prompt_tokens"].as_u64().unwrap_or_default();
+    ensure!(prompt_tokens == line.prompt_ids.len() as u64, "{}: {prompt_tokens}", told("usage.prompt_tokens"));
+    let text = choice["message"]["content"].as_str().unwrap_or_default();
+    ensure!(text == line.text, "{}: {text:?}, the reference says {:?}", told("text"), line.text);
+
+    let tokens = choice["logprobs"]["content"].as_array().with_context(|| told("logprobs"))?;
+    let said: Vec<Vec<u8>> = tokens.iter().map(bytes).collect::<Result<_>>()?;
+    let expected: Vec<Vec<u8>> = line.output_ids.iter().map(|&id| vocabulary.bytes(id).to_vec()).collect();
+    // The end token is hidden from the text; whether it is among the log-probabilities is the router's choice.
+    let hidden_end = said.len() + 1 == expected.len() && expected.starts_with(&said);
+    ensure!(said == expected || hidden_end, "{}: {said:?}, expected {expected:?}", told("tokens"));
+
+    first_logprobs(tokens.first().with_context(|| told("first token"))?, vocabulary, line)
+        .with_context(|| told("start"))
+}
+
+/// Whether the likeliest first tokens are as likely as the reference says.
+fn first_logprobs(first: &Value, vocabulary: &Vocabulary, line: &Line) -> Result<()> {
+    let mut ours = HashMap::new();
+    for top in first["top_logprobs"].as_array().context("no top_logprobs")? {
+        ours.insert(bytes(top)?, top["logprob"].as_f64().context("no logprob")?);
+    }
+    let least = ours.values().copied().fold(f64::INFINITY, f64::min);
+    for (&id, &theirs) in &line.first_logprobs {
+        match ours.get(vocabulary.bytes(id)) {
+            Some(&ours) if (ours - theirs).abs() <= LOGPROB_TOLERANCE => {}
+            Some(&ours) => bail!("token {id}: log-probability {ours}, the reference has {theirs}"),
+            // Where the fifth and the sixth are nearly equal, either may be the fifth.
+            None if theirs <= least + LOGPROB_TOLERANCE => {}
+            None => bail!("token {id} ({theirs}) is not among our likeliest: {first}"),
+        }
+    }
+    Ok(())
+}
+
+/// The bytes of a token in a `logprobs` object.
+fn bytes(token: &Value) -> Result<Vec<u8>> {
+    let bytes = token["bytes"].as_array().with_context(|| format!("no bytes: {token}"))?;
+    bytes.iter().map(|byte| Ok(u8::try_from(byte.as_u64().context("no byte")?)?)).collect()
+}
+
+fn show(folder: &Path) -> String {
+    folder.file_name().unwrap_or_default().to_string_lossy().into_owned()
+}

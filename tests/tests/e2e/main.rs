@@ -1,0 +1,15 @@
+//! End-to-end tests: separate processes, a real etcd, real sockets. One binary, since linking costs more than running.
+//!
+//! They start the programs that lie beside this test: build those first (`cargo build --workspace --all-targets`).
+
+#![forbid(unsafe_code)]
+
+mod bad_start;
+mod cache;
+mod ctl;
+mod faults;
+mod golden;
+mod http_errors;
+mod openai_client;
+mod prompts;
+mod telemetry;

@@ -1,0 +1,76 @@
+//! One request can be followed through every process by its id, and every service shows its numbers.
+
+use anyhow::{Result, ensure};
+use kvasir_tests::{
+    Cluster, Service,
+    wait::{self, SOON},
+};
+
+use crate::prompts::{chat, long};
+
+#[tokio::test]
+async fn a_request_has_one_id_in_every_log() -> Result<()> {
+    Cluster::builder()
+        .run(async |cluster| {
+            let body = chat(cluster.model(), &long(100));
+            let reply = cluster.client().post_as("e2e-follow-me", "/v1/chat/completions", &body).await?;
+            ensure!(reply.headers.get("x-request-id").is_some_and(|id| id == "e2e-follow-me"), "{:?}", reply.headers);
+            for service in [Service::Router, Service::Decode, Service::Prefill] {
+                let process = &cluster.node(service, 0).process;
+                let what = format!("{} logs the request's id", process.name());
+                wait::until(&what, SOON, async || process.log().contains("e2e-follow-me").then_some(())).await?;
+            }
+            Ok(())
+        })
+        .await
+}
+
+#[tokio::test]
+async fn every_service_shows_its_numbers() -> Result<()> {
+    Cluster::builder()
+        .run(async |cluster| {
+            let body = chat(cluster.model(), &long(100));
+            cluster.client().chat(&body).await?;
+            cluster.assert_no_leak().await?;
+            let worker = ["kvasir_worker_blocks", "kvasir_worker_sequences", "kvasir_worker_prompt_tokens"];
+            for (service, names) in [
+                (Service::Router, &["kvasir_router_ttft_seconds", "kvasir_router_inter_token_seconds"][..]),
+                (Service::Router, &["kvasir_router_requests", "kvasir_router_inflight"]),
+                (Service::Decode, &worker),
+                (Service::Decode, &["kvasir_worker_ttft_seconds", "kvasir_worker_inter_token_seconds"]),
+                (Service::Decode, &["kvasir_worker_handoff_seconds", "kvasir_transfer_bytes"]),
+                (Service::Prefill, &worker),
+                (Service::Prefill, &["kvasir_worker_handoff_bytes", "kvasir_transfer_bytes"]),
+                (Service::KvStore, &["kvasir_kv_store_used_bytes", "kvasir_kv_store_blocks"]),
+            ] {
+                let node = cluster.node(service, 0);
+                let metrics = node.metrics().await?;
+                let page = metrics.names();
+                for name in names {
+                    // A histogram's samples have endings of their own.
+                    ensure!(page.iter().any(|n| n.starts_with(name)), "{} has no {name}: {page:?}", node.id());
+                }
+            }
+            Ok(())
+        })
+        .await
+}
+
+#[tokio::test]
+async fn health_and_readiness_are_said_apart() -> Result<()> {
+    Cluster::builder()
+        .run(async |cluster| {
+            for node in cluster.nodes() {
+                for page in ["/health", "/ready"] {
+                    let (status, text) = node.admin_page(page).await?;
+                    ensure!(status == 200, "{page} of {}: HTTP {status} {text}", node.id());
+                }
+            }
+            for page in ["/health", "/ready", "/metrics"] {
+                let status = cluster.client().get(page).await?.status;
+                ensure!(status == 200, "{page} at the router's own port: HTTP {status}");
+            }
+            Ok(())
+        })
+        .await
+}
