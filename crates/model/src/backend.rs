@@ -55,12 +55,16 @@ impl Logits {
     }
 }
 
-/// Computes a model on some device.
+/// Computes a model on some device, batch by batch.
+///
+/// The law all implementations keep: what comes out for a token does not depend, not by a bit, on what else is in the
+/// batch, on how its sequence was cut into chunks, or on the number of threads.
 pub trait Backend: Send {
     /// The model: vocabulary, context length, end tokens, shapes.
     fn spec(&self) -> &ModelConfig;
 
-    /// Computes one step; see the [module's page](self) for what that is.
+    /// Computes one step: K and V of every input's tokens into the blocks of its table, and the logits asked for. Attention
+    /// reads K and V back from the arena, those of this very step too.
     ///
     /// `after_layer(l)` is called on the calling thread, once per layer and in order, as soon as K and V of layer `l` of
     /// **all** tokens of the batch are in the arena and will not be written again by this call; the rest of the layer

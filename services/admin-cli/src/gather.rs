@@ -76,3 +76,6 @@ impl Live {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -20,7 +20,8 @@ use crate::{
 /// Runs a router with the cluster's metadata in etcd until shutdown.
 pub async fn run_with_etcd(config: Config, context: Context) -> anyhow::Result<()> {
     config.check()?;
-    let (registry, watching) = kvasir_cluster::connect_etcd(config.registry.etcd.clone()).await.context("registry.etcd")?;
+    let (registry, watching) =
+        kvasir_cluster::connect_etcd(config.registry.etcd.clone()).await.context("registry.etcd")?;
     context.tasks.spawn(Kind::Critical, "registry", async move {
         watching.await;
         Ok(())
@@ -33,8 +34,9 @@ pub async fn run_with_etcd(config: Config, context: Context) -> anyhow::Result<(
 /// It serves as soon as its models' text files are read; `/ready` says yes once a decode worker is known that it can use.
 pub async fn run(config: Config, context: Context, registry: Arc<dyn Registry>) -> anyhow::Result<()> {
     config.check()?;
-    let listener =
-        TcpListener::bind(config.listen).await.with_context(|| format!("listen: cannot listen on {}", config.listen))?;
+    let listener = TcpListener::bind(config.listen)
+        .await
+        .with_context(|| format!("listen: cannot listen on {}", config.listen))?;
     let address = listener.local_addr().context("listen")?;
     let admin = kvasir_runtime::admin::start(&config.admin, &context).await?;
     let id = config.id.clone().unwrap_or_else(|| format!("router-{:08x}", random_u64() as u32));

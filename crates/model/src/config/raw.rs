@@ -21,6 +21,8 @@ const MAX_WIDTH: u64 = 1 << 18;
 const MAX_LAYERS: u64 = 1 << 10;
 const MAX_HEADS: u64 = 1 << 10;
 const MAX_HEAD_DIM: u64 = 1 << 10;
+/// What Qwen3's configuration class assumes where the key is absent, whatever the hidden size.
+const QWEN3_HEAD_DIM: usize = 128;
 /// Positions up to here are exact in `f32`, which the rotation angles are computed in.
 const MAX_POSITIONS: u64 = 1 << 24;
 
@@ -129,6 +131,7 @@ impl Reader {
             return Err(self.bad("num_key_value_heads", format!("{kv_heads} does not divide the {heads} query heads")));
         }
         let head_dim = match raw.head_dim {
+            None if family == Family::Qwen3 => QWEN3_HEAD_DIM,
             None if hidden % heads != 0 => {
                 return Err(self.bad("head_dim", format!("absent, and {heads} heads do not divide {hidden}")));
             }

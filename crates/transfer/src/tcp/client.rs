@@ -201,7 +201,8 @@ enum NoConnection {
 impl Sending {
     fn run(&mut self) {
         let mut current: Option<Arc<Connection>> = None;
-        loop {
+        // Asked before each wait, because `fail_queued` may have swallowed the word that wakes: it is sent after the flag.
+        while !self.client.is_stopping() {
             match self.jobs.recv_timeout(LANE_IDLE) {
                 _ if self.client.is_stopping() => break,
                 Ok(Some(job)) => self.send(&job, &mut current),

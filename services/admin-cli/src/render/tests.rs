@@ -101,22 +101,66 @@ fn troubled() -> Report {
 
 #[test]
 fn status_of_a_healthy_cluster() {
-    assert_snapshot!(status(&report(|_, _| ())), @"");
+    assert_snapshot!(status(&report(|_, _| ())), @r#"
+    ROLE      MEMBER      STATE  VERSION  MODEL  FREE  CACHED  IN USE  RUNNING  WAITING
+    router    router-0    ready  0.1.0    -      -     -       -       -        -
+    prefill   prefill-0   ready  0.1.0    demo   490   12      10      2        1
+    prefill   prefill-1   ready  0.1.0    demo   490   12      10      2        1
+    decode    decode-0    ready  0.1.0    demo   490   12      10      2        1
+    kv-store  kv-store-0  ready  0.1.0    -      -     -       -       -        -
+
+    router: 1 of 1 ready
+    prefill: 2 of 2 ready, 1024 blocks (980 free, 24 cached, 20 in use), 4 running, 2 waiting
+    decode: 1 of 1 ready, 512 blocks (490 free, 12 cached, 10 in use), 2 running, 1 waiting
+    kv-store: 1 of 1 ready
+    "#);
 }
 
 #[test]
 fn status_of_a_cluster_in_trouble() {
-    assert_snapshot!(status(&troubled()), @"");
+    assert_snapshot!(status(&troubled()), @r#"
+    ROLE      MEMBER      STATE        VERSION  MODEL  FREE  CACHED  IN USE  RUNNING  WAITING
+    prefill   prefill-0   unreachable  0.1.0    demo   -     -       -       -        -
+    prefill   prefill-1   draining     0.1.0    demo   490   12      10      2        1
+    decode    decode-0    ready        0.1.0    demo   490   12      10      2        1
+    kv-store  kv-store-0  ready        0.1.0    -      -     -       -       -        -
+
+    prefill: 0 of 2 ready, 512 blocks (490 free, 12 cached, 10 in use), 2 running, 1 waiting
+    decode: 1 of 1 ready, 512 blocks (490 free, 12 cached, 10 in use), 2 running, 1 waiting
+    kv-store: 1 of 1 ready
+
+    prefill prefill-0: unreachable: grpc 127.0.0.1:4000: Connection refused (os error 111)
+    prefill prefill-1: draining: takes no new work
+    warning: kv-store kv-store-0 speaks protocol 2, this kvasirctl 1
+    warning: prefill-1 and decode-0 never work together: model fingerprint is 66666666666666666666666666666666 and 5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a
+    warning: model demo: no decode worker with these weights and this layout, so nobody answers
+    warning: no router: clients have nobody to talk to
+    "#);
 }
 
 #[test]
 fn workers_with_their_numbers() {
-    assert_snapshot!(workers(&troubled()), @"");
+    assert_snapshot!(workers(&troubled()), @r#"
+    ROLE     MEMBER     STATE        GRPC            UPTIME  REQUESTS  RUNNING  WAITING  BLOCKS  FREE  CACHED  IN USE
+    prefill  prefill-0  unreachable  127.0.0.1:4000  -       -         -        -        -       -     -       -
+    prefill  prefill-1  draining     127.0.0.1:4000  1m01s   1234      2        1        512     490   12      10
+    decode   decode-0   ready        127.0.0.1:4000  1m01s   1234      2        1        512     490   12      10
+
+    STORE       STATE  GRPC            UPTIME  USED     CAPACITY  BLOCKS  PINNED  RESERVED  LOOKUPS  HITS  WRITTEN  EVICTED
+    kv-store-0  ready  127.0.0.1:4000  3d04h   1.5 MiB  64.0 MiB  48      0       0         7        31    48       0
+
+    prefill prefill-0: unreachable: grpc 127.0.0.1:4000: Connection refused (os error 111)
+    prefill prefill-1: draining: takes no new work
+    "#);
 }
 
 #[test]
 fn models_and_who_serves_them() {
-    assert_snapshot!(models(&troubled()), @"");
+    assert_snapshot!(models(&troubled()), @r#"
+    MODEL  FINGERPRINT   CONTEXT  KV DTYPE  BLOCK      BLOCK BYTES  PREFILL    DECODE
+    demo   5a5a5a5a5a5a  2048     bf16      16 tokens  16.0 KiB     prefill-0  decode-0
+    demo   666666666666  2048     bf16      16 tokens  16.0 KiB     prefill-1  -
+    "#);
 }
 
 #[test]
@@ -125,13 +169,127 @@ fn json_holds_everything_under_names_that_stay() {
         records.drain(..3);
         members.drain(..3);
     });
-    assert_snapshot!(json(&report), @"");
+    assert_snapshot!(json(&report), @r#"
+    {
+      "members": [
+        {
+          "role": "decode",
+          "id": "decode-0",
+          "state": "ready",
+          "reason": "",
+          "version": "0.1.0",
+          "protocol": 1,
+          "incarnation": "0000000000000abc",
+          "grpc": "127.0.0.1:4000",
+          "http": "",
+          "admin": "127.0.0.1:4001",
+          "model": "demo",
+          "live": {
+            "worker": {
+              "blocks": {
+                "total": 512,
+                "free": 490,
+                "cached": 12,
+                "in_use": 10
+              },
+              "running": 2,
+              "waiting": 1,
+              "requests_total": 1234,
+              "uptime_ms": 61500
+            }
+          }
+        },
+        {
+          "role": "kv-store",
+          "id": "kv-store-0",
+          "state": "ready",
+          "reason": "",
+          "version": "0.1.0",
+          "protocol": 1,
+          "incarnation": "0000000000000abc",
+          "grpc": "127.0.0.1:4000",
+          "http": "",
+          "admin": "127.0.0.1:4001",
+          "model": null,
+          "live": {
+            "store": {
+              "capacity_bytes": 67108864,
+              "used_bytes": 1572864,
+              "blocks": 48,
+              "pinned": 0,
+              "reserved": 0,
+              "lookups_total": 7,
+              "hit_blocks_total": 31,
+              "committed_blocks_total": 48,
+              "evicted_blocks_total": 0,
+              "uptime_ms": 273600000
+            }
+          }
+        }
+      ],
+      "totals": [
+        {
+          "role": "decode",
+          "members": 1,
+          "ready": 1,
+          "blocks": {
+            "total": 512,
+            "free": 490,
+            "cached": 12,
+            "in_use": 10
+          },
+          "running": 2,
+          "waiting": 1
+        },
+        {
+          "role": "kv-store",
+          "members": 1,
+          "ready": 1,
+          "blocks": {
+            "total": 0,
+            "free": 0,
+            "cached": 0,
+            "in_use": 0
+          },
+          "running": 0,
+          "waiting": 0
+        }
+      ],
+      "models": [
+        {
+          "name": "demo",
+          "fingerprint": "5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a",
+          "max_model_len": 2048,
+          "layout": {
+            "block_size": 16,
+            "layers": 4,
+            "kv_heads": 2,
+            "head_dim": 32,
+            "dtype": "bf16"
+          },
+          "block_bytes": 16384,
+          "tokenizer": "",
+          "prefill": [],
+          "decode": [
+            "decode-0"
+          ]
+        }
+      ],
+      "warnings": [
+        "no router: clients have nobody to talk to"
+      ]
+    }
+    "#);
 }
 
 #[test]
 fn an_empty_cluster_is_told_in_words() {
     let empty = Report::default();
-    assert_snapshot!(status(&empty) + &workers(&empty) + &models(&empty), @"");
+    assert_snapshot!(status(&empty) + &workers(&empty) + &models(&empty), @r#"
+    no members: no service of this cluster is running (or --prefix names another cluster)
+    no workers and no store nodes
+    no models: no worker is running
+    "#);
 }
 
 #[test]

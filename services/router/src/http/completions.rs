@@ -59,7 +59,8 @@ fn in_vocabulary(tokens: Vec<TokenId>, model: &Model) -> Result<Vec<TokenId>, Ba
     match tokens.iter().find(|token| token.0 as usize >= size) {
         None => Ok(tokens),
         Some(token) => {
-            let message = format!("'prompt' holds token id {}, the model's are 0 to {}", token.0, size.saturating_sub(1));
+            let message =
+                format!("'prompt' holds token id {}, the model's are 0 to {}", token.0, size.saturating_sub(1));
             Err(BadParam::new("prompt", "invalid_value", message))
         }
     }

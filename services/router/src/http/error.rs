@@ -162,7 +162,9 @@ impl Error {
         match error {
             upstream::Error::Refused { message, .. } => message.clone(),
             upstream::Error::Busy { .. } => "the workers of this model are overloaded, try again later".to_owned(),
-            upstream::Error::Unavailable { .. } => "no worker of this model could be reached, try again later".to_owned(),
+            upstream::Error::Unavailable { .. } => {
+                "no worker of this model could be reached, try again later".to_owned()
+            }
             upstream::Error::Stalled { idle, .. } => {
                 format!("the worker that wrote this answer has said nothing for {} ms", idle.as_millis())
             }

@@ -106,7 +106,11 @@ impl Fields {
                 return Err(BadParam::new(path, "unknown_parameter", message));
             };
             let text = value.to_string();
-            if value.is_null() || is_empty(value) || neutral.contains(&text.as_str()) || is_neutral_number(value, neutral) {
+            if value.is_null()
+                || is_empty(value)
+                || neutral.contains(&text.as_str())
+                || is_neutral_number(value, neutral)
+            {
                 continue;
             }
             let allowed = match neutral {

@@ -83,7 +83,12 @@ pub(crate) struct Live {
 
 impl Live {
     /// Has a worker begin the answer. On return its first event is here, so whatever refuses it has done so.
-    pub(crate) async fn start(app: &App, admitted: Admitted, common: Common, prepared: Prepared) -> Result<Self, Error> {
+    pub(crate) async fn start(
+        app: &App,
+        admitted: Admitted,
+        common: Common,
+        prepared: Prepared,
+    ) -> Result<Self, Error> {
         let Prepared { id, model, prompt, param } = prepared;
         let Admitted { inflight, permit, deadline } = admitted;
         let fleet = Arc::clone(&app.fleet.borrow());
@@ -91,7 +96,8 @@ impl Live {
         let max_tokens = max_tokens(common.max_tokens, app.limits.max_output_tokens)?;
 
         let sampling = Sampling { seed: common.seed.unwrap_or_else(random_u64), ..common.sampling };
-        let call = Call { app, id: &id, prompt: &prompt, sampling: &sampling, salt: &common.cache_salt, max_tokens, deadline };
+        let call =
+            Call { app, id: &id, prompt: &prompt, sampling: &sampling, salt: &common.cache_salt, max_tokens, deadline };
         let (worker, lease, events) = call.place(&model, crew).await?;
         let span = Span::current();
         span.record("worker", worker.member.id.as_str());
@@ -100,7 +106,8 @@ impl Live {
         if !sampling.ignore_eos {
             hidden.extend(model.end_tokens());
         }
-        let fingerprint = worker.member.model.as_ref().map_or_else(String::new, |info| format!("fp_{}", info.fingerprint));
+        let fingerprint =
+            worker.member.model.as_ref().map_or_else(String::new, |info| format!("fp_{}", info.fingerprint));
         Ok(Self {
             answer: Answer::new(Arc::clone(&model), common.stop, Hidden { tokens: hidden }),
             id,
@@ -168,7 +175,9 @@ fn crew(crew: Option<&Crew>, model: &Model, prompt_tokens: usize, param: &'stati
     if let Some(limit) = limit
         && prompt_tokens >= limit as usize
     {
-        let message = format!("the model's context is {limit} tokens long, '{param}' takes {prompt_tokens} of it and leaves none for an answer");
+        let message = format!(
+            "the model's context is {limit} tokens long, '{param}' takes {prompt_tokens} of it and leaves none for an answer"
+        );
         return Err(BadParam::new(param, "context_length_exceeded", message).into());
     }
     let fitting = crew.ok_or_else(no_worker)?.longer_than(prompt_tokens);

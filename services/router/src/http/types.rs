@@ -335,11 +335,21 @@ fn message(path: &str, value: Value) -> Result<Message, BadParam> {
         Some(content) => content_text(&path, content)?,
         None if role == "assistant" => String::new(),
         None => {
-            return Err(BadParam::new(&path, "missing_required_parameter", format!("missing required parameter: '{path}'")));
+            return Err(BadParam::new(
+                &path,
+                "missing_required_parameter",
+                format!("missing required parameter: '{path}'"),
+            ));
         }
     };
     let name = fields.string("name")?;
-    fields.finish(&[("audio", &[]), ("function_call", &[]), ("refusal", &[]), ("tool_call_id", &[]), ("tool_calls", &[])])?;
+    fields.finish(&[
+        ("audio", &[]),
+        ("function_call", &[]),
+        ("refusal", &[]),
+        ("tool_call_id", &[]),
+        ("tool_calls", &[]),
+    ])?;
     Ok(Message { role, content, name })
 }
 

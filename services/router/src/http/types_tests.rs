@@ -74,9 +74,21 @@ fn what_chat_does_not_take_is_refused_by_name() {
         (json!({"messages": [{"role": "user"}]}), "messages[0].content", "missing_required_parameter"),
         (json!({"messages": [{"role": "tool", "content": "x"}]}), "messages[0].role", "invalid_value"),
         (json!({"messages": [{"role": "user", "content": 3}]}), "messages[0].content", "invalid_type"),
-        (json!({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}), "messages[0].content[0].type", "unsupported_value"),
-        (json!({"messages": [{"role": "user", "content": [{"type": "text", "text": "x", "y": 1}]}]}), "messages[0].content[0].y", "unknown_parameter"),
-        (json!({"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]}), "messages[0].tool_calls", "unsupported_parameter"),
+        (
+            json!({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}),
+            "messages[0].content[0].type",
+            "unsupported_value",
+        ),
+        (
+            json!({"messages": [{"role": "user", "content": [{"type": "text", "text": "x", "y": 1}]}]}),
+            "messages[0].content[0].y",
+            "unknown_parameter",
+        ),
+        (
+            json!({"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]}),
+            "messages[0].tool_calls",
+            "unsupported_parameter",
+        ),
         (json!({"temperature": -0.1}), "temperature", "below_min_value"),
         (json!({"temperature": 2.1}), "temperature", "above_max_value"),
         (json!({"temperature": "hot"}), "temperature", "invalid_type"),
@@ -155,7 +167,8 @@ fn fields_with_their_neutral_value_are_accepted() {
         "modalities": ["text"], "parallel_tool_calls": true, "reasoning_effort": null, "stop": null, "top_logprobs": null,
     });
     chat(neutral).unwrap();
-    completion(json!({"best_of": 1, "echo": false, "suffix": "", "n": 1, "logit_bias": null, "logprobs": null})).unwrap();
+    completion(json!({"best_of": 1, "echo": false, "suffix": "", "n": 1, "logit_bias": null, "logprobs": null}))
+        .unwrap();
 }
 
 #[test]

@@ -36,7 +36,12 @@ impl Head {
     }
 
     /// The head around some choices. `usage`: `None` leaves the field out, `Some(None)` is null.
-    pub(crate) fn around<'a, C>(&'a self, object: &'static str, choices: &'a [C], usage: Option<Option<Usage>>) -> Envelope<'a, C> {
+    pub(crate) fn around<'a, C>(
+        &'a self,
+        object: &'static str,
+        choices: &'a [C],
+        usage: Option<Option<Usage>>,
+    ) -> Envelope<'a, C> {
         let Self { id, created, model, system_fingerprint } = self;
         Envelope { id, object, created: *created, model, system_fingerprint, choices, usage }
     }
@@ -128,7 +133,12 @@ impl Serialize for ChatTokens<'_> {
         let ChatLogprobs { vocab, logged } = self.0;
         let token = |token: TokenId, logprob: f32, top_logprobs| {
             let bytes = vocab.bytes(token);
-            ChatToken { token: String::from_utf8_lossy(bytes).into_owned(), logprob: finite(logprob), bytes, top_logprobs }
+            ChatToken {
+                token: String::from_utf8_lossy(bytes).into_owned(),
+                logprob: finite(logprob),
+                bytes,
+                top_logprobs,
+            }
         };
         let mut list = serializer.serialize_seq(Some(logged.len()))?;
         for Logged { sampled, .. } in *logged {
@@ -197,7 +207,10 @@ mod tests {
     use crate::text::demo;
 
     fn logged(token: u32) -> Logged {
-        let top = vec![TopLogprob { token: TokenId(973), logprob: -0.5 }, TopLogprob { token: TokenId(3), logprob: f32::NEG_INFINITY }];
+        let top = vec![
+            TopLogprob { token: TokenId(973), logprob: -0.5 },
+            TopLogprob { token: TokenId(3), logprob: f32::NEG_INFINITY },
+        ];
         Logged { sampled: Sampled { token: TokenId(token), logprob: Some(-1.25), top }, text_offset: 4 }
     }
 
@@ -205,9 +218,9 @@ mod tests {
     fn logprobs_have_both_of_openais_forms() {
         let model = demo();
         let chat = ChatLogprobs { vocab: model.vocab(), logged: &[logged(973)] };
-        insta::assert_snapshot!(serde_json::to_string(&chat).unwrap(), @"");
+        insta::assert_snapshot!(serde_json::to_string(&chat).unwrap(), @r#"{"content":[{"token":" prefix","logprob":-1.25,"bytes":[32,112,114,101,102,105,120],"top_logprobs":[{"token":" prefix","logprob":-0.5,"bytes":[32,112,114,101,102,105,120]},{"token":"!","logprob":-9999.0,"bytes":[33]}]}],"refusal":null}"#);
         let completion = CompletionLogprobs::of(model.vocab(), &[logged(883)]);
-        insta::assert_snapshot!(serde_json::to_string(&completion).unwrap(), @"");
+        insta::assert_snapshot!(serde_json::to_string(&completion).unwrap(), @r#"{"tokens":[" cache"],"token_logprobs":[-1.25],"top_logprobs":[{" prefix":-0.5,"!":-9999.0," cache":-1.25}],"text_offset":[4]}"#);
     }
 
     #[test]

@@ -67,7 +67,10 @@ fn turns(len: usize, ticket: u64) -> impl Iterator<Item = usize> {
 mod tests {
     use proptest::prelude::*;
 
-    use super::{super::{DecodeOption, PolicyName, PrefillOption}, *};
+    use super::{
+        super::{DecodeOption, PolicyName, PrefillOption},
+        *,
+    };
 
     const ALL: [PolicyName; 3] = [PolicyName::LeastLoaded, PolicyName::RoundRobin, PolicyName::Random];
 

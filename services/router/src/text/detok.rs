@@ -32,11 +32,8 @@ enum State {
 impl Detokenizer {
     /// One for a new answer of `model`.
     pub(crate) fn new(model: Arc<Model>) -> Self {
-        let state = if model.vocab().concatenates() {
-            State::Bytes(Utf8::default())
-        } else {
-            State::Window(Window::default())
-        };
+        let state =
+            if model.vocab().concatenates() { State::Bytes(Utf8::default()) } else { State::Window(Window::default()) };
         Self { model, state }
     }
 

@@ -253,11 +253,15 @@ pub(crate) mod tests {
     fn templates_and_tokens_are_found_in_every_form() {
         let config = |json: Value| json.as_object().unwrap().clone();
         let nowhere = Path::new("/nonexistent");
-        let plain = config(serde_json::json!({"chat_template": "a", "bos_token": "<s>", "eos_token": {"content": "</s>"}, "add_bos_token": true}));
+        let plain = config(
+            serde_json::json!({"chat_template": "a", "bos_token": "<s>", "eos_token": {"content": "</s>"}, "add_bos_token": true}),
+        );
         assert_eq!(read_template(nowhere, &plain).unwrap().unwrap(), "a");
         let special = special_tokens(&plain);
         assert_eq!(special, [("bos_token".to_owned(), "<s>".to_owned()), ("eos_token".to_owned(), "</s>".to_owned())]);
-        let named = config(serde_json::json!({"chat_template": [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]}));
+        let named = config(
+            serde_json::json!({"chat_template": [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]}),
+        );
         assert_eq!(read_template(nowhere, &named).unwrap().unwrap(), "d");
         assert!(read_template(nowhere, &Map::new()).unwrap().is_none());
         assert_eq!(end_tokens(&config(serde_json::json!({"eos_token_id": [1, 2]}))).len(), 2);

@@ -7,11 +7,7 @@
 
 use std::{fmt, sync::Arc};
 
-use minijinja::{
-    Environment, ErrorKind, UndefinedBehavior, Value,
-    syntax::SyntaxConfig,
-    value::Kwargs,
-};
+use minijinja::{Environment, ErrorKind, UndefinedBehavior, Value, syntax::SyntaxConfig, value::Kwargs};
 
 use super::{Error, clock::strftime, json};
 
@@ -175,7 +171,9 @@ mod tests {
     #[test]
     fn what_a_template_raises_reaches_the_client() {
         let source = "{% if messages[0].role != 'user' %}{{ raise_exception('roles must alternate') }}{% endif %}";
-        assert!(matches!(render(source, &[message("system", "")]), Err(Error::Refused(why)) if why == "roles must alternate"));
+        assert!(
+            matches!(render(source, &[message("system", "")]), Err(Error::Refused(why)) if why == "roles must alternate")
+        );
         assert_eq!(render(source, &[message("user", "")]).unwrap(), "");
     }
 

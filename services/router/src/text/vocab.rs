@@ -26,7 +26,8 @@ impl Vocab {
     pub(crate) fn of(tokenizer: &Tokenizer) -> Self {
         let concatenates = tokenizer.get_decoder().is_some_and(is_byte_level);
         let byte_of = printable_bytes();
-        let mut tokens: Vec<(u32, String)> = tokenizer.get_vocab(true).into_iter().map(|(text, id)| (id, text)).collect();
+        let mut tokens: Vec<(u32, String)> =
+            tokenizer.get_vocab(true).into_iter().map(|(text, id)| (id, text)).collect();
         tokens.sort_unstable();
 
         let (mut starts, mut bytes) = (vec![0u32], Vec::new());

@@ -43,6 +43,7 @@ fn what_is_absent_is_derived() {
     let config = read_with(json!({})).unwrap();
     assert_eq!((config.kv_heads, config.head_dim, config.tied_embeddings, config.qk_norm), (4, 16, false, false));
     assert_eq!(config.rope, Rope { theta: 10_000.0, scaling: RopeScaling::None });
+    assert_eq!(read_with(json!({"model_type": "qwen3"})).unwrap().head_dim, 128);
     let given = read_with(json!({"model_type": "qwen3", "head_dim": 32, "num_key_value_heads": 2})).unwrap();
     assert_eq!((given.head_dim, given.q_width(), given.kv_width(), given.qk_norm), (32, 128, 64, true));
 }

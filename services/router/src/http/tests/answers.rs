@@ -9,7 +9,8 @@ const COMPLETIONS: &str = "/v1/completions";
 async fn a_chat_is_answered_whole() {
     let (cluster, mock) = Cluster::with_worker([say("A prefix 🦀"), vec![Step::Token(2), stop()]].concat()).await;
     let request = cluster.client.post(format!("{}{CHAT}", cluster.base)).header("x-request-id", "mine-1");
-    let response = request.json(&Cluster::chat(json!({"temperature": 0, "seed": 5, "cache_salt": "s"}))).send().await.unwrap();
+    let response =
+        request.json(&Cluster::chat(json!({"temperature": 0, "seed": 5, "cache_salt": "s"}))).send().await.unwrap();
     assert_eq!((response.status().as_u16(), &response.headers()["x-request-id"]), (200, &"mine-1".parse().unwrap()));
 
     let mut answer: Value = response.json().await.unwrap();
@@ -17,7 +18,7 @@ async fn a_chat_is_answered_whole() {
     assert_eq!(answer["model"], "demo");
     assert_eq!(answer["system_fingerprint"], format!("fp_{}", "07".repeat(16)));
     stable(&mut answer);
-    insta::assert_snapshot!(answer, @"");
+    insta::assert_snapshot!(answer, @r#"{"object":"chat.completion","choices":[{"index":0,"message":{"role":"assistant","content":"A prefix 🦀","refusal":null},"logprobs":null,"finish_reason":"stop"}],"usage":{"prompt_tokens":14,"completion_tokens":8,"total_tokens":22,"prompt_tokens_details":{"cached_tokens":16}}}"#);
 
     let seen = mock.requests().remove(0);
     assert_eq!(seen.prompt, [1, 301, 201, 323, 265, 282, 973, 883, 33, 2, 201, 1, 300, 201]); // as in golden.jsonl
@@ -34,15 +35,28 @@ async fn a_chat_is_streamed_token_by_token() {
     let body = Cluster::chat(json!({"stream": true, "stream_options": {"include_usage": true}}));
     let response = cluster.post(CHAT, body).await;
     assert_eq!(response.headers()["content-type"], "text/event-stream");
-    insta::assert_snapshot!(events(&response.text().await.unwrap()).join("\n"), @"");
+    insta::assert_snapshot!(events(&response.text().await.unwrap()).join("\n"), @r#"
+    {"object":"chat.completion.chunk","choices":[{"index":0,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}],"usage":null}
+    {"object":"chat.completion.chunk","choices":[{"index":0,"delta":{"content":"KV"},"logprobs":null,"finish_reason":null}],"usage":null}
+    {"object":"chat.completion.chunk","choices":[{"index":0,"delta":{"content":" "},"logprobs":null,"finish_reason":null}],"usage":null}
+    {"object":"chat.completion.chunk","choices":[{"index":0,"delta":{"content":"🦀"},"logprobs":null,"finish_reason":null}],"usage":null}
+    {"object":"chat.completion.chunk","choices":[{"index":0,"delta":{},"logprobs":null,"finish_reason":"stop"}],"usage":null}
+    {"object":"chat.completion.chunk","choices":[],"usage":{"prompt_tokens":14,"completion_tokens":7,"total_tokens":21,"prompt_tokens_details":{"cached_tokens":16}}}
+    [DONE]
+    "#);
 }
 
 #[tokio::test]
 async fn a_completion_is_streamed() {
     let (cluster, _mock) =
-        Cluster::with_worker([say("KV"), vec![Step::Finish(kvasir_proto::v1::finished::Reason::Length)]].concat()).await;
+        Cluster::with_worker([say("KV"), vec![Step::Finish(kvasir_proto::v1::finished::Reason::Length)]].concat())
+            .await;
     let response = cluster.post(COMPLETIONS, json!({"model": "demo", "prompt": "hi", "stream": true})).await;
-    insta::assert_snapshot!(events(&response.text().await.unwrap()).join("\n"), @"");
+    insta::assert_snapshot!(events(&response.text().await.unwrap()).join("\n"), @r#"
+    {"object":"text_completion","choices":[{"text":"KV","index":0,"logprobs":null,"finish_reason":null}]}
+    {"object":"text_completion","choices":[{"text":"","index":0,"logprobs":null,"finish_reason":"length"}]}
+    [DONE]
+    "#);
 }
 
 #[tokio::test]
@@ -80,9 +94,9 @@ async fn logprobs_come_in_both_forms() {
     ];
     let (cluster, mock) = Cluster::with_worker(steps).await;
     let (_, chat) = cluster.ask(CHAT, Cluster::chat(json!({"logprobs": true, "top_logprobs": 2}))).await;
-    insta::assert_snapshot!(chat["choices"][0]["logprobs"], @"");
+    insta::assert_snapshot!(chat["choices"][0]["logprobs"], @r#"{"content":[{"token":" prefix","logprob":-0.25,"bytes":[32,112,114,101,102,105,120],"top_logprobs":[{"token":" prefix","logprob":-0.25,"bytes":[32,112,114,101,102,105,120]},{"token":" cache","logprob":-1.5,"bytes":[32,99,97,99,104,101]}]},{"token":" cache","logprob":-2.0,"bytes":[32,99,97,99,104,101],"top_logprobs":[{"token":" prefix","logprob":-0.5,"bytes":[32,112,114,101,102,105,120]},{"token":"!","logprob":-1.0,"bytes":[33]}]}],"refusal":null}"#);
     let (_, completion) = cluster.ask(COMPLETIONS, json!({"model": "demo", "prompt": "a", "logprobs": 2})).await;
-    insta::assert_snapshot!(completion["choices"][0]["logprobs"], @"");
+    insta::assert_snapshot!(completion["choices"][0]["logprobs"], @r#"{"tokens":[" prefix"," cache"],"token_logprobs":[-0.25,-2.0],"top_logprobs":[{" prefix":-0.25," cache":-1.5},{" prefix":-0.5,"!":-1.0," cache":-2.0}],"text_offset":[0,7]}"#);
     assert!(mock.requests().iter().all(|seen| seen.sampling.as_ref().unwrap().logprobs == Some(2)));
 }
 
@@ -113,7 +127,8 @@ async fn prompts_that_are_long_are_tokenized_elsewhere_to_the_same_tokens() {
     drop(registry);
     // Many short tokens would pass the context; a long text with few tokens needs the error path anyway.
     let text = "prefix cache ".repeat(1000);
-    let (status, answer) = cluster.ask(CHAT, Cluster::chat(json!({"messages": [{"role": "user", "content": text}]}))).await;
+    let (status, answer) =
+        cluster.ask(CHAT, Cluster::chat(json!({"messages": [{"role": "user", "content": text}]}))).await;
     let tokens = crate::text::demo().encode(&text, false).unwrap().len();
     assert_eq!((status, answer["error"]["code"].as_str()), (400, Some("context_length_exceeded")));
     let told = answer["error"]["message"].as_str().unwrap().to_owned();
@@ -149,7 +164,10 @@ async fn models_and_pages() {
     let (cluster, _mock) = Cluster::with_worker(vec![stop()]).await;
     let (status, list) = cluster.get("/v1/models").await;
     let list: Value = serde_json::from_str(&list).unwrap();
-    assert_eq!((status, &list["data"][0]["id"], &list["data"][0]["max_model_len"]), (200, &json!("demo"), &json!(CONTEXT)));
+    assert_eq!(
+        (status, &list["data"][0]["id"], &list["data"][0]["max_model_len"]),
+        (200, &json!("demo"), &json!(CONTEXT))
+    );
     assert_eq!(cluster.get("/v1/models/demo").await.0, 200);
     assert_eq!(cluster.get("/v1/models/org/none").await.0, 404);
     assert_eq!(cluster.get("/health").await, (200, r#"{"status":"ok"}"#.to_owned()));

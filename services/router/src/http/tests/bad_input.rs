@@ -25,7 +25,14 @@ async fn bad_requests_are_refused_by_name_and_no_worker_hears_of_them() {
         (Method::POST, chats, chat(json!({"max_tokens": 99_999})), 400, json!("max_tokens"), json!("above_max_value")),
         (Method::POST, chats, chat(json!({"user": "x".repeat(5000)})), 413, Value::Null, json!("request_too_large")),
         (Method::POST, completions, completion(json!([1532])), 400, json!("prompt"), json!("invalid_value")),
-        (Method::POST, completions, completion(json!(vec![5; CONTEXT as usize])), 400, json!("prompt"), json!("context_length_exceeded")),
+        (
+            Method::POST,
+            completions,
+            completion(json!(vec![5; CONTEXT as usize])),
+            400,
+            json!("prompt"),
+            json!("context_length_exceeded"),
+        ),
         (Method::POST, completions, completion(json!(["a", "b"])), 400, json!("prompt"), json!("unsupported_value")),
         (Method::GET, chats, String::new(), 405, Value::Null, Value::Null),
         (Method::POST, "/v1/embeddings", "{}".into(), 404, Value::Null, Value::Null),
@@ -48,7 +55,8 @@ async fn bad_requests_are_refused_by_name_and_no_worker_hears_of_them() {
 async fn a_big_body_of_unknown_length_is_cut_off() {
     let cluster = Cluster::start(|config| config.limits.max_body_bytes = 1000).await;
     let parts = futures_util::stream::iter((0..100).map(|_| Ok::<_, std::io::Error>("x".repeat(100))));
-    let request = cluster.client.post(format!("{}/v1/completions", cluster.base)).body(reqwest::Body::wrap_stream(parts));
+    let request =
+        cluster.client.post(format!("{}/v1/completions", cluster.base)).body(reqwest::Body::wrap_stream(parts));
     assert_eq!(request.send().await.unwrap().status(), 413);
 }
 

@@ -2,11 +2,7 @@ use std::{sync::Arc, time::Duration};
 
 use kvasir_types::Role;
 use serde_json::{Value, json};
-use tokio::{
-    io::AsyncWriteExt,
-    net::TcpStream,
-    sync::Semaphore,
-};
+use tokio::{io::AsyncWriteExt, net::TcpStream, sync::Semaphore};
 use tonic::Code;
 
 use super::harness::*;
@@ -53,7 +49,10 @@ async fn a_worker_that_does_not_begin_is_passed_over_once() {
         }
         assert_eq!((bad.requests().len(), good.requests().len()), (2, 4));
         drop(good);
-        eventually("the good one has left", async || cluster.hub.registry().view().borrow().role(Role::Decode).count() == 1).await;
+        eventually("the good one has left", async || {
+            cluster.hub.registry().view().borrow().role(Role::Decode).count() == 1
+        })
+        .await;
         cluster.until("kvasir_router_decode_workers 1").await;
         let response = cluster.post(CHAT, Cluster::chat(json!({}))).await;
         assert_eq!((response.status().as_u16(), &response.headers()["retry-after"]), (503, &"1".parse().unwrap()));
@@ -105,7 +104,7 @@ async fn a_worker_that_dies_within_an_answer_is_a_clear_error() {
         mock.kill();
         read_until(&mut stream, "\n\n").await
     });
-    insta::assert_snapshot!(rest, @"");
+    insta::assert_snapshot!(rest, @r#"data: {"error":{"message":"the worker that wrote this answer failed","type":"server_error","param":null,"code":"worker_failed"}}"#);
     assert!(futures_util::StreamExt::next(&mut stream).await.is_none());
     assert_eq!((whole.0, &whole.1["error"]["code"]), (502, &json!("worker_failed")));
     cluster.until("kvasir_router_inflight 0").await;

@@ -173,7 +173,8 @@ impl Decode for MockDecode {
     async fn generate(&self, request: Request<v1::GenerateRequest>) -> Result<Response<Self::GenerateStream>, Status> {
         let request = request.into_inner();
         let steps = (self.script)(&request).into_iter();
-        let run = Run { steps, seen: Arc::clone(&self.seen), sent: 0, prompt: request.prompt.len() as u32, ended: false };
+        let run =
+            Run { steps, seen: Arc::clone(&self.seen), sent: 0, prompt: request.prompt.len() as u32, ended: false };
         self.seen.requests.lock().unwrap().push(request);
         Ok(Response::new(Box::pin(stream::unfold(run, |mut run| async move { Some((run.next().await?, run)) }))))
     }
@@ -201,7 +202,8 @@ impl Cluster {
         let run = crate::run(config, context.clone(), hub.registry());
         context.tasks.spawn(Kind::Critical, "router", run);
         let mut view = hub.registry().view();
-        let routers = |view: &Arc<kvasir_cluster::View>| view.role(Role::Router).next().map(|member| member.http.clone());
+        let routers =
+            |view: &Arc<kvasir_cluster::View>| view.role(Role::Router).next().map(|member| member.http.clone());
         let view = tokio::time::timeout(SOON, view.wait_for(|view| routers(view).is_some())).await.unwrap().unwrap();
         let base = format!("http://{}", routers(&view).unwrap());
         drop(view);
@@ -277,7 +279,8 @@ impl Cluster {
 
     /// A chat with one user message and these fields besides.
     pub(super) fn chat(fields: Value) -> Value {
-        let mut body = serde_json::json!({"model": "demo", "messages": [{"role": "user", "content": "What is a prefix cache?"}]});
+        let mut body =
+            serde_json::json!({"model": "demo", "messages": [{"role": "user", "content": "What is a prefix cache?"}]});
         body.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
         body
     }
