@@ -13,8 +13,13 @@ use serde_json::Value;
 /// Below this gap between best and second-best logit, another rounding may choose differently.
 pub const MARGIN: f64 = 0.05;
 
-/// How far a log-probability may be from the reference's.
-pub const LOGPROB_TOLERANCE: f64 = 0.05;
+/// How far our log-probability may be from the reference's, which kept keys and values in float32.
+///
+/// Rounding them to bf16 moves tokens that are all but impossible (below e^-9) by up to 0.06 on the demo model. With
+/// `kv_dtype` f32 the narrow tolerance holds for all of them, and one test asks for that.
+pub fn tolerance(kv_dtype: &str, reference: f64) -> f64 {
+    if kv_dtype == "bf16" && reference < -9.0 { 0.1 } else { 0.05 }
+}
 
 /// One line of `golden.jsonl`.
 #[derive(Clone, Debug, Deserialize)]

@@ -4,7 +4,10 @@ use std::collections::BTreeMap;
 
 /// One page.
 #[derive(Debug, Default)]
-pub struct Metrics(Vec<Sample>);
+pub struct Metrics {
+    families: Vec<String>,
+    samples: Vec<Sample>,
+}
 
 #[derive(Debug, PartialEq)]
 struct Sample {
@@ -14,21 +17,18 @@ struct Sample {
 }
 
 impl Metrics {
-    /// Parses a page; lines that are no samples (comments, blanks) are skipped.
+    /// Parses a page; lines that are neither samples nor declarations are skipped.
     pub fn parse(text: &str) -> Self {
-        Self(text.lines().filter(|line| !line.starts_with('#')).filter_map(sample).collect())
+        let declared = |line: &str| Some(line.strip_prefix("# TYPE ")?.split(' ').next()?.to_owned());
+        Self {
+            families: text.lines().filter_map(declared).collect(),
+            samples: text.lines().filter(|line| !line.starts_with('#')).filter_map(sample).collect(),
+        }
     }
 
-    /// Whether there is any sample of that name.
-    pub fn has(&self, name: &str) -> bool {
-        self.0.iter().any(|sample| sample.name == name)
-    }
-
-    /// Every name on the page, each once.
-    pub fn names(&self) -> Vec<&str> {
-        let mut names: Vec<_> = self.0.iter().map(|sample| sample.name.as_str()).collect();
-        names.dedup();
-        names
+    /// The metrics that the page declares, with or without a sample yet. A counter's samples end in `_total`.
+    pub fn families(&self) -> &[String] {
+        &self.families
     }
 
     /// The sum of all samples of that name; 0 if there is none.
@@ -41,7 +41,7 @@ impl Metrics {
         let fits = |sample: &&Sample| {
             sample.name == name && labels.iter().all(|(key, value)| sample.labels.get(*key).is_some_and(|v| v == value))
         };
-        self.0.iter().filter(fits).map(|sample| sample.value).sum()
+        self.samples.iter().filter(fits).map(|sample| sample.value).sum()
     }
 }
 
@@ -75,7 +75,7 @@ mod tests {
         );
         assert_eq!(page.sum("kvasir_blocks"), 7.0);
         assert_eq!(page.sum_where("kvasir_blocks", &[("state", "free")]), 3.0);
-        assert_eq!((page.sum("up"), page.has("down"), page.sum("down")), (1.0, false, 0.0));
-        assert_eq!(page.names(), ["kvasir_blocks", "up"]);
+        assert_eq!((page.sum("up"), page.sum("down")), (1.0, 0.0));
+        assert_eq!(page.families(), ["kvasir_blocks"]);
     }
 }

@@ -107,6 +107,7 @@ impl Node {
     /// Starts a service with that configuration, its files in `dir`. It is not ready yet.
     pub fn spawn(service: Service, id: &str, mut config: Value, dir: &Path) -> Result<Self> {
         let port_file = dir.join(format!("{id}.ports.json"));
+        let _ = std::fs::remove_file(&port_file); // a former life's
         config["port_file"] = port_file.to_string_lossy().into();
         let path = dir.join(format!("{id}.yaml"));
         std::fs::write(&path, serde_json::to_string_pretty(&config)?)?;

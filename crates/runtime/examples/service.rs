@@ -28,6 +28,7 @@ fn main() -> ExitCode {
         let span = tracing::info_span!("request", request_id = "r-1");
         context.tasks.spawn_in(Kind::Request, "request", span, async move {
             tokio::time::sleep(Duration::from_millis(config.request_ms)).await;
+            tracing::info!("request done");
             Ok(())
         });
         if config.panics {

@@ -8,7 +8,10 @@
 use std::{
     collections::HashMap,
     fmt,
-    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError, Weak,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
@@ -68,7 +71,8 @@ pub(crate) struct LocalTransport {
     net: LocalNet,
     own: SegmentId,
     counters: Arc<Counters>,
-    // `None` after shutdown: the thread ends when it has emptied the queue.
+    stopping: Arc<AtomicBool>,
+    // `None` after shutdown, which ends the thread.
     jobs: Mutex<Option<Sender<Job>>>,
 }
 
@@ -77,10 +81,11 @@ impl LocalTransport {
     pub(crate) fn new(net: LocalNet, owner: &Arc<Owner>, threads: &Threads) -> Result<Self, Error> {
         let (sender, receiver) = unbounded();
         let counters = Arc::clone(&owner.counters);
-        let copying = Arc::clone(&counters);
-        threads.spawn("transfer-local", move || copy_all(&receiver, &copying))?;
+        let stopping = Arc::<AtomicBool>::default();
+        let (stop, copying) = (Arc::clone(&stopping), Arc::clone(&counters));
+        threads.spawn("transfer-local", move || copy_all(&receiver, &copying, &stop))?;
         net.lock().insert(owner.segment, Arc::downgrade(owner));
-        Ok(Self { net, own: owner.segment, counters, jobs: Mutex::new(Some(sender)) })
+        Ok(Self { net, own: owner.segment, counters, stopping, jobs: Mutex::new(Some(sender)) })
     }
 
     fn find(&self, target: &SegmentDescriptor) -> Option<Arc<Owner>> {
@@ -122,12 +127,14 @@ impl Transport for LocalTransport {
 
     fn shutdown(&self) {
         self.net.lock().remove(&self.own);
+        self.stopping.store(true, Ordering::SeqCst);
         *self.jobs.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 }
 
-fn copy_all(jobs: &Receiver<Job>, counters: &Counters) {
-    jobs.iter().for_each(|job| copy(&job, counters));
+fn copy_all(jobs: &Receiver<Job>, counters: &Counters, stopping: &AtomicBool) {
+    // What is left in the queue then is dropped, and with that fails as shut down.
+    jobs.iter().take_while(|_| !stopping.load(Ordering::SeqCst)).for_each(|job| copy(&job, counters));
 }
 
 /// A copy between two arenas ends by itself, soon.

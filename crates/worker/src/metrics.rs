@@ -23,6 +23,8 @@ pub(crate) enum Outcome {
 }
 
 impl Outcome {
+    const ALL: [Self; 5] = [Self::Finished, Self::Refused, Self::Cancelled, Self::Deadline, Self::Failed];
+
     pub(crate) fn of(error: &Error) -> Self {
         match error {
             Error::Message(_)
@@ -54,6 +56,10 @@ pub(crate) enum Source {
     Store,
     /// Computed here.
     Computed,
+}
+
+impl Source {
+    const ALL: [Self; 4] = [Self::Cache, Self::Peer, Self::Store, Self::Computed];
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -105,6 +111,13 @@ impl Metrics {
             ),
             handoff_bytes: page.counter("kvasir_worker_handoff_bytes", "KV bytes written into decode workers' memory"),
         };
+        // Every series is there from the start: a rate over one that appears with its first event misses that event.
+        for outcome in Outcome::ALL {
+            metrics.requests.get_or_create(&ByOutcome { outcome });
+        }
+        for source in Source::ALL {
+            metrics.prompt_tokens(source, 0);
+        }
         EnginePage::register(page, engine);
         TransferPage::register(page, transfer);
         metrics
@@ -127,10 +140,7 @@ impl Metrics {
 
     /// Requests that ended, however.
     pub(crate) fn requests_total(&self) -> u64 {
-        [Outcome::Finished, Outcome::Refused, Outcome::Cancelled, Outcome::Deadline, Outcome::Failed]
-            .into_iter()
-            .map(|outcome| self.requests.get_or_create(&ByOutcome { outcome }).get())
-            .sum()
+        Outcome::ALL.into_iter().map(|outcome| self.requests.get_or_create(&ByOutcome { outcome }).get()).sum()
     }
 }
 

@@ -134,7 +134,7 @@ mod tests {
         for (page, expected) in [
             ("HTTP/1.0 200 OK\r\n\r\n{}", Readiness::Ready),
             (
-                "HTTP/1.1 503 X\r\na: b\r\n\r\n{\"reason\":\"star\u{1b}[31mting\"}",
+                "HTTP/1.1 503 X\r\na: b\r\n\r\n{\"reason\":\"star\\u001b[31mting\"}",
                 Readiness::NotReady("star[31mting".into()),
             ),
             ("HTTP/1.1 503 X\r\n\r\n", Readiness::NotReady(String::new())),

@@ -109,7 +109,8 @@ async fn a_prefill_worker_that_stops_answering_is_given_up_and_its_late_writes_l
 async fn a_killed_decode_worker_is_a_502() -> Result<()> {
     slow()
         .run(async |cluster| {
-            cluster.expect_warning("decode");
+            cluster.expect_warning("an answer broke off");
+            cluster.expect_warning("a worker did not begin an answer");
             cluster.expect_warning("prefill failed, trying next");
             let (client, body) = (cluster.client(), chat(cluster.model(), &long(LONG)));
             let kill = async {
@@ -132,7 +133,8 @@ async fn a_decode_worker_killed_in_mid_stream_is_an_error_event_and_the_end() ->
     Cluster::builder()
         .kv_store(0)
         .run(async |cluster| {
-            cluster.expect_warning("decode");
+            cluster.expect_warning("an answer broke off");
+            cluster.expect_warning("a worker did not begin an answer");
             let mut body = streamed(cluster.model(), COUNT);
             body["max_tokens"] = 200.into();
             let mut stream = cluster.client().stream("/v1/chat/completions", &body).await?;
@@ -186,8 +188,8 @@ async fn requests_go_on_without_etcd_and_the_cluster_grows_again_with_it() -> Re
     }
     builder
         .run(async |cluster| {
-            cluster.expect_warning("etcd");
-            cluster.expect_warning("registry");
+            cluster.expect_warning("etcd is away");
+            cluster.expect_warning("registration not renewed");
             let (client, body) = (cluster.client(), chat(cluster.model(), QUESTION));
             client.chat(&body).await?;
             cluster.etcd().kill();

@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail, ensure};
 use futures_util::{StreamExt, stream};
 use kvasir_tests::{
     Builder, Client, Cluster, Service,
-    golden::{self, LOGPROB_TOLERANCE, Line, MARGIN, Vocabulary},
+    golden::{self, Line, MARGIN, Vocabulary},
     workspace,
 };
 use serde_json::{Value, json};
@@ -17,24 +17,34 @@ use serde_json::{Value, json};
 /// More than any prompt: the decode worker computes all of them itself.
 const ALWAYS_LOCAL: usize = 1_000_000;
 
+/// The default type of keys and values.
+const BF16: &str = "bf16";
+
 #[tokio::test]
 async fn remote_prefill_in_one_chunk_says_what_the_reference_says() -> Result<()> {
-    matrix(workspace::demo_model(), 512, 0).await
+    matrix(512, 0).await
 }
 
 #[tokio::test]
 async fn remote_prefill_in_chunks_of_16_says_what_the_reference_says() -> Result<()> {
-    matrix(workspace::demo_model(), 16, 0).await
+    matrix(16, 0).await
 }
 
 #[tokio::test]
 async fn local_prefill_in_one_chunk_says_what_the_reference_says() -> Result<()> {
-    matrix(workspace::demo_model(), 512, ALWAYS_LOCAL).await
+    matrix(512, ALWAYS_LOCAL).await
 }
 
 #[tokio::test]
 async fn local_prefill_in_chunks_of_16_says_what_the_reference_says() -> Result<()> {
-    matrix(workspace::demo_model(), 16, ALWAYS_LOCAL).await
+    matrix(16, ALWAYS_LOCAL).await
+}
+
+#[tokio::test]
+async fn with_keys_and_values_in_f32_every_logprob_is_the_references() -> Result<()> {
+    let folder = workspace::demo_model();
+    let cluster = uncached(&folder, 16, 0).worker("kv.dtype", "f32");
+    cluster.run(async |cluster| agree(cluster, &folder, 8, "f32").await).await
 }
 
 #[tokio::test]
@@ -46,8 +56,8 @@ async fn answers_are_the_same_from_every_cache() -> Result<()> {
         .decode(2)
         .set(Service::Decode, "decode.local_prefill_tokens", 0)
         .run(async |cluster| {
-            agree(cluster, &folder, 8).await?;
-            agree(cluster, &folder, 8).await
+            agree(cluster, &folder, 8, BF16).await?;
+            agree(cluster, &folder, 8, BF16).await
         })
         .await
 }
@@ -62,17 +72,18 @@ async fn every_model_family_says_what_the_reference_says() -> Result<()> {
     ensure!(folders.len() >= 2, "models/tiny holds a model of each family, found {folders:?}");
     for folder in folders {
         let cluster = uncached(&folder, 16, 0);
-        cluster.run(async |cluster| agree(cluster, &folder, 8).await).await.with_context(|| show(&folder))?;
+        cluster.run(async |cluster| agree(cluster, &folder, 8, BF16).await).await.with_context(|| show(&folder))?;
     }
     Ok(())
 }
 
 /// One request at a time, then eight; with remote or local prefill, which the workers' own counts must confirm.
-async fn matrix(folder: PathBuf, chunk_tokens: usize, local_prefill_tokens: usize) -> Result<()> {
+async fn matrix(chunk_tokens: usize, local_prefill_tokens: usize) -> Result<()> {
+    let folder = workspace::demo_model();
     uncached(&folder, chunk_tokens, local_prefill_tokens)
         .run(async |cluster| {
-            agree(cluster, &folder, 1).await?;
-            agree(cluster, &folder, 8).await?;
+            agree(cluster, &folder, 1, BF16).await?;
+            agree(cluster, &folder, 8, BF16).await?;
             let prompts = 2 * golden::load(&folder)?.len() as u64;
             let remote = cluster.node(Service::Prefill, 0).status().await?.requests_total;
             let expected = if local_prefill_tokens == 0 { prompts } else { 0 };
@@ -93,12 +104,12 @@ fn uncached(folder: &Path, chunk_tokens: usize, local_prefill_tokens: usize) -> 
 }
 
 /// Asks all the folder's questions, so many at a time, and compares every answer with the reference's.
-async fn agree(cluster: &Cluster, folder: &Path, in_flight: usize) -> Result<()> {
+async fn agree(cluster: &Cluster, folder: &Path, in_flight: usize, kv_dtype: &str) -> Result<()> {
     let (client, vocabulary, lines) = (cluster.client(), Vocabulary::load(folder)?, golden::load(folder)?);
     let total = lines.len();
     let (client, vocabulary) = (&client, &vocabulary);
     let ask = |line: Line| async move {
-        let outcome = compare(client, cluster.model(), vocabulary, &line).await;
+        let outcome = compare(client, cluster.model(), vocabulary, &line, kv_dtype).await;
         (line, outcome)
     };
     let outcomes: Vec<_> = stream::iter(lines).map(ask).buffer_unordered(in_flight).collect().await;
@@ -117,7 +128,7 @@ async fn agree(cluster: &Cluster, folder: &Path, in_flight: usize) -> Result<()>
     Ok(())
 }
 
-async fn compare(client: &Client, model: &str, vocabulary: &Vocabulary, line: &Line) -> Result<()> {
+async fn compare(client: &Client, model: &str, vocabulary: &Vocabulary, line: &Line, kv_dtype: &str) -> Result<()> {
     let answer = client
         .chat(&json!({
             "model": model, "messages": line.messages, "temperature": 0, "max_tokens": line.output_ids.len(),
@@ -140,23 +151,24 @@ async fn compare(client: &Client, model: &str, vocabulary: &Vocabulary, line: &L
     let hidden_end = said.len() + 1 == expected.len() && expected.starts_with(&said);
     ensure!(said == expected || hidden_end, "{}: {said:?}, expected {expected:?}", told("tokens"));
 
-    first_logprobs(tokens.first().with_context(|| told("first token"))?, vocabulary, line)
+    first_logprobs(tokens.first().with_context(|| told("first token"))?, vocabulary, line, kv_dtype)
         .with_context(|| told("start"))
 }
 
 /// Whether the likeliest first tokens are as likely as the reference says.
-fn first_logprobs(first: &Value, vocabulary: &Vocabulary, line: &Line) -> Result<()> {
+fn first_logprobs(first: &Value, vocabulary: &Vocabulary, line: &Line, kv_dtype: &str) -> Result<()> {
     let mut ours = HashMap::new();
     for top in first["top_logprobs"].as_array().context("no top_logprobs")? {
         ours.insert(bytes(top)?, top["logprob"].as_f64().context("no logprob")?);
     }
     let least = ours.values().copied().fold(f64::INFINITY, f64::min);
     for (&id, &theirs) in &line.first_logprobs {
+        let tolerance = golden::tolerance(kv_dtype, theirs);
         match ours.get(vocabulary.bytes(id)) {
-            Some(&ours) if (ours - theirs).abs() <= LOGPROB_TOLERANCE => {}
+            Some(&ours) if (ours - theirs).abs() <= tolerance => {}
             Some(&ours) => bail!("token {id}: log-probability {ours}, the reference has {theirs}"),
             // Where the fifth and the sixth are nearly equal, either may be the fifth.
-            None if theirs <= least + LOGPROB_TOLERANCE => {}
+            None if theirs <= least + tolerance => {}
             None => bail!("token {id} ({theirs}) is not among our likeliest: {first}"),
         }
     }

@@ -44,13 +44,14 @@ async fn every_service_shows_its_numbers() -> Result<()> {
                 (Service::KvStore, &["kvasir_kv_store_used_bytes", "kvasir_kv_store_blocks"]),
             ] {
                 let node = cluster.node(service, 0);
-                let metrics = node.metrics().await?;
-                let page = metrics.names();
+                let page = node.metrics().await?;
                 for name in names {
-                    // A histogram's samples have endings of their own.
-                    ensure!(page.iter().any(|n| n.starts_with(name)), "{} has no {name}: {page:?}", node.id());
+                    let declared = page.families().iter().any(|family| family == name);
+                    ensure!(declared, "{} has no {name}: {:?}", node.id(), page.families());
                 }
             }
+            let sent = cluster.node(Service::Prefill, 0).metrics().await?;
+            ensure!(sent.sum("kvasir_worker_handoff_bytes_total") > 0.0, "a remote prefill moves bytes: {sent:?}");
             Ok(())
         })
         .await

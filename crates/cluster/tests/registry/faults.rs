@@ -86,7 +86,12 @@ async fn while_etcd_is_away_the_view_stays_and_when_it_is_back_everybody_is_ther
 #[tokio::test]
 async fn an_etcd_that_comes_back_empty_gets_its_members_again_and_nobody_sees_them_missing() {
     let mut etcd = Etcd::start().await;
-    let (one, two) = (join(&etcd, "a", 1).await, join(&etcd, "b", 2).await);
+    // Time enough to come back on a busy machine.
+    let config = EtcdConfig { lease_ttl_s: 8, ..etcd.config() };
+    let one = Process::with_etcd(config.clone()).await.unwrap();
+    let two = Process::with_etcd(config).await.unwrap();
+    one.registry.register(member("a", 1)).await.unwrap();
+    two.registry.register(member("b", 2)).await.unwrap();
     one.sees(&["a", "b"]).await;
     // Some history, so that the new etcd's revisions are smaller than the old one's.
     for _ in 0..20 {

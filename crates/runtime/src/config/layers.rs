@@ -87,6 +87,7 @@ pub(crate) fn flattened(tree: &Value) -> Vec<(String, String)> {
 fn inline(value: &Value) -> String {
     match value {
         Value::Null => "not set".to_owned(),
+        Value::String(text) if text.is_empty() => r#""""#.to_owned(),
         // JSON is YAML, on one line.
         value => serde_json::to_string(value).unwrap_or_default().trim_matches('"').to_owned(),
     }

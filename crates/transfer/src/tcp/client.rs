@@ -201,7 +201,7 @@ enum NoConnection {
 impl Sending {
     fn run(&mut self) {
         let mut current: Option<Arc<Connection>> = None;
-        // Asked before each wait, because `fail_queued` may have swallowed the word that wakes: it is sent after the flag.
+        // Asked before each wait, because `fail` may have swallowed the word that wakes: it is sent after the flag.
         while !self.client.is_stopping() {
             match self.jobs.recv_timeout(LANE_IDLE) {
                 _ if self.client.is_stopping() => break,
@@ -218,7 +218,7 @@ impl Sending {
         if let Some(connection) = current {
             connection.lost("this engine shut down");
         }
-        self.fail_queued(&Error::Shutdown);
+        self.fail(None, &Error::Shutdown);
     }
 
     fn send(&mut self, job: &Arc<Job>, current: &mut Option<Arc<Connection>>) {
@@ -237,8 +237,7 @@ impl Sending {
                 }
                 Err(NoConnection::Failed(error) | NoConnection::Refused(error)) => {
                     self.last_loss = Some(Instant::now());
-                    job.frame.finish(Err(error.clone()));
-                    return self.fail_queued(&error);
+                    return self.fail(Some(job), &error);
                 }
             }
         }
@@ -247,9 +246,11 @@ impl Sending {
         }
     }
 
-    /// What waits behind a frame for which there was no connection would only find out the same, one after another.
-    fn fail_queued(&self, error: &Error) {
-        for job in self.jobs.try_iter().flatten() {
+    /// Fails a frame and those that wait behind it, which would only find out the same, one after another. They are taken
+    /// out first: what a caller submits in answer to the failure gets a try of its own.
+    fn fail(&self, job: Option<&Arc<Job>>, error: &Error) {
+        let queued: Vec<_> = self.jobs.try_iter().flatten().collect();
+        for job in job.into_iter().chain(&queued) {
             job.frame.finish(Err(error.clone()));
         }
     }

@@ -183,9 +183,10 @@ impl Connection {
         while self.link.receive_head(&mut head, may_wait)?.is_some() {
             let answer = Answer::decode(&head).map_err(invalid)?;
             let job = self.pending().jobs.remove(&answer.id).ok_or_else(|| invalid("answer to no request"))?;
-            let received = self.take(&job, answer, &mut pieces);
-            if let Err(error) = received {
+            if let Err(error) = self.take(&job, answer, &mut pieces) {
                 let reason = error.to_string();
+                // In this order: while the connection counts as alive, the second attempt would go out on it.
+                self.lost(&reason);
                 self.give_back(&job, &reason);
                 return Err(error);
             }

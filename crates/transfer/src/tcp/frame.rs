@@ -5,8 +5,8 @@
 //!
 //! ```text
 //! client                                            owner
-//! hello   magic 8 | version 4 | 0 4 | segment 8 | incarnation 8
-//!                                                   welcome  magic 8 | version 4 | verdict 4      (or closed)
+//! hello   kvasirTX 8 | version 4 | 0 4 | segment 8 | incarnation 8
+//!                                                   welcome  kvasirRX 8 | version 4 | verdict 4      (or closed)
 //! request op 1 | 0 1 | ranges 2 | payload 4 | id 8 | grant key 8
 //!         ranges × { offset 8 | len 4 }
 //!         write: payload bytes, range after range
@@ -22,7 +22,11 @@ use kvasir_types::{GrantKey, Incarnation, SegmentId};
 
 use crate::{batch::Op, error::Refusal, plan::MAX_RANGES};
 
-const MAGIC: [u8; 8] = *b"kvasirTX";
+/// Opens a hello.
+const HELLO: [u8; 8] = *b"kvasirTX";
+/// Opens a welcome. Another word than the hello's, because a connect to a port nobody listens on can, rarely, meet itself
+/// (TCP's simultaneous open) and then hears its own hello.
+const WELCOME: [u8; 8] = *b"kvasirRX";
 /// Most payload bytes in one frame.
 pub(crate) const MAX_PAYLOAD: u32 = 16 << 20;
 pub(crate) const HELLO_BYTES: usize = 32;
@@ -106,7 +110,7 @@ fn u64_at(bytes: &[u8], at: usize) -> u64 {
 impl Hello {
     pub(crate) fn encode(self) -> [u8; HELLO_BYTES] {
         let mut bytes = [0; HELLO_BYTES];
-        bytes[..8].copy_from_slice(&MAGIC);
+        bytes[..8].copy_from_slice(&HELLO);
         bytes[8..12].copy_from_slice(&self.version.to_le_bytes());
         bytes[16..24].copy_from_slice(&self.segment.0.to_le_bytes());
         bytes[24..32].copy_from_slice(&self.incarnation.0.to_le_bytes());
@@ -114,7 +118,7 @@ impl Hello {
     }
 
     pub(crate) fn decode(bytes: &[u8; HELLO_BYTES]) -> Result<Self, Malformed> {
-        if bytes[..8] != MAGIC {
+        if bytes[..8] != HELLO {
             return Err(Malformed::Magic);
         }
         let (segment, incarnation) = (SegmentId(u64_at(bytes, 16)), Incarnation(u64_at(bytes, 24)));
@@ -125,7 +129,7 @@ impl Hello {
 impl Verdict {
     pub(crate) fn encode(self, version: u32) -> [u8; WELCOME_BYTES] {
         let mut bytes = [0; WELCOME_BYTES];
-        bytes[..8].copy_from_slice(&MAGIC);
+        bytes[..8].copy_from_slice(&WELCOME);
         bytes[8..12].copy_from_slice(&version.to_le_bytes());
         let code: u32 = match self {
             Self::Welcome => 0,
@@ -139,7 +143,7 @@ impl Verdict {
 
     /// The verdict and the owner's version.
     pub(crate) fn decode(bytes: &[u8; WELCOME_BYTES]) -> Result<(Self, u32), Malformed> {
-        if bytes[..8] != MAGIC {
+        if bytes[..8] != WELCOME {
             return Err(Malformed::Magic);
         }
         let verdict = match u32_at(bytes, 12) {
@@ -292,6 +296,8 @@ mod tests {
             let answer = Answer { result, payload: 5, id: 6 };
             assert_eq!(Answer::decode(&answer.encode()), Ok(answer));
         }
+        let hello = Hello { version: 1, segment: SegmentId(0), incarnation: Incarnation(0) }.encode();
+        assert_eq!(Verdict::decode(hello.first_chunk().unwrap()), Err(Malformed::Magic), "a hello is no welcome");
         for verdict in [Verdict::Welcome, Verdict::Version, Verdict::Stale, Verdict::Busy] {
             assert_eq!(Verdict::decode(&verdict.encode(9)), Ok((verdict, 9)));
         }

@@ -2,7 +2,7 @@
 
 use std::{
     io::{Read, Write},
-    net::{Shutdown, TcpListener},
+    net::{Shutdown, TcpListener, TcpStream},
     thread,
     time::{Duration, Instant},
 };
@@ -193,12 +193,18 @@ fn fake_owner() -> (TcpListener, SegmentDescriptor) {
     (listener, descriptor)
 }
 
+/// The next connection, with a limit to the wait.
+fn accept(listener: &TcpListener) -> TcpStream {
+    let listener = listener.try_clone().unwrap();
+    within_limit("the accept", move || listener.accept().unwrap().0)
+}
+
 /// Accepts one connection and welcomes it.
-fn welcome(listener: &TcpListener) -> std::net::TcpStream {
-    let mut stream = listener.accept().unwrap().0;
+fn welcome(listener: &TcpListener) -> TcpStream {
+    let mut stream = accept(listener);
     stream.set_read_timeout(Some(LONG)).unwrap();
     stream.read_exact(&mut [0; 32]).unwrap();
-    let mut bytes = b"kvasirTX".to_vec();
+    let mut bytes = b"kvasirRX".to_vec();
     bytes.extend_from_slice(&PROTOCOL_VERSION.to_le_bytes());
     bytes.extend_from_slice(&[0; 4]);
     stream.write_all(&bytes).unwrap();
@@ -218,12 +224,10 @@ fn cancelling_a_write_to_a_stalled_owner_resolves_and_frees_the_source() {
 }
 
 #[test]
-fn a_deadline_ends_a_read_whose_answer_stalls_half_way_and_no_byte_lands_later() {
+fn cancelling_a_read_whose_answer_stalls_half_way_lets_no_byte_land_later() {
     let (listener, target) = fake_owner();
     let client = engine(config(Tcp), MIB);
-    let mut request = batch(Op::Read, &target, GrantKey(1), &[(0, 0, 1000)]);
-    request.deadline = Deadline::after(Duration::from_millis(300));
-    let transfer = client.submit(request);
+    let transfer = client.submit(batch(Op::Read, &target, GrantKey(1), &[(0, 0, 1000)]));
     let mut stream = welcome(&listener);
     stream.read_exact(&mut [0; 36]).unwrap();
     let mut answer = vec![0; 4];
@@ -231,12 +235,25 @@ fn a_deadline_ends_a_read_whose_answer_stalls_half_way_and_no_byte_lands_later()
     answer.extend_from_slice(&0u64.to_le_bytes());
     answer.extend_from_slice(&[1; 500]);
     stream.write_all(&answer).unwrap();
+    wait_until("the first half has landed", || bytes(&client, 499, 1) == [1]);
+    transfer.cancel();
     let result = within_limit("the transfer", move || transfer.wait());
-    assert!(matches!(result, Err(Error::DeadlineExceeded)), "{result:?}");
+    assert!(matches!(result, Err(Error::Cancelled)), "{result:?}");
     client.write_bytes(0, &[9; 1000]).unwrap();
     let _ = stream.write_all(&[1; 500]);
     wait_until("the connection is gone", || client.stats().open_connections == 0);
     assert_eq!(bytes(&client, 0, 1000), [9; 1000]);
+}
+
+#[test]
+fn a_deadline_ends_a_transfer_whose_owner_is_silent() {
+    let (_listener, target) = fake_owner(); // the kernel accepts, nobody answers
+    let client = engine(config(Tcp), MIB);
+    let mut request = batch(Op::Read, &target, GrantKey(1), &[(0, 0, 1000)]);
+    request.deadline = Deadline::after(Duration::from_millis(100));
+    let transfer = client.submit(request);
+    let result = within_limit("the transfer", move || transfer.wait());
+    assert!(matches!(result, Err(Error::DeadlineExceeded)), "{result:?}");
 }
 
 #[test]
@@ -313,8 +330,8 @@ fn a_connection_lost_once_costs_a_retry_and_no_error() {
     let transfer = client.submit(batch(Op::Read, &target, read.key(), &[(0, 0, 100)]));
     drop(welcome(&listener));
     // The second connection is passed through to the real owner.
-    let near = listener.accept().unwrap().0;
-    let far = std::net::TcpStream::connect(&real.transports[0].address).unwrap();
+    let near = accept(&listener);
+    let far = TcpStream::connect(&real.transports[0].address).unwrap();
     for (mut from, mut to) in [(near.try_clone().unwrap(), far.try_clone().unwrap()), (far, near)] {
         thread::spawn(move || std::io::copy(&mut from, &mut to));
     }

@@ -123,7 +123,7 @@ impl RawPeer {
     pub fn verdict(&mut self) -> u32 {
         let mut welcome = [0; 16];
         self.0.read_exact(&mut welcome).unwrap();
-        assert_eq!(&welcome[..8], b"kvasirTX");
+        assert_eq!(&welcome[..8], b"kvasirRX");
         assert_eq!(welcome[8..12], PROTOCOL_VERSION.to_le_bytes());
         u32::from_le_bytes(welcome[12..].try_into().unwrap())
     }

@@ -13,7 +13,7 @@ use kvasir_proto::{convert, v1};
 use kvasir_runtime::{chain, random_u64};
 use kvasir_types::{Deadline, FinishReason, PROTOCOL_VERSION, RequestId, Retry, Sampling, TokenId, Usage};
 use tokio::sync::OwnedSemaphorePermit;
-use tracing::{Span, warn};
+use tracing::{Span, info, warn};
 
 use super::{
     app::{Admitted, App},
@@ -149,6 +149,8 @@ impl Live {
             if let Some(end) = &end {
                 self.events = None;
                 self.progress.complete(end.usage.cached);
+                let (output_tokens, cached_tokens) = (end.usage.output, end.usage.cached);
+                self.span.in_scope(|| info!(output_tokens, cached_tokens, "answered"));
             }
             if end.is_some() || !piece.text.is_empty() || !piece.logged.is_empty() {
                 return Ok(Some(Delta { text: piece.text, logged: piece.logged, end }));
@@ -184,13 +186,14 @@ fn crew(crew: Option<&Crew>, model: &Model, prompt_tokens: usize, param: &'stati
     if fitting.decode.is_empty() { Err(no_worker()) } else { Ok(fitting) }
 }
 
-fn max_tokens(asked: Option<u32>, limit: u32) -> Result<u32, Error> {
+fn max_tokens(asked: Option<(&'static str, u32)>, limit: u32) -> Result<u32, Error> {
     match asked {
-        Some(asked) if asked > limit => {
-            let message = format!("'max_tokens' is {asked}, this server writes at most {limit} tokens");
-            Err(BadParam::new("max_tokens", "above_max_value", message).into())
+        Some((param, asked)) if asked > limit => {
+            let message = format!("'{param}' is {asked}, this server writes at most {limit} tokens");
+            Err(BadParam::new(param, "above_max_value", message).into())
         }
-        asked => Ok(asked.unwrap_or(limit)),
+        Some((_, asked)) => Ok(asked),
+        None => Ok(limit),
     }
 }
 

@@ -98,8 +98,8 @@ pub(crate) struct Common {
     pub(crate) sampling: Sampling,
     /// The seed, if the client wants one.
     pub(crate) seed: Option<u64>,
-    /// Most tokens, if the client says.
-    pub(crate) max_tokens: Option<u32>,
+    /// Most tokens, if the client says, with the name of the field that says it.
+    pub(crate) max_tokens: Option<(&'static str, u32)>,
     /// Stop strings.
     pub(crate) stop: Vec<String>,
     /// The tenant's salt.
@@ -151,7 +151,9 @@ impl ChatRequest {
 
         let old = max_tokens(&mut fields, "max_tokens")?;
         let new = max_tokens(&mut fields, "max_completion_tokens")?;
-        if old.is_some() && new.is_some() && old != new {
+        if let (Some((_, old)), Some((_, new))) = (old, new)
+            && old != new
+        {
             let message = "'max_tokens' and 'max_completion_tokens' are the same thing and contradict one another";
             return Err(BadParam::new("max_tokens", "invalid_value", message).into());
         }
@@ -175,7 +177,7 @@ impl CompletionRequest {
         let mut fields = Fields::parse(body)?;
         let mut common = common(&mut fields)?;
         let prompt = prompt(fields.require("prompt")?)?;
-        common.max_tokens = Some(max_tokens(&mut fields, "max_tokens")?.unwrap_or(COMPLETION_TOKENS));
+        common.max_tokens = max_tokens(&mut fields, "max_tokens")?.or(Some(("max_tokens", COMPLETION_TOKENS)));
         common.sampling.logprobs = fields.integer("logprobs", 0, MAX_LOGPROBS.into())?.map(|n| n as u8);
         fields.finish(COMPLETION_UNSUPPORTED)?;
         Ok(Self { common, prompt })
@@ -214,8 +216,8 @@ fn common(fields: &mut Fields) -> Result<Common, BadParam> {
     })
 }
 
-fn max_tokens(fields: &mut Fields, name: &str) -> Result<Option<u32>, BadParam> {
-    Ok(fields.integer(name, 1, u32::MAX.into())?.map(|n| n as u32))
+fn max_tokens(fields: &mut Fields, name: &'static str) -> Result<Option<(&'static str, u32)>, BadParam> {
+    Ok(fields.integer(name, 1, u32::MAX.into())?.map(|n| (name, n as u32)))
 }
 
 fn seed(fields: &mut Fields) -> Result<Option<u64>, BadParam> {

@@ -34,7 +34,7 @@ fn the_least_request_has_openais_defaults() {
     let common = chat(json!({})).unwrap().common;
     assert_eq!((common.sampling.temperature, common.sampling.top_p, common.sampling.top_k), (1.0, 1.0, 0));
     assert_eq!((common.seed, common.max_tokens, common.stream), (None, None, None));
-    assert_eq!(completion(json!({})).unwrap().common.max_tokens, Some(16));
+    assert_eq!(completion(json!({})).unwrap().common.max_tokens, Some(("max_tokens", 16)));
 }
 
 #[test]
@@ -53,7 +53,10 @@ fn every_supported_field_arrives() {
     let texts: Vec<_> = request.messages.iter().map(|m| (m.role.as_str(), m.content.as_str())).collect();
     assert_eq!(texts, [("system", "be brief"), ("user", "ab"), ("assistant", "")]);
     let common = request.common;
-    assert_eq!((common.seed, common.max_tokens, common.cache_salt.as_str()), (Some(u64::MAX), Some(9), "tenant"));
+    assert_eq!(
+        (common.seed, common.max_tokens, common.cache_salt.as_str()),
+        (Some(u64::MAX), Some(("max_completion_tokens", 9)), "tenant")
+    );
     assert_eq!(common.stream, Some(Streaming { include_usage: true }));
     let Sampling { temperature, top_p, top_k, ignore_eos, logprobs, stop_token_ids, .. } = common.sampling;
     assert_eq!((temperature, top_k, ignore_eos, logprobs), (0.0, 5, true, Some(3)));

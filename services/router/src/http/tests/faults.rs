@@ -1,4 +1,4 @@
-use std::{sync::Arc, time::Duration};
+use std::sync::Arc;
 
 use kvasir_types::Role;
 use serde_json::{Value, json};
@@ -18,8 +18,10 @@ async fn a_client_that_leaves_cancels_its_request() {
     drop(stream);
     eventually("the stream is cancelled", async || mock.cancelled() == 1).await;
     // … and while it waits for the whole.
-    let waiting = cluster.post(CHAT, Cluster::chat(json!({})));
-    assert!(tokio::time::timeout(Duration::from_millis(200), waiting).await.is_err());
+    tokio::select! {
+        _ = cluster.post(CHAT, Cluster::chat(json!({}))) => panic!("the worker never ends its answer"),
+        () = eventually("the worker has it", async || mock.requests().len() == 2) => {}
+    }
     eventually("the request is cancelled", async || mock.cancelled() == 2).await;
     cluster.until("kvasir_router_inflight 0").await;
     cluster.until("kvasir_router_answers_total{outcome=\"cancelled\"} 2").await;
@@ -79,18 +81,15 @@ async fn a_worker_that_is_not_there_is_passed_over() {
 #[tokio::test]
 async fn a_worker_that_dies_before_the_first_token_is_replaced() {
     let cluster = Cluster::start(|_| {}).await;
+    // The first request goes to the first worker.
     let mut dying = cluster.worker(|_| vec![Step::Hang]).await;
-    let request = tokio::time::timeout(Duration::from_millis(0), cluster.ask(CHAT, Cluster::chat(json!({})))).await;
-    assert!(request.is_err()); // takes ticket 0 or nothing; the connection is warm or not: both must do
-    let (asked, dies) = (cluster.ask(CHAT, Cluster::chat(json!({}))), async {
+    let good = cluster.worker(|_| vec![Step::Token(973), stop()]).await;
+    let ((status, _), ()) = tokio::join!(cluster.ask(CHAT, Cluster::chat(json!({}))), async {
         eventually("the worker has it", async || !dying.requests().is_empty()).await;
-        let good = cluster.worker(|_| vec![Step::Token(973), stop()]).await;
         dying.kill();
-        good
     });
-    let ((status, _), _good) = tokio::join!(asked, dies);
-    // The crew of a request is the one it found: a worker that came later is not part of it.
-    assert_eq!(status, 502);
+    assert_eq!((status, good.requests().len()), (200, 1));
+    cluster.until("kvasir_router_upstream_errors_total{kind=\"broken\"} 1").await;
 }
 
 #[tokio::test]
@@ -128,8 +127,8 @@ async fn silence_is_not_waited_for_for_ever() {
     };
     for (idle, request, steps, code) in [
         (50, 60_000, vec![Step::Token(973), Step::Hang], "worker_stalled"),
-        (60_000, 100, vec![Step::Token(973), Step::Hang], "deadline_exceeded"),
-        (60_000, 100, vec![Step::Hang], "deadline_exceeded"),
+        (60_000, 500, vec![Step::Token(973), Step::Hang], "deadline_exceeded"),
+        (60_000, 500, vec![Step::Hang], "deadline_exceeded"),
     ] {
         let cluster = Cluster::start(limits(idle, request)).await;
         let mock = cluster.worker(move |_| steps.clone()).await;

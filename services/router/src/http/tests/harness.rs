@@ -86,10 +86,11 @@ impl Mock {
         *self.seen.cancelled.lock().unwrap()
     }
 
-    /// Dies as a killed process does: its sockets close, nobody says goodbye.
+    /// Dies as a killed process does: its sockets close, nobody says goodbye. On return it is dead.
     pub(super) fn kill(&mut self) {
         if let Some(runtime) = self.runtime.take() {
-            runtime.shutdown_background();
+            // On a thread of its own: waiting for a runtime's end is not allowed inside another one.
+            std::thread::spawn(move || runtime.shutdown_timeout(SOON)).join().unwrap();
         }
     }
 }
