@@ -89,14 +89,16 @@ impl Builder {
         let etcd = Etcd::start(dir.path()).await?;
         let mut cluster =
             Cluster { nodes: Vec::new(), etcd, expected: Vec::new(), quiet: false, builder: self, _dir: dir };
+        // From the back to the front, each kind ready before the next starts: who starts later has seen all before it.
         for (service, count) in cluster.builder.counts {
+            let first = cluster.nodes.len();
             for index in 0..count {
                 let node = cluster.spawn(service, index)?;
                 cluster.nodes.push(node);
             }
-        }
-        for node in &mut cluster.nodes {
-            node.ready().await?;
+            for node in &mut cluster.nodes[first..] {
+                node.ready().await?;
+            }
         }
         Ok(cluster)
     }

@@ -4,7 +4,10 @@
 //! token, and the log-probabilities of the likeliest first tokens. Where the reference itself nearly hesitated (`margin`,
 //! the smallest gap between its best and second-best logit), a correct implementation may differ.
 
-use std::{collections::HashMap, path::Path};
+use std::{
+    collections::{HashMap, HashSet},
+    path::Path,
+};
 
 use anyhow::{Context, Result};
 use serde::Deserialize;
@@ -49,7 +52,10 @@ pub fn load(folder: &Path) -> Result<Vec<Line>> {
 }
 
 /// What each token id stands for, read from `tokenizer.json`.
-pub struct Vocabulary(HashMap<u32, Vec<u8>>);
+pub struct Vocabulary {
+    tokens: HashMap<u32, Vec<u8>>,
+    special: HashSet<u32>,
+}
 
 impl Vocabulary {
     /// Reads a byte-level BPE tokenizer's vocabulary and its added tokens.
@@ -57,20 +63,29 @@ impl Vocabulary {
         let path = folder.join("tokenizer.json");
         let tokenizer: Value = serde_json::from_str(&std::fs::read_to_string(&path)?)?;
         let vocab = tokenizer["model"]["vocab"].as_object().context("tokenizer.json has no model.vocab object")?;
-        let mut tokens = HashMap::new();
+        let (mut tokens, mut special) = (HashMap::new(), HashSet::new());
         for (text, id) in vocab {
             tokens.insert(id_of(id)?, byte_level(text));
         }
         for token in tokenizer["added_tokens"].as_array().into_iter().flatten() {
             let text = token["content"].as_str().context("an added token has no content")?;
-            tokens.insert(id_of(&token["id"])?, text.as_bytes().to_vec());
+            let id = id_of(&token["id"])?;
+            tokens.insert(id, text.as_bytes().to_vec());
+            if token["special"] == true {
+                special.insert(id);
+            }
         }
-        Ok(Self(tokens))
+        Ok(Self { tokens, special })
     }
 
     /// The bytes of a token; none for an unknown id.
     pub fn bytes(&self, id: u32) -> &[u8] {
-        self.0.get(&id).map(Vec::as_slice).unwrap_or_default()
+        self.tokens.get(&id).map(Vec::as_slice).unwrap_or_default()
+    }
+
+    /// Whether a token marks something (the end, a turn) and is no part of the text.
+    pub fn is_special(&self, id: u32) -> bool {
+        self.special.contains(&id)
     }
 }
 

@@ -113,7 +113,7 @@ impl Metrics {
         };
         // Every series is there from the start: a rate over one that appears with its first event misses that event.
         for outcome in Outcome::ALL {
-            metrics.requests.get_or_create(&ByOutcome { outcome });
+            metrics.requests.get_or_create(&ByOutcome { outcome }).inc_by(0);
         }
         for source in Source::ALL {
             metrics.prompt_tokens(source, 0);

@@ -1,4 +1,5 @@
 //! The router's process.
+#![forbid(unsafe_code)]
 
 use std::process::ExitCode;
 

@@ -32,7 +32,7 @@ async fn every_service_shows_its_numbers() -> Result<()> {
             let body = chat(cluster.model(), &long(100));
             cluster.client().chat(&body).await?;
             cluster.assert_no_leak().await?;
-            let worker = ["kvasir_worker_blocks", "kvasir_worker_sequences", "kvasir_worker_prompt_tokens"];
+            let worker = ["kvasir_worker_blocks", "kvasir_worker_sequences", "kvasir_worker_requests"];
             for (service, names) in [
                 (Service::Router, &["kvasir_router_ttft_seconds", "kvasir_router_inter_token_seconds"][..]),
                 (Service::Router, &["kvasir_router_requests", "kvasir_router_inflight"]),
@@ -40,7 +40,10 @@ async fn every_service_shows_its_numbers() -> Result<()> {
                 (Service::Decode, &["kvasir_worker_ttft_seconds", "kvasir_worker_inter_token_seconds"]),
                 (Service::Decode, &["kvasir_worker_handoff_seconds", "kvasir_transfer_bytes"]),
                 (Service::Prefill, &worker),
-                (Service::Prefill, &["kvasir_worker_handoff_bytes", "kvasir_transfer_bytes"]),
+                (
+                    Service::Prefill,
+                    &["kvasir_worker_prompt_tokens", "kvasir_worker_handoff_bytes", "kvasir_transfer_bytes"],
+                ),
                 (Service::KvStore, &["kvasir_kv_store_used_bytes", "kvasir_kv_store_blocks"]),
             ] {
                 let node = cluster.node(service, 0);

@@ -29,7 +29,7 @@ pub(super) struct Landed {
 
 /// Runs the attempt to its end; the landing blocks are this worker's alone again when it returns.
 pub(super) async fn attempt(attempt: Attempt<'_>, answer: &mut Answer) -> Result<Landed, Error> {
-    let grant = attempt.host.transfer.grant(attempt.landing.grant_ranges())?;
+    let grant = attempt.host.transfer.grant(attempt.landing.ranges.clone())?;
     let result = attempt.exchange(grant.key(), answer).await;
     grant.revoke().await;
     result

@@ -18,21 +18,7 @@ pub(crate) struct Landing {
     /// One for every block of the prompt, in order.
     pub(crate) targets: Vec<BlockTarget>,
     /// What a grant must open.
-    pub(crate) ranges: Vec<(u64, u64, bool)>,
-}
-
-impl Landing {
-    /// The ranges in the transfer engine's form.
-    pub(crate) fn grant_ranges(&self) -> Vec<GrantRange> {
-        self.ranges
-            .iter()
-            .map(|&(offset, len, write)| GrantRange {
-                offset,
-                len,
-                access: if write { Access::Write } else { Access::Read },
-            })
-            .collect()
-    }
+    pub(crate) ranges: Vec<GrantRange>,
 }
 
 /// Lays out `blocks` for a prefill worker, or `None` if the decode worker should compute the prompt itself: nobody to
@@ -50,15 +36,16 @@ pub(crate) fn plan(
     }
     let cached_blocks = cached_tokens / layout.block_size as usize;
     let len = layout.block_bytes() as u64;
-    let mut ranges: Vec<(u64, u64, bool)> = Vec::new();
+    let mut ranges: Vec<GrantRange> = Vec::new();
     let mut targets = Vec::with_capacity(blocks.len());
     for (index, &block) in blocks.iter().enumerate() {
         let (offset, present) = (layout.block_offset(block) as u64, index < cached_blocks);
+        let access = if present { Access::Read } else { Access::Write };
         targets.push(BlockTarget { offset, present });
         match ranges.last_mut() {
-            // Neighbours in the arena with the same right become one range: fewer to check for every write.
-            Some((start, length, write)) if *start + *length == offset && *write != present => *length += len,
-            _ => ranges.push((offset, len, !present)),
+            // Neighbours in the arena with the same right become one range: fewer to send and to check.
+            Some(last) if last.offset + last.len == offset && last.access == access => last.len += len,
+            _ => ranges.push(GrantRange { offset, len, access }),
         }
     }
     Some(Landing { targets, ranges })

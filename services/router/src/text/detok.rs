@@ -3,8 +3,8 @@
 //! The law: the pieces of one answer, put together, are what the tokenizer would have decoded from all tokens at once;
 //! and no piece holds a replacement character for a character whose rest is still to come. Two ways, by tokenizer:
 //!
-//! - **Bytes**: byte-level tokenizers. Append the token's bytes; give out what is complete UTF-8. Exact, and some tens
-//!   of nanoseconds a token.
+//! - **Bytes**: byte-level tokenizers. Append the token's bytes; give out what is complete UTF-8. Exact, and no call
+//!   of the tokenizer: with the stop scanner 0.16 µs a token (dev profile).
 //! - **Window**: all others (SentencePiece's spaces depend on the neighbours). Decode the last few tokens with and
 //!   without the new ones; the difference is the new text. This is what text-generation-inference and vLLM do.
 
