@@ -75,6 +75,7 @@ impl Builder {
     /// fails, the end of every log is shown.
     pub async fn run(self, body: impl AsyncFnOnce(&mut Cluster) -> Result<()>) -> Result<()> {
         let mut cluster = self.start().await?;
+        cluster.quiet = false;
         let result = match body(&mut cluster).await {
             Ok(()) => cluster.check_laws().await,
             failed => failed,
@@ -83,7 +84,7 @@ impl Builder {
         result
     }
 
-    /// Starts everything and waits until it is ready; without the laws. For benchmarks.
+    /// Starts everything and waits until it is ready; without the laws, and without a word at the end. For benchmarks.
     pub async fn start(self) -> Result<Cluster> {
         let dir = tempfile::Builder::new().prefix("kvasir-").tempdir()?;
         let etcd = Etcd::start(dir.path()).await?;
@@ -100,6 +101,7 @@ impl Builder {
                 node.ready().await?;
             }
         }
+        cluster.quiet = true;
         Ok(cluster)
     }
 

@@ -156,6 +156,27 @@ fn links_in_the_documents_lead_somewhere() {
     assert!(wrong.is_empty(), "\n{}", wrong.join("\n"));
 }
 
+#[test]
+fn the_way_of_a_request_leads_through_files_that_exist() {
+    let text = std::fs::read_to_string(workspace::root().join("ARCHITECTURE.md")).unwrap();
+    let way = text.split("By file, the same way").nth(1).and_then(|rest| rest.split("\n\n").next()).unwrap();
+    let steps: Vec<_> = way.split('`').skip(1).step_by(2).collect();
+    assert!(steps.len() > 10, "the way was not understood: {steps:?}");
+    for step in steps {
+        // `router/text/{detok,stop}` is two files.
+        let (prefix, names) = step.split_once('{').unwrap_or((step, ""));
+        for name in names.trim_end_matches('}').split(',') {
+            let path = format!("{prefix}{name}");
+            let (package, file) = path.split_once('/').unwrap();
+            let homes = ["crates", "services"].map(|home| workspace::root().join(home).join(package).join("src"));
+            let found = homes
+                .iter()
+                .any(|src| src.join(format!("{file}.rs")).is_file() || src.join(file).join("mod.rs").is_file());
+            assert!(found, "ARCHITECTURE.md leads through {path}, which does not exist");
+        }
+    }
+}
+
 fn metadata() -> Metadata {
     let manifest = workspace::root().join("Cargo.toml");
     // For this platform only and offline: what the build of this test has fetched is enough.

@@ -9,7 +9,12 @@ pub mod convert;
 mod tests;
 
 /// Generated messages, clients and servers of protocol version 1.
-#[expect(missing_docs, unused_qualifications, clippy::allow_attributes, reason = "generated; the .proto files carry the documentation")]
+#[expect(
+    missing_docs,
+    unused_qualifications,
+    clippy::allow_attributes,
+    reason = "generated; the .proto files carry the documentation"
+)]
 pub mod v1 {
     tonic::include_proto!("kvasir.v1");
 }

@@ -1,20 +1,21 @@
 //! Block hashes: the name of a block is a hash of all tokens up to its end.
 //!
 //! ```text
-//! root   = BLAKE3-derive-key("kvasir root", fingerprint ‖ len(salt) ‖ salt)
+//! root   = BLAKE3-derive-key("kvasir root", fingerprint ‖ layout ‖ len(salt) ‖ salt)
 //! hash_0 = BLAKE3(root   ‖ tokens of block 0)      first 16 bytes of each
 //! hash_n = BLAKE3(hash_n-1 ‖ tokens of block n)
 //! ```
 //!
-//! Equal hashes therefore mean: same model, same tenant salt, same tokens from the prompt's beginning. That is what
-//! keeps tenants out of one another's cache, and what lets a block be looked up by its own hash alone. Tokens enter as
-//! 4 little-endian bytes each. Only full blocks have a hash.
+//! Equal hashes therefore mean: same model, same layout, same tenant salt, same tokens from the prompt's beginning. That
+//! is what keeps tenants out of one another's cache, and what lets a block be looked up by its own hash alone: what is
+//! found can be used as it is. (Without the layout, blocks in bf16 and in f16 would have equal names and equal sizes.)
+//! Numbers enter as 4 little-endian bytes each. Only full blocks have a hash.
 
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{ModelFingerprint, TokenId};
+use crate::{KvDtype, KvLayout, ModelFingerprint, TokenId};
 
 /// Domain separation: bumping the version in this text invalidates every cache at once.
 const ROOT_CONTEXT: &str = "kvasir 2026-11 block hash root v1";
@@ -24,10 +25,19 @@ const ROOT_CONTEXT: &str = "kvasir 2026-11 block hash root v1";
 pub struct BlockHash(pub [u8; 16]);
 
 impl BlockHash {
-    /// Where the chain of a model and a tenant's salt starts. An empty salt is the shared tenant.
-    pub fn root(fingerprint: ModelFingerprint, salt: &str) -> Self {
+    /// Where the chain of a model, a layout and a tenant's salt starts. An empty salt is the shared tenant.
+    pub fn root(fingerprint: ModelFingerprint, layout: &KvLayout, salt: &str) -> Self {
         let mut hasher = blake3::Hasher::new_derive_key(ROOT_CONTEXT);
         hasher.update(&fingerprint.0);
+        let &KvLayout { block_size, layers, kv_heads, head_dim, dtype } = layout;
+        let dtype = match dtype {
+            KvDtype::Bf16 => 1,
+            KvDtype::F16 => 2,
+            KvDtype::F32 => 3,
+        };
+        for number in [block_size, layers, kv_heads, head_dim, dtype] {
+            hasher.update(&number.to_le_bytes());
+        }
         hasher.update(&(salt.len() as u64).to_le_bytes());
         hasher.update(salt.as_bytes());
         Self::truncate(hasher.finalize())
@@ -122,11 +132,12 @@ mod tests {
     }
 
     const MODEL: ModelFingerprint = ModelFingerprint([7; 16]);
+    const LAYOUT: KvLayout = KvLayout { block_size: 4, layers: 1, kv_heads: 1, head_dim: 8, dtype: KvDtype::Bf16 };
 
     proptest! {
         #[test]
         fn equal_hashes_mean_equal_prefixes(a in prop::collection::vec(0u32..3, 0..40), b in prop::collection::vec(0u32..3, 0..40)) {
-            let root = BlockHash::root(MODEL, "");
+            let root = BlockHash::root(MODEL, &LAYOUT, "");
             let (ha, hb) = (chain(root, &tokens(&a), 4), chain(root, &tokens(&b), 4));
             for (i, (x, y)) in ha.iter().zip(&hb).enumerate() {
                 prop_assert_eq!(x == y, a[..(i + 1) * 4] == b[..(i + 1) * 4]);
@@ -140,12 +151,14 @@ mod tests {
     }
 
     #[test]
-    fn a_salt_or_a_model_starts_another_chain() {
+    fn a_salt_a_model_or_a_layout_starts_another_chain() {
         let roots = [
-            BlockHash::root(MODEL, ""),
-            BlockHash::root(MODEL, "tenant-a"),
-            BlockHash::root(MODEL, "tenant-b"),
-            BlockHash::root(ModelFingerprint([8; 16]), ""),
+            BlockHash::root(MODEL, &LAYOUT, ""),
+            BlockHash::root(MODEL, &LAYOUT, "tenant-a"),
+            BlockHash::root(MODEL, &LAYOUT, "tenant-b"),
+            BlockHash::root(ModelFingerprint([8; 16]), &LAYOUT, ""),
+            BlockHash::root(MODEL, &KvLayout { dtype: KvDtype::F16, ..LAYOUT }, ""),
+            BlockHash::root(MODEL, &KvLayout { block_size: 8, ..LAYOUT }, ""),
         ];
         for (i, a) in roots.iter().enumerate() {
             assert!(roots[i + 1..].iter().all(|b| a != b));
@@ -155,14 +168,15 @@ mod tests {
     #[test]
     fn the_chain_is_what_it_was_in_the_first_release() {
         // A change here makes every stored block unreachable: bump ROOT_CONTEXT and say so in the changelog instead.
-        let hashes = chain(BlockHash::root(MODEL, "salt"), &tokens(&[1, 2, 3, 4, 5]), 2);
-        assert_eq!(hashes.len(), 2);
-        assert_eq!(hashes[1], BlockHash::root(MODEL, "salt").extend(&tokens(&[1, 2])).extend(&tokens(&[3, 4])));
+        let hashes = chain(BlockHash::root(MODEL, &LAYOUT, "salt"), &tokens(&[1, 2, 3, 4, 5]), 2);
+        let names: Vec<String> = hashes.iter().map(BlockHash::to_string).collect();
+        // Computed by BLAKE3's own Python package from the formula above.
+        assert_eq!(names, ["cf604fa5517376778481a5f01590a90f", "8563ea4ad0bc3ab1af8854de4000728e"]);
     }
 
     #[test]
     fn blocks_longer_than_the_buffer_hash_all_their_tokens() {
-        let root = BlockHash::root(MODEL, "");
+        let root = BlockHash::root(MODEL, &LAYOUT, "");
         let mut long = tokens(&(0..200).collect::<Vec<_>>());
         let before = root.extend(&long);
         long[199] = TokenId(7);

@@ -15,7 +15,7 @@ pub struct Config {
     pub id: Option<String>,
     /// Where the gRPC server listens; port 0 takes a free one. Default 127.0.0.1:0.
     pub listen: SocketAddr,
-    /// `host:port` that others reach the gRPC server at. Default: the address it listens on.
+    /// `host:port`, or a host alone, that others reach the gRPC server at. Default: the address it listens on.
     pub advertise: Option<String>,
     /// File to write the actual addresses to once the worker is ready (JSON).
     pub port_file: Option<PathBuf>,
@@ -91,7 +91,8 @@ pub struct KvConfig {
 pub struct TransferConfig {
     /// Where the tcp transport listens. Default 127.0.0.1:0.
     pub listen: SocketAddr,
-    /// `host:port` that others reach it at. Default: the address it listens on.
+    /// `host:port`, or a host alone, that others reach it at. Default: the address it listens on; for a wildcard, the
+    /// host at which the gRPC server is reached.
     pub advertise: Option<String>,
     /// Transports that may be used, best first. Default local, tcp.
     pub transports: Vec<TransportKind>,

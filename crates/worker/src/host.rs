@@ -16,7 +16,7 @@ use kvasir_proto::convert;
 use kvasir_runtime::{Context, Tasks, chain};
 use kvasir_store_client::StoreClient;
 use kvasir_transfer::{LocalNet, TransferEngine};
-use kvasir_types::{MemberId, Role, TokenId};
+use kvasir_types::{BlockHash, MemberId, Role, TokenId};
 use tonic::Status;
 
 use crate::{
@@ -42,7 +42,8 @@ pub(crate) struct Host {
 }
 
 impl Host {
-    /// Loads the model, takes the arena, starts the engine. Blocks for as long as that takes.
+    /// Loads the model, takes the arena, starts the engine; `reachable` is the host at which others find this process.
+    /// Blocks for as long as that takes.
     pub(crate) fn build(
         id: MemberId,
         role: Role,
@@ -50,6 +51,7 @@ impl Host {
         context: &Context,
         registry: &dyn Registry,
         local: LocalNet,
+        reachable: &str,
     ) -> anyhow::Result<Self> {
         let path = &config.model.path;
         let folder = Folder::open(path).with_context(|| format!("model.path {}", path.display()))?;
@@ -63,7 +65,8 @@ impl Host {
         );
 
         let arena_bytes = blocks as usize * layout.block_bytes();
-        let transfer = TransferEngine::new(transfer_config(&config), local, arena_bytes).context("transfer")?;
+        let transfer =
+            TransferEngine::new(transfer_config(&config, reachable), local, arena_bytes).context("transfer")?;
         let threads = match config.engine.threads {
             0 => std::thread::available_parallelism().map_or(1, usize::from),
             threads => threads,
@@ -119,6 +122,11 @@ impl Host {
         self.model.max_model_len as usize
     }
 
+    /// Where the chain of block hashes starts for a tenant's salt.
+    pub(crate) fn root(&self, salt: &str) -> BlockHash {
+        BlockHash::root(self.model.fingerprint, &self.model.layout, salt)
+    }
+
     /// Whether new work is refused.
     pub(crate) fn draining(&self) -> bool {
         self.draining.load(Ordering::Relaxed)
@@ -151,10 +159,13 @@ impl Host {
     }
 }
 
-fn transfer_config(config: &Config) -> kvasir_transfer::Config {
+fn transfer_config(config: &Config, reachable: &str) -> kvasir_transfer::Config {
+    let listen = config.transfer.listen;
+    // A wildcard is no address to tell others: they find it where they find the rest of this process.
+    let elsewhere = || listen.ip().is_unspecified().then(|| reachable.to_owned());
     kvasir_transfer::Config {
-        tcp_bind: config.transfer.listen,
-        tcp_advertise: config.transfer.advertise.clone(),
+        tcp_bind: listen,
+        tcp_advertise: config.transfer.advertise.clone().or_else(elsewhere),
         transports: config.transfer.transports.clone(),
         connections_per_peer: config.transfer.connections_per_peer,
         ..kvasir_transfer::Config::default()

@@ -8,7 +8,7 @@ use kvasir_proto::{
     MAX_MESSAGE_BYTES,
     v1::{decode_server::DecodeServer, prefill_server::PrefillServer, worker_server::WorkerServer},
 };
-use kvasir_runtime::{Context, Kind};
+use kvasir_runtime::{Context, Kind, Listening};
 use kvasir_transfer::LocalNet;
 use kvasir_types::{Incarnation, MemberId, PROTOCOL_VERSION, Role};
 use tokio::net::TcpListener;
@@ -37,29 +37,28 @@ pub async fn run(
 ) -> anyhow::Result<()> {
     config.check()?;
     // Whatever may be taken already is claimed before the slow part: a taken port is told at once.
-    let listener = TcpListener::bind(config.listen)
-        .await
-        .with_context(|| format!("listen: cannot listen on {}", config.listen))?;
-    let grpc = listener.local_addr().context("listen")?;
-    let admin = kvasir_runtime::admin::start(&config.admin, &context).await.context("admin.listen")?;
+    let listening = Listening::bind("listen", config.listen, config.advertise.as_deref()).await?;
+    let admin = kvasir_runtime::admin::start(&config.admin, &context).await?;
+    let ports = serde_json::json!({ "grpc": listening.bound, "admin": admin });
+    let admin = listening.beside(admin);
     let id = member_id(role, &config)?;
 
     let host = {
-        let (context, registry) = (context.clone(), registry.clone());
-        let build = move || Host::build(id, role, config, &context, &*registry, local);
+        let (context, registry, name) = (context.clone(), registry.clone(), listening.host().to_owned());
+        let build = move || Host::build(id, role, config, &context, &*registry, local, &name);
         Arc::new(tokio::task::spawn_blocking(build).await.context("loading the model panicked")??)
     };
     let incarnation = host.transfer.descriptor().incarnation;
     let server = {
         let closing = context.shutdown.clone();
-        serve(host.clone(), incarnation, listener, async move { closing.wait().await })
+        serve(host.clone(), incarnation, listening.listener, async move { closing.wait().await })
     };
     context.tasks.spawn(Kind::Critical, "grpc", async move { server.await.context("grpc server") });
 
-    let member = member(&host, incarnation, grpc.to_string(), admin.to_string());
+    let member = member(&host, incarnation, listening.advertised, admin);
     registry.register(member.clone()).await.context("registration")?;
     if let Some(path) = &host.config.port_file {
-        kvasir_runtime::write_port_file(path, &serde_json::json!({ "grpc": member.grpc, "admin": member.admin }))
+        kvasir_runtime::write_port_file(path, &ports)
             .with_context(|| format!("port_file: cannot write {}", path.display()))?;
     }
     context.health.set_ready();
@@ -112,7 +111,7 @@ fn member(host: &Host, incarnation: Incarnation, grpc: String, admin: String) ->
         id: host.id.clone(),
         incarnation,
         role: host.role,
-        grpc: host.config.advertise.clone().unwrap_or(grpc),
+        grpc,
         admin,
         http: String::new(),
         protocol: PROTOCOL_VERSION,

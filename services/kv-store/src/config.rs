@@ -159,10 +159,14 @@ impl Config {
         self.id.clone().unwrap_or_else(random).parse().context("id")
     }
 
-    pub(crate) fn engine(&self) -> kvasir_transfer::Config {
+    /// The transfer engine's part; `reachable` is the host at which others find this process.
+    pub(crate) fn engine(&self, reachable: &str) -> kvasir_transfer::Config {
+        let listen = self.transfer.listen;
+        // A wildcard is no address to tell others: they find it where they find the rest of this process.
+        let elsewhere = || listen.ip().is_unspecified().then(|| reachable.to_owned());
         kvasir_transfer::Config {
-            tcp_bind: self.transfer.listen,
-            tcp_advertise: self.transfer.advertise.clone(),
+            tcp_bind: listen,
+            tcp_advertise: self.transfer.advertise.clone().or_else(elsewhere),
             transports: self.transfer.transports.clone(),
             ..kvasir_transfer::Config::default()
         }

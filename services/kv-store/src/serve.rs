@@ -5,10 +5,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, ensure};
+use anyhow::Context as _;
 use kvasir_cluster::{Member, Registry};
 use kvasir_proto::v1::store_server::StoreServer;
-use kvasir_runtime::{Context, Kind};
+use kvasir_runtime::{Context, Kind, Listening};
 use kvasir_transfer::{LocalNet, TransferEngine};
 use kvasir_types::{MemberId, PROTOCOL_VERSION, Role};
 use tokio::net::TcpListener;
@@ -64,19 +64,12 @@ pub(crate) async fn start(
 ) -> anyhow::Result<Started> {
     let id = config.member_id()?;
     let settings = config.settings(kvasir_runtime::random_u64())?;
-    ensure!(
-        config.advertise.is_some() || !config.listen.ip().is_unspecified(),
-        "advertise: not set, but listen is {}: nobody could be told where that is",
-        config.listen
-    );
-    let listener = TcpListener::bind(config.listen)
-        .await
-        .with_context(|| format!("listen: cannot listen on {}", config.listen))?;
-    let grpc = listener.local_addr().context("listen")?.to_string();
-    let admin = kvasir_runtime::admin::start(&config.admin, context).await.context("admin.listen")?.to_string();
+    let listening = Listening::bind("listen", config.listen, config.advertise.as_deref()).await?;
+    let admin = kvasir_runtime::admin::start(&config.admin, context).await?;
+    let ports = serde_json::json!({ "grpc": listening.bound, "admin": admin });
 
     let arena_bytes = usize::try_from(settings.capacity_bytes).context("capacity_bytes")?;
-    let engine = TransferEngine::new(config.engine(), local, arena_bytes).context("transfer")?;
+    let engine = TransferEngine::new(config.engine(listening.host()), local, arena_bytes).context("transfer")?;
     let node = Arc::new(Node::new(engine.clone(), settings, config.verify_on_commit));
     let service = StoreService {
         id: id.clone(),
@@ -92,12 +85,13 @@ pub(crate) async fn start(
         expiring.await;
         Ok(())
     });
-    serve(&config, context, service, listener);
+    let (grpc, admin) = (listening.advertised.clone(), listening.beside(admin));
+    serve(&config, context, service, listening.listener);
 
-    let member = member(&config, &id, &engine, grpc, admin);
+    let member = member(&id, &engine, grpc, admin);
     registry.register(member.clone()).await.context("registration")?;
     if let Some(path) = &config.port_file {
-        kvasir_runtime::write_port_file(path, &serde_json::json!({ "grpc": member.grpc, "admin": member.admin }))
+        kvasir_runtime::write_port_file(path, &ports)
             .with_context(|| format!("port_file: cannot write {}", path.display()))?;
     }
     context.health.set_ready();
@@ -123,14 +117,14 @@ fn serve(config: &Config, context: &Context, service: StoreService, listener: Tc
     context.tasks.spawn(Kind::Critical, "grpc", async move { server.await.context("grpc server") });
 }
 
-fn member(config: &Config, id: &MemberId, engine: &TransferEngine, grpc: String, admin: String) -> Member {
+fn member(id: &MemberId, engine: &TransferEngine, grpc: String, admin: String) -> Member {
     let segment = engine.descriptor();
     Member {
         id: id.clone(),
         // The segment's life is the node's: a client that knows one incarnation knows both.
         incarnation: segment.incarnation,
         role: Role::KvStore,
-        grpc: config.advertise.clone().unwrap_or(grpc),
+        grpc,
         admin,
         http: String::new(),
         protocol: PROTOCOL_VERSION,

@@ -4,9 +4,9 @@ use std::{collections::HashSet, sync::Arc, time::Duration};
 
 use anyhow::Context as _;
 use kvasir_cluster::{Member, Registry, View};
-use kvasir_runtime::{Context, Kind, random_u64};
+use kvasir_runtime::{Context, Kind, Listening, random_u64};
 use kvasir_types::{Incarnation, MemberId, PROTOCOL_VERSION, Role};
-use tokio::{net::TcpListener, sync::watch};
+use tokio::sync::watch;
 use tracing::{info, warn};
 
 use crate::{
@@ -34,11 +34,10 @@ pub async fn run_with_etcd(config: Config, context: Context) -> anyhow::Result<(
 /// It serves as soon as its models' text files are read; `/ready` says yes once a decode worker is known that it can use.
 pub async fn run(config: Config, context: Context, registry: Arc<dyn Registry>) -> anyhow::Result<()> {
     config.check()?;
-    let listener = TcpListener::bind(config.listen)
-        .await
-        .with_context(|| format!("listen: cannot listen on {}", config.listen))?;
-    let address = listener.local_addr().context("listen")?;
+    let listening = Listening::bind("listen", config.listen, config.advertise.as_deref()).await?;
     let admin = kvasir_runtime::admin::start(&config.admin, &context).await?;
+    let ports = serde_json::json!({ "http": listening.bound, "admin": admin });
+    let admin = listening.beside(admin);
     let id = config.id.clone().unwrap_or_else(|| format!("router-{:08x}", random_u64() as u32));
     let id: MemberId = id.parse().context("id")?;
     let models = load(&config).await?;
@@ -47,14 +46,16 @@ pub async fn run(config: Config, context: Context, registry: Arc<dyn Registry>) 
     let (fleet, watcher) = watch_members(registry.view(), models.clone(), metrics.clone(), context.clone());
     context.tasks.spawn(Kind::Critical, "members", watcher);
     let app = App::new(config.limits.clone(), models, fleet, config.policy.build(), metrics, context.clone());
-    let server = Server { listener, routes: http::routes(Arc::new(app)), limits: config.limits.clone() };
+    let http = listening.advertised;
+    let server =
+        Server { listener: listening.listener, routes: http::routes(Arc::new(app)), limits: config.limits.clone() };
 
-    let member = member(id, &config, address.to_string(), admin.to_string());
+    let member = member(id, http, admin);
     registry.register(member.clone()).await.context("registration")?;
     let grace = Duration::from_millis(config.shutdown.grace_ms);
     if let Some(path) = &config.port_file {
         // Connections are accepted from here on: the listener has its queue.
-        kvasir_runtime::write_port_file(path, &serde_json::json!({"http": address.to_string(), "admin": member.admin}))
+        kvasir_runtime::write_port_file(path, &ports)
             .with_context(|| format!("port_file: cannot write {}", path.display()))?;
     }
     info!(router = %member.id, http = member.http, admin = member.admin, "ready");
@@ -85,14 +86,14 @@ async fn load(config: &Config) -> anyhow::Result<Vec<Arc<Model>>> {
     tokio::task::spawn_blocking(loading).await.context("loading the models panicked")?
 }
 
-fn member(id: MemberId, config: &Config, http: String, admin: String) -> Member {
+fn member(id: MemberId, http: String, admin: String) -> Member {
     Member {
         id,
         incarnation: Incarnation(random_u64()),
         role: Role::Router,
         grpc: String::new(),
         admin,
-        http: config.advertise.clone().unwrap_or(http),
+        http,
         protocol: PROTOCOL_VERSION,
         version: env!("CARGO_PKG_VERSION").to_owned(),
         model: None,

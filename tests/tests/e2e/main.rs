@@ -12,4 +12,5 @@ mod golden;
 mod http_errors;
 mod openai_client;
 mod prompts;
+mod scripts;
 mod telemetry;

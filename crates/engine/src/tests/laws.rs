@@ -154,7 +154,7 @@ fn another_root_sees_nothing_of_the_cache() {
     let prompt = prompt(5, 12);
     rig.generate(&prompt, 1);
     rig.settle();
-    let root = BlockHash::root(ModelFingerprint([1; 16]), "other tenant");
+    let root = BlockHash::root(ModelFingerprint([1; 16]), &layout(), "other tenant");
     let (_, client) = rig.try_admit(Request { root, ..request(&prompt, greedy(1), Mode::Generate) }).unwrap();
     rig.step();
     assert_eq!(client.admission().unwrap().cached_tokens, 0);

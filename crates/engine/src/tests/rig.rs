@@ -41,7 +41,7 @@ pub fn greedy(max_tokens: u32) -> Sampling {
 }
 
 pub fn request(prompt: &[TokenId], sampling: Sampling, mode: Mode) -> Request {
-    let root = BlockHash::root(ModelFingerprint([1; 16]), "");
+    let root = BlockHash::root(ModelFingerprint([1; 16]), &layout(), "");
     Request { id: "test".parse::<RequestId>().unwrap(), prompt: prompt.into(), root, sampling, mode }
 }
 

@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Duration};
 use kvasir_engine::Mode;
 use kvasir_proto::{check_protocol, convert, v1};
 use kvasir_runtime::Kind;
-use kvasir_types::{BlockHash, Deadline, RequestId, Sampling, TokenId};
+use kvasir_types::{Deadline, RequestId, Sampling, TokenId};
 use tonic::{Request, Response, Status};
 
 use super::{answer::Answer, request};
@@ -64,7 +64,7 @@ impl DecodeService {
         let prompt = Prompt {
             id: checked.id.clone(),
             tokens: checked.prompt.clone(),
-            root: BlockHash::root(self.host.model.fingerprint, &checked.salt),
+            root: self.host.root(&checked.salt),
             sampling: checked.sampling.clone(),
         };
         let sequence = Sequence::admit(&self.host.engine, prompt, Mode::Generate, max_len)?;

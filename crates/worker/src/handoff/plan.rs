@@ -77,12 +77,9 @@ mod tests {
         let bytes = LAYOUT.block_bytes() as u64;
         let present: Vec<bool> = landing.targets.iter().map(|t| t.present).collect();
         assert_eq!(present, [true, true, false, false, false]);
-        assert_eq!(
-            landing.ranges,
-            [(7 * bytes, 2 * bytes, false), (2 * bytes, 2 * bytes, true), (9 * bytes, bytes, true)]
-        );
-        let open: u64 = landing.ranges.iter().map(|r| r.1).sum();
-        assert_eq!(open, 5 * bytes);
+        let range = |first, blocks, access| GrantRange { offset: first * bytes, len: blocks * bytes, access };
+        let expected = [range(7, 2, Access::Read), range(2, 2, Access::Write), range(9, 1, Access::Write)];
+        assert_eq!(landing.ranges, expected);
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Duration};
 use kvasir_engine::Mode;
 use kvasir_proto::{check_protocol, convert, v1};
 use kvasir_runtime::Kind;
-use kvasir_types::{BlockHash, Deadline, GrantKey, KvLayout, RequestId, SegmentDescriptor, TokenId};
+use kvasir_types::{Deadline, GrantKey, KvLayout, RequestId, SegmentDescriptor, TokenId};
 use tonic::{Request, Response, Status};
 
 use super::job;
@@ -63,7 +63,7 @@ impl PrefillService {
         let admitted = Prompt {
             id: id.clone(),
             tokens: prompt.clone(),
-            root: BlockHash::root(self.host.model.fingerprint, convert::salt(&wire.cache_salt)?),
+            root: self.host.root(convert::salt(&wire.cache_salt)?),
             sampling: wire.sampling.as_ref().ok_or(kvasir_proto::Error::Missing("sampling"))?.try_into()?,
         };
         let sequence = Sequence::admit(&self.host.engine, admitted, Mode::PrefillOnly, self.host.max_len())?;
