@@ -101,6 +101,16 @@ impl Addresses {
             anyhow!("{} exited with {status}:\n{}", process.name(), logs::tail(&process.log(), 5, "  "))
         })
     }
+
+    /// Waits until the service says that it is ready.
+    pub async fn ready(&self) -> Result<()> {
+        let http = reqwest::Client::builder().timeout(ASK).build()?;
+        let url = format!("http://{}/ready", self.admin);
+        wait::until(&format!("{url} says so"), START, async || {
+            http.get(&url).send().await.is_ok_and(|reply| reply.status().is_success()).then_some(())
+        })
+        .await
+    }
 }
 
 impl Node {
@@ -120,13 +130,7 @@ impl Node {
     /// Waits until it says that it is ready; if it exits instead, the error shows its last words.
     pub async fn ready(&mut self) -> Result<()> {
         self.addresses = Addresses::of(&mut self.process, &self.port_file).await?;
-        let name = self.process.name();
-        let http = reqwest::Client::builder().timeout(ASK).build()?;
-        let url = format!("http://{}/ready", self.addresses.admin);
-        wait::until(&format!("{name} is ready ({url})"), START, async || {
-            http.get(&url).send().await.is_ok_and(|reply| reply.status().is_success()).then_some(())
-        })
-        .await
+        self.addresses.ready().await.with_context(|| self.process.name().to_owned())
     }
 
     /// Its name in the cluster.

@@ -189,6 +189,7 @@ async fn cold_start(options: &Options, report: &mut Report) -> Result<()> {
         let start = Instant::now();
         let mut process = standalone(dir.path(), &ports)?;
         let addresses = Addresses::of(&mut process, &ports).await?;
+        addresses.ready().await?;
         let body = request("demo", &words(1_000_000 + repetition as u64)[..16]);
         let mut stream = Client::new(&addresses.http).stream("/v1/completions", &body).await?;
         stream.chunk().await?;
