@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize, de::IgnoredAny};
 
 use crate::Incarnation;
 
@@ -70,6 +70,36 @@ pub struct SegmentDescriptor {
     pub incarnation: Incarnation,
     /// Bytes it spans: offsets are 0 to this.
     pub len: u64,
-    /// The ways to it, best first.
+    /// The ways to it, best first. Ways that this version does not know are left out when a record is read: a newer peer
+    /// may offer more.
+    #[serde(deserialize_with = "known_transports")]
     pub transports: Vec<TransportAddress>,
+}
+
+fn known_transports<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<TransportAddress>, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Way {
+        Known(TransportAddress),
+        Unknown(IgnoredAny),
+    }
+    let ways = Vec::<Way>::deserialize(deserializer)?;
+    let known = ways.into_iter().filter_map(|way| match way {
+        Way::Known(address) => Some(address),
+        Way::Unknown(_) => None,
+    });
+    Ok(known.collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_newer_peers_transports_are_skipped_and_the_known_ones_kept() {
+        let record = r#"{"segment": 1, "incarnation": 2, "len": 3, "transports": [
+            {"kind": "warp", "address": "ncc-1701"}, {"kind": "tcp", "address": "127.0.0.1:1"}]}"#;
+        let segment: SegmentDescriptor = serde_json::from_str(record).unwrap();
+        assert_eq!(segment.transports, [TransportAddress { kind: TransportKind::Tcp, address: "127.0.0.1:1".into() }]);
+    }
 }

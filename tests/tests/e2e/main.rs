@@ -11,6 +11,7 @@ mod faults;
 mod golden;
 mod http_errors;
 mod openai_client;
+mod pairing;
 mod prompts;
 mod scripts;
 mod telemetry;

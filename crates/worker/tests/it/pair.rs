@@ -60,3 +60,15 @@ async fn a_prompt_seen_before_is_not_computed_again_wherever_its_blocks_are() {
     cluster.assert_no_leak().await;
     cluster.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_prefill_worker_whose_blocks_look_otherwise_refuses_and_is_passed_over() {
+    let (cluster, golden) = (Cluster::with_decode().await, golden());
+    let mut other = config();
+    other.kv.block_size = 32;
+    let other = cluster.add_prefill(other, false).await;
+    let (tokens, finished) = cluster.answer(cluster.request(&golden, vec![other])).await.unwrap();
+    assert_eq!((tokens, finished.prefill_member.as_str()), (golden.output_ids, ""));
+    cluster.assert_no_leak().await;
+    cluster.stop().await;
+}
