@@ -162,9 +162,8 @@ fn exp_keeps_its_ends() {
     assert!(exp(f32::NAN).is_nan());
 }
 
-/// `cargo test -p kvasir-model --release speed_of -- --ignored --nocapture`
 #[test]
-#[ignore = "a measurement"]
+#[ignore = "a measurement: cargo test --release -p kvasir-model --lib speed_of -- --ignored --nocapture"]
 fn speed_of_the_kernels() {
     for (tokens, rows, cols) in [(192, 576, 192), (192, 192, 576), (24, 4096, 4096), (1, 576, 192), (1, 4096, 4096)] {
         let x: Vec<f32> = (0..tokens * cols).map(|i| (i % 17) as f32 - 8.0).collect();
