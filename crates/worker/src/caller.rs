@@ -31,11 +31,6 @@ impl<T> Caller<T> {
         self.deadline
     }
 
-    /// Whether nobody listens any more.
-    pub(crate) fn is_gone(&self) -> bool {
-        self.events.is_closed()
-    }
-
     /// Sends an event.
     pub(crate) fn send(&self, event: T) -> Result<(), Error> {
         self.events.try_send(Ok(event)).map_err(|_| Error::CallerGone)

@@ -1,5 +1,6 @@
 //! What can go wrong with a request on a worker, and what the caller is told.
 
+use kvasir_transfer::Refusal;
 use kvasir_types::{KvLayout, ModelFingerprint, Retry, TokenId};
 use tonic::{Code, Status};
 
@@ -49,9 +50,21 @@ pub(crate) enum Error {
     /// A repeated prefill chose another first token than the one the client has already.
     #[error("the repeated prefill chose token {} where {} had been sent", second.0, first.0)]
     Diverged { first: TokenId, second: TokenId },
+    /// The decode worker took its grant back: it wants this prompt no more.
+    #[error("the caller has revoked its grant")]
+    Revoked,
     /// Bytes did not move.
     #[error("transfer")]
-    Transfer(#[from] kvasir_transfer::Error),
+    Transfer(#[source] kvasir_transfer::Error),
+}
+
+impl From<kvasir_transfer::Error> for Error {
+    fn from(error: kvasir_transfer::Error) -> Self {
+        match error {
+            kvasir_transfer::Error::Refused { refusal: Refusal::UnknownGrant, .. } => Self::Revoked,
+            error => Self::Transfer(error),
+        }
+    }
 }
 
 impl Error {
@@ -62,6 +75,7 @@ impl Error {
             | Self::Token { .. }
             | Self::Targets(_)
             | Self::CallerGone
+            | Self::Revoked
             | Self::Deadline
             | Self::Diverged { .. } => Retry::Never,
             Self::Rejected(error) | Self::Engine(error) => error.retry(),
@@ -84,7 +98,7 @@ impl Error {
                 Retry::Elsewhere | Retry::After(_) => Code::ResourceExhausted,
             },
             Self::Draining => Code::Unavailable,
-            Self::CallerGone => Code::Cancelled,
+            Self::CallerGone | Self::Revoked => Code::Cancelled,
             Self::Deadline => Code::DeadlineExceeded,
             Self::Prefill { .. } | Self::Protocol { .. } | Self::Transfer(_) => Code::Unavailable,
             Self::Engine(_) | Self::Diverged { .. } => Code::Internal,

@@ -34,7 +34,7 @@ impl Outcome {
             | Error::Targets(_)
             | Error::Rejected(_)
             | Error::Draining => Self::Refused,
-            Error::CallerGone => Self::Cancelled,
+            Error::CallerGone | Error::Revoked => Self::Cancelled,
             Error::Deadline => Self::Deadline,
             Error::Engine(_)
             | Error::Prefill { .. }

@@ -44,11 +44,10 @@ pub(super) async fn run(host: Arc<Host>, request: Checked, mut sequence: Sequenc
         }
         Err(error) => {
             writes.stop().await;
-            // A caller that leaves revokes its grant first, so a refused write may be how we learn of it.
-            if caller.is_gone() {
-                tracing::info!(error = chain(&error), "cancelled");
-            } else {
-                tracing::warn!(error = chain(&error), "prefill failed");
+            // A caller that leaves revokes its grant, and a refused write may be how we hear of it first.
+            match error {
+                Error::CallerGone | Error::Revoked => tracing::info!("cancelled"),
+                ref error => tracing::warn!(error = chain(error), "prefill failed"),
             }
             caller.fail(&error);
             host.metrics.outcome(Outcome::of(&error));
@@ -126,6 +125,7 @@ impl Job<'_> {
                     sources.peer = (present - have) * block_size;
                     have = present;
                 }
+                Err(Error::Revoked) => {} // nobody wants them any more: the next write is told so, too
                 Err(error) => {
                     tracing::warn!(error = chain(&error), "blocks of the decode worker not read, going on without")
                 }
