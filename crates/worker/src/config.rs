@@ -112,6 +112,8 @@ pub struct DecodeConfig {
     /// How long a prefill worker may take to accept a connection, and how long it may leave a ping unanswered before it
     /// counts as dead (busy workers answer: computing has threads of its own). Default 2000.
     pub peer_timeout_ms: u64,
+    /// After a prefill worker failed, how long it is tried after the others, in milliseconds. Default 1000.
+    pub peer_rest_ms: u64,
     /// Bound on a request's deadline, whatever the router asks for. Default 600000.
     pub max_request_ms: u64,
 }
@@ -194,7 +196,13 @@ impl Default for TransferConfig {
 
 impl Default for DecodeConfig {
     fn default() -> Self {
-        Self { local_prefill_tokens: 8, max_prefill_attempts: 2, peer_timeout_ms: 2_000, max_request_ms: 600_000 }
+        Self {
+            local_prefill_tokens: 8,
+            max_prefill_attempts: 2,
+            peer_timeout_ms: 2_000,
+            peer_rest_ms: 1_000,
+            max_request_ms: 600_000,
+        }
     }
 }
 

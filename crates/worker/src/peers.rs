@@ -1,6 +1,13 @@
 //! Connections to prefill workers: made when first needed, kept, and known to be dead soon after the peer is.
+//!
+//! A peer that failed rests for a moment: it is tried after the others. One that has died stays among the router's
+//! proposals until its lease ends, and not every request of that time should find out anew.
 
-use std::{collections::HashMap, sync::Mutex, time::Duration};
+use std::{
+    collections::HashMap,
+    sync::{Mutex, MutexGuard},
+    time::{Duration, Instant},
+};
 
 use kvasir_proto::{MAX_MESSAGE_BYTES, v1::prefill_client::PrefillClient};
 use tonic::transport::{Channel, Endpoint};
@@ -11,32 +18,54 @@ const MAX_PEERS: usize = 1024;
 
 /// Connections by address. Written and read by request tasks; the lock is held for a map look-up only.
 pub(crate) struct Peers {
-    channels: Mutex<HashMap<String, Channel>>,
+    peers: Mutex<HashMap<String, Peer>>,
     timeout: Duration,
+    rest: Duration,
+}
+
+struct Peer {
+    channel: Channel,
+    rests_until: Option<Instant>,
 }
 
 impl Peers {
-    pub(crate) fn new(timeout: Duration) -> Self {
-        Self { channels: Mutex::default(), timeout }
+    pub(crate) fn new(timeout: Duration, rest: Duration) -> Self {
+        Self { peers: Mutex::default(), timeout, rest }
     }
 
     /// A client for the prefill worker at `address`; connects when first used.
     pub(crate) fn prefill(&self, address: &str) -> Result<PrefillClient<Channel>, tonic::transport::Error> {
-        let mut channels = self.channels.lock().expect("no code panics while it holds this lock");
-        let channel = match channels.get(address) {
-            Some(channel) => channel.clone(),
+        let mut peers = self.lock();
+        let channel = match peers.get(address) {
+            Some(peer) => peer.channel.clone(),
             None => {
-                if channels.len() >= MAX_PEERS {
-                    channels.clear();
+                if peers.len() >= MAX_PEERS {
+                    peers.clear();
                 }
                 let channel = self.endpoint(address)?.connect_lazy();
-                channels.insert(address.to_owned(), channel.clone());
+                peers.insert(address.to_owned(), Peer { channel: channel.clone(), rests_until: None });
                 channel
             }
         };
         Ok(PrefillClient::new(channel)
             .max_decoding_message_size(MAX_MESSAGE_BYTES)
             .max_encoding_message_size(MAX_MESSAGE_BYTES))
+    }
+
+    /// It failed just now.
+    pub(crate) fn rest(&self, address: &str) {
+        if let Some(peer) = self.lock().get_mut(address) {
+            peer.rests_until = Some(Instant::now() + self.rest);
+        }
+    }
+
+    /// Whether it failed a moment ago.
+    pub(crate) fn rests(&self, address: &str) -> bool {
+        self.lock().get(address).and_then(|peer| peer.rests_until).is_some_and(|until| Instant::now() < until)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<String, Peer>> {
+        self.peers.lock().expect("no code panics while it holds this lock")
     }
 
     fn endpoint(&self, address: &str) -> Result<Endpoint, tonic::transport::Error> {

@@ -72,6 +72,9 @@ pub struct Limits {
     /// For a client to read on when nothing more can be sent to it, in milliseconds; then its connection is closed, and
     /// its requests with it. Default 30000.
     pub write_stall_ms: u64,
+    /// After a worker could not be reached, how long others are preferred to it, in milliseconds; 0 for not at all. Default
+    /// 1000: what has died leaves the member list only when its lease ends.
+    pub worker_rest_ms: u64,
     /// Threads for the text work of long prompts (short ones are done where they come in). Default 2.
     pub text_threads: usize,
 }
@@ -107,6 +110,7 @@ impl Default for Limits {
             idle_timeout_ms: 60_000,
             header_timeout_ms: 75_000,
             write_stall_ms: 30_000,
+            worker_rest_ms: 1_000,
             text_threads: 2,
         }
     }
@@ -170,6 +174,10 @@ impl Limits {
 
     pub(crate) fn body_timeout(&self) -> Duration {
         Duration::from_millis(self.body_timeout_ms)
+    }
+
+    pub(crate) fn worker_rest(&self) -> Duration {
+        Duration::from_millis(self.worker_rest_ms)
     }
 
     pub(crate) fn idle_timeout(&self) -> Duration {

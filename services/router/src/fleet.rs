@@ -9,9 +9,10 @@
 use std::{
     collections::HashMap,
     sync::{
-        Arc, OnceLock,
+        Arc, Mutex, OnceLock, PoisonError,
         atomic::{AtomicU64, Ordering::Relaxed},
     },
+    time::{Duration, Instant},
 };
 
 use kvasir_cluster::{Member, View};
@@ -31,11 +32,19 @@ pub(crate) struct Worker {
     requests: AtomicU64,
     tokens: AtomicU64,
     channel: OnceLock<Channel>,
+    /// Until when others are preferred to it. Written by requests that could not reach it, read by all; held for a copy.
+    rests_until: Mutex<Option<Instant>>,
 }
 
 impl Worker {
     fn new(member: Member) -> Arc<Self> {
-        Arc::new(Self { member, requests: AtomicU64::new(0), tokens: AtomicU64::new(0), channel: OnceLock::new() })
+        Arc::new(Self {
+            member,
+            requests: AtomicU64::new(0),
+            tokens: AtomicU64::new(0),
+            channel: OnceLock::new(),
+            rests_until: Mutex::default(),
+        })
     }
 
     /// The connection to it, made when first needed.
@@ -50,6 +59,17 @@ impl Worker {
     /// What it does for this router now.
     pub(crate) fn load(&self) -> Load {
         Load { requests: self.requests.load(Relaxed), tokens: self.tokens.load(Relaxed) }
+    }
+
+    /// Lets it rest if it could not be reached; a worker that answered, whatever it said, is there.
+    pub(crate) fn rest_after(&self, error: &upstream::Error, rest: Duration) {
+        if let upstream::Error::Unavailable { .. } | upstream::Error::Broken { .. } = error {
+            *self.rests_until.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now() + rest);
+        }
+    }
+
+    fn rests(&self, now: Instant) -> bool {
+        self.rests_until.lock().unwrap_or_else(PoisonError::into_inner).is_some_and(|until| now < until)
     }
 
     /// Counts a request of `tokens` prompt tokens until the lease is dropped.
@@ -69,6 +89,13 @@ impl Worker {
 pub(crate) struct Lease {
     worker: Arc<Worker>,
     tokens: u64,
+}
+
+impl Lease {
+    /// The worker.
+    pub(crate) fn worker(&self) -> &Worker {
+        &self.worker
+    }
 }
 
 impl Drop for Lease {
@@ -101,6 +128,12 @@ impl Crew {
     pub(crate) fn filter(&self, keep: impl Fn(&Worker) -> bool) -> Self {
         let decode = self.decode.iter().filter(|decode| keep(&decode.worker)).cloned().collect();
         Self { decode, prefill: self.prefill.clone() }
+    }
+
+    /// Without the decode workers that rest, unless that leaves none: one that may be back is better than nobody.
+    pub(crate) fn rested(&self, now: Instant) -> Self {
+        let rested = self.filter(|worker| !worker.rests(now));
+        if rested.decode.is_empty() { self.clone() } else { rested }
     }
 
     /// The longest context one of the decode workers takes.

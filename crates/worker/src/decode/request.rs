@@ -122,7 +122,9 @@ async fn prefill_elsewhere(
     ) else {
         return Ok(None);
     };
-    for (attempt, candidate) in request.candidates.iter().enumerate() {
+    let mut candidates: Vec<_> = request.candidates.iter().collect();
+    candidates.sort_by_cached_key(|candidate| peers.rests(&candidate.address)); // stable: else in the router's order
+    for (attempt, candidate) in candidates.into_iter().take(host.config.decode.max_prefill_attempts).enumerate() {
         let started = Instant::now();
         match remote::attempt(Attempt { host, peers, request, landing: &landing, candidate }, answer).await {
             Ok(landed) => {
@@ -136,6 +138,7 @@ async fn prefill_elsewhere(
             }
             Err(error @ (Error::CallerGone | Error::Deadline | Error::Diverged { .. })) => return Err(error),
             Err(error) => {
+                peers.rest(&candidate.address);
                 host.metrics.failed_attempt();
                 tracing::warn!(
                     prefill = candidate.member,

@@ -39,7 +39,8 @@ pub(crate) struct DecodeService {
 impl DecodeService {
     pub(crate) fn new(host: Arc<Host>) -> Self {
         let timeout = Duration::from_millis(host.config.decode.peer_timeout_ms);
-        Self { host, peers: Arc::new(Peers::new(timeout)) }
+        let rest = Duration::from_millis(host.config.decode.peer_rest_ms);
+        Self { host, peers: Arc::new(Peers::new(timeout, rest)) }
     }
 
     fn check(&self, wire: v1::GenerateRequest) -> Result<Checked, Error> {
@@ -50,7 +51,7 @@ impl DecodeService {
         let salt = convert::salt(&wire.cache_salt)?.to_owned();
         let sampling = wire.sampling.as_ref().ok_or(kvasir_proto::Error::Missing("sampling"))?.try_into()?;
         let mut candidates = wire.prefill;
-        candidates.truncate(self.host.config.decode.max_prefill_attempts.min(MAX_CANDIDATES));
+        candidates.truncate(MAX_CANDIDATES);
         let limit = Duration::from_millis(self.host.config.decode.max_request_ms);
         Ok(Checked { id, prompt, salt, sampling, candidates, deadline: Deadline::from_wire(wire.deadline_ms, limit) })
     }

@@ -135,7 +135,7 @@ impl Job<'_> {
             let blocks = located(self.host, admission, have..wanted);
             let report = store.read(self.id, &blocks, layout.block_bytes() as u64, deadline).await;
             if let Some(error) = &report.error {
-                tracing::warn!(error = chain(error), "store not read, going on without");
+                told(error, "store not read, going on without");
             }
             sources.store = report.blocks * block_size;
         }
@@ -180,9 +180,18 @@ async fn write_back(host: &Host, id: &kvasir_types::RequestId, admission: &Admis
     let blocks = located(host, admission, 0..admission.hashes.len());
     let report = store.write(id, &blocks, host.model.layout.block_bytes() as u64, deadline).await;
     if let Some(error) = &report.error {
-        tracing::warn!(error = chain(error), "blocks not written back to the store");
+        told(error, "blocks not written back to the store");
     }
     tracing::debug!(written = report.written, skipped = report.skipped, bytes = report.bytes, "written back");
+}
+
+/// Logs that a request went on without the store: once for each failure, not for each request that skips a node because of
+/// it.
+fn told(error: &kvasir_store_client::Error, what: &'static str) {
+    match error {
+        kvasir_store_client::Error::Away { .. } => tracing::debug!(error = chain(error), what),
+        error => tracing::warn!(error = chain(error), "{what}"),
+    }
 }
 
 /// Full blocks of the prompt with their hashes and where they are in this worker's arena.

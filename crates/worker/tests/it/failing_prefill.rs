@@ -195,3 +195,25 @@ async fn requests_that_cannot_be_served_are_refused_before_anything_is_reserved(
     cluster.assert_no_leak().await;
     cluster.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_prefill_worker_that_failed_a_moment_ago_is_tried_last() {
+    let (cluster, golden) = (Cluster::with_decode().await, golden());
+    let fail = |_, events: PrefillEvents| events.try_send(Err(Status::unavailable("no"))).unwrap();
+    let ((first, asked_first), (second, asked_second)) =
+        (mock(&cluster.context, fail).await, mock(&cluster.context, fail).await);
+    let counts = || (asked_first.load(Ordering::SeqCst), asked_second.load(Ordering::SeqCst));
+    let ask = |candidates, salt: &str| {
+        let request = cluster.request(&golden, candidates);
+        cluster.answer(v1::GenerateRequest { cache_salt: salt.into(), ..request })
+    };
+    // Three are proposed, two attempts are made: the one that has failed already is left out.
+    assert_eq!(ask(vec![first.clone()], "a").await.unwrap().0, golden.output_ids);
+    assert_eq!(counts(), (1, 0));
+    let good = cluster.add_prefill(crate::harness::config(), false).await;
+    let (tokens, finished) = ask(vec![first, second, good], "b").await.unwrap();
+    assert_eq!((tokens, finished.prefill_member.as_str()), (golden.output_ids.clone(), "prefill-1"));
+    assert_eq!(counts(), (1, 1));
+    cluster.assert_no_leak().await;
+    cluster.stop().await;
+}

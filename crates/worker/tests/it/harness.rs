@@ -104,6 +104,7 @@ pub(crate) fn config() -> Config {
     config.kv.memory_bytes = 16 << 20;
     config.engine.threads = 1;
     config.decode.peer_timeout_ms = 1_000;
+    config.decode.peer_rest_ms = 600_000; // for ever, as far as a test is concerned
     config.decode.local_prefill_tokens = 0;
     config
 }

@@ -7,7 +7,11 @@
 //!
 //! Dropping a [`Live`] cancels the request on every worker and gives its places back.
 
-use std::{collections::HashSet, sync::Arc};
+use std::{
+    collections::HashSet,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use kvasir_proto::{convert, v1};
 use kvasir_runtime::{chain, random_u64};
@@ -77,7 +81,8 @@ pub(crate) struct Live {
     output_tokens: u32,
     progress: Progress,
     span: Span,
-    _lease: Lease,
+    lease: Lease,
+    worker_rest: Duration,
     _permit: OwnedSemaphorePermit,
 }
 
@@ -118,7 +123,8 @@ impl Live {
             output_tokens: 0,
             progress: inflight.begun(prompt.len()),
             span,
-            _lease: lease,
+            lease,
+            worker_rest: app.limits.worker_rest(),
             _permit: permit,
         })
     }
@@ -131,6 +137,7 @@ impl Live {
                 Err(error) => {
                     self.events = None;
                     self.progress.failed(error.kind());
+                    self.lease.worker().rest_after(&error, self.worker_rest);
                     self.span.in_scope(|| warn!(error = chain(&error), "an answer broke off"));
                     return Err(error.into());
                 }
@@ -214,7 +221,7 @@ impl Call<'_> {
         let ask = self.app.ask(self.prompt.len());
         let mut first: Option<upstream::Error> = None;
         loop {
-            let Some((worker, prefill)) = self.choose(&ask, &crew) else {
+            let Some((worker, prefill)) = self.choose(&ask, &crew.rested(Instant::now())) else {
                 // Nobody else is there: the first worker's word is the answer.
                 return Err(first.map_or_else(|| Error::NoWorker(model.name().to_owned()), Error::from));
             };
@@ -230,6 +237,7 @@ impl Call<'_> {
                     let again = first.is_none() && error.retry() == Retry::Elsewhere;
                     self.app.metrics.upstream_error(error.kind());
                     warn!(worker = %worker.member.id, error = chain(&error), again, "a worker did not begin an answer");
+                    worker.rest_after(&error, self.app.limits.worker_rest());
                     if !again {
                         return Err(error.into());
                     }

@@ -42,7 +42,7 @@ async fn a_client_that_reads_nothing_is_given_up() {
 #[tokio::test]
 async fn a_worker_that_does_not_begin_is_passed_over_once() {
     for code in [Code::ResourceExhausted, Code::Unavailable] {
-        let cluster = Cluster::start(|_| {}).await;
+        let cluster = Cluster::start(|config| config.limits.worker_rest_ms = 0).await;
         let refuse = move |_: &_| vec![Step::Fail(code)];
         let bad = cluster.worker(refuse).await;
         let good = cluster.worker(|_| vec![Step::Token(973), stop()]).await;
@@ -67,15 +67,20 @@ async fn a_worker_that_does_not_begin_is_passed_over_once() {
 }
 
 #[tokio::test]
-async fn a_worker_that_is_not_there_is_passed_over() {
-    let cluster = Cluster::start(|_| {}).await;
+async fn a_worker_that_is_not_there_is_passed_over_and_left_alone_for_a_while() {
+    let cluster = Cluster::start(|config| config.limits.worker_rest_ms = 600_000).await;
     let mut dead = cluster.worker(|_| vec![stop()]).await;
     dead.kill();
-    assert_eq!(cluster.ask(CHAT, Cluster::chat(json!({}))).await.0, 503);
-    let _good = cluster.worker(|_| vec![stop()]).await;
     for _ in 0..2 {
+        // It rests after the first request, but there is nobody else to ask.
+        assert_eq!(cluster.ask(CHAT, Cluster::chat(json!({}))).await.0, 503);
+    }
+    let good = cluster.worker(|_| vec![stop()]).await;
+    for _ in 0..6 {
         assert_eq!(cluster.ask(CHAT, Cluster::chat(json!({}))).await.0, 200);
     }
+    assert_eq!(good.requests().len(), 6);
+    cluster.until("kvasir_router_upstream_errors_total{kind=\"unavailable\"} 2").await;
 }
 
 #[tokio::test]
