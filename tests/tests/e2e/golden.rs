@@ -19,22 +19,22 @@ const ALWAYS_LOCAL: usize = 1_000_000;
 
 #[tokio::test]
 async fn remote_prefill_in_one_chunk_says_what_the_reference_says() -> Result<()> {
-    matrix(512, 0).await
+    matrix(&workspace::demo_model(), 512, 0).await
 }
 
 #[tokio::test]
 async fn remote_prefill_in_chunks_of_16_says_what_the_reference_says() -> Result<()> {
-    matrix(16, 0).await
+    matrix(&workspace::demo_model(), 16, 0).await
 }
 
 #[tokio::test]
 async fn local_prefill_in_one_chunk_says_what_the_reference_says() -> Result<()> {
-    matrix(512, ALWAYS_LOCAL).await
+    matrix(&workspace::demo_model(), 512, ALWAYS_LOCAL).await
 }
 
 #[tokio::test]
 async fn local_prefill_in_chunks_of_16_says_what_the_reference_says() -> Result<()> {
-    matrix(16, ALWAYS_LOCAL).await
+    matrix(&workspace::demo_model(), 16, ALWAYS_LOCAL).await
 }
 
 #[tokio::test]
@@ -59,7 +59,17 @@ async fn answers_are_the_same_from_every_cache() -> Result<()> {
 }
 
 #[tokio::test]
-async fn every_model_family_says_what_the_reference_says() -> Result<()> {
+async fn every_model_family_says_what_the_reference_says_with_remote_prefill() -> Result<()> {
+    families(0).await
+}
+
+#[tokio::test]
+async fn every_model_family_says_what_the_reference_says_with_local_prefill() -> Result<()> {
+    families(ALWAYS_LOCAL).await
+}
+
+/// The matrix for a model of each family.
+async fn families(local_prefill_tokens: usize) -> Result<()> {
     let mut folders: Vec<PathBuf> = std::fs::read_dir(workspace::root().join("models/tiny"))?
         .filter_map(|entry| entry.ok().map(|entry| entry.path()))
         .filter(|path| path.join("golden.jsonl").is_file())
@@ -67,25 +77,22 @@ async fn every_model_family_says_what_the_reference_says() -> Result<()> {
     folders.sort();
     ensure!(folders.len() >= 2, "models/tiny holds a model of each family, found {folders:?}");
     for folder in folders {
-        let cluster = uncached(&folder, 16, 0, KvDtype::F16);
-        cluster
-            .run(async |cluster| agree(cluster, &folder, 8, KvDtype::F16).await)
-            .await
-            .with_context(|| show(&folder))?;
+        for chunk_tokens in [512, 16] {
+            matrix(&folder, chunk_tokens, local_prefill_tokens).await.with_context(|| show(&folder))?;
+        }
     }
     Ok(())
 }
 
 /// One request at a time, then eight; with remote or local prefill, which the workers' own counts must confirm. Keys and
 /// values in f16, then in the default type.
-async fn matrix(chunk_tokens: usize, local_prefill_tokens: usize) -> Result<()> {
-    let folder = workspace::demo_model();
+async fn matrix(folder: &Path, chunk_tokens: usize, local_prefill_tokens: usize) -> Result<()> {
     for kv_dtype in [KvDtype::F16, KvDtype::Bf16] {
-        uncached(&folder, chunk_tokens, local_prefill_tokens, kv_dtype)
+        uncached(folder, chunk_tokens, local_prefill_tokens, kv_dtype)
             .run(async |cluster| {
-                agree(cluster, &folder, 1, kv_dtype).await?;
-                agree(cluster, &folder, 8, kv_dtype).await?;
-                let prompts = 2 * golden::load(&folder)?.len() as u64;
+                agree(cluster, folder, 1, kv_dtype).await?;
+                agree(cluster, folder, 8, kv_dtype).await?;
+                let prompts = 2 * golden::load(folder)?.len() as u64;
                 let remote = cluster.node(Service::Prefill, 0).status().await?.requests_total;
                 let expected = if local_prefill_tokens == 0 { prompts } else { 0 };
                 ensure!(remote == expected, "{remote} prompts were prefilled remotely, expected {expected}");
