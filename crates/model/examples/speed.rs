@@ -46,7 +46,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let folder = Folder::open(Path::new(&dir))?;
     println!("open and fingerprint {:.1?}", start.elapsed());
 
-    let layout = folder.kv_layout(16, KvDtype::Bf16);
+    let layout = folder.kv_layout(16, KvDtype::F16);
     let blocks = layout.blocks_for(prompt_len + 64) as u32;
     let bytes = blocks as usize * layout.block_bytes();
     // SAFETY: the size is not zero.

@@ -24,12 +24,12 @@ const SURE: f32 = 0.05;
 
 /// How far a first log-probability may be from the float32 reference's. With f32 KV everything is float32 and only the
 /// order of sums differs, which proves the arithmetic. Rounding keys and values moves the logits by as much as the
-/// dtype is coarse; bf16 moves tokens that are all but impossible (below e^-9) by up to 0.06 on the demo model.
-fn tolerance(dtype: KvDtype, expected: f32) -> f32 {
+/// dtype is coarse: seen on the demo model, at most 0.012 in f16, the default, and 0.059 in bf16.
+fn tolerance(dtype: KvDtype) -> f32 {
     match dtype {
         KvDtype::F32 => 0.001,
-        KvDtype::Bf16 if expected < -9.0 => 0.1,
-        KvDtype::F16 | KvDtype::Bf16 => 0.05,
+        KvDtype::F16 => 0.02,
+        KvDtype::Bf16 => 0.1,
     }
 }
 
@@ -61,7 +61,7 @@ fn check(dir: &Path, dtype: KvDtype) {
 
         for (&token, &expected) in &line.first_logprobs {
             let ours = log_softmax(&whole, token as usize);
-            let near = (ours - expected).abs() < tolerance(dtype, expected);
+            let near = (ours - expected).abs() < tolerance(dtype);
             assert!(near, "{what}, {dtype:?}: token {token}: {ours}, expected {expected}");
         }
         let mut answer = vec![argmax(&whole)];

@@ -81,7 +81,8 @@ pub struct KvConfig {
     pub memory_bytes: u64,
     /// Tokens in a block; the same on all workers of a model. Default 16.
     pub block_size: u32,
-    /// Element type: bf16, f16 or f32; the same on all workers of a model. Default bf16.
+    /// Element type: f16, bf16 or f32; the same on all workers of a model. Default f16: as small as bf16 and eight times
+    /// as fine; a value beyond its range (65,504) is kept as its largest.
     pub dtype: KvDtype,
 }
 
@@ -179,7 +180,7 @@ impl Default for EngineConfig {
 
 impl Default for KvConfig {
     fn default() -> Self {
-        Self { memory_bytes: 256 << 20, block_size: 16, dtype: KvDtype::Bf16 }
+        Self { memory_bytes: 256 << 20, block_size: 16, dtype: KvDtype::F16 }
     }
 }
 

@@ -45,7 +45,8 @@ impl KvArena {
         self.blocks
     }
 
-    /// Writes one half of one token: `values` are all KV heads', one after the other.
+    /// Writes one half of one token: `values` are all KV heads', one after the other. In f16 a value beyond the range is kept
+    /// as the largest there is: an infinite key would make its whole row of attention NaN.
     pub(super) fn write(&mut self, block: BlockId, layer: usize, half: Half, slot: usize, values: &[f32]) {
         let dim = self.layout.head_dim as usize;
         assert_eq!(values.len(), dim * self.layout.kv_heads as usize, "one row of all heads");
@@ -57,7 +58,7 @@ impl KvArena {
                 let to = self.memory.base().add(offset);
                 match self.layout.dtype {
                     KvDtype::Bf16 => store(to, values, |v| half::bf16::from_f32(v).to_bits().to_le()),
-                    KvDtype::F16 => store(to, values, |v| half::f16::from_f32(v).to_bits().to_le()),
+                    KvDtype::F16 => store(to, values, |v| saturating_f16(v).to_bits().to_le()),
                     KvDtype::F32 => store(to, values, |v| v.to_bits().to_le()),
                 }
             }
@@ -108,5 +109,24 @@ unsafe fn store<T>(to: *mut u8, values: &[f32], convert: impl Fn(f32) -> T) {
     for (i, &value) in values.iter().enumerate() {
         // SAFETY: element i of the caller's room.
         unsafe { to.cast::<T>().add(i).write_unaligned(convert(value)) };
+    }
+}
+
+fn saturating_f16(value: f32) -> half::f16 {
+    // NaN stays NaN.
+    half::f16::from_f32(value.clamp(half::f16::MIN.to_f32(), half::f16::MAX.to_f32()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::saturating_f16;
+
+    #[test]
+    fn values_beyond_f16_become_its_largest() {
+        assert_eq!(saturating_f16(1e9), half::f16::MAX);
+        assert_eq!(saturating_f16(f32::NEG_INFINITY), half::f16::MIN);
+        assert_eq!(saturating_f16(65_519.0), half::f16::MAX);
+        assert_eq!(saturating_f16(-0.1).to_f32(), half::f16::from_f32(-0.1).to_f32());
+        assert!(saturating_f16(f32::NAN).is_nan());
     }
 }

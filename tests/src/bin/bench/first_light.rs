@@ -142,7 +142,7 @@ struct LocalEngine {
 impl LocalEngine {
     fn start() -> Result<Self> {
         let folder = Folder::open(&workspace::demo_model())?;
-        let layout = folder.kv_layout(BLOCK_SIZE, KvDtype::Bf16);
+        let layout = folder.kv_layout(BLOCK_SIZE, KvDtype::F16);
         let arena = TransferEngine::new(kvasir_transfer::Config::default(), LocalNet::default(), ARENA_BYTES)?;
         let threads = std::thread::available_parallelism().map_or(1, usize::from);
         let backend = CpuBackend::new(&folder, layout, arena.memory(), threads)?;
