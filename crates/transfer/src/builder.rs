@@ -26,6 +26,7 @@ use crate::{
     threads::Threads,
     timer::Timer,
     transport::Transport,
+    ucx::UcxTransport,
 };
 
 /// Settings of an engine to be made; begin with [`TransferEngine::builder`].
@@ -118,7 +119,8 @@ impl Running {
         Ok(match kind {
             TransportKind::Local => Arc::new(LocalTransport::new(local.clone(), owner, threads)?),
             TransportKind::Tcp => Arc::new(TcpTransport::new(config, owner, threads)?),
-            TransportKind::Shm | TransportKind::Ucx => {
+            TransportKind::Ucx => Arc::new(UcxTransport::new(config, owner, threads)?),
+            TransportKind::Shm => {
                 return Err(Error::TransportUnavailable { kind, reason: "not in this version".into() });
             }
         })

@@ -74,7 +74,6 @@ pub(crate) trait Opener: Cut {
 }
 
 /// What a peer may touch under a grant it has opened.
-#[expect(dead_code, reason = "for the transports whose owner takes no part")]
 pub(crate) struct Opened {
     /// Half-open byte ranges `[start, end)`, sorted, neighbours merged.
     pub(crate) readable: Vec<Bytes>,
@@ -263,7 +262,6 @@ impl GrantTable {
         Ok(InFlight { state, op })
     }
 
-    #[expect(dead_code, reason = "for the transports whose owner takes no part")]
     /// Tells a peer what it may touch without asking again, and remembers whom to tell when that ends. A peer that opens
     /// the same grant twice is remembered twice.
     pub(crate) fn open_remote(&self, key: GrantKey, opener: Arc<dyn Opener>) -> Result<Opened, Refusal> {

@@ -54,6 +54,7 @@ mod plan;
 mod local;
 mod tcp;
 mod transport;
+mod ucx;
 
 mod counters;
 mod memory;

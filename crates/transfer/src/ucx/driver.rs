@@ -20,14 +20,14 @@ use std::{
 
 use super::{
     client::Client,
-    endpoint::EndpointId,
+    endpoint::{Endpoint, EndpointId},
     mailbox::{Command, Mailbox},
     messages::Message,
     registry::Registry,
     server::Server,
     worker::{Event, Listener, Settings, Worker, library, take_events},
 };
-use crate::{counters::add_one, error::Error, owner::Owner};
+use crate::{counters::add_one, error::Error, owner::Owner, threads::Threads};
 
 /// How long the end waits for endpoints to close; then the worker is destroyed with what is left.
 const CLOSING: Duration = Duration::from_secs(2);
@@ -38,6 +38,9 @@ const PROGRESS_AT_ONCE: usize = 32;
 #[derive(Clone)]
 pub(super) struct Limits {
     pub(super) io_timeout: Duration,
+    pub(super) retries: u32,
+    pub(super) retry_pause: Duration,
+    pub(super) max_open: usize,
     pub(super) max_accepted: usize,
     pub(super) max_puts: usize,
     pub(super) max_gets: usize,
@@ -48,10 +51,19 @@ pub(super) struct Limits {
 /// Where a token that UCX gives back belongs.
 pub(super) enum Pending {
     /// A put or get of one of a connection's jobs.
-    Operation { connection: u64, job: u64 },
-    Flush { connection: u64 },
-    CloseConnection { connection: u64 },
-    ClosePeer { peer: u64 },
+    Operation {
+        connection: u64,
+        job: u64,
+    },
+    Flush {
+        connection: u64,
+    },
+    CloseConnection {
+        connection: u64,
+    },
+    ClosePeer {
+        peer: u64,
+    },
 }
 
 /// Which side of ours an endpoint is.
@@ -70,6 +82,7 @@ pub(super) struct Core {
     pub(super) owner: Arc<Owner>,
     pub(super) registry: Registry,
     pub(super) limits: Limits,
+    pub(super) threads: Arc<Threads>,
     pub(super) endpoints: HashMap<EndpointId, Side>,
     pending: HashMap<u64, Pending>,
     next: u64,
@@ -90,24 +103,28 @@ impl Core {
         token
     }
 
-    pub(super) fn send(&mut self, endpoint: &super::endpoint::Endpoint, message: &Message<'_>) {
+    pub(super) fn send(&mut self, endpoint: &Endpoint, message: &Message<'_>) {
         self.buffer.clear();
         message.encode(&mut self.buffer);
         endpoint.send(&self.buffer);
     }
 }
 
+/// What the thread is started with.
+pub(super) struct Setup {
+    pub(super) settings: Settings,
+    pub(super) bind: SocketAddr,
+    pub(super) limits: Limits,
+    pub(super) owner: Arc<Owner>,
+    pub(super) threads: Arc<Threads>,
+    pub(super) mailbox: Arc<Mailbox>,
+}
+
 /// The thread's body: says through `started` whether it could begin, then serves until told to stop.
-pub(super) fn run(
-    settings: &Settings<'_>,
-    bind: SocketAddr,
-    limits: Limits,
-    (owner, mailbox): (Arc<Owner>, Arc<Mailbox>),
-    started: &mpsc::SyncSender<Result<SocketAddr, String>>,
-) {
+pub(super) fn run(setup: Setup, started: &mpsc::SyncSender<Result<SocketAddr, String>>) {
+    let mailbox = Arc::clone(&setup.mailbox);
     let _closed = CloseOnExit(&mailbox);
-    let begun = begin(settings, bind, limits, owner, Arc::clone(&mailbox));
-    match begun {
+    match begin(setup) {
         Ok((mut driver, address)) => {
             // The engine waits for it; if it has gone, the mailbox holds a stop.
             let _ = started.send(Ok(address));
@@ -126,15 +143,10 @@ impl Drop for CloseOnExit<'_> {
     }
 }
 
-fn begin(
-    settings: &Settings<'_>,
-    bind: SocketAddr,
-    limits: Limits,
-    owner: Arc<Owner>,
-    mailbox: Arc<Mailbox>,
-) -> Result<(Driver, SocketAddr), String> {
+fn begin(setup: Setup) -> Result<(Driver, SocketAddr), String> {
+    let Setup { settings, bind, limits, owner, threads, mailbox } = setup;
     let library = library().map_err(|error| error.to_string())?;
-    let worker = Worker::new(library, settings)?;
+    let worker = Worker::new(library, &settings)?;
     let event_fd = worker.event_fd().map_err(|status| format!("UCX has no event descriptor: {status}"))?;
     let listener = Listener::bind(&worker, bind).map_err(|status| format!("UCX cannot listen on {bind}: {status}"))?;
     let address = listener.address().map_err(|status| format!("UCX does not say where it listens: {status}"))?;
@@ -144,6 +156,7 @@ fn begin(
         owner,
         registry: Registry::default(),
         limits,
+        threads,
         endpoints: HashMap::new(),
         pending: HashMap::new(),
         next: 0,
@@ -166,7 +179,8 @@ struct Driver {
 impl Driver {
     fn serve(&mut self) {
         let (mut commands, mut events) = (VecDeque::new(), Vec::new());
-        let mut next_tick = Instant::now();
+        let mut last_tick = Instant::now();
+        let mut rounds = 0u64;
         let mut stop_at: Option<Instant> = None;
         loop {
             self.core.mailbox.take(&mut commands);
@@ -198,12 +212,17 @@ impl Driver {
                 }
                 self.client.pump(&mut self.core);
             }
+            rounds += 1;
+            if busy && rounds % 64 != 0 {
+                continue;
+            }
             let now = Instant::now();
-            if now >= next_tick {
+            if now >= self.next_tick(last_tick) {
+                last_tick = now;
                 self.client.tick(&mut self.core, now);
                 self.server.tick(&mut self.core, now);
                 self.core.registry.sweep();
-                next_tick = now + self.tick_interval();
+                busy = true; // it may have started something
             }
             if let Some(until) = stop_at
                 && (now >= until || (self.client.is_empty() && self.server.is_empty()))
@@ -211,29 +230,34 @@ impl Driver {
                 break;
             }
             if !busy {
-                self.sleep(now, next_tick);
+                self.sleep(now, self.next_tick(last_tick));
             }
         }
     }
 
-    /// How long nothing is looked at that no event tells of.
-    fn tick_interval(&self) -> Duration {
-        if self.client.is_busy() || self.server.is_busy() {
+    /// When to look at what no event tells of.
+    fn next_tick(&self, last: Instant) -> Instant {
+        let interval = if self.client.is_busy() || self.server.is_busy() {
             (self.core.limits.io_timeout / 4).clamp(Duration::from_millis(5), Duration::from_millis(250))
         } else {
             Duration::from_secs(5)
-        }
+        };
+        let regular = last + interval;
+        self.client.next_due().map_or(regular, |due| due.min(regular))
     }
 
-    fn sleep(&mut self, now: Instant, next_tick: Instant) {
+    fn sleep(&self, now: Instant, until: Instant) {
         if !self.core.mailbox.may_sleep() {
             return;
         }
         match self.core.worker.arm() {
             Ok(true) => {
-                let mut fds = [self.event_fd, self.core.mailbox.event_fd()]
-                    .map(|fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 });
-                let wait = next_tick.min(now + self.tick_interval()).saturating_duration_since(now);
+                let mut fds = [self.event_fd, self.core.mailbox.event_fd()].map(|fd| libc::pollfd {
+                    fd,
+                    events: libc::POLLIN,
+                    revents: 0,
+                });
+                let wait = until.saturating_duration_since(now);
                 let wait_ms = i32::try_from(wait.as_millis()).unwrap_or(i32::MAX).max(1);
                 // SAFETY: two valid structures. Being interrupted is as good as being woken.
                 unsafe { libc::poll(fds.as_mut_ptr(), 2, wait_ms) };

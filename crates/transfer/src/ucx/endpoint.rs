@@ -58,8 +58,7 @@ impl Endpoint {
 
     fn create(worker: &Worker, token: u64, mut params: sys::ucp_ep_params_t) -> Result<Self, Status> {
         // Mode "peer" is what makes a dead peer an error and a close by force possible; both sides must have it.
-        params.field_mask |=
-            u64::from(sys::UCP_EP_PARAM_FIELD_ERR_HANDLING_MODE | sys::UCP_EP_PARAM_FIELD_ERR_HANDLER);
+        params.field_mask |= u64::from(sys::UCP_EP_PARAM_FIELD_ERR_HANDLING_MODE | sys::UCP_EP_PARAM_FIELD_ERR_HANDLER);
         params.err_mode = sys::UCP_ERR_HANDLING_MODE_PEER;
         params.err_handler = sys::ucp_err_handler_t { cb: Some(on_failure), arg: as_pointer(token) };
         let mut raw = ptr::null_mut();
@@ -89,9 +88,8 @@ impl Endpoint {
         let (data, len) = unsafe { ((&*kept).as_ptr(), (&*kept).len()) };
         let ucp = self.worker.ucp();
         // SAFETY: endpoint alive, this is its thread; the bytes stay until `on_sent`.
-        let started = unsafe {
-            ucp.ucp_am_send_nbx(self.raw, MESSAGE_ID, ptr::null(), 0, data.cast(), len, &raw const params)
-        };
+        let started =
+            unsafe { ucp.ucp_am_send_nbx(self.raw, MESSAGE_ID, ptr::null(), 0, data.cast(), len, &raw const params) };
         if !started.is_null() && !is_error(started) {
             return;
         }

@@ -202,9 +202,7 @@ impl<'a> Message<'a> {
             kind::UNABLE => Self::Unable { request: rest.request()? },
             kind::REVOKE => Self::Revoke { grant: OpenId(rest.u64()?) },
             kind::LEFT => Self::Left { grant: OpenId(rest.u64()?) },
-            kind::NOTICE => {
-                Self::Notice { request: rest.request()?, key: GrantKey(rest.u64()?), bytes: rest.all() }
-            }
+            kind::NOTICE => Self::Notice { request: rest.request()?, key: GrantKey(rest.u64()?), bytes: rest.all() },
             kind::NOTICED => {
                 let request = rest.request()?;
                 let result = match rest.u8()? {
@@ -386,9 +384,8 @@ mod tests {
                     regions
                 }
             ),
-            (request(), any::<bool>(), 0..1000u32, prop::collection::vec(range, 0..=RANGES_PER_MESSAGE)).prop_map(
-                |(request, writable, first, ranges)| Message::Ranges { request, writable, first, ranges }
-            ),
+            (request(), any::<bool>(), 0..1000u32, prop::collection::vec(range, 0..=RANGES_PER_MESSAGE))
+                .prop_map(|(request, writable, first, ranges)| Message::Ranges { request, writable, first, ranges }),
             (request(), 0..MAX_GRANT_REGIONS as u16, 0..u64::MAX / 2, 1..u64::MAX / 4, 0..u64::MAX / 2).prop_map(
                 move |(request, index, base, len, address)| Message::Region {
                     request,
@@ -403,12 +400,13 @@ mod tests {
             request().prop_map(|request| Message::Unable { request }),
             number().prop_map(|grant| Message::Revoke { grant: OpenId(grant) }),
             number().prop_map(|grant| Message::Left { grant: OpenId(grant) }),
-            (request(), number())
-                .prop_map(move |(request, key)| Message::Notice { request, key: GrantKey(key), bytes }),
-            (request(), prop::option::of(refusals())).prop_map(|(request, refusal)| Message::Noticed {
+            (request(), number()).prop_map(move |(request, key)| Message::Notice {
                 request,
-                result: refusal.map_or(Ok(()), Err)
+                key: GrantKey(key),
+                bytes
             }),
+            (request(), prop::option::of(refusals()))
+                .prop_map(|(request, refusal)| Message::Noticed { request, result: refusal.map_or(Ok(()), Err) }),
         ]
     }
 

@@ -11,8 +11,9 @@ use std::{
     fmt,
     net::SocketAddr,
     os::fd::RawFd,
-    ptr, slice,
+    ptr,
     rc::Rc,
+    slice,
     sync::{Mutex, OnceLock, PoisonError},
 };
 
@@ -47,6 +48,11 @@ pub(super) fn library() -> Result<&'static sys::Library, sys::Error> {
 /// UCX's answer where it is not success.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) struct Status(pub(super) sys::ucs_status_t);
+
+impl Status {
+    /// The owner does not take the connection.
+    pub(super) const REJECTED: Self = Self(sys::UCS_ERR_REJECTED);
+}
 
 impl fmt::Display for Status {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -101,11 +107,11 @@ pub(super) fn take_events(into: &mut Vec<Event>) {
 }
 
 /// What a context is made of.
-pub(super) struct Settings<'a> {
+pub(super) struct Settings {
     /// UCX's `TLS`: which of its transports.
-    pub(super) tls: &'a str,
+    pub(super) tls: String,
     /// UCX's `NET_DEVICES`.
-    pub(super) net_devices: Option<&'a str>,
+    pub(super) net_devices: Option<String>,
 }
 
 /// A context: the devices and memory handles.
@@ -141,11 +147,11 @@ impl Drop for Inner {
 
 impl Worker {
     /// Opens the devices. Errors are for the operator.
-    pub(super) fn new(library: &'static sys::Library, settings: &Settings<'_>) -> Result<Self, String> {
+    pub(super) fn new(library: &'static sys::Library, settings: &Settings) -> Result<Self, String> {
         let ucp = library.ucp();
         let config = UcxConfiguration::read(ucp)?;
-        config.set(c"TLS", settings.tls)?;
-        if let Some(devices) = settings.net_devices {
+        config.set(c"TLS", &settings.tls)?;
+        if let Some(devices) = &settings.net_devices {
             config.set(c"NET_DEVICES", devices)?;
         }
         let params = sys::ucp_params_t {
@@ -329,10 +335,8 @@ impl Listener {
 
     /// Where it listens; the port is a real one.
     pub(super) fn address(&self) -> Result<SocketAddr, Status> {
-        let mut attr = sys::ucp_listener_attr_t {
-            field_mask: sys::UCP_LISTENER_ATTR_FIELD_SOCKADDR.into(),
-            ..Default::default()
-        };
+        let mut attr =
+            sys::ucp_listener_attr_t { field_mask: sys::UCP_LISTENER_ATTR_FIELD_SOCKADDR.into(), ..Default::default() };
         // SAFETY: the listener is alive; writes the fields of the mask.
         check(unsafe { self.worker.ucp().ucp_listener_query(self.raw, &raw mut attr) })?;
         let mut storage = SockAddrStorage::zeroed();
