@@ -354,7 +354,8 @@ fn no_transport_in_common_is_an_error_that_names_both_sides() {
     let (client, owner) = (engine(config(TransportKind::Local), MIB), engine(config(TransportKind::Tcp), MIB));
     let error = client.submit(batch(Op::Read, &owner.descriptor(), GrantKey(1), &[(0, 0, 10)])).wait().unwrap_err();
     assert!(matches!(error, Error::NoTransport { .. }));
-    assert!(error.to_string().ends_with("it offers tcp, allowed here are local"), "{error}");
+    let told = "it offers tcp, allowed here are local (local: the peer doesn't offer it)";
+    assert!(error.to_string().ends_with(told), "{error}");
 }
 
 #[test]
