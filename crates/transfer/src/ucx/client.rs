@@ -478,6 +478,11 @@ impl Client {
         }
     }
 
+    /// What is in UCX's hands, for who sees that it is given back.
+    pub(super) fn take_flows(&mut self) -> Vec<Flow> {
+        self.connections.values_mut().map(|connection| std::mem::take(&mut connection.flow)).collect()
+    }
+
     pub(super) fn close_all(&mut self, core: &mut Core) {
         self.stopping = true;
         std::mem::take(&mut self.later).into_iter().for_each(|(_, work)| work.frame.finish(Err(Error::Shutdown)));

@@ -21,13 +21,14 @@ use std::{
 use super::{
     client::Client,
     endpoint::{Endpoint, EndpointId},
+    flow::Flow,
     mailbox::{Command, Mailbox},
     messages::Message,
     registry::Registry,
     server::Server,
     worker::{Event, Listener, Settings, Worker, library, take_events},
 };
-use crate::{counters::add_one, error::Error, owner::Owner, threads::Threads};
+use crate::{counters::add_one, error::Error, grant::InFlight, owner::Owner, threads::Threads};
 
 /// How long the end waits for endpoints to close; then the worker is destroyed with what is left.
 const CLOSING: Duration = Duration::from_secs(2);
@@ -162,18 +163,25 @@ fn begin(setup: Setup) -> Result<(Driver, SocketAddr), String> {
         next: 0,
         buffer: Vec::new(),
     };
-    let driver =
-        Driver { client: Client::default(), server: Server::default(), listener: Some(listener), core, event_fd };
-    Ok((driver, address))
+    let (client, server, kept) = (Client::default(), Server::default(), Default::default());
+    Ok((Driver { client, server, listener: Some(listener), core, event_fd, kept }, address))
 }
 
-/// Fields in the order in which they must go: endpoints and keys before the worker.
+/// Fields in the order in which they must go, however the thread ends: endpoints and keys, then the worker, and only then
+/// what says that UCX touches memory no more.
 struct Driver {
     client: Client,
     server: Server,
     listener: Option<Listener>,
     core: Core,
     event_fd: RawFd,
+    kept: (Vec<Flow>, Vec<InFlight>),
+}
+
+impl Drop for Driver {
+    fn drop(&mut self) {
+        self.kept = (self.client.take_flows(), self.server.take_in_flight());
+    }
 }
 
 impl Driver {
@@ -213,7 +221,7 @@ impl Driver {
                 self.client.pump(&mut self.core);
             }
             rounds += 1;
-            if busy && rounds % 64 != 0 {
+            if busy && !rounds.is_multiple_of(64) {
                 continue;
             }
             let now = Instant::now();
@@ -301,11 +309,12 @@ impl Driver {
                 None => debug_assert!(false, "UCX gives each token back once"),
             },
             Event::Message { from, bytes } => self.receive(from, bytes.as_deref()),
-            Event::Incoming(incoming) => match &self.listener {
-                Some(listener) => self.server.accept(core, listener, incoming),
-                // Its listener is gone, and the request with it.
-                None => {}
-            },
+            Event::Incoming(incoming) => {
+                // Without a listener the request has gone with it.
+                if let Some(listener) = &self.listener {
+                    self.server.accept(core, listener, incoming);
+                }
+            }
             Event::Failed { endpoint, status } => {
                 self.client.failed(core, endpoint, status);
                 self.server.failed(core, endpoint, status);

@@ -40,11 +40,10 @@ mod worker;
 
 use std::{
     net::SocketAddr,
-    path::Path,
     sync::{Arc, mpsc},
 };
 
-use kvasir_types::{TransportAddress, TransportKind, Transports};
+use kvasir_types::{TransportAddress, TransportKind};
 
 use self::{
     driver::{Limits, Setup, no_descriptor, unavailable},
@@ -77,11 +76,6 @@ impl UcxTransport {
     /// Loads libucp, opens devices, listens.
     pub(crate) fn new(config: &Config, owner: &Arc<Owner>, threads: &Arc<Threads>) -> Result<Self, Error> {
         let ucx = &config.ucx;
-        if matches!(config.transports, Transports::Auto) && ucx.tls.is_none() && !has_rdma() {
-            let reason =
-                "no RDMA device, and over other networks tcp is faster; ask for it by name to use it all the same";
-            return Err(unavailable(reason.into()));
-        }
         let mailbox = Arc::new(Mailbox::new().map_err(|error| no_descriptor(&error))?);
         let tls = ucx.tls.clone().unwrap_or_else(|| FENCEABLE.into());
         let limits = Limits {
@@ -110,11 +104,6 @@ impl UcxTransport {
         };
         Ok(Self { mailbox, addresses: advertised(ucx.advertise.as_deref(), bound) })
     }
-}
-
-/// Whether the kernel knows a device that UCX could use better than sockets.
-fn has_rdma() -> bool {
-    Path::new("/sys/class/infiniband").read_dir().is_ok_and(|mut devices| devices.next().is_some())
 }
 
 /// Whether every lane that a list of UCX's transports allows is fenced by closing its endpoint.

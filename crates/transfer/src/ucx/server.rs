@@ -220,6 +220,11 @@ impl Server {
         late.into_iter().for_each(|id| self.cut(core, id));
     }
 
+    /// What is kept in flight for peers, for who sees that they are gone.
+    pub(super) fn take_in_flight(&mut self) -> Vec<InFlight> {
+        self.peers.values_mut().flat_map(|peer| std::mem::take(&mut peer.open).into_values().flatten()).collect()
+    }
+
     pub(super) fn close_all(&mut self, core: &mut Core) {
         let ids: Vec<u64> = self.peers.keys().copied().collect();
         ids.into_iter().for_each(|id| self.cut(core, id));
