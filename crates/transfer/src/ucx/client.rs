@@ -26,6 +26,7 @@ use std::{
 use kvasir_types::{GrantKey, Incarnation, PROTOCOL_VERSION, SegmentId};
 
 use super::{
+    courier::Courier,
     driver::{Core, Pending, Side},
     endpoint::{Endpoint, RemoteKey},
     flow::{Flow, Work},
@@ -35,7 +36,7 @@ use super::{
     worker::Status,
 };
 use crate::{
-    batch::Frame,
+    batch::{Frame, Op},
     counters::{add_one, sub_one},
     error::{Error, Refusal},
     grant::Cut,
@@ -110,7 +111,11 @@ pub(super) struct Connection {
     requests: HashMap<RequestId, Request>,
     /// By their base.
     regions: BTreeMap<u64, RemoteRegion>,
+    /// How frames travel by RMA, if the owner allows that.
     flow: Flow,
+    rma: bool,
+    /// How they travel otherwise.
+    courier: Courier,
     last_progress: Instant,
 }
 
@@ -133,7 +138,7 @@ impl Cut for ConnectionCut {
 
 impl Connection {
     fn is_idle(&self) -> bool {
-        self.early.is_empty() && self.requests.is_empty() && self.flow.is_idle()
+        self.early.is_empty() && self.requests.is_empty() && self.flow.is_idle() && self.courier.is_idle()
     }
 
     fn disconnected(&self, reason: impl Into<Arc<str>>) -> Error {
@@ -212,6 +217,8 @@ impl Client {
             requests: HashMap::new(),
             regions: BTreeMap::new(),
             flow: Flow::default(),
+            rma: false,
+            courier: Courier::default(),
             last_progress: Instant::now(),
         };
         self.connections.insert(id, connection);
@@ -275,17 +282,38 @@ impl Client {
         let Some(connection) = self.connections.get_mut(&id) else { return true };
         connection.last_progress = Instant::now();
         match (message, &connection.phase) {
-            (Message::Welcome { version, verdict }, Phase::Greeting) => {
+            (Message::Welcome { version, verdict, rma }, Phase::Greeting) => {
+                connection.rma = rma && core.limits.rma;
                 self.welcomed(core, id, version, verdict);
                 true
             }
             (_, Phase::Closing(_)) => true,
+            (Message::Refused { request, refusal }, Phase::Ready) => {
+                self.eager.push(id);
+                self.refused(core, id, request, refusal).is_some()
+            }
             (message, Phase::Ready) => {
                 self.eager.push(id);
                 answer(core, connection, message).is_some()
             }
             _ => false,
         }
+    }
+
+    /// The owner turned something down.
+    fn refused(&mut self, core: &mut Core, id: u64, request: RequestId, refusal: Refusal) -> Option<()> {
+        let connection = self.connections.get_mut(&id)?;
+        let segment = connection.peer.segment;
+        if connection.requests.contains_key(&request) {
+            return fail_opening(connection, request, &Error::Refused { segment, refusal });
+        }
+        let op = connection.courier.refused(&core.owner.counters, request, refusal)?;
+        if op == Op::Write && refusal != Refusal::UnknownGrant {
+            // After a write that was not granted the owner takes nothing more from us.
+            let error = connection.disconnected("the owner closed it after a write that was not granted");
+            self.lose(core, id, error);
+        }
+        Some(())
     }
 
     fn welcomed(&mut self, core: &mut Core, id: u64, theirs: u32, verdict: Verdict) {
@@ -310,11 +338,12 @@ impl Client {
     pub(super) fn pump(&mut self, core: &mut Core) {
         while let Some(id) = self.eager.pop() {
             let Some(connection) = self.connections.get_mut(&id) else { continue };
-            let Connection { phase: Phase::Ready, endpoint: Some(endpoint), grants, regions, flow, cut, .. } =
-                connection
-            else {
+            let Connection { phase: Phase::Ready, endpoint: Some(endpoint), .. } = connection else { continue };
+            if !connection.rma {
+                connection.courier.pump(core, endpoint);
                 continue;
-            };
+            }
+            let Connection { grants, regions, flow, cut, .. } = connection;
             let cut = || Arc::clone(cut) as Arc<dyn Cut>;
             let check = |work: &Work| match grants.get(&work.frame.batch().key) {
                 Some(PeerGrant::Open(grant)) => {
@@ -423,7 +452,7 @@ impl Client {
         }
         let Some(connection) = self.connections.remove(&id) else { return };
         sub_one(&core.owner.counters.open_connections);
-        let Connection { phase, early, grants, requests, flow, regions, .. } = connection;
+        let Connection { phase, early, grants, requests, flow, courier, regions, .. } = connection;
         drop(regions); // the keys, now that nothing uses them
         let Phase::Closing(error) = phase else { return };
         let opening = grants.into_values().filter_map(|grant| match grant {
@@ -434,8 +463,13 @@ impl Client {
             Request::Notice(work) => Some(work),
             Request::Open(_) => None,
         });
-        let works: Vec<Work> =
-            early.into_iter().chain(opening.flatten()).chain(notices).chain(flow.into_work()).collect();
+        let works: Vec<Work> = early
+            .into_iter()
+            .chain(opening.flatten())
+            .chain(notices)
+            .chain(flow.into_work())
+            .chain(courier.into_work())
+            .collect();
         works.into_iter().for_each(|work| self.give_back(core, work, &error));
     }
 
@@ -515,6 +549,9 @@ fn route(core: &mut Core, connection: &mut Connection, work: Work) {
         connection.requests.insert(request, Request::Notice(work));
         return;
     }
+    if !connection.rma {
+        return connection.courier.push(core, work);
+    }
     match connection.grants.get_mut(&key) {
         Some(PeerGrant::Open(_)) => connection.flow.push(core, work),
         Some(PeerGrant::Opening { waiting, .. }) => waiting.push(work),
@@ -553,10 +590,8 @@ fn answer(core: &mut Core, connection: &mut Connection, message: Message<'_>) ->
             }
             open_if_complete(core, connection, request, key)
         }
-        Message::Refused { request, refusal } => {
-            let segment = connection.peer.segment;
-            fail_opening(connection, request, &Error::Refused { segment, refusal })
-        }
+        Message::Wrote { request } => connection.courier.wrote(&core.owner.counters, request),
+        Message::Data { request, bytes } => connection.courier.data(&core.owner.counters, request, bytes),
         Message::Unable { request } => {
             let reason = "the owner's libucp cannot offer this memory".into();
             fail_opening(connection, request, &super::driver::unavailable(reason))
@@ -582,6 +617,9 @@ fn answer(core: &mut Core, connection: &mut Connection, message: Message<'_>) ->
         }
         Message::Hello { .. }
         | Message::Welcome { .. }
+        | Message::Refused { .. }
+        | Message::Write { .. }
+        | Message::Read { .. }
         | Message::Open { .. }
         | Message::Left { .. }
         | Message::Notice { .. } => None,

@@ -45,6 +45,8 @@ pub(super) struct Limits {
     pub(super) max_accepted: usize,
     pub(super) max_puts: usize,
     pub(super) max_gets: usize,
+    /// Whether memory is reached by RMA where the peer allows it.
+    pub(super) rma: bool,
     /// Whether closing an endpoint keeps its peer away from our memory; see the module `ucx`.
     pub(super) close_fences: bool,
 }
@@ -63,6 +65,10 @@ pub(super) enum Pending {
         connection: u64,
     },
     ClosePeer {
+        peer: u64,
+    },
+    /// Bytes that a peer has asked for.
+    Reply {
         peer: u64,
     },
 }
@@ -87,7 +93,6 @@ pub(super) struct Core {
     pub(super) endpoints: HashMap<EndpointId, Side>,
     pending: HashMap<u64, Pending>,
     next: u64,
-    buffer: Vec<u8>,
 }
 
 impl Core {
@@ -105,9 +110,9 @@ impl Core {
     }
 
     pub(super) fn send(&mut self, endpoint: &Endpoint, message: &Message<'_>) {
-        self.buffer.clear();
-        message.encode(&mut self.buffer);
-        endpoint.send(&self.buffer);
+        let mut bytes = Vec::with_capacity(64);
+        message.encode(&mut bytes);
+        endpoint.send(bytes);
     }
 }
 
@@ -161,7 +166,6 @@ fn begin(setup: Setup) -> Result<(Driver, SocketAddr), String> {
         endpoints: HashMap::new(),
         pending: HashMap::new(),
         next: 0,
-        buffer: Vec::new(),
     };
     let (client, server, kept) = (Client::default(), Server::default(), Default::default());
     Ok((Driver { client, server, listener: Some(listener), core, event_fd, kept }, address))
@@ -305,6 +309,7 @@ impl Driver {
                 Some(Pending::Operation { connection, job }) => self.client.done(core, connection, job, result),
                 Some(Pending::Flush { connection }) => self.client.flushed(core, connection, result),
                 Some(Pending::CloseConnection { connection }) => self.client.closed(core, connection),
+                Some(Pending::Reply { peer }) => self.server.replied(peer),
                 Some(Pending::ClosePeer { peer }) => self.server.closed(core, peer),
                 None => debug_assert!(false, "UCX gives each token back once"),
             },

@@ -77,15 +77,24 @@ impl Endpoint {
 
     /// Sends an active message of at most [`MAX_MESSAGE`] bytes. One that can't be sent is reported by the endpoint's
     /// failure.
-    pub(super) fn send(&self, message: &[u8]) {
+    pub(super) fn send(&self, message: Vec<u8>) {
+        self.send_noting(message, None);
+    }
+
+    /// As [`Endpoint::send`]; `Done` comes when UCX needs the message's memory no more.
+    pub(super) fn send_tracked(&self, message: Vec<u8>, token: u64) {
+        self.send_noting(message, Some(token));
+    }
+
+    fn send_noting(&self, message: Vec<u8>, token: Option<u64>) {
         assert!(message.len() <= MAX_MESSAGE, "messages of ours are bounded");
         // UCX reads it until `on_sent`, which frees it.
-        let kept = Box::into_raw(Box::new(Box::<[u8]>::from(message)));
+        let kept = Box::into_raw(Box::new(Sent { message, token }));
         let mut params = params(kept.cast(), on_sent);
         params.op_attr_mask |= sys::UCP_OP_ATTR_FIELD_FLAGS;
         params.flags = sys::UCP_AM_SEND_FLAG_EAGER | sys::UCP_AM_SEND_FLAG_REPLY;
         // SAFETY: `kept` is a live allocation that nobody else has.
-        let (data, len) = unsafe { ((&*kept).as_ptr(), (&*kept).len()) };
+        let (data, len) = unsafe { ((&*kept).message.as_ptr(), (&*kept).message.len()) };
         let ucp = self.worker.ucp();
         // SAFETY: endpoint alive, this is its thread; the bytes stay until `on_sent`.
         let started =
@@ -95,6 +104,9 @@ impl Endpoint {
         }
         // SAFETY: over already, so the callback will not come: freed here instead.
         drop(unsafe { Box::from_raw(kept) });
+        if let Some(token) = token {
+            note_if_over(started, token);
+        }
     }
 
     /// Writes into the peer's memory. `Done` says that the local bytes are no longer needed; only a [`Self::flush`] begun
@@ -262,9 +274,18 @@ unsafe extern "C" fn on_done(request: *mut c_void, status: sys::ucs_status_t, to
     free(request);
 }
 
-unsafe extern "C" fn on_sent(request: *mut c_void, _: sys::ucs_status_t, message: *mut c_void) {
-    // SAFETY: made by `send`, which left it to this one call.
-    drop(unsafe { Box::from_raw(message.cast::<Box<[u8]>>()) });
+/// A message while UCX needs it.
+struct Sent {
+    message: Vec<u8>,
+    token: Option<u64>,
+}
+
+unsafe extern "C" fn on_sent(request: *mut c_void, status: sys::ucs_status_t, sent: *mut c_void) {
+    // SAFETY: made by `send_noting`, which left it to this one call.
+    let sent = unsafe { Box::from_raw(sent.cast::<Sent>()) };
+    if let Some(token) = sent.token {
+        note(Event::Done { token, result: check(status) });
+    }
     free(request);
 }
 

@@ -1,14 +1,21 @@
 //! The control protocol: active messages between two engines, the only place where a peer's bytes become values.
 //!
-//! The bytes of batches never travel here: they are put and got straight between registered memories. These messages ask
-//! for the right to do so and take it back. All numbers little-endian; every message fits [`MAX_MESSAGE`] bytes; a message is
+//! Where RMA is used, the bytes of batches never travel here: they are put and got straight between registered memories, and
+//! these messages ask for the right to do so and take it back. Elsewhere they travel in pieces, each of which the owner
+//! checks. All numbers little-endian; every message fits [`MAX_MESSAGE`] bytes; a message is
 //! refused as a whole if any byte of it is not understood. UCX does not promise that active messages arrive in the order they were
 //! sent, so nothing here relies on it.
 //!
 //! ```text
 //! client                                                  owner
 //! hello    kvasirUX 8 | version 4 | segment 8 | incarnation 8
-//!                                                         welcome  kvasirVX 8 | version 4 | verdict 1
+//!                                                         welcome  kvasirVX 8 | version 4 | verdict 1 | rma 1
+//! write    request 8 | grant key 8 | n 2 | n × { offset 8 | len 4 } | bytes
+//!                                                         wrote    request 8
+//! read     request 8 | grant key 8 | n 2 | n × { offset 8 | len 4 }
+//!                                                         data     request 8 | bytes
+//!
+//! with RMA:
 //! open     request 8 | grant key 8
 //!                                                         opened   request 8 | grant 8 | readable 4 | writable 4 | regions 2
 //!                                                         ranges   request 8 | access 1 | first 4 | n × { start 8 | end 8 }
@@ -21,6 +28,8 @@
 //!                                                         noticed  request 8 | 0, or 1 + refusal 1
 //! ```
 //!
+//! `refused` answers a write, a read and an open. `rma`: whether the owner's memory may be reached without its part.
+//!
 //! `grant` is the owner's number for one opening of a grant by one peer, never used twice. `left` says that nothing of the
 //! client's touches the ranges any more, nor will: it answers `revoke`, also for a grant the client does not know (yet).
 //! `unable`: the grant is good, but UCX can't reach its memory, or it has more ranges than this transport carries.
@@ -29,7 +38,7 @@
 use kvasir_types::{GrantKey, Incarnation, SegmentId};
 
 use super::worker::MAX_MESSAGE;
-use crate::error::Refusal;
+use crate::{error::Refusal, plan::MAX_RANGES};
 
 const HELLO: [u8; 8] = *b"kvasirUX";
 const WELCOME: [u8; 8] = *b"kvasirVX";
@@ -37,10 +46,15 @@ const WELCOME: [u8; 8] = *b"kvasirVX";
 pub(super) const MAX_GRANT_RANGES: usize = 64 << 10;
 /// Most regions that one grant reaches into.
 pub(super) const MAX_GRANT_REGIONS: usize = 1024;
-/// Most ranges in one message.
-pub(super) const RANGES_PER_MESSAGE: usize = (MAX_MESSAGE - 32) / 16;
+/// Most ranges of a grant in one message: those that tell of grants fit one packet.
+pub(super) const RANGES_PER_MESSAGE: usize = 256;
 /// Longest remote key.
-pub(super) const MAX_KEY: usize = MAX_MESSAGE - 64;
+pub(super) const MAX_KEY: usize = 4096;
+/// Most bytes of a batch in one message.
+pub(super) const MAX_PIECE: usize = 64 << 10;
+/// What a piece's message needs besides its bytes, at most.
+pub(super) const PIECE_HEAD: usize = 19 + 12 * MAX_RANGES;
+const _: () = assert!(MAX_PIECE + PIECE_HEAD <= MAX_MESSAGE);
 
 /// Half-open byte range `[start, end)` of a segment.
 pub(super) type Bytes = (u64, u64);
@@ -65,21 +79,93 @@ pub(super) enum Verdict {
     Busy,
 }
 
+/// A stretch of the owner's segment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Span {
+    pub(super) offset: u64,
+    pub(super) len: u32,
+}
+
 /// Every message. Borrowed parts point into the message decoded.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Message<'a> {
-    Hello { version: u32, segment: SegmentId, incarnation: Incarnation },
-    Welcome { version: u32, verdict: Verdict },
-    Open { request: RequestId, key: GrantKey },
-    Opened { request: RequestId, grant: OpenId, readable: u32, writable: u32, regions: u16 },
-    Ranges { request: RequestId, writable: bool, first: u32, ranges: Vec<Bytes> },
-    Region { request: RequestId, index: u16, base: u64, len: u64, address: u64, key: &'a [u8] },
-    Refused { request: RequestId, refusal: Refusal },
-    Unable { request: RequestId },
-    Revoke { grant: OpenId },
-    Left { grant: OpenId },
-    Notice { request: RequestId, key: GrantKey, bytes: &'a [u8] },
-    Noticed { request: RequestId, result: Result<(), Refusal> },
+    Hello {
+        version: u32,
+        segment: SegmentId,
+        incarnation: Incarnation,
+    },
+    Welcome {
+        version: u32,
+        verdict: Verdict,
+        rma: bool,
+    },
+    /// To be encoded without its bytes, which the sender appends.
+    Write {
+        request: RequestId,
+        key: GrantKey,
+        spans: Vec<Span>,
+        bytes: &'a [u8],
+    },
+    Wrote {
+        request: RequestId,
+    },
+    Read {
+        request: RequestId,
+        key: GrantKey,
+        spans: Vec<Span>,
+    },
+    /// As `Write`.
+    Data {
+        request: RequestId,
+        bytes: &'a [u8],
+    },
+    Open {
+        request: RequestId,
+        key: GrantKey,
+    },
+    Opened {
+        request: RequestId,
+        grant: OpenId,
+        readable: u32,
+        writable: u32,
+        regions: u16,
+    },
+    Ranges {
+        request: RequestId,
+        writable: bool,
+        first: u32,
+        ranges: Vec<Bytes>,
+    },
+    Region {
+        request: RequestId,
+        index: u16,
+        base: u64,
+        len: u64,
+        address: u64,
+        key: &'a [u8],
+    },
+    Refused {
+        request: RequestId,
+        refusal: Refusal,
+    },
+    Unable {
+        request: RequestId,
+    },
+    Revoke {
+        grant: OpenId,
+    },
+    Left {
+        grant: OpenId,
+    },
+    Notice {
+        request: RequestId,
+        key: GrantKey,
+        bytes: &'a [u8],
+    },
+    Noticed {
+        request: RequestId,
+        result: Result<(), Refusal>,
+    },
 }
 
 /// Bytes that are no message of ours, and in what way.
@@ -99,6 +185,8 @@ pub(super) enum Malformed {
     Limit { what: &'static str, value: u64, limit: u64 },
     #[error("a range that is empty or ends beyond 64 bits")]
     Range,
+    #[error("ranges sum up to {sum} bytes, {len} came")]
+    Sum { sum: u64, len: usize },
 }
 
 /// The first byte of each kind, except of hello and welcome, which open with their word.
@@ -113,6 +201,10 @@ mod kind {
     pub(super) const LEFT: u8 = 8;
     pub(super) const NOTICE: u8 = 9;
     pub(super) const NOTICED: u8 = 10;
+    pub(super) const WRITE: u8 = 11;
+    pub(super) const WROTE: u8 = 12;
+    pub(super) const READ: u8 = 13;
+    pub(super) const DATA: u8 = 14;
 }
 
 impl Message<'_> {
@@ -124,10 +216,28 @@ impl Message<'_> {
                 into.extend_from_slice(&version.to_le_bytes());
                 put_u64s(into, [segment.0, incarnation.0]);
             }
-            Self::Welcome { version, verdict } => {
+            Self::Welcome { version, verdict, rma } => {
                 into.extend_from_slice(&WELCOME);
                 into.extend_from_slice(&version.to_le_bytes());
-                into.push(verdict as u8);
+                into.extend_from_slice(&[verdict as u8, rma.into()]);
+            }
+            Self::Write { request, key, ref spans, bytes } => {
+                into.push(kind::WRITE);
+                put_spans(into, request, key, spans);
+                into.extend_from_slice(bytes);
+            }
+            Self::Wrote { request } => {
+                into.push(kind::WROTE);
+                put_u64s(into, [request.0]);
+            }
+            Self::Read { request, key, ref spans } => {
+                into.push(kind::READ);
+                put_spans(into, request, key, spans);
+            }
+            Self::Data { request, bytes } => {
+                into.push(kind::DATA);
+                put_u64s(into, [request.0]);
+                into.extend_from_slice(bytes);
             }
             Self::Open { request, key } => {
                 into.push(kind::OPEN);
@@ -211,6 +321,13 @@ impl<'a> Message<'a> {
                 };
                 Self::Noticed { request, result }
             }
+            kind::WRITE => Self::decode_write(&mut rest)?,
+            kind::WROTE => Self::Wrote { request: rest.request()? },
+            kind::READ => {
+                let (request, key, spans, _) = rest.spans()?;
+                Self::Read { request, key, spans }
+            }
+            kind::DATA => Self::Data { request: rest.request()?, bytes: rest.all() },
             value => return Err(Malformed::Unknown { what: "kind of message", value }),
         };
         rest.end()?;
@@ -231,12 +348,26 @@ impl<'a> Message<'a> {
                 3 => Verdict::Busy,
                 value => return Err(Malformed::Unknown { what: "verdict", value }),
             };
-            Self::Welcome { version, verdict }
+            let rma = match rest.u8()? {
+                0 => false,
+                1 => true,
+                value => return Err(Malformed::Unknown { what: "flag", value }),
+            };
+            Self::Welcome { version, verdict, rma }
         } else {
             return Err(Malformed::Magic);
         };
         rest.end()?;
         Ok(message)
+    }
+
+    fn decode_write(rest: &mut Reader<'a>) -> Result<Self, Malformed> {
+        let (request, key, spans, sum) = rest.spans()?;
+        let bytes = rest.all();
+        if bytes.len() as u64 != sum {
+            return Err(Malformed::Sum { sum, len: bytes.len() });
+        }
+        Ok(Self::Write { request, key, spans, bytes })
     }
 
     fn decode_opened(rest: &mut Reader<'a>) -> Result<Self, Malformed> {
@@ -281,6 +412,15 @@ impl<'a> Message<'a> {
 
 fn put_u64s<const N: usize>(into: &mut Vec<u8>, values: [u64; N]) {
     values.iter().for_each(|value| into.extend_from_slice(&value.to_le_bytes()));
+}
+
+fn put_spans(into: &mut Vec<u8>, request: RequestId, key: GrantKey, spans: &[Span]) {
+    put_u64s(into, [request.0, key.0]);
+    into.extend_from_slice(&(spans.len() as u16).to_le_bytes());
+    for span in spans {
+        into.extend_from_slice(&span.offset.to_le_bytes());
+        into.extend_from_slice(&span.len.to_le_bytes());
+    }
 }
 
 fn u64_at(bytes: &[u8; 16], at: usize) -> u64 {
@@ -340,6 +480,26 @@ impl<'a> Reader<'a> {
         Ok(RequestId(self.u64()?))
     }
 
+    /// The head of a piece: its ranges are bounded in number and sum.
+    fn spans(&mut self) -> Result<(RequestId, GrantKey, Vec<Span>, u64), Malformed> {
+        let (request, key) = (self.request()?, GrantKey(self.u64()?));
+        let count = u16::from_le_bytes(self.array()?);
+        limit("number of ranges", count.into(), MAX_RANGES as u64)?;
+        let table = self.take(usize::from(count) * 12)?;
+        let (mut spans, mut sum) = (Vec::with_capacity(count.into()), 0u64);
+        let mut entries = Reader(table);
+        for _ in 0..count {
+            let span = Span { offset: entries.u64()?, len: u32::from_le_bytes(entries.array()?) };
+            if span.len == 0 || span.offset.checked_add(span.len.into()).is_none() {
+                return Err(Malformed::Range);
+            }
+            sum += u64::from(span.len);
+            spans.push(span);
+        }
+        limit("length of a piece", sum, MAX_PIECE as u64)?;
+        Ok((request, key, spans, sum))
+    }
+
     fn all(&mut self) -> &'a [u8] {
         std::mem::take(&mut self.0)
     }
@@ -372,8 +532,23 @@ mod tests {
                 segment: SegmentId(a),
                 incarnation: Incarnation(b)
             }),
-            (any::<u32>(), prop::sample::select(verdicts.to_vec()))
-                .prop_map(|(version, verdict)| Message::Welcome { version, verdict }),
+            (any::<u32>(), prop::sample::select(verdicts.to_vec()), any::<bool>())
+                .prop_map(|(version, verdict, rma)| Message::Welcome { version, verdict, rma }),
+            (request(), number(), 0..u64::MAX / 2).prop_map(move |(request, key, offset)| Message::Write {
+                request,
+                key: GrantKey(key),
+                spans: vec![Span { offset, len: 1 }, Span { offset, len: bytes.len() as u32 - 1 }],
+                bytes
+            }),
+            request().prop_map(|request| Message::Wrote { request }),
+            (request(), number(), prop::collection::vec((0..u64::MAX / 2, 1u32..200), 0..MAX_RANGES)).prop_map(
+                |(request, key, spans)| Message::Read {
+                    request,
+                    key: GrantKey(key),
+                    spans: spans.into_iter().map(|(offset, len)| Span { offset, len }).collect()
+                }
+            ),
+            request().prop_map(move |request| Message::Data { request, bytes }),
             (request(), number()).prop_map(|(request, key)| Message::Open { request, key: GrantKey(key) }),
             (request(), number(), count(), count(), 0..=MAX_GRANT_REGIONS as u16).prop_map(
                 |(request, grant, readable, writable, regions)| Message::Opened {
@@ -412,7 +587,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_encoded_fits_and_decodes_to_itself(message in messages(&[7; 300]), cut in 0usize..MAX_MESSAGE) {
+        fn what_is_encoded_fits_and_decodes_to_itself(message in messages(&[7; 300]), cut in 0usize..600) {
             let mut bytes = Vec::new();
             message.encode(&mut bytes);
             prop_assert!(bytes.len() <= MAX_MESSAGE);
@@ -424,7 +599,7 @@ mod tests {
         }
 
         #[test]
-        fn no_bytes_panic_the_decoder_or_pass_its_bounds(kind in 0u8..12, mut bytes in prop::collection::vec(any::<u8>(), 0..MAX_MESSAGE + 8)) {
+        fn no_bytes_panic_the_decoder_or_pass_its_bounds(kind in 0u8..16, mut bytes in prop::collection::vec(any::<u8>(), 0..600)) {
             if kind > 0 && let Some(first) = bytes.first_mut() {
                 *first = kind;
             }
@@ -441,8 +616,10 @@ mod tests {
                     prop_assert!(usize::from(index) < MAX_GRANT_REGIONS && key.len() <= MAX_KEY);
                     prop_assert!(base.checked_add(len).is_some() && address.checked_add(len).is_some());
                 }
-                Ok(_) => prop_assert!(bytes.len() <= MAX_MESSAGE),
-                Err(_) => {}
+                Ok(Message::Write { spans, .. } | Message::Read { spans, .. }) => {
+                    prop_assert!(spans.iter().map(|span| span.len as usize).sum::<usize>() <= MAX_PIECE);
+                }
+                Ok(_) | Err(_) => {}
             }
         }
     }
@@ -457,5 +634,6 @@ mod tests {
         let key = &[0; MAX_KEY];
         Message::Region { request: RequestId(1), index: 0, base: 0, len: 1, address: 0, key }.encode(&mut bytes);
         assert!(bytes.len() <= MAX_MESSAGE);
+        assert_eq!(Message::decode(&vec![kind::DATA; MAX_MESSAGE + 1]), Err(Malformed::Long));
     }
 }

@@ -28,6 +28,7 @@
 //! that run the same program on a network nobody else is on, as RDMA networks are; `tcp` checks every operation.
 
 mod client;
+mod courier;
 mod driver;
 mod endpoint;
 mod flow;
@@ -77,6 +78,7 @@ impl UcxTransport {
     pub(crate) fn new(config: &Config, owner: &Arc<Owner>, threads: &Arc<Threads>) -> Result<Self, Error> {
         let ucx = &config.ucx;
         let mailbox = Arc::new(Mailbox::new().map_err(|error| no_descriptor(&error))?);
+        let rma = ucx.rma.unwrap_or_else(has_rdma);
         let tls = ucx.tls.clone().unwrap_or_else(|| FENCEABLE.into());
         let limits = Limits {
             io_timeout: config.io_timeout,
@@ -86,10 +88,11 @@ impl UcxTransport {
             max_accepted: config.max_accepted_connections,
             max_puts: ucx.max_outstanding_puts,
             max_gets: ucx.max_outstanding_gets,
+            rma,
             close_fences: close_fences(&tls),
         };
         let setup = Setup {
-            settings: Settings { tls, net_devices: ucx.net_devices.clone() },
+            settings: Settings { tls, net_devices: ucx.net_devices.clone(), rma },
             bind: ucx.bind,
             limits,
             owner: Arc::clone(owner),
@@ -104,6 +107,11 @@ impl UcxTransport {
         };
         Ok(Self { mailbox, addresses: advertised(ucx.advertise.as_deref(), bound) })
     }
+}
+
+/// Whether the kernel knows an RDMA device.
+fn has_rdma() -> bool {
+    std::fs::read_dir("/sys/class/infiniband").is_ok_and(|mut devices| devices.next().is_some())
 }
 
 /// Whether every lane that a list of UCX's transports allows is fenced by closing its endpoint.

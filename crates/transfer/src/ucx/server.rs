@@ -13,6 +13,7 @@
 
 use std::{
     collections::HashMap,
+    ptr,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering::SeqCst},
@@ -20,22 +21,31 @@ use std::{
     time::{Duration, Instant},
 };
 
-use kvasir_types::{GrantKey, PROTOCOL_VERSION};
+use kvasir_types::{GrantKey, PROTOCOL_VERSION, TransportKind};
 
 use super::{
+    courier::append,
     driver::{Core, Pending, Side},
     endpoint::Endpoint,
     mailbox::{Command, Mailbox},
-    messages::{MAX_GRANT_RANGES, MAX_GRANT_REGIONS, MAX_KEY, Message, OpenId, RANGES_PER_MESSAGE, RequestId, Verdict},
+    messages::{
+        MAX_GRANT_RANGES, MAX_GRANT_REGIONS, MAX_KEY, Message, OpenId, PIECE_HEAD, RANGES_PER_MESSAGE, RequestId, Span,
+        Verdict,
+    },
     worker::{Incoming, Listener, Status},
 };
 use crate::{
+    batch::Op,
     counters::{add_one, sub_one},
+    error::Refusal,
     grant::{Bytes, Cut, InFlight, Opened, Opener},
 };
 
 /// Most grants that one peer may have open at once: bounds what it can make us remember.
 const MAX_OPEN: usize = 64 << 10;
+
+/// Most reads of one peer that are answered at once: what one that takes nothing can make us hold.
+const MAX_REPLIES: usize = 1024;
 
 /// The peers that are connected to us.
 #[derive(Default)]
@@ -47,8 +57,11 @@ pub(super) struct Server {
 struct Peer {
     /// `None` once it is being closed.
     endpoint: Option<Endpoint>,
-    accepted: Instant,
     stage: Stage,
+    /// When it came to that stage.
+    since: Instant,
+    /// Reads whose bytes UCX still needs.
+    replies: usize,
     fence: Arc<Fence>,
     /// The grants it has opened; with what is kept in flight once they are revoked.
     open: HashMap<OpenId, Option<InFlight>>,
@@ -132,8 +145,9 @@ impl Server {
         let (mailbox, by_close) = (Arc::clone(&core.mailbox), core.limits.close_fences);
         let peer = Peer {
             endpoint: Some(endpoint),
-            accepted: Instant::now(),
             stage: Stage::Accepted,
+            since: Instant::now(),
+            replies: 0,
             fence: Arc::new(Fence { peer: id, mailbox, by_close, cut: AtomicBool::new(false) }),
             open: HashMap::new(),
         };
@@ -157,9 +171,35 @@ impl Server {
                     Verdict::Welcome
                 };
                 peer.stage = if verdict == Verdict::Welcome { Stage::Greeted } else { Stage::Refused };
-                core.send(endpoint, &Message::Welcome { version: PROTOCOL_VERSION, verdict });
+                let rma = core.limits.rma;
+                core.send(endpoint, &Message::Welcome { version: PROTOCOL_VERSION, verdict, rma });
             }
-            (Message::Open { request, key }, Stage::Greeted) => {
+            (Message::Write { request, key, spans, bytes }, Stage::Greeted) => {
+                let answer = match write(core, key, &spans, bytes) {
+                    Ok(()) => Message::Wrote { request },
+                    Err(refusal) => {
+                        if refusal != Refusal::UnknownGrant {
+                            tracing::warn!(%refusal, "ucx: a peer wrote what was not granted; nothing more is taken from it");
+                            (peer.stage, peer.since) = (Stage::Refused, Instant::now());
+                        }
+                        Message::Refused { request, refusal }
+                    }
+                };
+                core.send(endpoint, &answer);
+            }
+            (Message::Read { request, key, spans }, Stage::Greeted) => {
+                if peer.replies >= MAX_REPLIES {
+                    return false;
+                }
+                match read(core, request, key, &spans) {
+                    Ok(message) => {
+                        peer.replies += 1;
+                        endpoint.send_tracked(message, core.token(Pending::Reply { peer: id }));
+                    }
+                    Err(refusal) => core.send(endpoint, &Message::Refused { request, refusal }),
+                }
+            }
+            (Message::Open { request, key }, Stage::Greeted) if core.limits.rma => {
                 self.next_open += 1;
                 open(core, peer, request, (key, OpenId(self.next_open)));
             }
@@ -176,6 +216,13 @@ impl Server {
             _ => return false,
         }
         true
+    }
+
+    /// Bytes that a peer asked for are on their way.
+    pub(super) fn replied(&mut self, id: u64) {
+        if let Some(peer) = self.peers.get_mut(&id) {
+            peer.replies -= 1;
+        }
     }
 
     /// A grant that this peer has opened is revoked.
@@ -215,7 +262,7 @@ impl Server {
     /// Sees out who has not said hello, or stays after having been refused.
     pub(super) fn tick(&mut self, core: &mut Core, now: Instant) {
         let limit: Duration = core.limits.io_timeout;
-        let late = |peer: &Peer| peer.stage != Stage::Greeted && now.duration_since(peer.accepted) >= limit;
+        let late = |peer: &Peer| peer.stage != Stage::Greeted && now.duration_since(peer.since) >= limit;
         let late: Vec<u64> = self.peers.iter().filter(|(_, peer)| late(peer)).map(|(&id, _)| id).collect();
         late.into_iter().for_each(|id| self.cut(core, id));
     }
@@ -229,6 +276,50 @@ impl Server {
         let ids: Vec<u64> = self.peers.keys().copied().collect();
         ids.into_iter().for_each(|id| self.cut(core, id));
     }
+}
+
+/// A copy on this thread: there is nothing to stop.
+struct Copying;
+
+impl Cut for Copying {
+    fn cut(&self) -> bool {
+        false
+    }
+}
+
+fn enter(core: &Core, key: GrantKey, op: Op, spans: &[Span]) -> Result<InFlight, Refusal> {
+    let ranges = spans.iter().map(|span| (span.offset, u64::from(span.len)));
+    core.owner.grants.enter(key, op, ranges, Arc::new(Copying))
+}
+
+/// Takes a peer's bytes in.
+fn write(core: &Core, key: GrantKey, spans: &[Span], bytes: &[u8]) -> Result<(), Refusal> {
+    let in_flight = enter(core, key, Op::Write, spans)?;
+    let mut rest = bytes;
+    for span in spans {
+        let (part, more) = rest.split_at(span.len as usize); // the decoder has seen to the sum
+        // SAFETY: granted, in a region that `in_flight` keeps in use; nobody holds references into registered memory.
+        unsafe { ptr::copy_nonoverlapping(part.as_ptr(), in_flight.at(span.offset, span.len.into()), part.len()) };
+        rest = more;
+    }
+    drop(in_flight);
+    core.owner.counters.owner_moved(TransportKind::Ucx, Op::Write, bytes.len() as u64, spans.len() as u64);
+    Ok(())
+}
+
+/// The message with the bytes that a peer asks for.
+fn read(core: &Core, request: RequestId, key: GrantKey, spans: &[Span]) -> Result<Vec<u8>, Refusal> {
+    let in_flight = enter(core, key, Op::Read, spans)?;
+    let payload: usize = spans.iter().map(|span| span.len as usize).sum(); // the decoder has bounded it
+    let mut message = Vec::with_capacity(PIECE_HEAD + payload);
+    Message::Data { request, bytes: &[] }.encode(&mut message);
+    for span in spans {
+        // SAFETY: granted, in a region that `in_flight` keeps in use.
+        unsafe { append(&mut message, in_flight.at(span.offset, span.len.into()), span.len as usize) };
+    }
+    drop(in_flight);
+    core.owner.counters.owner_moved(TransportKind::Ucx, Op::Read, payload as u64, spans.len() as u64);
+    Ok(message)
 }
 
 /// Opens a grant for a peer and tells it all it needs.

@@ -24,9 +24,8 @@ use super::endpoint::{Endpoint, EndpointId};
 
 /// Number under which our active messages travel: one kind, told apart by their first byte.
 pub(super) const MESSAGE_ID: u32 = 0;
-/// Longest active message: a notice and its head. One fits a packet buffer of nearly every UCX transport (8 KiB), and no
-/// more than this is ever copied out of UCX.
-pub(super) const MAX_MESSAGE: usize = 4096 + 64;
+/// Longest active message: a piece of a batch and its head. No more than this is ever copied out of UCX.
+pub(super) const MAX_MESSAGE: usize = (64 << 10) + 4096;
 
 /// libucp, once loaded, stays: it starts a thread and patches allocators, so taking it out of a running process is unsafe.
 static LIBRARY: OnceLock<sys::Library> = OnceLock::new();
@@ -112,6 +111,8 @@ pub(super) struct Settings {
     pub(super) tls: String,
     /// UCX's `NET_DEVICES`.
     pub(super) net_devices: Option<String>,
+    /// Whether memory is reached by RMA. Without it UCX takes no puts and gets from anybody.
+    pub(super) rma: bool,
 }
 
 /// A context: the devices and memory handles.
@@ -151,12 +152,15 @@ impl Worker {
         let ucp = library.ucp();
         let config = UcxConfiguration::read(ucp)?;
         config.set(c"TLS", &settings.tls)?;
+        // A restarted process takes its port again at once, as the tcp transport does.
+        config.set(c"TCP_CM_REUSEADDR", "y")?;
         if let Some(devices) = &settings.net_devices {
             config.set(c"NET_DEVICES", devices)?;
         }
+        let rma = if settings.rma { sys::UCP_FEATURE_RMA } else { 0 };
         let params = sys::ucp_params_t {
             field_mask: (sys::UCP_PARAM_FIELD_FEATURES | sys::UCP_PARAM_FIELD_NAME).into(),
-            features: (sys::UCP_FEATURE_RMA | sys::UCP_FEATURE_AM | sys::UCP_FEATURE_WAKEUP).into(),
+            features: (rma | sys::UCP_FEATURE_AM | sys::UCP_FEATURE_WAKEUP).into(),
             name: c"kvasir".as_ptr(),
             ..Default::default()
         };

@@ -21,6 +21,12 @@ macro_rules! contract {
         mod ucx {
             $(#[test] fn $law() { super::$law(super::TransportKind::Ucx); })*
         }
+        mod ucx_rma {
+            $(#[test] fn $law() {
+                super::RMA.set(true);
+                super::$law(super::TransportKind::Ucx);
+            })*
+        }
     };
 }
 
@@ -55,7 +61,11 @@ contract! {
 /// Whether the owner's side takes part in every operation, checks it and counts it. Over the others a peer asks once for
 /// each grant, and checks itself from then on.
 fn owner_takes_part(transport: TransportKind) -> bool {
-    matches!(transport, TransportKind::Local | TransportKind::Tcp)
+    match transport {
+        TransportKind::Local | TransportKind::Tcp => true,
+        TransportKind::Shm => false,
+        TransportKind::Ucx => !RMA.get(),
+    }
 }
 
 fn refused(result: Result<kvasir_transfer::Report, Error>) -> Refusal {
