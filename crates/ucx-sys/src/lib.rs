@@ -101,11 +101,17 @@ impl Library {
         // SAFETY: the types are the declarations in ucp.h; a library with all these symbols is a libucp, which keeps its
         // interface within a major version.
         let ucp = unsafe { Ucp::from_library(library) }.map_err(|source| Error::MissingSymbol { name, source })?;
+        let library = Self { name, ucp };
+        let found = library.number();
+        if found < API_VERSION { Err(Error::TooOld { name, found }) } else { Ok(library) }
+    }
+
+    /// The library's version as numbers: major, minor.
+    pub fn number(&self) -> (u32, u32) {
         let (mut major, mut minor, mut release) = (0, 0, 0);
-        // SAFETY: writes three numbers, may be called at any time.
-        unsafe { ucp.ucp_get_version(&raw mut major, &raw mut minor, &raw mut release) };
-        let found = (major, minor);
-        if found < API_VERSION { Err(Error::TooOld { name, found }) } else { Ok(Self { name, ucp }) }
+        // SAFETY: writes three numbers, may be called at any time, and the library is loaded while `self` lives.
+        unsafe { self.ucp.ucp_get_version(&raw mut major, &raw mut minor, &raw mut release) };
+        (major, minor)
     }
 
     /// The functions.

@@ -24,6 +24,9 @@ use crate::{
     grant::Cut,
 };
 
+/// Most pieces under way to one peer in each direction, whatever is configured.
+pub(super) const MAX_WINDOW: usize = 64;
+
 /// A frame on its way.
 struct Job {
     work: Work,
