@@ -47,6 +47,7 @@ mod config;
 mod engine;
 mod error;
 mod segment;
+mod settings;
 
 mod batch;
 mod gate;
@@ -82,5 +83,6 @@ pub use memory::{Allocation, HugePages, Memory};
 pub use notice::{MAX_NOTICE_BYTES, NextNotice, Notice, Notices};
 pub use peers::PeerStats;
 pub use segment::{Directory, Lookup, Published, Segment};
+pub use settings::{Pages, Settings, ShmSettings, UcxSettings};
 pub use space::Unregister;
 pub use stats::{Refused, Side, Stats, Traffic};
