@@ -13,7 +13,7 @@
 //!                                                    ranges  4 | n × { start 8 | end 8 }   until all are told
 //!                                              or    refused 5 | key | why
 //! left    3 | slot                                   gone    6 | base          (the region left the segment)
-//! notice  4 | id | bytes                             noticed 7 | id | result
+//! notice  4 | id | key | bytes                       noticed 7 | id | result
 //! ```
 //!
 //! Hello and welcome keep this form in every protocol version. Nothing is allocated for a number a peer claims before it
@@ -21,14 +21,12 @@
 
 use kvasir_types::{GrantKey, Incarnation, SegmentId};
 
-use crate::error::Refusal;
+use crate::{error::Refusal, notice::MAX_NOTICE_BYTES};
 
-/// Most bytes of a message: what [`MAX_NOTICE`] and [`RANGES_PER_MESSAGE`] need.
-pub(super) const MAX_MESSAGE: usize = 64 << 10;
-/// Most bytes of a notice.
-pub(super) const MAX_NOTICE: usize = MAX_MESSAGE - 16;
+/// Most bytes of a message: enough for a notice and for [`RANGES_PER_MESSAGE`].
+pub(super) const MAX_MESSAGE: usize = 16 << 10;
 /// Ranges told in one message.
-pub(super) const RANGES_PER_MESSAGE: usize = 2048;
+pub(super) const RANGES_PER_MESSAGE: usize = 1000;
 /// Most ranges of one grant.
 pub(super) const MAX_RANGES: usize = 64 << 10;
 
@@ -59,7 +57,7 @@ pub(super) enum ToOwner<'a> {
     Hello { version: u32, segment: SegmentId, incarnation: Incarnation },
     Open { key: GrantKey },
     Left { slot: u32 },
-    Notice { id: u64, bytes: &'a [u8] },
+    Notice { id: u64, key: GrantKey, bytes: &'a [u8] },
 }
 
 /// The owner's answer to a hello.
@@ -140,6 +138,7 @@ fn refusal_code(refusal: Refusal) -> u64 {
         Refusal::UnknownGrant => 1,
         Refusal::Access => 2,
         Refusal::Bounds => 3,
+        Refusal::Full => 4,
     }
 }
 
@@ -148,6 +147,7 @@ fn refusal(code: u64) -> Result<Refusal, Malformed> {
         1 => Ok(Refusal::UnknownGrant),
         2 => Ok(Refusal::Access),
         3 => Ok(Refusal::Bounds),
+        4 => Ok(Refusal::Full),
         value => Err(Malformed::Unknown { what: "refusal", value }),
     }
 }
@@ -160,8 +160,8 @@ impl ToOwner<'_> {
             }
             Self::Open { key } => words(2, &[key.0]),
             Self::Left { slot } => words(3, &[slot.into()]),
-            Self::Notice { id, bytes } => {
-                let mut message = words(4, &[id]);
+            Self::Notice { id, key, bytes } => {
+                let mut message = words(4, &[id, key.0]);
                 message.extend_from_slice(bytes);
                 message
             }
@@ -185,8 +185,10 @@ impl<'a> ToOwner<'a> {
             },
             2 => Self::Open { key: GrantKey(u64_at(rest, 0)) },
             3 => Self::Left { slot: narrow("slot", u64_at(rest, 0), u32::MAX.into())? },
-            4 if rest.len() < 8 => return Err(Malformed::Length { kind, len: message.len() }),
-            4 => Self::Notice { id: u64_at(rest, 0), bytes: &rest[8..] },
+            4 if !(16..=16 + MAX_NOTICE_BYTES).contains(&rest.len()) => {
+                return Err(Malformed::Length { kind, len: message.len() });
+            }
+            4 => Self::Notice { id: u64_at(rest, 0), key: GrantKey(u64_at(rest, 8)), bytes: &rest[16..] },
             value => return Err(Malformed::Unknown { what: "message", value }),
         })
     }
@@ -213,8 +215,8 @@ impl ToClient<'_> {
             Self::Declined { key, why } => {
                 let code = match why {
                     Declined::Refused(why) => refusal_code(why),
-                    Declined::Busy => 4,
-                    Declined::NotShared => 5,
+                    Declined::Busy => 100,
+                    Declined::NotShared => 101,
                 };
                 words(5, &[key.0, code])
             }
@@ -286,8 +288,8 @@ impl<'a> ToClient<'a> {
             }
             5 => {
                 let why = match u64_at(rest, 8) {
-                    4 => Declined::Busy,
-                    5 => Declined::NotShared,
+                    100 => Declined::Busy,
+                    101 => Declined::NotShared,
                     code => Declined::Refused(refusal(code)?),
                 };
                 Self::Declined { key: GrantKey(u64_at(rest, 0)), why }
@@ -320,20 +322,20 @@ mod tests {
     use super::*;
 
     fn any_refusal() -> impl Strategy<Value = Refusal> {
-        prop_oneof![Just(Refusal::UnknownGrant), Just(Refusal::Access), Just(Refusal::Bounds)]
+        prop_oneof![Just(Refusal::UnknownGrant), Just(Refusal::Access), Just(Refusal::Bounds), Just(Refusal::Full)]
     }
 
     proptest! {
         #[test]
         fn what_is_encoded_decodes_to_itself(
             a in 0..u64::MAX / 4, b in 0..u64::MAX / 4, c: u64, slot: u32, few in 0..=MAX_RANGES as u32, yes: bool,
-            bytes in prop::collection::vec(any::<u8>(), 0..MAX_NOTICE), refusal in any_refusal(),
+            bytes in prop::collection::vec(any::<u8>(), 0..=MAX_NOTICE_BYTES), refusal in any_refusal(),
         ) {
             for said in [
                 ToOwner::Hello { version: slot, segment: SegmentId(a), incarnation: Incarnation(c) },
                 ToOwner::Open { key: GrantKey(c) },
                 ToOwner::Left { slot },
-                ToOwner::Notice { id: c, bytes: &bytes },
+                ToOwner::Notice { id: c, key: GrantKey(a), bytes: &bytes },
             ] {
                 let message = said.encode();
                 prop_assert!(message.len() <= MAX_MESSAGE);
