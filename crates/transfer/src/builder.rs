@@ -12,6 +12,7 @@ use kvasir_types::{Incarnation, SegmentId, TransportKind, Transports};
 
 use crate::{
     config::Config,
+    copier::Copier,
     counters::Counters,
     engine::{Running, TransferEngine},
     error::Error,
@@ -21,6 +22,7 @@ use crate::{
     memory::{Allocation, Memory},
     notice::Notices,
     owner::{Owner, random_u64},
+    shm::ShmTransport,
     space::Space,
     tcp::TcpTransport,
     threads::Threads,
@@ -92,7 +94,9 @@ impl Builder {
         // Made first, so that what has been started is stopped by its drop if the next thing can't be had.
         let gate = Gate::new(config.max_inflight_bytes as u64);
         let stopped = AtomicBool::new(false);
-        let mut running = Running { config, owner, transports: Vec::new(), gate, timer, threads, stopped };
+        let copier = Copier::start(&threads, config.copy_threads)?;
+        let transports = Vec::new();
+        let mut running = Running { config, owner, transports, gate, copier, timer, threads, stopped };
         let timer = running.timer.clone();
         running.threads.spawn("transfer-timer", move || timer.run())?;
         let (kinds, must) = match running.config.transports.clone() {
@@ -114,11 +118,12 @@ impl Builder {
 
 impl Running {
     fn start(&self, kind: TransportKind, local: &LocalNet) -> Result<Arc<dyn Transport>, Error> {
-        let Self { config, owner, threads, .. } = self;
+        let Self { config, owner, threads, copier, .. } = self;
         Ok(match kind {
-            TransportKind::Local => Arc::new(LocalTransport::new(local.clone(), owner, threads)?),
+            TransportKind::Local => Arc::new(LocalTransport::new(local.clone(), owner, copier.clone())),
+            TransportKind::Shm => Arc::new(ShmTransport::new(config, owner, copier.clone(), threads)?),
             TransportKind::Tcp => Arc::new(TcpTransport::new(config, owner, threads)?),
-            TransportKind::Shm | TransportKind::Ucx => {
+            TransportKind::Ucx => {
                 return Err(Error::TransportUnavailable { kind, reason: "not in this version".into() });
             }
         })
@@ -132,6 +137,7 @@ impl Running {
         self.owner.notices.close();
         self.owner.grants.close_all();
         self.transports.iter().for_each(|transport| transport.shutdown());
+        self.copier.stop();
         self.timer.stop();
         self.threads.join_all();
     }

@@ -74,8 +74,10 @@ pub(crate) struct Counters {
     pub(crate) version: AtomicU64,
     pub(crate) busy: AtomicU64,
     pub(crate) malformed: AtomicU64,
+    pub(crate) forbidden: AtomicU64,
     pub(crate) retries: AtomicU64,
     pub(crate) fenced_connections: AtomicU64,
+    pub(crate) held_fences: AtomicU64,
     pub(crate) open_connections: AtomicU64,
     pub(crate) accepted_connections: AtomicU64,
 }
@@ -112,9 +114,11 @@ impl Counters {
                 version: self.version.load(Relaxed),
                 busy: self.busy.load(Relaxed),
                 malformed: self.malformed.load(Relaxed),
+                forbidden: self.forbidden.load(Relaxed),
             },
             retries: self.retries.load(Relaxed),
             fenced_connections: self.fenced_connections.load(Relaxed),
+            held_fences: self.held_fences.load(Relaxed),
             open_connections: self.open_connections.load(Relaxed),
             accepted_connections: self.accepted_connections.load(Relaxed),
         }

@@ -16,9 +16,10 @@ use std::{
 use kvasir_types::{GrantKey, HostMemory, SegmentDescriptor, TransportKind, Transports};
 
 use crate::{
-    batch::{Batch, BatchState, Op, Setting, Transfer},
+    batch::{Batch, BatchState, Op, Priority, Setting, Transfer},
     builder::Builder,
     config::Config,
+    copier::Copier,
     error::Error,
     gate::{Gate, Launch},
     grant::{Access, Grant, GrantRange},
@@ -48,6 +49,7 @@ pub(crate) struct Running {
     pub(crate) owner: Arc<Owner>,
     pub(crate) transports: Vec<Arc<dyn Transport>>,
     pub(crate) gate: Arc<Gate>,
+    pub(crate) copier: Copier<Priority>,
     pub(crate) timer: Timer,
     pub(crate) threads: Arc<Threads>,
     pub(crate) stopped: AtomicBool,

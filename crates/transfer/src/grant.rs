@@ -74,7 +74,6 @@ pub(crate) trait Opener: Cut {
 }
 
 /// What a peer may touch under a grant it has opened.
-#[expect(dead_code, reason = "for the transports whose owner takes no part")]
 pub(crate) struct Opened {
     /// Half-open byte ranges `[start, end)`, sorted, neighbours merged.
     pub(crate) readable: Vec<Bytes>,
@@ -181,7 +180,7 @@ impl State {
 }
 
 /// Whether the sorted, merged ranges hold all of `[offset, offset + len)`.
-fn covers(ranges: &[Bytes], offset: u64, len: u64) -> bool {
+pub(crate) fn covers(ranges: &[Bytes], offset: u64, len: u64) -> bool {
     let Some(end) = offset.checked_add(len) else { return false };
     let after = ranges.partition_point(|&(start, _)| start <= offset);
     after.checked_sub(1).is_some_and(|at| end <= ranges[at].1)
@@ -263,7 +262,6 @@ impl GrantTable {
         Ok(InFlight { state, op })
     }
 
-    #[expect(dead_code, reason = "for the transports whose owner takes no part")]
     /// Tells a peer what it may touch without asking again, and remembers whom to tell when that ends. A peer that opens
     /// the same grant twice is remembered twice.
     pub(crate) fn open_remote(&self, key: GrantKey, opener: Arc<dyn Opener>) -> Result<Opened, Refusal> {

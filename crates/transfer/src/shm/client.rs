@@ -156,16 +156,15 @@ impl Client {
     fn evict_one(peers: &mut HashMap<PeerId, Arc<Peer>>) -> Result<Arc<Peer>, Error> {
         let idle = peers.values().filter(|peer| peer.is_idle()).min_by_key(|peer| peer.last_used());
         let id = idle.map(|peer| peer.id);
-        id.and_then(|id| peers.remove(&id)).ok_or_else(|| Error::Busy {
-            who: "this engine".into(),
-            what: "all shm connections are in use",
-        })
+        id.and_then(|id| peers.remove(&id))
+            .ok_or_else(|| Error::Busy { who: "this engine".into(), what: "all shm connections are in use" })
     }
 
     fn connect(self: &Arc<Self>, id: PeerId, target: &Target) -> Result<Arc<Peer>, Error> {
         let mut failure = None;
         for address in &target.addresses {
-            let connected = self.host.resolve(address).map_err(io::Error::other).and_then(|name| Socket::connect(&name));
+            let connected =
+                self.host.resolve(address).map_err(io::Error::other).and_then(|name| Socket::connect(&name));
             match connected.and_then(|socket| self.greet(&socket, id).map(|()| socket)) {
                 Ok(socket) => {
                     add_one(&self.counters.open_connections);

@@ -71,19 +71,10 @@ impl Mapping {
         Ok(mapping)
     }
 
-    /// Fills in the page tables now rather than fault by fault later; where the kernel can't (before 5.14), later it is.
-    pub(super) fn populate(&self, writable: bool) {
-        let _ = self.advise(if writable { libc::MADV_POPULATE_WRITE } else { libc::MADV_POPULATE_READ });
-    }
-
     fn advise(&self, advice: i32) -> io::Result<()> {
         // SAFETY: exactly our mapping; none of the advices used here changes its contents.
         let result = unsafe { libc::madvise(self.base.as_ptr().cast(), self.mapped_len, advice) };
         if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
-    }
-
-    pub(super) fn len(&self) -> u64 {
-        self.len
     }
 
     /// Address of `len` bytes at `offset`; `None` if they are not all inside.

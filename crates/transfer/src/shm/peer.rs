@@ -5,9 +5,7 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
-    io,
-    mem,
-    ptr,
+    io, mem, ptr,
     sync::{
         Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, Weak,
         atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
@@ -309,7 +307,9 @@ impl Peer {
         let mut state = self.state();
         match said {
             ToClient::Welcome { version, verdict } => self.judge(version, verdict, fds)?,
-            _ if self.control.get().is_none() => return Err(malformed(Malformed::Unexpected("a word before the welcome"))),
+            _ if self.control.get().is_none() => {
+                return Err(malformed(Malformed::Unexpected("a word before the welcome")));
+            }
             ToClient::Region { base, len, fd_offset, writable } => {
                 use std::os::fd::AsFd;
                 let fd = fds.first().ok_or_else(|| malformed(Malformed::Unexpected("a region without memory")))?;
@@ -317,7 +317,10 @@ impl Peer {
                     return Err(malformed(Malformed::Unexpected("one region more")));
                 }
                 let mapping = Mapping::new(fd.as_fd(), fd_offset, len, writable).map_err(|unfit| {
-                    Error::TransportUnavailable { kind: TransportKind::Shm, reason: format!("the peer's memory: {unfit}") }
+                    Error::TransportUnavailable {
+                        kind: TransportKind::Shm,
+                        reason: format!("the peer's memory: {unfit}"),
+                    }
                 })?;
                 state.regions.insert(base, Arc::new(Remote { base, mapping, writable }));
             }

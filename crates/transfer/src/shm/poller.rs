@@ -36,6 +36,10 @@ pub(super) trait Handler: Send + Sync {
     fn ready(&self) -> Next;
     /// Half a second has passed.
     fn tick(&self, now: Instant) -> Next;
+    /// Whether it needs to be called when nothing happens.
+    fn wants_ticks(&self) -> bool {
+        true
+    }
     /// Whether somebody's memory can't be given back before this socket has ended.
     fn holds_memory(&self) -> bool;
     /// The poller is done with it: it left, or the poller stopped. Called once.
@@ -132,15 +136,16 @@ impl Poller {
                     break;
                 }
             }
-            let wait = match (stop_at, self.handlers().is_empty()) {
+            let wait = match (stop_at, self.handlers().values().any(|handler| handler.wants_ticks())) {
                 (Some(_), _) => Some(Duration::from_millis(5)),
-                (None, true) => None,
-                (None, false) => Some(TICK.saturating_sub(ticked.elapsed())),
+                (None, false) => None,
+                (None, true) => Some(TICK.saturating_sub(ticked.elapsed())),
             };
             self.wait(wait);
             if ticked.elapsed() >= TICK {
                 ticked = Instant::now();
-                let handlers: Vec<_> = self.handlers().iter().map(|(token, handler)| (*token, Arc::clone(handler))).collect();
+                let handlers: Vec<_> =
+                    self.handlers().iter().map(|(token, handler)| (*token, Arc::clone(handler))).collect();
                 handlers.iter().for_each(|(token, handler)| self.after(*token, handler.tick(ticked)));
             }
         }
@@ -153,7 +158,8 @@ impl Poller {
         // Rounded up: half a millisecond must not become a spin.
         let timeout = wait.map_or(-1, |wait| wait.as_millis() as i32 + 1);
         // SAFETY: the kernel writes at most as many events as there is room for.
-        let count = unsafe { libc::epoll_wait(self.epoll.as_raw_fd(), events.as_mut_ptr(), events.len() as i32, timeout) };
+        let count =
+            unsafe { libc::epoll_wait(self.epoll.as_raw_fd(), events.as_mut_ptr(), events.len() as i32, timeout) };
         for event in events.iter().take(usize::try_from(count).unwrap_or(0)) {
             let token = event.u64;
             if token == WAKE {

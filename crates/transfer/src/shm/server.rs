@@ -17,8 +17,7 @@
 
 use std::{
     collections::HashMap,
-    io,
-    mem,
+    io, mem,
     os::fd::OwnedFd,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError, Weak,
@@ -59,6 +58,7 @@ pub(super) struct Server {
     connections: Mutex<HashMap<u64, Arc<Connection>>>,
     next_connection: AtomicU64,
     next_nonce: AtomicU64,
+    paused: AtomicBool,
 }
 
 impl Server {
@@ -80,6 +80,7 @@ impl Server {
             connections: Mutex::default(),
             next_connection: AtomicU64::new(0),
             next_nonce: AtomicU64::new(1),
+            paused: AtomicBool::new(false),
         });
         server.poller.add(&server.listener, Arc::new(Listening(Arc::clone(&server))))?;
         Ok(server)
@@ -98,7 +99,7 @@ impl Server {
                 Err(error) => {
                     // Out of descriptors, usually: those in use will be closed; look again at the next tick.
                     tracing::warn!(%error, "cannot accept an shm connection");
-                    let _ = self.listener.pause();
+                    self.paused.store(self.listener.pause().is_ok(), Ordering::Relaxed);
                     return;
                 }
             }
@@ -168,7 +169,12 @@ impl Handler for Listening {
 
     fn tick(&self, _now: Instant) -> Next {
         let _ = self.0.listener.resume();
+        self.0.paused.store(false, Ordering::Relaxed);
         Next::Stay
+    }
+
+    fn wants_ticks(&self) -> bool {
+        self.0.paused.load(Ordering::Relaxed)
     }
 
     fn holds_memory(&self) -> bool {
@@ -181,7 +187,7 @@ impl Handler for Listening {
 enum Phase {
     Opening,
     Open,
-    Leaving(InFlight),
+    Leaving(#[expect(dead_code, reason = "held to be dropped")] InFlight),
 }
 
 struct Entry {
@@ -241,6 +247,12 @@ impl State {
         self.entries.get_mut(&slot).filter(|entry| entry.nonce == nonce)
     }
 
+    fn close_all(&self) {
+        if let Some(control) = &self.control {
+            self.entries.keys().for_each(|slot| control.close(*slot));
+        }
+    }
+
     /// Whether the client is out of a closed slot.
     fn is_out(&self, slot: u32) -> bool {
         self.control.as_ref().is_none_or(|control| control.is_empty(slot))
@@ -257,10 +269,12 @@ struct Connection {
 
 /// Why a connection is not served any further.
 enum Fault {
-    /// It has ended.
+    /// The client's end has closed, or it was never let in: it touches nothing of ours.
     Gone,
     /// It sent what is no message.
     Malformed(Malformed),
+    /// We can't go on with it. It may be inside granted memory.
+    Failed(io::Error),
 }
 
 impl From<Malformed> for Fault {
@@ -270,8 +284,12 @@ impl From<Malformed> for Fault {
 }
 
 impl From<io::Error> for Fault {
-    fn from(_: io::Error) -> Self {
-        Self::Gone
+    fn from(error: io::Error) -> Self {
+        match error.kind() {
+            // Said by a Unix socket when its other end has been closed, and only then, as long as we go on sending.
+            io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => Self::Gone,
+            _ => Self::Failed(error),
+        }
     }
 }
 
@@ -475,6 +493,11 @@ impl Connection {
         }
     }
 
+    fn count_all(&self, server: &Server, state: &mut State) {
+        let open: Vec<u32> = state.entries.keys().copied().collect();
+        open.iter().for_each(|slot| self.count_for(server, state, *slot));
+    }
+
     /// Enters what the client says it has moved in our metrics.
     fn count_for(&self, server: &Server, state: &mut State, slot: u32) {
         let Some(now) = state.control.as_ref().map(|control| control.moved(slot)) else { return };
@@ -489,22 +512,38 @@ impl Connection {
         }
     }
 
-    /// Whether the client is out of every slot. All are closed, so it stays out.
-    fn send_away(&self, why: Malformed) -> bool {
+    /// Closes every slot and says nothing more: its program sees our end close.
+    fn send_away(&self, why: &dyn std::fmt::Display) {
         let mut state = self.state();
-        if !state.away {
-            state.away = true;
-            self.wire.socket.finish_sending();
-            tracing::warn!(error = %why, "sent an shm client away that said what is no message");
-            if let Some(server) = self.server.upgrade() {
-                add_one(&server.owner.counters.malformed);
+        if mem::replace(&mut state.away, true) {
+            return;
+        }
+        self.wire.socket.finish_sending();
+        state.close_all();
+        drop(state);
+        tracing::warn!(error = %why, "sent an shm client away");
+    }
+
+    /// Gives back what clients have left without a word, and whether this one is out of everything for good.
+    fn look_again(&self) -> bool {
+        let mut left = Vec::new();
+        let mut state = self.state();
+        let leaving: Vec<u32> = state
+            .entries
+            .iter()
+            .filter(|(_, entry)| matches!(entry.phase, Phase::Leaving(_)))
+            .map(|(slot, _)| *slot)
+            .collect();
+        for slot in leaving {
+            if state.is_out(slot) {
+                left.extend(state.entries.remove(&slot));
+                state.free.push(slot);
             }
         }
-        let slots: Vec<u32> = state.entries.keys().copied().collect();
-        if let Some(control) = &state.control {
-            slots.iter().for_each(|slot| control.close(*slot));
-        }
-        slots.iter().all(|slot| state.is_out(*slot))
+        let out = state.away && state.entries.keys().all(|slot| state.is_out(*slot));
+        drop(state);
+        drop(left);
+        out
     }
 
     /// The client's socket has ended, or it is known to be out of everything: nothing of ours is its to touch any more.
@@ -515,12 +554,9 @@ impl Connection {
                 return;
             }
             let server = self.server.upgrade();
-            let slots: Vec<u32> = state.entries.keys().copied().collect();
-            if let Some(control) = &state.control {
-                slots.iter().for_each(|slot| control.close(*slot));
-            }
+            state.close_all();
             if let Some(server) = &server {
-                slots.iter().for_each(|slot| self.count_for(server, &mut state, *slot));
+                self.count_all(server, &mut state);
             }
             state.control = None;
             (mem::take(&mut state.entries), server)
@@ -539,10 +575,13 @@ impl Connection {
             if state.control.is_none() && late {
                 return Err(Fault::Gone); // connected and said nothing
             }
-            let open: Vec<u32> = state.entries.keys().copied().collect();
-            open.iter().for_each(|slot| self.count_for(server, &mut state, *slot));
-            let gone = state.told.extract_if(|_, region| region.strong_count() == 0);
-            gone.map(|(base, _)| base).collect()
+            self.count_all(server, &mut state);
+            if state.away {
+                Vec::new()
+            } else {
+                let gone = state.told.extract_if(|_, region| region.strong_count() == 0);
+                gone.map(|(base, _)| base).collect()
+            }
         };
         for base in gone {
             self.say(ToClient::Gone { base })?;
@@ -550,13 +589,17 @@ impl Connection {
         Ok(())
     }
 
-    fn next(&self, result: Result<(), Fault>) -> Next {
+    fn next(&self, server: &Server, result: Result<(), Fault>) -> Next {
         match result {
-            Ok(()) => Next::Stay,
-            Err(Fault::Gone) => Next::Leave,
-            Err(Fault::Malformed(why)) if self.send_away(why) => Next::Leave,
-            Err(Fault::Malformed(_)) => Next::Stay,
+            Ok(()) => {}
+            Err(Fault::Gone) => return Next::Leave,
+            Err(Fault::Malformed(why)) => {
+                add_one(&server.owner.counters.malformed);
+                self.send_away(&why);
+            }
+            Err(Fault::Failed(error)) => self.send_away(&error),
         }
+        if self.look_again() { Next::Leave } else { Next::Stay }
     }
 }
 
@@ -565,12 +608,12 @@ struct Serving(Arc<Connection>);
 impl Handler for Serving {
     fn ready(&self) -> Next {
         let Some(server) = self.0.server.upgrade() else { return Next::Leave };
-        self.0.next(self.0.listen(&server))
+        self.0.next(&server, self.0.listen(&server))
     }
 
     fn tick(&self, now: Instant) -> Next {
         let Some(server) = self.0.server.upgrade() else { return Next::Leave };
-        self.0.next(self.0.tick(&server, now))
+        self.0.next(&server, self.0.tick(&server, now))
     }
 
     fn holds_memory(&self) -> bool {
@@ -579,10 +622,6 @@ impl Handler for Serving {
     }
 
     fn ended(&self) {
-        if self.holds_memory() && !self.0.state().ended {
-            // Only at shutdown, or when the socket has ended: see `Fault::Gone`.
-            tracing::debug!("an shm client ended inside granted memory");
-        }
         self.0.end();
     }
 }
@@ -602,7 +641,9 @@ impl Cut for SlotOpener {
             && !self.held.swap(true, Ordering::SeqCst)
         {
             add_one(&server.owner.counters.held_fences);
-            tracing::warn!("a process of this host stays inside a revoked grant: its ranges stay fenced until it leaves or ends");
+            tracing::warn!(
+                "a process of this host stays inside a revoked grant: its ranges stay fenced until it leaves or ends"
+            );
         }
         false
     }
