@@ -135,10 +135,10 @@ impl Client {
         }
         let evicted = if peers.len() < self.limits.connections { None } else { Some(Self::evict_one(&mut peers)?) };
         // Under the lock, so that nobody else makes a second one; a Unix socket connects at once or fails.
-        let made = self.connect(id, target).map(|peer| {
-            peers.insert(id, Arc::clone(&peer));
-            peer
-        });
+        let made = self.connect(id, target);
+        if let Ok(peer) = &made {
+            peers.insert(id, Arc::clone(peer));
+        }
         drop(peers);
         if let Some(evicted) = evicted {
             evicted.close("closed here: too many connections");

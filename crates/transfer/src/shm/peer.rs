@@ -117,8 +117,11 @@ impl Peer {
     }
 
     fn say(self: &Arc<Self>, what: ToOwner<'_>) {
-        if let Err(error) = self.wire.send(what.encode(), Vec::new()) {
-            self.close(&error.to_string());
+        match self.wire.send(what.encode(), Vec::new()) {
+            Ok(()) => {}
+            // The owner has closed. It may have said why: whoever listens will hear that first, and then the end.
+            Err(error) if is_closed(&error) => {}
+            Err(error) => self.close(&error.to_string()),
         }
     }
 
@@ -285,12 +288,17 @@ impl Peer {
 
     fn receive_some(self: &Arc<Self>) -> Result<Next, Error> {
         let lost = |error: io::Error| self.disconnected(&error.to_string());
-        self.wire.flush().map_err(lost)?;
+        match self.wire.flush() {
+            Err(error) if !is_closed(&error) => return Err(lost(error)),
+            _ => {}
+        }
         let mut buffer = vec![0; MAX_MESSAGE];
         for _ in 0..TURN {
             let Received { len, fds } = match self.wire.socket.receive(&mut buffer) {
                 Ok(received) => received,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                // It closed without having heard all; what it said before is still there, and then comes the end.
+                Err(error) if error.kind() == io::ErrorKind::ConnectionReset => continue,
                 Err(error) => return Err(lost(error)),
             };
             if len == 0 {
@@ -423,6 +431,11 @@ impl Peer {
         };
         job.finish(Err(error));
     }
+}
+
+/// Whether a Unix socket says that its other end is no more.
+pub(super) fn is_closed(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset)
 }
 
 /// Counts a job in the copier's queue, and keeps the socket open until it has been copied.

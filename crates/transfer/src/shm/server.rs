@@ -32,6 +32,7 @@ use super::{
     client::is_allowed,
     control::{Moved, OwnerControl, SLOTS},
     messages::{Declined, MAX_MESSAGE, MAX_RANGES, Malformed, ToClient, ToOwner, Verdict, encode_ranges},
+    peer::is_closed,
     poller::{End, Handler, Next, Poller, Wire},
     socket::{Received, Socket},
 };
@@ -285,11 +286,8 @@ impl From<Malformed> for Fault {
 
 impl From<io::Error> for Fault {
     fn from(error: io::Error) -> Self {
-        match error.kind() {
-            // Said by a Unix socket when its other end has been closed, and only then, as long as we go on sending.
-            io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => Self::Gone,
-            _ => Self::Failed(error),
-        }
+        // That it is closed a Unix socket says only when it is, as long as we have not ended the sending ourselves.
+        if is_closed(&error) { Self::Gone } else { Self::Failed(error) }
     }
 }
 
@@ -316,6 +314,8 @@ impl Connection {
             let Received { len, fds } = match self.wire.socket.receive(&mut buffer) {
                 Ok(received) => received,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                // It closed without having heard all; what it said before is still there, and then comes the end.
+                Err(error) if error.kind() == io::ErrorKind::ConnectionReset => continue,
                 Err(error) if error.kind() == io::ErrorKind::InvalidData => {
                     return Err(Malformed::Unexpected("a message beyond the bounds").into());
                 }

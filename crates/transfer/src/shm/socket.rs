@@ -171,7 +171,8 @@ fn received_fds(header: &libc::msghdr) -> Vec<OwnedFd> {
         if (beside.cmsg_level, beside.cmsg_type) == (libc::SOL_SOCKET, libc::SCM_RIGHTS) {
             // SAFETY: pure arithmetic.
             let head = unsafe { libc::CMSG_LEN(0) } as usize;
-            for index in 0..(beside.cmsg_len as usize).saturating_sub(head) / size_of::<RawFd>() {
+            let len: usize = beside.cmsg_len as _; // of another width with another libc
+            for index in 0..len.saturating_sub(head) / size_of::<RawFd>() {
                 // SAFETY: inside the data part, whose length the kernel wrote.
                 let fd = unsafe { libc::CMSG_DATA(beside).cast::<RawFd>().add(index).read_unaligned() };
                 // SAFETY: the kernel has just opened it for this process; nobody else knows it.

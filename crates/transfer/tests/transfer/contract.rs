@@ -119,7 +119,8 @@ fn one_byte_beyond_the_segment_is_seen_before_anything_is_sent(transport: Transp
     assert!(owner.checksum(end - 9, 10).is_err());
     // A lying descriptor moves the check to the owner's side.
     let all = grant(&owner, 0, end, Access::Read);
-    let lying = kvasir_types::SegmentDescriptor { len: u64::MAX, regions: vec![], ..owner.descriptor() };
+    let everything = kvasir_types::RegionInfo { base: 0, len: u64::MAX, shared: true };
+    let lying = kvasir_types::SegmentDescriptor { len: u64::MAX, regions: vec![everything], ..owner.descriptor() };
     for remote in [end - 9, u64::MAX - 10] {
         let result = client.submit(batch(Op::Read, &lying, all.key(), &[(0, remote, 10)])).wait();
         assert_eq!(refused(result), Refusal::Bounds);
@@ -336,18 +337,25 @@ fn an_engine_can_reach_itself(transport: TransportKind) {
 // What is particular to choosing among transports.
 
 #[test]
-fn local_is_chosen_within_a_net_and_tcp_across() {
+fn local_is_chosen_within_a_net_shm_within_the_host_and_tcp_across() {
     let net = LocalNet::new();
     let client = TransferEngine::new(Config::default(), net.clone(), MIB).unwrap();
     let near = TransferEngine::new(Config::default(), net, MIB).unwrap();
     let far = engine(Config::default(), MIB);
-    for (owner, expected) in [(&near, TransportKind::Local), (&far, TransportKind::Tcp)] {
+    let mut elsewhere = far.descriptor();
+    let shm = elsewhere.transports.iter_mut().find(|offer| offer.kind == TransportKind::Shm).unwrap();
+    shm.address.insert_str(0, "another-boot-");
+    for (owner, target, expected) in [
+        (&near, near.descriptor(), TransportKind::Local),
+        (&far, far.descriptor(), TransportKind::Shm),
+        (&far, elsewhere, TransportKind::Tcp),
+    ] {
         let read = grant(owner, 0, 10, Access::Read);
-        let report = client.submit(batch(Op::Read, &owner.descriptor(), read.key(), &[(0, 0, 10)])).wait().unwrap();
+        let report = client.submit(batch(Op::Read, &target, read.key(), &[(0, 0, 10)])).wait().unwrap();
         assert_eq!(report.transport, expected);
     }
     let kinds: Vec<_> = client.descriptor().transports.iter().map(|t| t.kind).collect();
-    assert_eq!(kinds, [TransportKind::Local, TransportKind::Tcp]);
+    assert_eq!(kinds, [TransportKind::Local, TransportKind::Shm, TransportKind::Tcp]);
 }
 
 #[test]
