@@ -203,6 +203,7 @@ impl TransferEngine {
                 } else {
                     let state = BatchState::new(&batch, plan, setting);
                     self.0.gate.submit(Launch { batch: Arc::clone(&state), start: Box::new(|batch| way.start(batch)) });
+                    state.run_deadline(batch.deadline);
                     state
                 }
             }

@@ -104,6 +104,8 @@ struct Inner {
     /// The regions stay registered until nobody touches them under this grant.
     uses: Vec<Use>,
     waker: Option<Waker>,
+    /// A thread blocks until none is in flight: nobody else costs a system call to wake.
+    awaited: bool,
 }
 
 impl Inner {
@@ -162,6 +164,7 @@ impl State {
     fn wait_none_in_flight(&self) {
         let mut inner = self.lock();
         while !inner.in_flight.is_empty() {
+            inner.awaited = true;
             inner = self.none_in_flight.wait(inner).unwrap_or_else(PoisonError::into_inner);
         }
     }
@@ -353,7 +356,9 @@ impl Drop for InFlight {
             if !inner.in_flight.is_empty() {
                 return;
             }
-            self.state.none_in_flight.notify_all();
+            if inner.awaited {
+                self.state.none_in_flight.notify_all();
+            }
             (inner.waker.take(), inner.settle())
         };
         drop(uses);

@@ -8,9 +8,9 @@ use std::{
     io, mem, ptr,
     sync::{
         Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, Weak,
-        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use kvasir_types::{GrantKey, PROTOCOL_VERSION, TransportKind};
@@ -76,8 +76,9 @@ pub(super) struct Peer {
     has_ended: AtomicBool,
     /// Jobs in the copier's queue.
     queued: AtomicUsize,
-    made: Instant,
-    used_ms: AtomicU64,
+    /// Whether it was used since the last tick.
+    used: AtomicBool,
+    last_used: Mutex<Instant>,
     pub(super) wire: Wire,
 }
 
@@ -92,8 +93,8 @@ impl Peer {
             state: Mutex::new(State { waiting_since: Some(Instant::now()), ..State::default() }),
             has_ended: AtomicBool::new(false),
             queued: AtomicUsize::new(0),
-            made: Instant::now(),
-            used_ms: AtomicU64::new(0),
+            used: AtomicBool::new(true),
+            last_used: Mutex::new(Instant::now()),
             wire,
         })
     }
@@ -103,11 +104,16 @@ impl Peer {
     }
 
     pub(super) fn note_use(&self) {
-        self.used_ms.store(self.made.elapsed().as_millis() as u64, Ordering::Relaxed);
+        self.used.store(true, Ordering::Relaxed); // when, the next tick finds out: asking a clock here would be felt
     }
 
+    /// To the grain of a tick.
     pub(super) fn last_used(&self) -> Instant {
-        self.made + Duration::from_millis(self.used_ms.load(Ordering::Relaxed))
+        let mut last_used = self.last_used.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.used.swap(false, Ordering::Relaxed) {
+            *last_used = Instant::now();
+        }
+        *last_used
     }
 
     /// Whether nobody waits for the owner or for the copier.
