@@ -54,7 +54,9 @@ mod gate;
 mod grant;
 mod plan;
 
+mod copier;
 mod local;
+mod shm;
 mod tcp;
 mod transport;
 
