@@ -65,6 +65,9 @@ mod stats;
 mod threads;
 mod timer;
 
+#[doc(hidden)]
+pub mod fuzz;
+
 pub use batch::{Batch, Op, Range, Report, Transfer};
 pub use config::Config;
 pub use engine::TransferEngine;

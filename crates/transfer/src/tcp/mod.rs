@@ -7,7 +7,7 @@
 
 mod client;
 mod connection;
-mod frame;
+pub(crate) mod frame;
 mod link;
 mod server;
 
