@@ -2,6 +2,7 @@
 
 use std::{
     net::{Ipv4Addr, SocketAddr},
+    path::PathBuf,
     time::Duration,
 };
 
@@ -33,6 +34,26 @@ pub struct Config {
     /// Transports that may be used, best first: the first one that a peer offers too is taken. Asking for one that this
     /// build lacks is an error, not a silent detour. Default local, then tcp.
     pub transports: Vec<TransportKind>,
+    /// Encryption of tcp connections and proof of who is at either end; an engine with it has nothing to do with engines
+    /// without. Default `None`: for networks that nobody else is on.
+    pub tls: Option<TlsConfig>,
+}
+
+/// How tcp connections are secured: TLS 1.3, with certificates on both sides. Files in PEM form, read when the engine starts.
+///
+/// Each engine is server to some peers and client to others, so a certificate that limits its use (`extendedKeyUsage`) must
+/// allow both. Whoever holds a certificate of the authority is let in: take an authority of the cluster's own.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TlsConfig {
+    /// The engine's certificate, and those between it and the authority.
+    pub certificate: PathBuf,
+    /// The certificate's private key.
+    pub key: PathBuf,
+    /// The authorities, one of which every peer's certificate must come from.
+    pub authority: PathBuf,
+    /// The name that peers' certificates must bear when this engine connects to them. `None`: the host, name or address,
+    /// that it connects to.
+    pub server_name: Option<String>,
 }
 
 impl Default for Config {
@@ -47,6 +68,7 @@ impl Default for Config {
             io_timeout: Duration::from_secs(10),
             fence_grace: Duration::from_millis(200),
             transports: vec![TransportKind::Local, TransportKind::Tcp],
+            tls: None,
         }
     }
 }

@@ -69,7 +69,7 @@ mod timer;
 pub mod fuzz;
 
 pub use batch::{Batch, Op, Range, Report, Transfer};
-pub use config::Config;
+pub use config::{Config, TlsConfig};
 pub use engine::TransferEngine;
 pub use error::{Error, Refusal};
 pub use grant::{Access, Grant, GrantRange, Revoke};

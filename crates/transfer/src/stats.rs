@@ -55,6 +55,9 @@ pub struct Refused {
     pub stale: u64,
     /// A hello in another protocol version.
     pub version: u64,
+    /// A peer whose certificate is not accepted, or that speaks TLS where this engine does not, or the reverse; also one
+    /// that this engine connected to.
+    pub untrusted: u64,
     /// One connection too many.
     pub busy: u64,
     /// Bytes that are no frame.

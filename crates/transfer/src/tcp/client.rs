@@ -35,8 +35,15 @@ use super::{
     connection::{Connection, Job},
     frame::{Hello, Verdict, WELCOME_BYTES},
     link::Link,
+    tls::{self, Connected, Tls},
 };
-use crate::{batch::BatchState, counters::Counters, error::Error, grant::Cut, threads::Threads};
+use crate::{
+    batch::BatchState,
+    counters::{Counters, add_one},
+    error::Error,
+    grant::Cut,
+    threads::Threads,
+};
 
 /// Pause between the death of a connection and the next attempt.
 const BACK_OFF: Duration = Duration::from_millis(20);
@@ -61,6 +68,7 @@ pub(super) struct Client {
     pub(super) counters: Arc<Counters>,
     io_timeout: Duration,
     lanes_per_peer: usize,
+    tls: Option<Arc<Tls>>,
     stopping: AtomicBool,
     peers: Mutex<HashMap<PeerKey, Vec<Arc<Lane>>>>,
 }
@@ -81,9 +89,10 @@ impl Client {
         counters: Arc<Counters>,
         io_timeout: Duration,
         lanes_per_peer: usize,
+        tls: Option<Arc<Tls>>,
     ) -> Arc<Self> {
         let (stopping, peers) = (AtomicBool::new(false), Mutex::default());
-        Arc::new(Self { threads, counters, io_timeout, lanes_per_peer, stopping, peers })
+        Arc::new(Self { threads, counters, io_timeout, lanes_per_peer, tls, stopping, peers })
     }
 
     pub(super) fn start(self: &Arc<Self>, batch: &Arc<BatchState>, target: &SegmentDescriptor, address: &str) {
@@ -307,17 +316,39 @@ impl Sending {
         let PeerKey { address, segment, incarnation } = &self.lane.peer;
         let peer = || address.to_string();
         let hello = Hello { version: PROTOCOL_VERSION, segment: *segment, incarnation: *incarnation };
-        let mut welcome = [0; WELCOME_BYTES];
         let lost = |reason: String| NoConnection::Failed(Error::Disconnected { peer: peer(), reason: reason.into() });
-        link.send_bytes(&hello.encode())
-            .and_then(|()| link.receive_bytes(&mut welcome))
-            .map_err(|error| lost(format!("in the handshake: {error}")))?;
+        let untrusted = |reason: String| {
+            add_one(&self.client.counters.untrusted);
+            NoConnection::Refused(Error::Untrusted { peer: peer(), reason })
+        };
+        let broken = |error: io::Error| match tls::distrust(&error) {
+            Some(reason) => untrusted(reason),
+            None => lost(format!("in the handshake: {error}")),
+        };
+        let secured = match &self.client.tls {
+            Some(tls) => Some(tls.connect(link, address).map_err(broken)?),
+            None => None,
+        };
+        let (welcome, clear) = match secured {
+            Some(Connected::Clear(welcome)) => (welcome, true),
+            Some(Connected::Secured) | None => {
+                let mut welcome = [0; WELCOME_BYTES];
+                // The owner looks at our certificate last: that it does not accept it is told instead of the welcome.
+                link.send_bytes(&hello.encode()).and_then(|()| link.receive_bytes(&mut welcome)).map_err(broken)?;
+                (welcome, false)
+            }
+        };
         let (verdict, theirs) = Verdict::decode(&welcome).map_err(|error| lost(error.to_string()))?;
         Err(NoConnection::Refused(match verdict {
+            Verdict::Welcome if clear => {
+                return Err(untrusted("it welcomes without having shown a certificate".into()));
+            }
             Verdict::Welcome => return Ok(()),
             Verdict::Version => Error::Version { peer: peer(), ours: PROTOCOL_VERSION, theirs },
             Verdict::Stale => Error::Stale { segment: *segment, peer: peer() },
             Verdict::Busy => Error::Busy { who: peer(), what: "it accepts no more connections" },
+            Verdict::Secured => return Err(untrusted("it speaks only TLS, and Config::tls is not set here".into())),
+            Verdict::Plain => return Err(untrusted("it does not speak TLS, and Config::tls is set here".into())),
         }))
     }
 }

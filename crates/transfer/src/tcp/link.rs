@@ -11,13 +11,16 @@
 //! Cutting sets a flag, then shuts the socket down both ways: a thread blocked in the kernel wakes, and one that is between
 //! two calls sees the flag before its next. The flag is needed because Linux goes on delivering what has arrived on a
 //! socket after it was shut down for reading.
+//!
+//! A link may be secured (see [`super::tls`]): bytes then pass through bounded buffers on their way, and everything else
+//! (ticks, timeouts, cutting) is the same.
 
 use std::{
     io,
     os::fd::AsRawFd,
     ptr,
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::{Duration, Instant},
@@ -25,6 +28,7 @@ use std::{
 
 use socket2::{Socket, TcpKeepalive};
 
+use super::tls::Secured;
 use crate::{grant::Cut, memory::Arena};
 
 /// Pieces of memory to send from or receive into, in order, consumed as the kernel takes them.
@@ -80,6 +84,14 @@ pub(crate) struct Link {
     io_timeout: Duration,
     started: Instant,
     progress_ms: AtomicU64,
+    secured: OnceLock<Secured>,
+}
+
+/// Which way pieces go.
+#[derive(Clone, Copy)]
+enum Way {
+    Send,
+    Receive,
 }
 
 impl Cut for Link {
@@ -106,7 +118,23 @@ impl Link {
             .with_retries(3);
         socket.set_tcp_keepalive(&keepalive)?;
         let (cut, started) = (AtomicBool::new(false), Instant::now());
-        Ok(Arc::new(Self { socket, cut, io_timeout, started, progress_ms: AtomicU64::new(0) }))
+        let (progress_ms, secured) = (AtomicU64::new(0), OnceLock::new());
+        Ok(Arc::new(Self { socket, cut, io_timeout, started, progress_ms, secured }))
+    }
+
+    /// From now on everything goes by TLS. Before anything is sent or received in frames, and once.
+    pub(super) fn secure(&self, secured: Secured) {
+        assert!(self.secured.set(secured).is_ok(), "a link is secured once");
+    }
+
+    pub(super) fn io_timeout(&self) -> Duration {
+        self.io_timeout
+    }
+
+    /// The address at the other end, for people.
+    pub(super) fn peer(&self) -> String {
+        let address = self.socket.peer_addr().ok().and_then(|address| address.as_socket());
+        address.map_or_else(|| "unknown".to_owned(), |address| address.to_string())
     }
 
     pub(crate) fn is_cut(&self) -> bool {
@@ -131,7 +159,7 @@ impl Link {
     pub(crate) unsafe fn send(&self, head: &[u8], pieces: &mut Pieces) -> io::Result<()> {
         pieces.pieces.insert(0, libc::iovec { iov_base: head.as_ptr().cast_mut().cast(), iov_len: head.len() });
         // SAFETY: sendmsg only reads; `head` is borrowed and the pieces are the caller's promise.
-        unsafe { self.transfer(pieces, libc::MSG_NOSIGNAL, send_message) }
+        unsafe { self.transfer(pieces, Way::Send) }
     }
 
     /// Sends plain bytes.
@@ -146,7 +174,7 @@ impl Link {
     /// The pieces' memory stays mapped and writable until this returns, and nobody holds a reference into it.
     pub(crate) unsafe fn receive(&self, pieces: &mut Pieces) -> io::Result<()> {
         // SAFETY: the caller's promise.
-        unsafe { self.transfer(pieces, 0, libc::recvmsg) }
+        unsafe { self.transfer(pieces, Way::Receive) }
     }
 
     /// Fills a buffer.
@@ -165,8 +193,8 @@ impl Link {
                 return Err(cut_error());
             }
             let mut piece = libc::iovec { iov_base: into.as_mut_ptr().cast(), iov_len: into.len() };
-            // SAFETY: recvmsg writes into `into` only, exclusively borrowed here.
-            match unsafe { call(&self.socket, std::slice::from_mut(&mut piece), 0, libc::recvmsg) } {
+            // SAFETY: writes into `into` only, exclusively borrowed here.
+            match unsafe { self.step(std::slice::from_mut(&mut piece), Way::Receive) } {
                 Ok(0) => return Ok(None),
                 Ok(count) => break count,
                 Err(error) if is_tick(&error) && may_wait() => {}
@@ -197,9 +225,7 @@ impl Link {
         let _ = self.socket.shutdown(std::net::Shutdown::Write);
         let mut scratch = [0; 64 << 10];
         while Instant::now() < until && !self.is_cut() {
-            let mut piece = libc::iovec { iov_base: scratch.as_mut_ptr().cast(), iov_len: scratch.len() };
-            // SAFETY: recvmsg writes into the local buffer only.
-            match unsafe { call(&self.socket, std::slice::from_mut(&mut piece), 0, libc::recvmsg) } {
+            match self.receive_raw(&mut scratch) {
                 Ok(0) => return,
                 Err(error) if !is_tick(&error) => return,
                 Ok(_) | Err(_) => {}
@@ -207,31 +233,68 @@ impl Link {
         }
     }
 
-    /// Repeats one system call until every piece is done.
+    /// Sends or receives until every piece is done.
     ///
     /// # Safety
-    /// What `syscall` does to the pieces' memory must be allowed until this returns.
-    unsafe fn transfer(&self, pieces: &mut Pieces, flags: libc::c_int, syscall: Syscall) -> io::Result<()> {
+    /// As for `send` or `receive`.
+    unsafe fn transfer(&self, pieces: &mut Pieces, way: Way) -> io::Result<()> {
         let mut last = Instant::now();
         while !pieces.rest().is_empty() {
             if self.is_cut() {
                 return Err(cut_error());
             }
             // SAFETY: the caller's promise.
-            match unsafe { call(&self.socket, pieces.rest(), flags, syscall) } {
-                Ok(0) => return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "closed by the peer in a frame")),
-                Ok(done) => {
+            match (unsafe { self.step(pieces.rest(), way) }, way) {
+                (Ok(0), Way::Receive) => {
+                    return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "closed by the peer in a frame"));
+                }
+                (Ok(done), _) => {
                     pieces.advance(done);
                     last = Instant::now();
                     self.note_progress();
                 }
-                Err(error) if is_tick(&error) && last.elapsed() < self.io_timeout => {}
-                Err(error) if is_tick(&error) => return Err(self.stall_error()),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
+                (Err(error), _) if is_tick(&error) && last.elapsed() < self.io_timeout => {}
+                (Err(error), _) if is_tick(&error) => return Err(self.stall_error()),
+                (Err(error), _) if error.kind() == io::ErrorKind::Interrupted => {}
+                (Err(error), _) => return Err(error),
             }
         }
         Ok(())
+    }
+
+    /// Sends or receives some of the pieces' bytes and says how many. 0 means, sent: the wire has moved, no matter how far;
+    /// received: the peer has closed the connection.
+    ///
+    /// # Safety
+    /// As for `send` or `receive`.
+    unsafe fn step(&self, pieces: &mut [libc::iovec], way: Way) -> io::Result<usize> {
+        // SAFETY: the caller's promise; sendmsg only reads.
+        unsafe {
+            match (self.secured.get(), way) {
+                (None, Way::Send) => call(&self.socket, pieces, libc::MSG_NOSIGNAL, send_message),
+                (None, Way::Receive) => call(&self.socket, pieces, 0, libc::recvmsg),
+                (Some(secured), Way::Send) => secured.send(self, pieces),
+                (Some(secured), Way::Receive) => secured.receive(self, pieces),
+            }
+        }
+    }
+
+    /// One system call's worth of bytes as they are on the wire.
+    pub(super) fn send_raw(&self, bytes: &[u8]) -> io::Result<usize> {
+        let mut piece = libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() };
+        // SAFETY: sendmsg only reads, from a borrowed slice.
+        let sent = unsafe { call(&self.socket, std::slice::from_mut(&mut piece), libc::MSG_NOSIGNAL, send_message) }?;
+        self.note_progress();
+        Ok(sent)
+    }
+
+    /// One system call's worth of bytes as they are on the wire; 0 if the peer has closed the connection.
+    pub(super) fn receive_raw(&self, into: &mut [u8]) -> io::Result<usize> {
+        let mut piece = libc::iovec { iov_base: into.as_mut_ptr().cast(), iov_len: into.len() };
+        // SAFETY: recvmsg writes into `into` only, exclusively borrowed here.
+        let received = unsafe { call(&self.socket, std::slice::from_mut(&mut piece), 0, libc::recvmsg) }?;
+        self.note_progress();
+        Ok(received)
     }
 
     fn stall_error(&self) -> io::Error {

@@ -1,7 +1,8 @@
 //! The tcp transport: plain sockets, straight from and into the arena.
 //!
 //! Read [`frame`] for what is on the wire, [`link`] for how a socket is used and cut, [`server`] for the side that owns the
-//! memory, [`client`] and [`connection`] for the side that submits. A peer is **fenced** by cutting its connection on
+//! memory, [`client`] and [`connection`] for the side that submits, [`tls`] for links that are
+//! encrypted. A peer is **fenced** by cutting its connection on
 //! the owning side: from then on its thread takes nothing more from the socket, and the grant waits until that thread has
 //! left the memory.
 
@@ -10,12 +11,13 @@ mod connection;
 pub(crate) mod frame;
 mod link;
 mod server;
+mod tls;
 
 use std::{net::SocketAddr, sync::Arc};
 
 use kvasir_types::{SegmentDescriptor, TransportAddress, TransportKind};
 
-use self::{client::Client, server::Server};
+use self::{client::Client, server::Server, tls::Tls};
 use crate::{batch::BatchState, config::Config, error::Error, owner::Owner, threads::Threads, transport::Transport};
 
 pub(crate) use self::frame::MAX_PAYLOAD;
@@ -29,11 +31,13 @@ pub(crate) struct TcpTransport {
 
 impl TcpTransport {
     pub(crate) fn new(config: &Config, owner: &Arc<Owner>, threads: &Arc<Threads>) -> Result<Self, Error> {
+        let tls = config.tls.as_ref().map(Tls::load).transpose()?.map(Arc::new);
         let client = Client::new(
             Arc::clone(threads),
             Arc::clone(&owner.counters),
             config.io_timeout,
             config.connections_per_peer,
+            tls.clone(),
         );
         let server = Server::start(
             config.tcp_bind,
@@ -41,6 +45,7 @@ impl TcpTransport {
             Arc::clone(threads),
             config.io_timeout,
             config.max_accepted_connections,
+            tls,
         )?;
         let address = advertised(config.tcp_advertise.as_deref(), server.bound());
         Ok(Self { client, server, address })

@@ -5,3 +5,4 @@
 mod contract;
 mod faults;
 mod support;
+mod tls;

@@ -18,7 +18,12 @@ pub const MIB: usize = 1 << 20;
 pub const LONG: Duration = Duration::from_secs(30);
 
 pub fn config(transport: TransportKind) -> Config {
-    Config { transports: vec![transport], fence_grace: Duration::from_millis(50), ..Config::default() }
+    Config {
+        transports: vec![transport],
+        fence_grace: Duration::from_millis(50),
+        tls: crate::tls::wanted(),
+        ..Config::default()
+    }
 }
 
 pub fn engine(config: Config, capacity: usize) -> TransferEngine {
