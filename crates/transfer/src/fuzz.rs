@@ -11,10 +11,11 @@ use kvasir_types::{GrantKey, Incarnation, PROTOCOL_VERSION, SegmentId};
 
 use crate::{
     batch::Op,
+    notice::MAX_NOTICE_BYTES,
     plan::MAX_RANGES,
     tcp::frame::{
-        ANSWER_BYTES, Answer, HELLO_BYTES, Hello, MAX_PAYLOAD, RANGE_BYTES, REQUEST_BYTES, Request, Span, Verdict,
-        WELCOME_BYTES,
+        ANSWER_BYTES, Answer, HELLO_BYTES, Hello, MAX_PAYLOAD, RANGE_BYTES, REQUEST_BYTES, Request, Span, Verb,
+        Verdict, WELCOME_BYTES,
     },
 };
 
@@ -35,11 +36,12 @@ pub fn decode(input: &[u8]) {
 pub fn seeds() -> Vec<Vec<u8>> {
     let hello = Hello { version: PROTOCOL_VERSION, segment: SegmentId(1), incarnation: Incarnation(2) }.encode();
     let mut owner = [&[0][..], &hello].concat();
-    for (op, lens) in [(Op::Write, &[3, 5][..]), (Op::Read, &[1 << 20])] {
-        let (ranges, payload) = (lens.len() as u16, lens.iter().sum());
-        Request { op, ranges, payload, id: 9, key: GrantKey(4) }.encode(&mut owner);
+    for (verb, lens) in [(Verb::Move(Op::Write), &[3, 5][..]), (Verb::Move(Op::Read), &[1 << 20]), (Verb::Notice, &[])]
+    {
+        let (ranges, payload) = (lens.len() as u16, if verb == Verb::Notice { 6 } else { lens.iter().sum() });
+        Request { verb, ranges, payload, id: 9, key: GrantKey(4) }.encode(&mut owner);
         lens.iter().for_each(|&len| Span { offset: 4096, len }.encode(&mut owner));
-        if op == Op::Write {
+        if verb != Verb::Move(Op::Read) {
             owner.extend(0..payload as u8);
         }
     }
@@ -76,19 +78,24 @@ fn tcp_owner(bytes: &[u8]) {
     assert_eq!(Hello::decode(&hello.encode()), Ok(hello));
     let (mut spans, mut again) = (Vec::new(), Vec::new());
     while let Some(Ok(request)) = peer.head::<REQUEST_BYTES>().map(Request::decode) {
-        assert!((1..=MAX_RANGES).contains(&request.ranges.into()) && (1..=MAX_PAYLOAD).contains(&request.payload));
         assert_eq!(request.table_bytes(), usize::from(request.ranges) * RANGE_BYTES);
         let Some(table) = peer.take(request.table_bytes()) else { return };
         if request.decode_table(table, &mut spans).is_err() {
             return;
         }
         assert_eq!(spans.len(), request.ranges.into());
-        assert_eq!(spans.iter().map(|span| u64::from(span.len)).sum::<u64>(), request.payload.into());
-        assert!(spans.iter().all(|span| span.len > 0 && span.offset.checked_add(span.len.into()).is_some()));
+        match request.verb {
+            Verb::Move(_) => {
+                assert!((1..=MAX_RANGES).contains(&spans.len()) && (1..=MAX_PAYLOAD).contains(&request.payload));
+                assert_eq!(spans.iter().map(|span| u64::from(span.len)).sum::<u64>(), request.payload.into());
+                assert!(spans.iter().all(|span| span.len > 0 && span.offset.checked_add(span.len.into()).is_some()));
+            }
+            Verb::Notice => assert!(spans.is_empty() && request.payload as usize <= MAX_NOTICE_BYTES),
+        }
         again.clear();
         spans.iter().for_each(|span| span.encode(&mut again));
         assert_eq!(again, table, "a table has one form");
-        if request.op == Op::Write && peer.take(request.payload as usize).is_none() {
+        if request.verb != Verb::Move(Op::Read) && peer.take(request.payload as usize).is_none() {
             return;
         }
     }

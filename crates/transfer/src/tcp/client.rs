@@ -33,17 +33,12 @@ use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
 use super::{
     connection::{Connection, Job},
-    frame::{Hello, Verdict, WELCOME_BYTES},
+    frame::Hello,
+    handshake::{NoConnection, shake_hands},
     link::Link,
-    tls::{self, Connected, Tls},
+    tls::Tls,
 };
-use crate::{
-    batch::BatchState,
-    counters::{Counters, add_one},
-    error::Error,
-    grant::Cut,
-    threads::Threads,
-};
+use crate::{batch::Frame, counters::Counters, error::Error, grant::Cut, threads::Threads, transport::Target};
 
 /// Pause between the death of a connection and the next attempt.
 const BACK_OFF: Duration = Duration::from_millis(20);
@@ -95,9 +90,11 @@ impl Client {
         Arc::new(Self { threads, counters, io_timeout, lanes_per_peer, tls, stopping, peers })
     }
 
-    pub(super) fn start(self: &Arc<Self>, batch: &Arc<BatchState>, target: &SegmentDescriptor, address: &str) {
-        let peer = PeerKey { address: address.into(), segment: target.segment, incarnation: target.incarnation };
-        for frame in batch.frames() {
+    pub(super) fn start(self: &Arc<Self>, frames: Vec<Frame>, target: &Target) {
+        let Target { descriptor: SegmentDescriptor { segment, incarnation, .. }, addresses } = target;
+        let address = addresses.first().map_or("", String::as_str);
+        let peer = PeerKey { address: address.into(), segment: *segment, incarnation: *incarnation };
+        for frame in frames {
             // A frame is finished or dropped only outside the lock: that may start the next batch, right here.
             match self.lane_for(&peer) {
                 Ok((lane, peers)) => {
@@ -199,14 +196,6 @@ struct Sending {
     last_loss: Option<Instant>,
 }
 
-/// Why there is no connection.
-enum NoConnection {
-    /// The peer answered, and it means no.
-    Refused(Error),
-    /// It may be different in a moment.
-    Failed(Error),
-}
-
 impl Sending {
     fn run(&mut self) {
         let mut current: Option<Arc<Connection>> = None;
@@ -277,7 +266,8 @@ impl Sending {
         if self.client.is_stopping() {
             return Err(NoConnection::Refused(Error::Shutdown)); // shutdown may have looked for the link just before
         }
-        self.shake_hands(&link)?;
+        let hello = Hello { version: PROTOCOL_VERSION, segment: peer.segment, incarnation: peer.incarnation };
+        shake_hands(&link, self.client.tls.as_deref(), &peer.address, hello, &self.client.counters)?;
         Connection::start(link, Arc::clone(&self.client), Arc::clone(&self.lane)).map_err(NoConnection::Refused)
     }
 
@@ -310,46 +300,6 @@ impl Sending {
             Some(error) => Err(error),
             None => Ok(socket),
         }
-    }
-
-    fn shake_hands(&self, link: &Link) -> Result<(), NoConnection> {
-        let PeerKey { address, segment, incarnation } = &self.lane.peer;
-        let peer = || address.to_string();
-        let hello = Hello { version: PROTOCOL_VERSION, segment: *segment, incarnation: *incarnation };
-        let lost = |reason: String| NoConnection::Failed(Error::Disconnected { peer: peer(), reason: reason.into() });
-        let untrusted = |reason: String| {
-            add_one(&self.client.counters.untrusted);
-            NoConnection::Refused(Error::Untrusted { peer: peer(), reason })
-        };
-        let broken = |error: io::Error| match tls::distrust(&error) {
-            Some(reason) => untrusted(reason),
-            None => lost(format!("in the handshake: {error}")),
-        };
-        let secured = match &self.client.tls {
-            Some(tls) => Some(tls.connect(link, address).map_err(broken)?),
-            None => None,
-        };
-        let (welcome, clear) = match secured {
-            Some(Connected::Clear(welcome)) => (welcome, true),
-            Some(Connected::Secured) | None => {
-                let mut welcome = [0; WELCOME_BYTES];
-                // The owner looks at our certificate last: that it does not accept it is told instead of the welcome.
-                link.send_bytes(&hello.encode()).and_then(|()| link.receive_bytes(&mut welcome)).map_err(broken)?;
-                (welcome, false)
-            }
-        };
-        let (verdict, theirs) = Verdict::decode(&welcome).map_err(|error| lost(error.to_string()))?;
-        Err(NoConnection::Refused(match verdict {
-            Verdict::Welcome if clear => {
-                return Err(untrusted("it welcomes without having shown a certificate".into()));
-            }
-            Verdict::Welcome => return Ok(()),
-            Verdict::Version => Error::Version { peer: peer(), ours: PROTOCOL_VERSION, theirs },
-            Verdict::Stale => Error::Stale { segment: *segment, peer: peer() },
-            Verdict::Busy => Error::Busy { who: peer(), what: "it accepts no more connections" },
-            Verdict::Secured => return Err(untrusted("it speaks only TLS, and Config::tls is not set here".into())),
-            Verdict::Plain => return Err(untrusted("it does not speak TLS, and Config::tls is set here".into())),
-        }))
     }
 }
 

@@ -154,15 +154,30 @@ fn certificates(path: &std::path::Path) -> Result<Vec<CertificateDer<'static>>, 
 /// Why one side does not trust the other, if that is what the error says. Any other error of TLS means that the bytes were
 /// none, or were changed on the way.
 pub(super) fn distrust(error: &io::Error) -> Option<String> {
-    use rustls::Error::{
-        AlertReceived, InvalidCertificate, NoApplicationProtocol, NoCertificatesPresented, PeerIncompatible,
+    use rustls::{
+        AlertDescription as Alert,
+        Error::{AlertReceived, InvalidCertificate, NoApplicationProtocol, NoCertificatesPresented, PeerIncompatible},
     };
     Some(match error.get_ref()?.downcast_ref::<rustls::Error>()? {
         InvalidCertificate(reason) => format!("its certificate is not accepted here: {reason}"),
         NoCertificatesPresented => "it shows no certificate".into(),
-        NoApplicationProtocol => "it is a TLS service of another kind".into(),
+        NoApplicationProtocol | AlertReceived(Alert::NoApplicationProtocol) => {
+            "it speaks TLS, but for another purpose".into()
+        }
         PeerIncompatible(reason) => format!("no way of TLS in common: {reason:?}"),
-        AlertReceived(reason) => format!("it does not accept this engine's certificate: {reason:?}"),
+        AlertReceived(reason @ (Alert::HandshakeFailure | Alert::ProtocolVersion)) => {
+            format!("it finds no way of TLS in common: {reason:?}")
+        }
+        AlertReceived(
+            reason @ (Alert::BadCertificate
+            | Alert::UnsupportedCertificate
+            | Alert::CertificateRevoked
+            | Alert::CertificateExpired
+            | Alert::CertificateUnknown
+            | Alert::UnknownCA
+            | Alert::AccessDenied
+            | Alert::CertificateRequired),
+        ) => format!("it does not accept this engine's certificate: {reason:?}"),
         _ => return None,
     })
 }
