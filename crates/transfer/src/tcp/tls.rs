@@ -176,6 +176,7 @@ pub(super) fn distrust(error: &io::Error) -> Option<String> {
             | Alert::CertificateUnknown
             | Alert::UnknownCA
             | Alert::AccessDenied
+            | Alert::DecryptError // a signature that does not fit: an authority of the same name
             | Alert::CertificateRequired),
         ) => format!("it does not accept this engine's certificate: {reason:?}"),
         _ => return None,
