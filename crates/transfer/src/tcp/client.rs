@@ -7,6 +7,9 @@
 //!                                  pending ◀── thread transfer-recv ◀────┘ answers
 //! ```
 //!
+//! A small frame for a lane that has nothing else to do is sent by whoever submits it: a switch to another thread would cost
+//! more than the sending.
+//!
 //! Two threads a connection, blocking, and not one with `poll`: sending must go on while answers come (or both sides'
 //! buffers fill and nothing moves), the kernel copies in both at once on two cores, and each thread reads from top to
 //! bottom. The sending thread belongs to the lane and outlives connections ([`super::lane`]).
@@ -97,6 +100,12 @@ impl Client {
         match self.lane_for(key, addresses, not) {
             Ok((lane, peers)) => {
                 job.charge(&lane);
+                if not.is_none()
+                    && let Some(idle) = lane.idle_for(job)
+                {
+                    drop(peers);
+                    return idle.send(job);
+                }
                 let undelivered = lane.queue.push(Arc::clone(job));
                 drop(peers);
                 drop(undelivered);

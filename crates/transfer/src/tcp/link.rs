@@ -12,6 +12,9 @@
 //! two calls sees the flag before its next. The flag is needed because Linux goes on delivering what has arrived on a
 //! socket after it was shut down for reading.
 //!
+//! A header is received together with what has come behind it, up to [`AHEAD`] bytes: a small frame is one system call and a
+//! copy within the first-level cache, of a large one the rest goes straight to where it belongs.
+//!
 //! A link may be secured (see [`super::tls`]): bytes then pass through bounded buffers on their way, and everything else
 //! (ticks, timeouts, cutting) is the same.
 
@@ -20,7 +23,7 @@ use std::{
     os::fd::AsRawFd,
     ptr,
     sync::{
-        Arc, OnceLock,
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::{Duration, Instant},
@@ -30,6 +33,9 @@ use socket2::{Socket, TcpKeepalive};
 
 use super::tls::Secured;
 use crate::grant::Cut;
+
+/// Most bytes received beyond a header: a page of payload and its table.
+const AHEAD: usize = (4 << 10) + 256;
 
 /// Pieces of memory to send from or receive into, in order, consumed as the kernel takes them.
 #[derive(Default)]
@@ -73,6 +79,26 @@ impl Pieces {
     }
 }
 
+/// What has come behind a header and is not yet asked for, from `start` to `end`.
+struct Ahead {
+    bytes: Box<[u8]>,
+    start: usize,
+    end: usize,
+}
+
+impl Ahead {
+    /// Moves some of it to where the pieces say; how many bytes.
+    ///
+    /// # Safety
+    /// The pieces' memory is mapped and writable, and nobody holds a reference into it.
+    unsafe fn take(&mut self, pieces: &[libc::iovec]) -> usize {
+        // SAFETY: the caller's promise; the buffer is our own.
+        let taken = unsafe { scatter(&self.bytes[self.start..self.end], pieces) };
+        self.start += taken;
+        taken
+    }
+}
+
 /// A connected socket.
 pub(crate) struct Link {
     socket: Socket,
@@ -81,6 +107,8 @@ pub(crate) struct Link {
     started: Instant,
     progress_ms: AtomicU64,
     secured: OnceLock<Secured>,
+    /// Only the receiving thread uses it.
+    ahead: Mutex<Ahead>,
 }
 
 /// Which way pieces go.
@@ -115,7 +143,8 @@ impl Link {
         socket.set_tcp_keepalive(&keepalive)?;
         let (cut, started) = (AtomicBool::new(false), Instant::now());
         let (progress_ms, secured) = (AtomicU64::new(0), OnceLock::new());
-        Ok(Arc::new(Self { socket, cut, io_timeout, started, progress_ms, secured }))
+        let ahead = Mutex::new(Ahead { bytes: vec![0; AHEAD].into(), start: 0, end: 0 });
+        Ok(Arc::new(Self { socket, cut, io_timeout, started, progress_ms, secured, ahead }))
     }
 
     /// From now on everything goes by TLS. Before anything is sent or received in frames, and once.
@@ -188,9 +217,7 @@ impl Link {
             if self.is_cut() {
                 return Err(cut_error());
             }
-            let mut piece = libc::iovec { iov_base: into.as_mut_ptr().cast(), iov_len: into.len() };
-            // SAFETY: writes into `into` only, exclusively borrowed here.
-            match unsafe { self.step(std::slice::from_mut(&mut piece), Way::Receive) } {
+            match self.receive_some(into) {
                 Ok(0) => return Ok(None),
                 Ok(count) => break count,
                 Err(error) if is_tick(&error) && may_wait() => {}
@@ -201,6 +228,22 @@ impl Link {
         };
         self.note_progress();
         self.receive_bytes(&mut into[first..]).map(Some)
+    }
+
+    /// Some bytes of a header and, on a plain link, what has come behind it.
+    fn receive_some(&self, into: &mut [u8]) -> io::Result<usize> {
+        let mut piece = libc::iovec { iov_base: into.as_mut_ptr().cast(), iov_len: into.len() };
+        let mut ahead = self.ahead();
+        if self.secured.get().is_some() || ahead.start < ahead.end {
+            drop(ahead);
+            // SAFETY: writes into `into` only, exclusively borrowed here.
+            return unsafe { self.step(std::slice::from_mut(&mut piece), Way::Receive) };
+        }
+        let behind = libc::iovec { iov_base: ahead.bytes.as_mut_ptr().cast(), iov_len: ahead.bytes.len() };
+        // SAFETY: recvmsg writes into `into` and the buffer, both exclusively borrowed here.
+        let count = unsafe { call(&self.socket, &mut [piece, behind], 0, libc::recvmsg) }?;
+        (ahead.start, ahead.end) = (0, count.saturating_sub(into.len()));
+        Ok(count.min(into.len()))
     }
 
     /// Reads `bytes` bytes and throws them away.
@@ -268,11 +311,18 @@ impl Link {
         unsafe {
             match (self.secured.get(), way) {
                 (None, Way::Send) => call(&self.socket, pieces, libc::MSG_NOSIGNAL, send_message),
-                (None, Way::Receive) => call(&self.socket, pieces, 0, libc::recvmsg),
+                (None, Way::Receive) => {
+                    let taken = self.ahead().take(pieces);
+                    if taken > 0 { Ok(taken) } else { call(&self.socket, pieces, 0, libc::recvmsg) }
+                }
                 (Some(secured), Way::Send) => secured.send(self, pieces),
                 (Some(secured), Way::Receive) => secured.receive(self, pieces),
             }
         }
+    }
+
+    fn ahead(&self) -> MutexGuard<'_, Ahead> {
+        self.ahead.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// One system call's worth of bytes as they are on the wire.
@@ -327,4 +377,19 @@ fn is_tick(error: &io::Error) -> bool {
 
 fn cut_error() -> io::Error {
     io::Error::new(io::ErrorKind::ConnectionAborted, "cut on this side")
+}
+
+/// Copies bytes to where the pieces say, as far as they reach, and says how much it was.
+///
+/// # Safety
+/// The pieces' memory is mapped and writable, and nobody holds a reference into it.
+pub(super) unsafe fn scatter(bytes: &[u8], pieces: &[libc::iovec]) -> usize {
+    let mut done = 0;
+    for piece in pieces {
+        let step = piece.iov_len.min(bytes.len() - done);
+        // SAFETY: `step` bytes lie behind `done`, and are mapped and writable at the piece's address.
+        unsafe { ptr::copy_nonoverlapping(bytes[done..].as_ptr(), piece.iov_base.cast(), step) };
+        done += step;
+    }
+    done
 }

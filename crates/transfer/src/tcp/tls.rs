@@ -34,7 +34,10 @@ use rustls::{
 
 #[cfg(doc)]
 use super::frame::Verdict;
-use super::{frame::WELCOME_BYTES, link::Link};
+use super::{
+    frame::WELCOME_BYTES,
+    link::{Link, scatter},
+};
 use crate::{config::TlsConfig, error::Error};
 
 /// Most bytes encrypted or received at once: four records, one system call.
@@ -370,21 +373,6 @@ unsafe fn gather(pieces: &[libc::iovec], scratch: &mut Vec<u8>) -> usize {
         let step = piece.iov_len.min(total - done);
         // SAFETY: `step` bytes are mapped at the piece's address, as the caller promises, and fit behind `done`.
         unsafe { ptr::copy_nonoverlapping(piece.iov_base.cast(), scratch[done..].as_mut_ptr(), step) };
-        done += step;
-    }
-    done
-}
-
-/// Copies bytes to where the pieces say, as far as they reach, and says how much it was.
-///
-/// # Safety
-/// The pieces' memory is mapped and writable, and nobody holds a reference into it.
-unsafe fn scatter(bytes: &[u8], pieces: &[libc::iovec]) -> usize {
-    let mut done = 0;
-    for piece in pieces {
-        let step = piece.iov_len.min(bytes.len() - done);
-        // SAFETY: `step` bytes lie behind `done`, and are mapped and writable at the piece's address.
-        unsafe { ptr::copy_nonoverlapping(bytes[done..].as_ptr(), piece.iov_base.cast(), step) };
         done += step;
     }
     done
