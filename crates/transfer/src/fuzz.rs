@@ -83,11 +83,11 @@ fn tcp_owner(bytes: &[u8]) {
         if request.decode_table(table, &mut spans).is_err() {
             return;
         }
-        assert_eq!(spans.len(), request.ranges.into());
+        assert_eq!(spans.len(), usize::from(request.ranges));
         match request.verb {
             Verb::Move(_) => {
                 assert!((1..=MAX_RANGES).contains(&spans.len()) && (1..=MAX_PAYLOAD).contains(&request.payload));
-                assert_eq!(spans.iter().map(|span| u64::from(span.len)).sum::<u64>(), request.payload.into());
+                assert_eq!(spans.iter().map(|span| u64::from(span.len)).sum::<u64>(), u64::from(request.payload));
                 assert!(spans.iter().all(|span| span.len > 0 && span.offset.checked_add(span.len.into()).is_some()));
             }
             Verb::Notice => assert!(spans.is_empty() && request.payload as usize <= MAX_NOTICE_BYTES),

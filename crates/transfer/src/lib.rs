@@ -71,6 +71,8 @@ mod timer;
 #[doc(hidden)]
 pub mod fuzz;
 
+pub mod topology;
+
 pub use kvasir_types::Transports;
 
 pub use batch::{Batch, Op, Priority, Range, Report, Transfer, Transfers};
@@ -87,3 +89,4 @@ pub use peers::PeerStats;
 pub use segment::{Directory, Lookup, Published, Segment};
 pub use space::Unregister;
 pub use stats::{Refused, Side, Stats, Traffic};
+pub use topology::Topology;
