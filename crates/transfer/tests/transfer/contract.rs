@@ -21,6 +21,9 @@ macro_rules! contract {
         mod tcp {
             $(#[test] fn $law() { super::$law(super::TransportKind::Tcp); })*
         }
+        mod tls {
+            $(#[test] fn $law() { crate::tls::secured(|| super::$law(super::TransportKind::Tcp)); })*
+        }
     };
 }
 
