@@ -94,6 +94,10 @@ pub struct UcxConfig {
     pub tls: Option<String>,
     /// Its devices, as in `UCX_NET_DEVICES`; `None`: UCX's choice.
     pub net_devices: Option<String>,
+    /// Whether memory is reached by RMA, without the owner's part; else bytes travel in messages that the owner checks. `None`:
+    /// if this machine has an RDMA device. Both sides must agree, or messages are used. Without a device UCX only emulates RMA: slower
+    /// than messages, open to every peer that can connect, and in UCX 1.13 a peer's death then may abort the process.
+    pub rma: Option<bool>,
     /// Most writes handed to libucp at once for a peer. Default 2: over tcp, UCX 1.13 slows down to a crawl with many.
     pub max_outstanding_puts: usize,
     /// Most reads handed to libucp at once for a peer. Default 16.
@@ -107,6 +111,7 @@ impl Default for UcxConfig {
             advertise: None,
             tls: None,
             net_devices: None,
+            rma: None,
             max_outstanding_puts: 2,
             max_outstanding_gets: 16,
         }
