@@ -673,4 +673,8 @@ impl Opener for SlotOpener {
             None => drop(in_flight),
         }
     }
+
+    fn is_gone(&self) -> bool {
+        self.connection.strong_count() == 0
+    }
 }
