@@ -29,6 +29,7 @@ use std::{
 use kvasir_types::{Deadline, GrantKey, SegmentDescriptor, SegmentId, TransportKind};
 
 use crate::{
+    copier::Copier,
     error::Error,
     grant::Cut,
     peers::Peer,
@@ -153,6 +154,7 @@ pub(crate) struct BatchState {
     plan: Plan,
     notice: Option<Box<[u8]>>,
     transport: TransportKind,
+    copier: Option<Copier<Priority>>,
     started: Instant,
     timer: Timer,
     grace: Duration,
@@ -165,6 +167,8 @@ pub(crate) struct BatchState {
 pub(crate) struct Setting {
     pub(crate) uses: Vec<Use>,
     pub(crate) transport: TransportKind,
+    /// Who copies for it, if it is moved by copying here.
+    pub(crate) copier: Option<Copier<Priority>>,
     pub(crate) timer: Timer,
     pub(crate) grace: Duration,
     /// Told when the batch is over; none for one that never began.
@@ -213,6 +217,7 @@ impl BatchState {
             plan,
             notice: batch.notice.clone(),
             transport: setting.transport,
+            copier: setting.copier,
             started: Instant::now(),
             timer: setting.timer,
             grace: setting.grace,
@@ -531,6 +536,11 @@ impl Transfer {
     /// # Errors
     /// Those of the future.
     pub fn wait(self) -> Result<Report, Error> {
+        // Rather than wait for another thread to copy, copy: nobody has to be woken, and two are faster than one.
+        while let Some(copier) = &self.state.copier
+            && !self.state.is_over()
+            && copier.run_one()
+        {}
         let mut inner = self.state.lock();
         loop {
             match &inner.outcome {

@@ -42,8 +42,8 @@ pub struct Config {
     /// How long operations in progress may take to end by themselves when their grant is revoked, or their transfer
     /// cancelled, before their connection is cut. Default 200 ms.
     pub fence_grace: Duration,
-    /// Threads that copy for the local and shm transports (small batches are copied by whoever submits them), 1 to 64.
-    /// Default 1.
+    /// Threads that copy for the local and shm transports, 1 to 64. Small batches are copied by whoever submits them, and who
+    /// blocks in [`crate::Transfer::wait`] helps. Default 1.
     pub copy_threads: usize,
     /// Which transports may be used. Default auto.
     pub transports: Transports,

@@ -1,6 +1,13 @@
 //! What every transport promises, as one suite run against each.
 
-use std::{collections::HashSet, thread, time::Duration};
+use std::{
+    collections::HashSet,
+    fs::File,
+    io::Write,
+    os::fd::{FromRawFd, OwnedFd},
+    thread,
+    time::Duration,
+};
 
 use futures_util::future::join_all;
 use kvasir_transfer::{
@@ -472,10 +479,7 @@ fn unregistering_ends_the_grants_over_a_region_and_waits_for_writers(transport: 
 
 fn a_read_only_file_is_read_and_never_written(transport: TransportKind) {
     let (client, owner) = pair(transport, MIB);
-    let path = std::env::temp_dir().join(format!("kvasir-transfer-{transport}-{}", std::process::id()));
-    std::fs::write(&path, pattern(9, 8192)).unwrap();
-    let file = std::fs::File::open(&path).unwrap();
-    std::fs::remove_file(&path).unwrap();
+    let file = read_only_file(&pattern(9, 8192), transport == TransportKind::Shm);
     let region = owner.register(Memory::File { file, offset: 4096, len: 4096, writable: false }).unwrap();
     let base = region.base();
     let write = owner.grant(vec![GrantRange { offset: base, len: 10, access: Access::Write }]);
@@ -488,6 +492,20 @@ fn a_read_only_file_is_read_and_never_written(transport: TransportKind) {
     let read = grant(&client, 0, 10, Access::Read);
     let landing = owner.submit(batch(Op::Read, &client.descriptor(), read.key(), &[(base, 0, 10)])).wait();
     assert!(matches!(landing, Err(Error::ReadOnly { .. })), "{landing:?}");
+}
+
+/// A file without a name that can't be written. Sealed against shrinking, other processes can map it.
+fn read_only_file(contents: &[u8], sealed: bool) -> File {
+    // SAFETY: makes a descriptor and touches no memory but the name, a constant.
+    let fd = unsafe { libc::memfd_create(c"test".as_ptr(), libc::MFD_ALLOW_SEALING) };
+    // SAFETY: just made, and nobody else's.
+    let mut file = File::from(unsafe { OwnedFd::from_raw_fd(fd) });
+    file.write_all(contents).unwrap();
+    if sealed {
+        // SAFETY: a plain call on our own descriptor.
+        assert_eq!(unsafe { libc::fcntl(fd, libc::F_ADD_SEALS, libc::F_SEAL_SHRINK) }, 0);
+    }
+    File::open(format!("/proc/self/fd/{fd}")).unwrap()
 }
 
 fn a_notice_arrives_after_the_bytes_it_follows(transport: TransportKind) {
