@@ -71,6 +71,10 @@ pub(crate) trait Opener: Cut {
     /// The grant has been revoked, on the revoking thread: must not block. `in_flight` is to be kept until the peer can't
     /// touch the ranges any more. After the fence grace, `cut` is called if that has not happened.
     fn revoked(&self, key: GrantKey, in_flight: InFlight);
+    /// Whether the peer has gone for good: it need not be told any more.
+    fn is_gone(&self) -> bool {
+        false
+    }
 }
 
 /// What a peer may touch under a grant it has opened.
@@ -104,6 +108,8 @@ struct Inner {
     /// The regions stay registered until nobody touches them under this grant.
     uses: Vec<Use>,
     waker: Option<Waker>,
+    /// A thread blocks until none is in flight: nobody else costs a system call to wake.
+    awaited: bool,
 }
 
 impl Inner {
@@ -162,6 +168,7 @@ impl State {
     fn wait_none_in_flight(&self) {
         let mut inner = self.lock();
         while !inner.in_flight.is_empty() {
+            inner.awaited = true;
             inner = self.none_in_flight.wait(inner).unwrap_or_else(PoisonError::into_inner);
         }
     }
@@ -180,7 +187,7 @@ impl State {
 }
 
 /// Whether the sorted, merged ranges hold all of `[offset, offset + len)`.
-fn covers(ranges: &[Bytes], offset: u64, len: u64) -> bool {
+pub(crate) fn covers(ranges: &[Bytes], offset: u64, len: u64) -> bool {
     let Some(end) = offset.checked_add(len) else { return false };
     let after = ranges.partition_point(|&(start, _)| start <= offset);
     after.checked_sub(1).is_some_and(|at| end <= ranges[at].1)
@@ -279,6 +286,10 @@ impl GrantTable {
             if inner.revoked {
                 return Err(Refusal::UnknownGrant);
             }
+            // Peers come and go under a grant that lasts: now and then those that went are forgotten.
+            if inner.openers.len() >= 16 && inner.openers.len().is_power_of_two() {
+                inner.openers.retain(|opener| !opener.is_gone());
+            }
             inner.openers.push(opener);
         }
         let (readable, writable) = (state.readable.clone(), state.writable.clone());
@@ -353,7 +364,9 @@ impl Drop for InFlight {
             if !inner.in_flight.is_empty() {
                 return;
             }
-            self.state.none_in_flight.notify_all();
+            if inner.awaited {
+                self.state.none_in_flight.notify_all();
+            }
             (inner.waker.take(), inner.settle())
         };
         drop(uses);

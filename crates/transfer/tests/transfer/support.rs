@@ -29,6 +29,7 @@ pub fn config(transport: TransportKind) -> Config {
     Config {
         transports: Transports::Named(vec![transport]),
         fence_grace: Duration::from_millis(50),
+        tls: crate::tls::wanted(),
         // On a machine of any kind: loopback sockets, which also are lanes that can be fenced.
         ucx: UcxConfig {
             tls: Some("tcp".into()),
