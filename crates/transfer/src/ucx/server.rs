@@ -44,8 +44,8 @@ use crate::{
 /// Most grants that one peer may have open at once: bounds what it can make us remember.
 const MAX_OPEN: usize = 64 << 10;
 
-/// Most bytes of answers that one peer has not taken yet: beyond it, it is not an engine of ours that reads what it asked
-/// for, and is disconnected. Ours have at most [`super::courier::MAX_WINDOW`] pieces under way each way.
+/// Most bytes of answers that one peer has not taken yet: beyond it, it is not an engine of ours that reads what it
+/// asked for, and is disconnected. Ours have at most [`super::courier::MAX_WINDOW`] pieces under way each way.
 const MAX_UNTAKEN: usize = 16 << 20;
 
 /// The peers that are connected to us.

@@ -1,9 +1,9 @@
 //! UCX's objects with Rust's manners: what is created is destroyed, in the right order, on the thread that created it.
 //!
-//! Nothing here is `Send`: context, worker and all that hangs on them belong to one thread, which is why UCX can run in its
-//! single-threaded mode. Callbacks of UCX run inside [`Worker::progress`] (or inside a call that starts something) and do one
-//! thing: they note an [`Event`] in a list of that thread, which the thread's loop takes with [`take_events`]. So no code of
-//! ours runs inside UCX.
+//! Nothing here is `Send`: context, worker and all that hangs on them belong to one thread, which is why UCX can run in
+//! its single-threaded mode. Callbacks of UCX run inside [`Worker::progress`] (or inside a call that starts something)
+//! and do one thing: they note an [`Event`] in a list of that thread, which the thread's loop takes with
+//! [`take_events`]. So no code of ours runs inside UCX.
 
 use std::{
     cell::RefCell,
@@ -27,7 +27,8 @@ pub(super) const MESSAGE_ID: u32 = 0;
 /// Longest active message: a piece of a batch and its head. No more than this is ever copied out of UCX.
 pub(super) const MAX_MESSAGE: usize = (64 << 10) + 4096;
 
-/// libucp, once loaded, stays: it starts a thread and patches allocators, so taking it out of a running process is unsafe.
+/// libucp, once loaded, stays: it starts a thread and patches allocators, so taking it out of a running process is
+/// unsafe.
 static LIBRARY: OnceLock<sys::Library> = OnceLock::new();
 
 /// Finds libucp, or says what to install.
@@ -103,6 +104,11 @@ pub(super) fn note(event: Event) {
 pub(super) fn take_events(into: &mut Vec<Event>) {
     debug_assert!(into.is_empty());
     EVENTS.with_borrow_mut(|events| std::mem::swap(events, into));
+}
+
+/// Whether something has been noted since.
+pub(super) fn has_events() -> bool {
+    EVENTS.with_borrow(|events| !events.is_empty())
 }
 
 /// What a context is made of.
