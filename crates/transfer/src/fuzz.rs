@@ -17,13 +17,14 @@ use crate::{
         ANSWER_BYTES, Answer, HELLO_BYTES, Hello, MAX_PAYLOAD, RANGE_BYTES, REQUEST_BYTES, Request, Span, Verb,
         Verdict, WELCOME_BYTES,
     },
+    ucx,
 };
 
 /// No message makes this side allocate more than this in one piece (frames go straight from and into registered memory).
 pub const LARGEST_ALLOCATION: usize = 64 << 10;
 
 /// One for each role in each transport's protocol; an input's first byte, modulo their number, is an index.
-const CONVERSATIONS: &[fn(&[u8])] = &[tcp_owner, tcp_client];
+const CONVERSATIONS: &[fn(&[u8])] = &[tcp_owner, tcp_client, ucx::fuzz::message];
 
 /// Plays the conversation that `input` is.
 pub fn decode(input: &[u8]) {
@@ -51,7 +52,8 @@ pub fn seeds() -> Vec<Vec<u8>> {
         client.extend(0..payload as u8);
     }
     let refused = [&[1][..], &Verdict::Stale.encode(PROTOCOL_VERSION)].concat();
-    vec![owner, client, refused]
+    let ucx = ucx::fuzz::seeds().into_iter().map(|message| [&[2][..], &message].concat());
+    [owner, client, refused].into_iter().chain(ucx).collect()
 }
 
 /// What is left of a peer's bytes.

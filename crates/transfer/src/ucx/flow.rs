@@ -20,7 +20,7 @@ use std::{
 use kvasir_types::{GrantKey, TransportKind};
 
 use super::{
-    client::RemoteRegion,
+    connection::RemoteRegion,
     driver::{Core, Pending, unavailable},
     endpoint::{Endpoint, Local, Remote},
     messages::OpenId,

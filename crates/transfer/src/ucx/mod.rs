@@ -1,11 +1,11 @@
 //! The ucx transport: libucp moves the bytes.
 //!
 //! Read [`messages`] for what two engines tell one another, [`driver`] for the one thread on which all of UCX lives,
-//! [`server`] for the side that owns the memory, [`client`] for the side that submits, [`worker`] and [`endpoint`] for
-//! UCX itself. Batches travel in one of two ways, agreed upon in the greeting:
+//! [`server`] for the side that owns the memory, [`client`] and [`connection`] for the side that submits, [`worker`]
+//! and [`endpoint`] for UCX itself. Batches travel in one of two ways, agreed upon in the greeting:
 //!
-//! - **RMA** ([`flow`]), where both machines have an RDMA device and a libucp newer than 1.13 (or [`crate::UcxConfig::rma`] says so): puts and gets
-//!   straight between registered memories, without the owner's part.
+//! - **RMA** ([`flow`]), where both machines have an RDMA device and a libucp newer than 1.13 (or
+//!   [`crate::UcxConfig::rma`] says so): puts and gets straight between registered memories, without the owner's part.
 //! - **messages** ([`courier`]) otherwise: pieces of 64 KiB, each checked by the owner against its grant before a byte
 //!   is touched, as over tcp. UCX would emulate RMA by messages of its own: slower (over loopback 0.3 to 0.6 GB/s for
 //!   0.6 to 2.2), open to whoever connects, since the owner's UCX writes to any address it is told, and fatal in UCX
@@ -40,10 +40,12 @@
 //! a network nobody else is on, as RDMA networks are. UCX's own protocol is not made for hostile peers either way.
 
 mod client;
+mod connection;
 mod courier;
 mod driver;
 mod endpoint;
 mod flow;
+pub(crate) mod fuzz;
 mod mailbox;
 mod messages;
 mod opening;
