@@ -384,10 +384,15 @@ impl Frame {
         if self.plan().is_some() { None } else { self.batch.notice.as_deref() }
     }
 
+    /// The region that holds a range's local bytes.
+    pub(crate) fn region(&self, range: &Range) -> &Arc<Mapped> {
+        let region = self.batch.regions.iter().find(|region| region.holds(range.local, range.len));
+        region.expect("local ranges were found in regions when the batch was made")
+    }
+
     /// Address of a range's local bytes. They may be touched only under [`Frame::touch`].
     pub(crate) fn local(&self, range: &Range) -> *mut u8 {
-        let region = self.batch.regions.iter().find(|region| region.holds(range.local, range.len));
-        region.expect("local ranges were found in regions when the batch was made").at(range.local, range.len)
+        self.region(range).at(range.local, range.len)
     }
 
     /// Whether nobody waits for this frame any more.
@@ -398,14 +403,36 @@ impl Frame {
     /// Leave to touch local memory until the returned value is dropped; `None` once the frame is settled. One thread at a
     /// time: transports see to that.
     pub(crate) fn touch(&self, cut: Arc<dyn Cut>) -> Option<Touch<'_>> {
+        self.enter(cut).then(|| Touch { frame: self })
+    }
+
+    /// As [`Frame::touch`], with the frame itself in what is returned.
+    pub(crate) fn hold(self: &Arc<Self>, cut: Arc<dyn Cut>) -> Option<Held> {
+        self.enter(cut).then(|| Held(Arc::clone(self)))
+    }
+
+    fn enter(&self, cut: Arc<dyn Cut>) -> bool {
         let stage = &mut self.batch.lock().stages[self.index];
         match stage {
             Stage::Waiting => {
                 *stage = Stage::Busy { cut, result: None };
-                Some(Touch { frame: self })
+                true
             }
             Stage::Busy { .. } => unreachable!("one thread at a time touches a frame"),
-            Stage::Settled => None,
+            Stage::Settled => false,
+        }
+    }
+
+    fn leave(&self) {
+        let mut inner = self.batch.lock();
+        let aborted = inner.failure.is_some();
+        let stage = &mut inner.stages[self.index];
+        match std::mem::replace(stage, Stage::Waiting) {
+            Stage::Busy { result: Some(result), .. } => self.settle(inner, result),
+            // The failure is recorded already; which result goes with it does not matter.
+            Stage::Busy { result: None, .. } if aborted => self.settle(inner, Ok(())),
+            Stage::Busy { result: None, .. } => {}
+            Stage::Waiting | Stage::Settled => unreachable!("a touched frame is busy until its touch ends"),
         }
     }
 
@@ -457,16 +484,17 @@ pub(crate) struct Touch<'a> {
 
 impl Drop for Touch<'_> {
     fn drop(&mut self) {
-        let mut inner = self.frame.batch.lock();
-        let aborted = inner.failure.is_some();
-        let stage = &mut inner.stages[self.frame.index];
-        match std::mem::replace(stage, Stage::Waiting) {
-            Stage::Busy { result: Some(result), .. } => self.frame.settle(inner, result),
-            // The failure is recorded already; which result goes with it does not matter.
-            Stage::Busy { result: None, .. } if aborted => self.frame.settle(inner, Ok(())),
-            Stage::Busy { result: None, .. } => {}
-            Stage::Waiting | Stage::Settled => unreachable!("a touched frame is busy until its touch ends"),
-        }
+        self.frame.leave();
+    }
+}
+
+/// As [`Touch`], for a transport that hands the memory to hardware or a library and goes on: it keeps the frame alive.
+#[must_use]
+pub(crate) struct Held(Arc<Frame>);
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.0.leave();
     }
 }
 

@@ -51,6 +51,26 @@ pub struct Config {
     pub shm: ShmConfig,
     /// The ucx transport.
     pub ucx: UcxConfig,
+    /// Encryption of tcp connections and proof of who is at either end; an engine with it has nothing to do with engines
+    /// without. Default `None`: for networks that nobody else is on.
+    pub tls: Option<TlsConfig>,
+}
+
+/// How tcp connections are secured: TLS 1.3, with certificates on both sides. Files in PEM form, read when the engine starts.
+///
+/// Each engine is server to some peers and client to others, so a certificate that limits its use (`extendedKeyUsage`) must
+/// allow both. Whoever holds a certificate of the authority is let in: take an authority of the cluster's own.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TlsConfig {
+    /// The engine's certificate, and those between it and the authority.
+    pub certificate: PathBuf,
+    /// The certificate's private key.
+    pub key: PathBuf,
+    /// The authorities, one of which every peer's certificate must come from.
+    pub authority: PathBuf,
+    /// The name that peers' certificates must bear when this engine connects to them. `None`: the host, name or address,
+    /// that it connects to.
+    pub server_name: Option<String>,
 }
 
 /// Settings of the shm transport.
@@ -74,6 +94,10 @@ pub struct UcxConfig {
     pub tls: Option<String>,
     /// Its devices, as in `UCX_NET_DEVICES`; `None`: UCX's choice.
     pub net_devices: Option<String>,
+    /// Whether memory is reached by RMA, without the owner's part; else bytes travel in messages that the owner checks. `None`:
+    /// if this machine has an RDMA device. Both sides must agree, or messages are used. Without a device UCX only emulates RMA: slower
+    /// than messages, open to every peer that can connect, and in UCX 1.13 a peer's death then may abort the process.
+    pub rma: Option<bool>,
     /// Most writes handed to libucp at once for a peer. Default 2: over tcp, UCX 1.13 slows down to a crawl with many.
     pub max_outstanding_puts: usize,
     /// Most reads handed to libucp at once for a peer. Default 16.
@@ -87,6 +111,7 @@ impl Default for UcxConfig {
             advertise: None,
             tls: None,
             net_devices: None,
+            rma: None,
             max_outstanding_puts: 2,
             max_outstanding_gets: 16,
         }
@@ -111,6 +136,7 @@ impl Default for Config {
             transports: Transports::Auto,
             shm: ShmConfig::default(),
             ucx: UcxConfig::default(),
+            tls: None,
         }
     }
 }

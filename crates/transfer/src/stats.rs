@@ -86,6 +86,8 @@ pub struct Refused {
     pub stale: u64,
     /// A hello in another protocol version.
     pub version: u64,
+    /// Connections, to peers too, over which one side did not accept the other's certificate, or only one spoke TLS.
+    pub untrusted: u64,
     /// One connection too many.
     pub busy: u64,
     /// Bytes that are no frame.

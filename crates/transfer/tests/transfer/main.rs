@@ -6,3 +6,5 @@
 mod contract;
 mod faults;
 mod support;
+mod tls;
+mod ucx;
