@@ -29,6 +29,7 @@ mod address;
 mod client;
 mod connection;
 mod control;
+pub(crate) mod fuzz;
 mod granted;
 mod mapping;
 mod messages;
