@@ -13,6 +13,7 @@ use crate::{
     batch::Op,
     notice::MAX_NOTICE_BYTES,
     plan::MAX_RANGES,
+    shm,
     tcp::frame::{
         ANSWER_BYTES, Answer, HELLO_BYTES, Hello, MAX_PAYLOAD, RANGE_BYTES, REQUEST_BYTES, Request, Span, Verb,
         Verdict, WELCOME_BYTES,
@@ -23,7 +24,7 @@ use crate::{
 pub const LARGEST_ALLOCATION: usize = 64 << 10;
 
 /// One for each role in each transport's protocol; an input's first byte, modulo their number, is an index.
-const CONVERSATIONS: &[fn(&[u8])] = &[tcp_owner, tcp_client];
+const CONVERSATIONS: &[fn(&[u8])] = &[tcp_owner, tcp_client, shm::fuzz::owner, shm::fuzz::client];
 
 /// Plays the conversation that `input` is.
 pub fn decode(input: &[u8]) {
@@ -51,7 +52,8 @@ pub fn seeds() -> Vec<Vec<u8>> {
         client.extend(0..payload as u8);
     }
     let refused = [&[1][..], &Verdict::Stale.encode(PROTOCOL_VERSION)].concat();
-    vec![owner, client, refused]
+    let [shm_owner, shm_client] = shm::fuzz::seeds();
+    vec![owner, client, refused, [&[2][..], &shm_owner].concat(), [&[3][..], &shm_client].concat()]
 }
 
 /// What is left of a peer's bytes.
