@@ -13,6 +13,7 @@ use crate::{
     batch::Op,
     notice::MAX_NOTICE_BYTES,
     plan::MAX_RANGES,
+    shm,
     tcp::frame::{
         ANSWER_BYTES, Answer, HELLO_BYTES, Hello, MAX_PAYLOAD, RANGE_BYTES, REQUEST_BYTES, Request, Span, Verb,
         Verdict, WELCOME_BYTES,
@@ -24,7 +25,7 @@ use crate::{
 pub const LARGEST_ALLOCATION: usize = 64 << 10;
 
 /// One for each role in each transport's protocol; an input's first byte, modulo their number, is an index.
-const CONVERSATIONS: &[fn(&[u8])] = &[tcp_owner, tcp_client, ucx::fuzz::message];
+const CONVERSATIONS: &[fn(&[u8])] = &[tcp_owner, tcp_client, shm::fuzz::owner, shm::fuzz::client, ucx::fuzz::message];
 
 /// Plays the conversation that `input` is.
 pub fn decode(input: &[u8]) {
@@ -52,8 +53,10 @@ pub fn seeds() -> Vec<Vec<u8>> {
         client.extend(0..payload as u8);
     }
     let refused = [&[1][..], &Verdict::Stale.encode(PROTOCOL_VERSION)].concat();
-    let ucx = ucx::fuzz::seeds().into_iter().map(|message| [&[2][..], &message].concat());
-    [owner, client, refused].into_iter().chain(ucx).collect()
+    let [shm_owner, shm_client] = shm::fuzz::seeds();
+    let shm = [[&[2][..], &shm_owner].concat(), [&[3][..], &shm_client].concat()];
+    let ucx = ucx::fuzz::seeds().into_iter().map(|message| [&[4][..], &message].concat());
+    [owner, client, refused].into_iter().chain(shm).chain(ucx).collect()
 }
 
 /// What is left of a peer's bytes.

@@ -33,8 +33,20 @@ impl Host {
         Ok(Self { boot, namespace: fs::metadata("/proc/self/ns/net")?.ino() })
     }
 
+    /// Whether a published address can be reached from here; if not, why not. Asked for every batch.
+    pub(super) fn reaches(&self, address: &str) -> Result<(), String> {
+        self.parse(address).map(drop)
+    }
+
     /// A published address as the name of a socket here; or why it is none.
     pub(super) fn resolve(&self, address: &str) -> Result<PathBuf, String> {
+        Ok(match self.parse(address)? {
+            Name::Path(path) => path.into(),
+            Name::Abstract(name) => format!("\0{name}").into(),
+        })
+    }
+
+    fn parse<'a>(&self, address: &'a str) -> Result<Name<'a>, String> {
         let mut parts = address.splitn(3, '/');
         let (Some(boot), Some(namespace), Some(name)) = (parts.next(), parts.next(), parts.next()) else {
             return Err("not an address of shared memory".into());
@@ -46,14 +58,19 @@ impl Host {
             return Err("not the name of a socket".into());
         }
         if namespace.is_empty() {
-            let path = PathBuf::from(name);
-            return if path.exists() { Ok(path) } else { Err(format!("{name} is not there")) };
+            let path = Path::new(name);
+            return if path.exists() { Ok(Name::Path(path)) } else { Err(format!("{name} is not there")) };
         }
         if namespace.parse() != Ok(self.namespace) {
             return Err("another network namespace; a shared directory (shm.dir) would help".into());
         }
-        Ok(PathBuf::from(format!("\0{name}")))
+        Ok(Name::Abstract(name))
     }
+}
+
+enum Name<'a> {
+    Path(&'a Path),
+    Abstract(&'a str),
 }
 
 /// A listening socket and the address to publish. Its file, if it has one, goes with it.

@@ -19,7 +19,7 @@ use kvasir_types::{Incarnation, PROTOCOL_VERSION, SegmentId, TransportKind};
 use super::{
     address::Host,
     messages::ToOwner,
-    peer::{Memcpy, Peer, PeerHandler},
+    peer::{Memcpy, Peer, PeerHandler, is_closed},
     poller::{End, Poller, Wire},
     socket::Socket,
 };
@@ -189,7 +189,11 @@ impl Client {
         let uid = socket.peer_uid()?;
         if is_allowed(uid, &self.limits.allowed_uids) {
             let hello = ToOwner::Hello { version: PROTOCOL_VERSION, segment, incarnation };
-            return socket.send(&hello.encode(), &[]); // a fresh socket has room for it
+            return match socket.send(&hello.encode(), &[]) {
+                // Turned away already: it said why, and that is still to be read.
+                Err(error) if is_closed(&error) => Ok(()),
+                sent => sent, // a fresh socket has room for it
+            };
         }
         let reason = format!("it belongs to user {uid}, which is not in shm.allowed_uids");
         Err(io::Error::new(io::ErrorKind::PermissionDenied, reason))

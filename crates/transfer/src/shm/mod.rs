@@ -27,7 +27,9 @@
 
 mod address;
 mod client;
+mod connection;
 mod control;
+pub(crate) mod fuzz;
 mod granted;
 mod mapping;
 mod messages;
@@ -45,6 +47,7 @@ use kvasir_types::{TransportAddress, TransportKind};
 use self::{
     address::{Host, Place},
     client::{Client, Limits},
+    control::OwnerControl,
     poller::Poller,
     server::Server,
 };
@@ -79,6 +82,8 @@ impl ShmTransport {
             reason: format!("{what}: {error}"),
         };
         let host = Host::this().map_err(|error| unavailable("cannot tell this host from others", error))?;
+        // Once here rather than for every client in vain: old kernels and some sandboxes lack what it takes.
+        OwnerControl::new().map_err(|unfit| unavailable("cannot share memory", std::io::Error::other(unfit)))?;
         let uids = &config.shm.allowed_uids;
         let (place, listener) = Place::listen(&host, config.shm.dir.as_deref(), !uids.is_empty())?;
         let poller = Poller::new().map_err(|error| unavailable("cannot wait for sockets", error))?;
@@ -115,7 +120,7 @@ impl Transport for ShmTransport {
     }
 
     fn reaches(&self, address: &str) -> Result<(), String> {
-        self.host.resolve(address).map(drop)
+        self.host.reaches(address)
     }
 
     fn start(&self, frames: Vec<Frame>, target: &Arc<Target>) {

@@ -163,9 +163,8 @@ impl Peer {
             return self.copy_all(jobs, &grant);
         }
         state.waiting_since.get_or_insert_with(Instant::now);
-        let waiting = state.opening.entry(key.0).or_default();
-        let first = waiting.is_empty();
-        waiting.extend(jobs);
+        let first = !state.opening.contains_key(&key.0);
+        state.opening.entry(key.0).or_default().extend(jobs);
         drop(state);
         if first {
             self.say(ToOwner::Open { key });
@@ -489,7 +488,12 @@ impl Handler for PeerHandler {
 
     fn tick(&self, now: Instant) -> Next {
         let Some(client) = self.0.client.upgrade() else { return Next::Leave };
-        let waiting = self.0.state().waiting_since;
+        let waiting = {
+            let mut state = self.0.state();
+            // Cancelled meanwhile. The question stays: its answer will come.
+            state.opening.values_mut().for_each(|jobs| jobs.retain(|job| !job.frame.is_settled()));
+            state.waiting_since
+        };
         if waiting.is_some_and(|since| now.saturating_duration_since(since) > client.limits.io_timeout) {
             self.0.end(self.0.disconnected("no answer in time"));
             return Next::Leave;

@@ -14,6 +14,7 @@ pub(super) struct TransferPage {
     failed: Family<Labels<1>, Counter>,
     retries: Counter,
     fenced: Counter,
+    held: Counter,
     connections: Gauge,
     in_flight: Gauge,
     peer_bytes: Family<PeerLabels, Counter>,
@@ -32,6 +33,10 @@ impl TransferPage {
             retries: page.counter("kvasir_transfer_retries", "Frames sent again after their connection died"),
             fenced: page
                 .counter("kvasir_transfer_fenced_connections", "Connections cut so that memory could be reused"),
+            held: page.counter(
+                "kvasir_transfer_held_fences",
+                "Revoked grants whose memory a stalled peer of this host kept out of use beyond the grace",
+            ),
             connections: page.gauge("kvasir_transfer_open_connections", "Connections open to peers"),
             in_flight: page.gauge("kvasir_transfer_in_flight_bytes", "Bytes of transfers begun here that are not over"),
             peer_bytes: page.counters("kvasir_transfer_peer_bytes", "KV bytes moved, by peer and direction"),
@@ -65,7 +70,9 @@ impl TransferPage {
             ("full", refused.full),
             ("stale", refused.stale),
             ("version", refused.version),
+            ("untrusted", refused.untrusted),
             ("busy", refused.busy),
+            ("forbidden", refused.forbidden),
             ("malformed", refused.malformed),
         ] {
             set_total(&self.refused.get_or_create(&[("cause", cause)]), count);
@@ -75,6 +82,7 @@ impl TransferPage {
         }
         set_total(&self.retries, stats.retries);
         set_total(&self.fenced, stats.fenced_connections);
+        set_total(&self.held, stats.held_fences);
         self.connections.set(stats.open_connections as i64);
         self.in_flight.set(stats.in_flight_bytes as i64);
         self.peers(peers);
