@@ -1,0 +1,178 @@
+//! Packets that get lost between two machines: two peers, each in a network namespace of its own, and a pair of virtual
+//! Ethernet devices between them that drops what arrives.
+//!
+//! What drops is a classifier of the traffic control (`tc`, four instructions of classic BPF with the kernel's random
+//! number): it needs no `netem`, which many kernels lack. It drops on arrival, so that the sender can't know. The namespaces
+//! have no names and live as long as the peers do: nothing is left behind by a test that is killed.
+
+use std::{fs, process::Command};
+
+use kvasir_types::{SegmentDescriptor, TransportKind::Tcp};
+
+use crate::{
+    peer::{Ask, Setup},
+    process::Process,
+    support::{LONG, MIB, wait_until},
+};
+
+/// Set to 1 where namespaces are not permitted: these tests then do nothing.
+const LEFT_OUT: &str = "KVASIR_TEST_NO_NETNS";
+
+/// Drops one packet in ten: load a random number; greater than a tenth of 2^32? go on; drop.
+const LOSS: &str = "4,32 0 0 4294963256,37 1 0 429496729,6 0 0 2,6 0 0 4294967295";
+/// Drops every packet.
+const PARTITION: &str = "1,6 0 0 2";
+
+/// Two peers with a network between them. Each is in a namespace of its own.
+struct Net {
+    client: Process,
+    owner: Process,
+}
+
+/// Runs a command of the system; what it said if it failed.
+fn run(line: &str) -> Result<(), String> {
+    let mut words = line.split(' ');
+    let output =
+        Command::new(words.next().unwrap()).args(words).output().map_err(|error| format!("{line}: {error}"))?;
+    let words = String::from_utf8_lossy(&output.stderr);
+    if output.status.success() { Ok(()) } else { Err(format!("{line}: {}", words.trim())) }
+}
+
+fn needed(line: &str) {
+    run(line).unwrap_or_else(|reason| {
+        panic!("this test needs root, network namespaces, iproute2 and util-linux, or {LEFT_OUT}=1: {reason}")
+    });
+}
+
+impl Net {
+    /// `None` if these tests are to be left out.
+    fn new() -> Option<Self> {
+        if std::env::var(LEFT_OUT).is_ok_and(|value| value == "1") {
+            eprintln!("left out, nothing was tested: {LEFT_OUT}=1");
+            return None;
+        }
+        needed("unshare --net -- true");
+        let net = Self { client: Process::spawn_in_own_network(), owner: Process::spawn_in_own_network() };
+        let ours = fs::read_link("/proc/self/ns/net").unwrap();
+        let (client, owner) = (net.client.id(), net.owner.id());
+        wait_until("the peers are in their namespaces", || {
+            let theirs = |id| fs::read_link(format!("/proc/{id}/ns/net")).is_ok_and(|theirs| theirs != ours);
+            theirs(client) && theirs(owner)
+        });
+        needed(&format!("ip link add name wire netns {client} type veth peer name wire netns {owner}"));
+        for (id, address) in [(client, "10.0.0.1"), (owner, "10.0.0.2")] {
+            for command in [
+                "ip link set lo up",
+                // Real packets, not the 64 KiB bundles that virtual devices pass on: one lost is one packet.
+                "ip link set wire mtu 9000 gso_max_segs 1 up",
+                &format!("ip address add {address}/24 dev wire"),
+                // A lost packet is sent again after the round trip's time, not after the 200 ms meant for continents.
+                "ip route change 10.0.0.0/24 dev wire rto_min 5ms",
+                "tc qdisc add dev wire clsact",
+            ] {
+                needed(&format!("nsenter --net=/proc/{id}/ns/net {command}"));
+            }
+        }
+        Some(net)
+    }
+
+    fn on_both_ends(&self, command: &str) {
+        for id in [self.client.id(), self.owner.id()] {
+            // Words inside the classifier's program are separated by spaces, too: it is one argument.
+            let (command, program) = command.split_once(" bytecode ").unwrap_or((command, ""));
+            let mut tc = Command::new("nsenter");
+            tc.arg(format!("--net=/proc/{id}/ns/net")).args(command.split(' '));
+            if !program.is_empty() {
+                tc.args(["bytecode", program]);
+            }
+            let output = tc.output().unwrap();
+            let words = String::from_utf8_lossy(&output.stderr);
+            assert!(output.status.success(), "the kernel needs its clsact and cls_bpf, or {LEFT_OUT}=1: {words}");
+        }
+    }
+
+    fn drop_by(&self, program: &str) {
+        self.on_both_ends(&format!("tc filter add dev wire ingress bpf da bytecode {program}"));
+    }
+
+    fn heal(&self) {
+        self.on_both_ends("tc filter del dev wire ingress");
+    }
+
+    /// Starts both engines: the owner's descriptor.
+    fn start(&mut self, bytes: usize, setup: impl Fn(Setup) -> Setup) -> SegmentDescriptor {
+        self.client.start(setup(Setup::new("client", Tcp, bytes)));
+        let bind = ([10, 0, 0, 2], 0).into();
+        self.owner.start(setup(Setup { bind, ..Setup::new("owner", Tcp, bytes) }))
+    }
+
+    /// Packets that the client's kernel has sent again.
+    fn sent_again(&self) -> u64 {
+        let snmp = fs::read_to_string(format!("/proc/{}/net/snmp", self.client.id())).unwrap();
+        let mut tcp = snmp.lines().filter_map(|line| line.strip_prefix("Tcp: "));
+        let (names, values) = (tcp.next().unwrap(), tcp.next().unwrap());
+        let at = names.split(' ').position(|name| name == "RetransSegs").unwrap();
+        values.split(' ').nth(at).unwrap().parse().unwrap()
+    }
+}
+
+#[test]
+fn one_packet_in_ten_lost_costs_time_and_no_byte() {
+    const AREA: usize = 32 * MIB;
+    const PART: u64 = 4 * MIB as u64;
+    let Some(mut net) = Net::new() else { return };
+    let target = net.start(2 * AREA, |setup| Setup { connections: 8, ..setup });
+    net.drop_by(LOSS);
+    // The lower half is read, the upper half written.
+    net.owner.fill(0, AREA, 1);
+    net.client.fill(AREA as u64, AREA, 2);
+    for write in [false, true] {
+        let from = if write { AREA as u64 } else { 0 };
+        let key = net.owner.grant(from, AREA as u64, write);
+        for offset in (from..from + AREA as u64).step_by(PART as usize) {
+            let (target, ranges) = (target.clone(), vec![(offset, offset, PART)]);
+            net.client.ask::<()>(&Ask::Submit { write, target, key, ranges, deadline_ms: LONG.as_millis() as u64 });
+        }
+    }
+    assert_eq!(net.client.wait(), vec![Ok(PART); 2 * AREA / PART as usize]);
+    assert_eq!(net.client.sum(0, 2 * AREA), net.owner.sum(0, 2 * AREA));
+    assert!(net.sent_again() > 100, "only {} packets were lost", net.sent_again());
+}
+
+#[test]
+fn a_network_that_parts_costs_the_deadline_and_nothing_lands_when_it_heals() {
+    const AREA: usize = 16 * MIB;
+    let Some(mut net) = Net::new() else { return };
+    let target = net.start(AREA, |setup| Setup { io_timeout_ms: 1000, ..setup });
+    let half = AREA as u64 / 2;
+    let (first, second) = (net.owner.grant(0, half, true), net.owner.grant(half, half, true));
+    net.client.fill(0, AREA, 1);
+    let submit =
+        |key, ranges, deadline_ms| Ask::Submit { write: true, target: target.clone(), key, ranges, deadline_ms };
+    let untouched = net.owner.sum(0, half as usize);
+    net.client.ask::<()>(&submit(first, vec![(0, 0, half); 2048], 1500));
+    until("bytes land", || net.owner.sum(0, half as usize) != untouched);
+    net.drop_by(PARTITION);
+    net.client.ask::<()>(&submit(second, vec![(half, half, half)], 500));
+    for outcome in net.client.wait() {
+        let (cause, words) = outcome.expect_err("no byte gets through");
+        assert_eq!(cause, "deadline", "{words}");
+    }
+    // The owner takes its memory back from a peer it can't hear.
+    net.owner.ask::<()>(&Ask::Revoke { key: first });
+    net.owner.fill(0, half as usize, 9);
+    let ours = net.owner.sum(0, half as usize);
+    net.heal();
+    until("transfers work again", || {
+        net.client.ask::<()>(&submit(second, vec![(half, half, half)], 5000));
+        net.client.wait()[0].is_ok()
+    });
+    assert_eq!(net.owner.sum(half, half as usize), net.client.sum(half, half as usize));
+    assert_eq!(net.owner.sum(0, half as usize), ours, "what was on its way landed after the revocation");
+}
+
+/// [`wait_until`] for conditions that ask the peers.
+fn until(what: &str, condition: impl FnMut() -> bool) {
+    let condition = std::cell::RefCell::new(condition);
+    wait_until(what, || condition.borrow_mut()());
+}
