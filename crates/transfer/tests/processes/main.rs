@@ -19,6 +19,14 @@ mod resets;
 #[expect(dead_code, reason = "shared with the suite that stays in one process, which uses all of it")]
 mod support;
 
+/// What the shared support asks before it makes an engine.
+mod tls {
+    /// No encryption: who dies, stops or lies here does so below it.
+    pub fn wanted() -> Option<kvasir_transfer::TlsConfig> {
+        None
+    }
+}
+
 macro_rules! on {
     ($transport:ident, $kind:ident) => {
         mod $transport {
@@ -58,3 +66,4 @@ macro_rules! on {
 
 // Every transport between processes: one line each.
 on!(tcp, Tcp);
+on!(shm, Shm);
