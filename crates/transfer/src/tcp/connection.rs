@@ -1,7 +1,8 @@
 //! One connection to a peer, from the submitting side: what has been sent on it, and what comes back.
 //!
 //! A frame is noted as pending before its first byte is sent and leaves that list exactly once: with its answer, or when
-//! the connection is lost. Whoever notices the loss first (sending thread, receiving thread, shutdown) takes the list.
+//! the connection is lost. Whoever notices the loss first (sending thread, receiving thread, shutdown) takes the list, but for
+//! the frame that is being sent at that moment: its bytes are being touched, so it stays for its sender to take.
 
 use std::{
     collections::HashMap,
@@ -83,8 +84,11 @@ pub(super) struct Connection {
 
 #[derive(Default)]
 struct Pending {
-    lost: bool,
+    /// Why, once it is.
+    lost: Option<Arc<str>>,
     next_id: u64,
+    /// The frame that is being sent.
+    sending: Option<u64>,
     jobs: HashMap<u64, Arc<Job>>,
 }
 
@@ -103,13 +107,13 @@ impl Connection {
     }
 
     pub(super) fn is_alive(&self) -> bool {
-        !self.pending().lost
+        self.pending().lost.is_none()
     }
 
     /// Whether every frame sent has been answered.
     pub(super) fn is_idle(&self) -> bool {
         let pending = self.pending();
-        !pending.lost && pending.jobs.is_empty()
+        pending.lost.is_none() && pending.jobs.is_empty()
     }
 
     /// Sends a frame: by whoever holds the lane's connection, one after another.
@@ -124,7 +128,7 @@ impl Connection {
         if let Some(notice) = frame.notice() {
             Request { verb: Verb::Notice, payload: notice.len() as u32, ..request }.encode(&mut head);
             head.extend_from_slice(notice);
-            return self.sent(self.link.send_bytes(&head));
+            return self.sent(id, self.link.send_bytes(&head));
         }
         request.encode(&mut head);
         for range in frame.ranges() {
@@ -134,8 +138,12 @@ impl Connection {
             Op::Read => self.link.send_bytes(&head),
             Op::Write => {
                 let Some(touch) = frame.touch(Arc::clone(&self.link) as Arc<dyn Cut>) else {
-                    self.pending().jobs.remove(&id);
-                    return; // aborted before a byte of it was sent
+                    // Aborted before a byte of it was sent.
+                    let mut pending = self.pending();
+                    pending.sending = None;
+                    let over = pending.jobs.remove(&id);
+                    drop(pending);
+                    return drop(over);
                 };
                 let mut pieces = Pieces::default();
                 for range in frame.ranges() {
@@ -147,19 +155,28 @@ impl Connection {
                 sent
             }
         };
-        self.sent(sent);
+        self.sent(id, sent);
     }
 
-    fn sent(&self, result: io::Result<()>) {
+    /// The sender has left the frame's bytes.
+    fn sent(&self, id: u64, result: io::Result<()>) {
         if let Err(error) = result {
             self.lost(&error.to_string());
+        }
+        let left = {
+            let mut pending = self.pending();
+            pending.sending = None;
+            pending.lost.clone().and_then(|reason| Some((pending.jobs.remove(&id)?, reason)))
+        };
+        if let Some((job, reason)) = left {
+            self.give_back(&job, &reason);
         }
     }
 
     /// Lists a frame as pending; `None` if the connection is lost.
     fn note(&self, job: &Arc<Job>) -> Option<u64> {
         let mut pending = self.pending();
-        if pending.lost {
+        if pending.lost.is_some() {
             return None;
         }
         if pending.jobs.is_empty() {
@@ -167,6 +184,7 @@ impl Connection {
         }
         let id = pending.next_id;
         pending.next_id += 1;
+        pending.sending = Some(id);
         pending.jobs.insert(id, Arc::clone(job));
         Some(id)
     }
@@ -175,10 +193,17 @@ impl Connection {
     pub(super) fn lost(&self, reason: &str) {
         let jobs = {
             let mut pending = self.pending();
-            if std::mem::replace(&mut pending.lost, true) {
+            if pending.lost.is_some() {
                 return;
             }
-            std::mem::take(&mut pending.jobs)
+            pending.lost = Some(reason.into());
+            let mut jobs = std::mem::take(&mut pending.jobs);
+            if let Some(id) = pending.sending
+                && let Some(job) = jobs.remove(&id)
+            {
+                pending.jobs.insert(id, job);
+            }
+            jobs
         };
         self.link.cut();
         sub_one(&self.client.counters.open_connections);
@@ -186,6 +211,17 @@ impl Connection {
         let mut jobs: Vec<_> = jobs.into_iter().collect();
         jobs.sort_unstable_by_key(|(id, _)| *id); // again in the order of submission
         jobs.into_iter().for_each(|(_, job)| self.give_back(&job, reason));
+    }
+
+    /// Whether a frame is still being sent: then it is its sender's to give back. (An owner that answers before it has read
+    /// everything lies or refuses.)
+    fn leave_to_sender(&self, id: u64, job: &Arc<Job>) -> bool {
+        let mut pending = self.pending();
+        let sending = pending.sending == Some(id);
+        if sending {
+            pending.jobs.insert(id, Arc::clone(job));
+        }
+        sending
     }
 
     /// A frame whose connection died under it: once more, or failed.
@@ -201,6 +237,8 @@ impl Connection {
             Err(error) => error.to_string(),
         };
         self.lost(&reason);
+        // What was pending waits in a lane again. If none of it does in this one, it has no reason to stay.
+        self.lane.queue.look();
     }
 
     fn receive_answers(&self) -> io::Result<()> {
@@ -215,7 +253,9 @@ impl Connection {
                 let reason = error.to_string();
                 // In this order: while the connection counts as alive, the second attempt would go out on it.
                 self.lost(&reason);
-                self.give_back(&job, &reason);
+                if !self.leave_to_sender(answer.id, &job) {
+                    self.give_back(&job, &reason);
+                }
                 return Err(error);
             }
         }

@@ -67,3 +67,4 @@ macro_rules! on {
 // Every transport between processes: one line each.
 on!(tcp, Tcp);
 on!(shm, Shm);
+on!(ucx, Ucx);

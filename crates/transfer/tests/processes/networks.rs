@@ -143,7 +143,7 @@ fn one_packet_in_ten_lost_costs_time_and_no_byte() {
 fn a_network_that_parts_costs_the_deadline_and_nothing_lands_when_it_heals() {
     const AREA: usize = 16 * MIB;
     let Some(mut net) = Net::new() else { return };
-    let target = net.start(AREA, |setup| Setup { io_timeout_ms: 1000, ..setup });
+    let target = net.start(AREA, |setup| setup);
     let half = AREA as u64 / 2;
     let (first, second) = (net.owner.grant(0, half, true), net.owner.grant(half, half, true));
     net.client.fill(0, AREA, 1);

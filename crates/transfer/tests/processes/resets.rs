@@ -18,7 +18,7 @@ use socket2::SockRef;
 use crate::{
     peer::Setup,
     process::Process,
-    support::{MIB, batch, bytes, config, engine, pattern, wait_until, within_limit},
+    support::{MIB, batch, bytes, config, engine, pattern, within_limit},
 };
 
 const AREA: usize = 32 * MIB;
@@ -207,7 +207,7 @@ fn a_way_that_resets_every_connection_is_an_error_and_works_when_it_is_mended() 
         let result = within_limit("the transfer", move || transfer.wait());
         assert!(matches!(result, Err(Error::Disconnected { .. })), "{op:?}: {result:?}");
         client.write_bytes(0, &pattern(2, AREA)).unwrap(); // ours again
-        wait_until("the broken connections are gone", || client.stats().open_connections == 0);
+        thread::sleep(Duration::from_millis(50)); // for what might come, not for what must
         assert_eq!(bytes(&client, 0, AREA), pattern(2, AREA), "{op:?}: given back, and touched later");
         proxy.shared.faults.store(0, SeqCst);
         let transfer = client.submit(batch(op, &through, key, &[(0, 0, AREA as u64)]));
