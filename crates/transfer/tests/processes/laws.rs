@@ -11,7 +11,8 @@ use std::{
 };
 
 use kvasir_transfer::{
-    Access, Allocation, Batch, Config, Error, LocalNet, Memory, Op, Priority, Range, Refusal, Report, TransferEngine,
+    Access, Allocation, Batch, Config, Error, Grant, LocalNet, Memory, Op, Priority, Range, Refusal, Region, Report,
+    TransferEngine,
 };
 use kvasir_types::{Deadline, GrantKey, HostMemory, SegmentDescriptor, TransportKind};
 
@@ -167,34 +168,83 @@ pub fn stopped_target(kind: TransportKind) {
     assert_eq!(bytes(&client, 0, AREA), vec![OURS; AREA], "given back, and touched later");
 }
 
+/// An owner whose memory a peer is writing, for as long as it may.
+struct Written {
+    _owner: TransferEngine,
+    region: Option<Region>,
+    memory: Bare,
+    /// What the peer was asked.
+    submit: Ask,
+    peer: Process,
+}
+
+impl Written {
+    fn new(kind: TransportKind) -> (Self, Grant) {
+        let owner = TransferEngine::builder().config(config(kind)).build().unwrap();
+        let region = owner.register(Memory::Allocate(Allocation::new(AREA))).unwrap();
+        let memory = Bare(region.memory());
+        let write = grant(&owner, region.base(), AREA as u64, Access::Write);
+        let mut peer = Process::spawn();
+        peer.start(Setup::new("writer", kind, AREA));
+        peer.fill(0, AREA, 1);
+        let (target, key) = (owner.descriptor(), write.key().0);
+        let deadline_ms = LONG.as_millis() as u64;
+        let submit = Ask::Submit { write: true, target, key, ranges: endless(0), deadline_ms };
+        peer.ask::<()>(&submit);
+        wait_until("bytes land", || !memory.is_all(0));
+        (Self { _owner: owner, region: Some(region), memory, submit, peer }, write)
+    }
+
+    /// The memory has been filled with [`OURS`]: it stays so, whatever the peer does.
+    fn is_ours(mut self) {
+        let outcomes = self.peer.wait();
+        let (cause, words) = outcomes[0].as_ref().expect_err("the writer was in the middle");
+        assert!(["refused", "disconnected"].contains(&cause.as_str()), "{cause}: {words}");
+        self.peer.ask::<()>(&self.submit);
+        let outcomes = self.peer.wait();
+        let (cause, words) = outcomes[0].as_ref().expect_err("nothing is granted any more");
+        assert_eq!(cause, "refused", "{words}");
+        assert!(self.memory.is_all(OURS), "a byte landed in memory that was given back");
+    }
+}
+
+/// Ends the writer's right: by unregistering the memory, or by the grant alone.
+fn end(region: Option<Region>, write: Grant) {
+    match region {
+        // The grant is held on to: it is the region that goes.
+        Some(region) => {
+            within_limit("the unregistration", move || region.unregister().wait());
+            drop(write);
+        }
+        None => within_limit("the revocation", move || block_on(write.revoke())),
+    }
+}
+
 pub fn unregistered_under_a_writer(kind: TransportKind) {
-    let owner = TransferEngine::builder().config(config(kind)).build().unwrap();
-    let region = owner.register(Memory::Allocate(Allocation::new(AREA))).unwrap();
-    let (memory, target) = (Bare(region.memory()), owner.descriptor());
-    let write = grant(&owner, region.base(), AREA as u64, Access::Write);
-    let mut peer = Process::spawn();
-    peer.start(Setup::new("writer", kind, AREA));
-    peer.fill(0, AREA, 1);
-    let submit = Ask::Submit {
-        write: true,
-        target,
-        key: write.key().0,
-        ranges: endless(0),
-        deadline_ms: LONG.as_millis() as u64,
-    };
-    peer.ask::<()>(&submit);
-    wait_until("bytes land", || !memory.is_all(0));
-    within_limit("the unregistration", move || region.unregister().wait());
-    memory.fill(OURS);
-    let outcomes = peer.wait();
-    let (cause, words) = outcomes[0].as_ref().expect_err("the writer was in the middle");
-    assert!(["refused", "disconnected"].contains(&cause.as_str()), "{cause}: {words}");
-    peer.ask::<()>(&submit);
-    let outcomes = peer.wait();
-    let (cause, words) = outcomes[0].as_ref().expect_err("nothing is granted any more");
-    assert_eq!(cause, "refused", "{words}");
-    assert!(memory.is_all(OURS), "a byte landed in memory that was given back");
-    drop(write);
+    let (mut written, write) = Written::new(kind);
+    end(written.region.take(), write);
+    written.memory.fill(OURS);
+    written.is_ours();
+}
+
+pub fn stopped_writer(kind: TransportKind) {
+    for unregister in [true, false] {
+        let (mut written, write) = Written::new(kind);
+        let region = written.region.take().filter(|_| unregister);
+        written.peer.stop(); // most likely in the middle of a frame
+        if kind == TransportKind::Shm {
+            // What a stopped thread is copying can't be taken from it: the end is told only when it has gone on.
+            let ending = thread::spawn(move || end(region, write));
+            written.peer.resume();
+            ending.join().unwrap();
+            written.memory.fill(OURS);
+        } else {
+            end(region, write);
+            written.memory.fill(OURS);
+            written.peer.resume();
+        }
+        written.is_ours();
+    }
 }
 
 pub fn one_of_five_dead(kind: TransportKind) {

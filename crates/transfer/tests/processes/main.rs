@@ -49,6 +49,10 @@ macro_rules! on {
                 crate::laws::unregistered_under_a_writer($kind);
             }
             #[test]
+            fn a_writer_stopped_in_mid_write_is_fenced_off_and_nothing_lands_when_it_goes_on() {
+                crate::laws::stopped_writer($kind);
+            }
+            #[test]
             fn of_five_processes_the_dead_one_is_named_and_the_others_are_served() {
                 crate::laws::one_of_five_dead($kind);
             }
