@@ -5,12 +5,12 @@
 //! number): it needs no `netem`, which many kernels lack. It drops on arrival, so that the sender can't know. The namespaces
 //! have no names and live as long as the peers do: nothing is left behind by a test that is killed.
 
-use std::{fs, process::Command};
+use std::{fs, process::Command, time::Duration};
 
 use kvasir_types::{SegmentDescriptor, TransportKind::Tcp};
 
 use crate::{
-    peer::{Ask, Setup},
+    peer::{Ask, Outcome, Setup},
     process::Process,
     support::{LONG, MIB, wait_until},
 };
@@ -139,36 +139,55 @@ fn one_packet_in_ten_lost_costs_time_and_no_byte() {
     assert!(net.sent_again() > 100, "only {} packets were lost", net.sent_again());
 }
 
-#[test]
-fn a_network_that_parts_costs_the_deadline_and_nothing_lands_when_it_heals() {
-    const AREA: usize = 16 * MIB;
-    let Some(mut net) = Net::new() else { return };
-    let target = net.start(AREA, |setup| setup);
-    let half = AREA as u64 / 2;
-    let (first, second) = (net.owner.grant(0, half, true), net.owner.grant(half, half, true));
-    net.client.fill(0, AREA, 1);
-    let submit =
-        |key, ranges, deadline_ms| Ask::Submit { write: true, target: target.clone(), key, ranges, deadline_ms };
-    let untouched = net.owner.sum(0, half as usize);
-    net.client.ask::<()>(&submit(first, vec![(0, 0, half); 2048], 1500));
-    until("bytes land", || net.owner.sum(0, half as usize) != untouched);
+const HALF: usize = 8 * MIB;
+
+/// Two peers of which one writes into the other's lower half without end, until the network between them parts.
+fn parted(deadline: Duration) -> Option<(Net, impl Fn(u64, Vec<(u64, u64, u64)>, Duration) -> Ask, [u64; 2])> {
+    let mut net = Net::new()?;
+    let target = net.start(2 * HALF, |setup| Setup { slice_bytes: HALF, ..setup }); // large frames: it parts in one
+    let keys = [0, HALF as u64].map(|offset| net.owner.grant(offset, HALF as u64, true));
+    net.client.fill(0, 2 * HALF, 1);
+    let submit = move |key, ranges, deadline: Duration| {
+        let deadline_ms = deadline.as_millis() as u64;
+        Ask::Submit { write: true, target: target.clone(), key, ranges, deadline_ms }
+    };
+    let untouched = net.owner.sum(0, HALF);
+    net.client.ask::<()>(&submit(keys[0], vec![(0, 0, HALF as u64); 2048], deadline));
+    until("bytes land", || net.owner.sum(0, HALF) != untouched);
     net.drop_by(PARTITION);
-    net.client.ask::<()>(&submit(second, vec![(half, half, half)], 500));
-    for outcome in net.client.wait() {
-        let (cause, words) = outcome.expect_err("no byte gets through");
+    Some((net, submit, keys))
+}
+
+#[test]
+fn a_network_that_parts_costs_the_deadline_and_transfers_work_when_it_heals() {
+    let Some((mut net, submit, [_, upper])) = parted(Duration::from_millis(1500)) else { return };
+    let range = vec![(HALF as u64, HALF as u64, HALF as u64)];
+    let is_late = |outcomes: Vec<Outcome>| {
+        let (cause, words) = outcomes[0].as_ref().expect_err("no byte gets through");
         assert_eq!(cause, "deadline", "{words}");
-    }
-    // The owner takes its memory back from a peer it can't hear.
-    net.owner.ask::<()>(&Ask::Revoke { key: first });
-    net.owner.fill(0, half as usize, 9);
-    let ours = net.owner.sum(0, half as usize);
+    };
+    is_late(net.client.wait());
+    net.client.ask::<()>(&submit(upper, range.clone(), Duration::from_millis(500))); // begins without a network
+    is_late(net.client.wait());
     net.heal();
     until("transfers work again", || {
-        net.client.ask::<()>(&submit(second, vec![(half, half, half)], 5000));
+        net.client.ask::<()>(&submit(upper, range.clone(), Duration::from_secs(5)));
         net.client.wait()[0].is_ok()
     });
-    assert_eq!(net.owner.sum(half, half as usize), net.client.sum(half, half as usize));
-    assert_eq!(net.owner.sum(0, half as usize), ours, "what was on its way landed after the revocation");
+    assert_eq!(net.owner.sum(HALF as u64, HALF), net.client.sum(HALF as u64, HALF));
+}
+
+#[test]
+fn memory_taken_back_from_a_writer_that_is_out_of_reach_is_left_alone_when_the_network_heals() {
+    let Some((mut net, _, [lower, _])) = parted(LONG) else { return };
+    net.owner.ask::<()>(&Ask::Revoke { key: lower });
+    net.owner.fill(0, HALF, 9);
+    let ours = net.owner.sum(0, HALF);
+    net.heal();
+    let outcomes = net.client.wait(); // its kernel has sent again what was on its way, and has been answered
+    let (cause, words) = outcomes[0].as_ref().expect_err("the grant has ended");
+    assert!(["refused", "disconnected"].contains(&cause.as_str()), "{cause}: {words}");
+    assert_eq!(net.owner.sum(0, HALF), ours, "what was on its way landed after the revocation");
 }
 
 /// [`wait_until`] for conditions that ask the peers.

@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 
 use crate::{
     lies,
-    support::{LONG, block_on, config, grant, pattern},
+    support::{LONG, MIB, block_on, config, grant, pattern},
 };
 
 /// Opens every line of the peer's.
@@ -56,6 +56,7 @@ pub struct Setup {
     /// Connections to each peer.
     pub connections: usize,
     pub io_timeout_ms: u64,
+    pub slice_bytes: usize,
     /// Where segments are found by name.
     pub directory: Option<PathBuf>,
 }
@@ -69,6 +70,7 @@ impl Setup {
             bind: ([127, 0, 0, 1], 0).into(),
             connections: 2,
             io_timeout_ms: 10_000,
+            slice_bytes: MIB,
             directory: None,
         }
     }
@@ -78,6 +80,7 @@ impl Setup {
             tcp_bind: self.bind,
             connections_per_peer: self.connections,
             io_timeout: Duration::from_millis(self.io_timeout_ms),
+            slice_bytes: self.slice_bytes,
             ..config(self.transport)
         };
         settings.ucx.bind = self.bind;
