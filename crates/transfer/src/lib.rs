@@ -91,7 +91,7 @@ pub use memory::{Allocation, HugePages, Memory};
 pub use notice::{MAX_NOTICE_BYTES, NextNotice, Notice, Notices};
 pub use peers::PeerStats;
 pub use segment::{Directory, Lookup, Published, Segment};
-pub use settings::{Pages, Settings, ShmSettings, UcxSettings};
+pub use settings::{Pages, Settings, ShmSettings, TlsSettings, UcxSettings};
 pub use space::Unregister;
 pub use stats::{Refused, Side, Stats, Traffic};
 pub use topology::Topology;

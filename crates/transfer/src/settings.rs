@@ -6,7 +6,7 @@ use kvasir_types::Transports;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    config::{Config, ShmConfig, UcxConfig},
+    config::{Config, ShmConfig, TlsConfig, UcxConfig},
     memory::{Allocation, HugePages},
 };
 
@@ -43,6 +43,9 @@ pub struct Settings {
     pub huge_pages: Pages,
     /// The NUMA node whose memory is preferred for them. Default: the kernel's choice.
     pub numa_node: Option<u32>,
+    /// Certificates, if connections of the tcp transport are to be encrypted and both ends to prove who they are. Default
+    /// none: plain connections, to a network that is trusted.
+    pub tls: Option<TlsSettings>,
     /// Copies within the host.
     pub shm: ShmSettings,
     /// libucp.
@@ -60,6 +63,21 @@ pub enum Pages {
     Try,
     /// From the reserved pool, or the service does not start.
     Require,
+}
+
+/// Encryption and authentication of the tcp transport. Files are PEM.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TlsSettings {
+    /// This process's certificate, and those between it and the authority.
+    pub certificate: PathBuf,
+    /// The certificate's private key.
+    pub key: PathBuf,
+    /// The authorities, one of which every peer's certificate must come from.
+    pub authority: PathBuf,
+    /// The name that peers' certificates must bear. Default: the host, name or address, that is connected to.
+    #[serde(default)]
+    pub server_name: Option<String>,
 }
 
 /// The shm transport.
@@ -106,6 +124,7 @@ impl Default for Settings {
             fence_grace_ms: config.fence_grace.as_millis() as u64,
             huge_pages: Pages::default(),
             numa_node: None,
+            tls: None,
             shm: ShmSettings::default(),
             ucx: UcxSettings::default(),
         }
@@ -132,6 +151,12 @@ impl Settings {
             fence_grace: Duration::from_millis(self.fence_grace_ms),
             copy_threads: self.shm.copy_threads.unwrap_or(defaults.copy_threads),
             transports: self.transports.clone(),
+            tls: self.tls.as_ref().map(|tls| TlsConfig {
+                certificate: tls.certificate.clone(),
+                key: tls.key.clone(),
+                authority: tls.authority.clone(),
+                server_name: tls.server_name.clone(),
+            }),
             shm: ShmConfig { dir: self.shm.dir.clone(), allowed_uids: self.shm.allowed_uids.clone() },
             ucx: UcxConfig {
                 bind: ucx_listen,

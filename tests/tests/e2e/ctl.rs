@@ -6,6 +6,8 @@ use anyhow::{Result, ensure};
 use kvasir_tests::{Cluster, Service, workspace};
 use serde_json::Value;
 
+use crate::prompts::{chat, long};
+
 /// What `kvasirctl` prints.
 fn ctl(cluster: &mut Cluster, arguments: &[&str]) -> Result<String> {
     let endpoint = cluster.etcd().endpoint().to_owned();
@@ -32,6 +34,33 @@ async fn it_shows_every_member_as_a_table_and_as_json() -> Result<()> {
             ensure!(models.contains("demo"), "models:\n{models}");
             let json: Value = serde_json::from_str(&ctl(cluster, &["models", "--output", "json"])?)?;
             ensure!(json.to_string().contains("demo"), "models as JSON: {json}");
+            Ok(())
+        })
+        .await
+}
+
+#[tokio::test]
+async fn transfers_show_over_what_blocks_move_and_why() -> Result<()> {
+    Cluster::builder()
+        .set(Service::Decode, "decode.local_prefill_tokens", 0)
+        .run(async |cluster| {
+            let none = ctl(cluster, &["transfers"])?;
+            ensure!(none.contains("no transfers"), "{none}");
+            cluster.client().chat(&chat(cluster.model(), &long(100))).await?;
+            let table = ctl(cluster, &["transfers"])?;
+            let line = table.lines().find(|line| line.contains("decode-0")).unwrap_or_default();
+            ensure!(line.contains("prefill-0") && line.contains("shm") && line.contains("same host"), "{table}");
+            let json: Value = serde_json::from_str(&ctl(cluster, &["transfers", "--output", "json"])?)?;
+            let of = |name: &str| json.as_array().into_iter().flatten().find(|entry| entry["member"] == name).cloned();
+            let peers = of("prefill-0").unwrap_or_default()["peers"].clone();
+            ensure!(peers[0]["name"] == "decode-0" && peers[0]["transport"] == "shm", "{json}");
+            ensure!(peers[0]["written_bytes"].as_u64() > Some(0), "{json}");
+            let page = cluster.node(Service::Prefill, 0).metrics().await?;
+            let route = [("peer", "decode-0"), ("transport", "shm"), ("reason", "same host")];
+            ensure!(page.sum_where("kvasir_transfer_peer_route", &route) == 1.0, "{page:?}");
+            let all = [("transport", "shm"), ("le", "+Inf")];
+            ensure!(page.sum_where("kvasir_transfer_seconds_bucket", &all) > 0.0, "{page:?}");
+            ensure!(page.sum_where("kvasir_transfer_peer_seconds_count", &[("peer", "decode-0")]) > 0.0, "{page:?}");
             Ok(())
         })
         .await

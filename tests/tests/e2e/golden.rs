@@ -47,6 +47,49 @@ async fn keys_and_values_in_other_types_say_what_the_reference_says() -> Result<
 }
 
 #[tokio::test]
+async fn blocks_that_come_by_sockets_say_what_the_reference_says() -> Result<()> {
+    over("tcp").await
+}
+
+#[tokio::test]
+async fn blocks_that_come_by_shared_memory_say_what_the_reference_says() -> Result<()> {
+    over("shm").await
+}
+
+#[tokio::test]
+async fn blocks_that_come_by_ucx_say_what_the_reference_says() -> Result<()> {
+    over("ucx").await
+}
+
+/// Remote prefill in chunks, with KV blocks moved by one transport only, to decode workers and to and from the store.
+async fn over(transport: &str) -> Result<()> {
+    let folder = workspace::demo_model();
+    let mut builder = Cluster::builder()
+        .model(&folder)
+        .worker("engine.chunk_tokens", 64)
+        .worker("engine.prefix_cache", false)
+        .set(Service::Decode, "decode.local_prefill_tokens", 0);
+    for service in [Service::Prefill, Service::Decode, Service::KvStore] {
+        builder = builder
+            .set(service, "transfer.transports", transport)
+            .set(service, "transfer.ucx.net_devices", "lo")
+            .set(service, "transfer.ucx.tls", "tcp");
+    }
+    builder
+        .run(async |cluster| {
+            agree(cluster, &folder, 8, KvDtype::default()).await?; // computed, pushed, and written to the store
+            agree(cluster, &folder, 8, KvDtype::default()).await?; // read from the store
+            let peers = cluster.node(Service::Prefill, 0).status().await?.peers;
+            let used: Vec<_> = peers.iter().map(|peer| (peer.name.as_str(), peer.transport.as_str())).collect();
+            ensure!(used == [("decode-0", transport), ("kv-store-0", transport)], "{used:?}");
+            ensure!(peers.iter().all(|peer| peer.completed > 0 && peer.failed == 0), "{peers:?}");
+            ensure!(peers[1].read_bytes > 0 && peers[0].written_bytes > 0, "{peers:?}");
+            Ok(())
+        })
+        .await
+}
+
+#[tokio::test]
 async fn answers_are_the_same_from_every_cache() -> Result<()> {
     let folder = workspace::demo_model();
     // Two of each: the second pass finds blocks in the decode worker's cache, a prefill worker's, or the store.
