@@ -1,8 +1,7 @@
 //! One connection to a peer, from the submitting side: what has been sent on it, and what comes back.
 //!
 //! A frame is noted as pending before its first byte is sent and leaves that list exactly once: with its answer, or when
-//! the connection is lost. Whoever notices the loss first (sending thread, receiving thread, shutdown) takes the list, but for
-//! the frame that is being sent at that moment: its bytes are being touched, so it stays for its sender to take.
+//! the connection is lost. Whoever notices the loss first (sending thread, receiving thread, shutdown) takes the list.
 
 use std::{
     collections::HashMap,
@@ -97,11 +96,8 @@ pub(super) struct Connection {
 
 #[derive(Default)]
 struct Pending {
-    /// Why, once it is.
-    lost: Option<Arc<str>>,
+    lost: bool,
     next_id: u64,
-    /// The frame that is being sent.
-    sending: Option<u64>,
     jobs: HashMap<u64, Arc<Job>>,
 }
 
@@ -120,13 +116,13 @@ impl Connection {
     }
 
     pub(super) fn is_alive(&self) -> bool {
-        self.pending().lost.is_none()
+        !self.pending().lost
     }
 
     /// Whether every frame sent has been answered.
     pub(super) fn is_idle(&self) -> bool {
         let pending = self.pending();
-        pending.lost.is_none() && pending.jobs.is_empty()
+        !pending.lost && pending.jobs.is_empty()
     }
 
     /// Sends a frame: by whoever holds the lane's connection, one after another.
@@ -154,7 +150,7 @@ impl Connection {
         if let Some(notice) = frame.notice() {
             Request { verb: Verb::Notice, payload: notice.len() as u32, ..request }.encode(&mut head);
             head.extend_from_slice(notice);
-            return self.sent(id, self.link.send_bytes(&head));
+            return self.sent(self.link.send_bytes(&head));
         }
         request.encode(&mut head);
         for range in frame.ranges() {
@@ -164,12 +160,8 @@ impl Connection {
             Op::Read => self.link.send_bytes(&head),
             Op::Write => {
                 let Some(touch) = frame.touch(Arc::clone(&self.link) as Arc<dyn Cut>) else {
-                    // Aborted before a byte of it was sent.
-                    let mut pending = self.pending();
-                    pending.sending = None;
-                    let over = pending.jobs.remove(&id);
-                    drop(pending);
-                    return drop(over);
+                    self.pending().jobs.remove(&id);
+                    return; // aborted before a byte of it was sent
                 };
                 let mut pieces = Pieces::default();
                 for range in frame.ranges() {
@@ -181,28 +173,19 @@ impl Connection {
                 sent
             }
         };
-        self.sent(id, sent);
+        self.sent(sent);
     }
 
-    /// The sender has left the frame's bytes.
-    fn sent(&self, id: u64, result: io::Result<()>) {
+    fn sent(&self, result: io::Result<()>) {
         if let Err(error) = result {
             self.lost(&error.to_string());
-        }
-        let left = {
-            let mut pending = self.pending();
-            pending.sending = None;
-            pending.lost.clone().and_then(|reason| Some((pending.jobs.remove(&id)?, reason)))
-        };
-        if let Some((job, reason)) = left {
-            self.give_back(&job, &reason);
         }
     }
 
     /// Lists a frame as pending; `None` if the connection is lost.
     fn note(&self, job: &Arc<Job>) -> Option<u64> {
         let mut pending = self.pending();
-        if pending.lost.is_some() {
+        if pending.lost {
             return None;
         }
         if pending.jobs.is_empty() {
@@ -210,7 +193,6 @@ impl Connection {
         }
         let id = pending.next_id;
         pending.next_id += 1;
-        pending.sending = Some(id);
         pending.jobs.insert(id, Arc::clone(job));
         Some(id)
     }
@@ -219,17 +201,10 @@ impl Connection {
     pub(super) fn lost(&self, reason: &str) {
         let jobs = {
             let mut pending = self.pending();
-            if pending.lost.is_some() {
+            if std::mem::replace(&mut pending.lost, true) {
                 return;
             }
-            pending.lost = Some(reason.into());
-            let mut jobs = std::mem::take(&mut pending.jobs);
-            if let Some(id) = pending.sending
-                && let Some(job) = jobs.remove(&id)
-            {
-                pending.jobs.insert(id, job);
-            }
-            jobs
+            std::mem::take(&mut pending.jobs)
         };
         self.link.cut();
         sub_one(&self.client.counters.open_connections);
@@ -237,17 +212,6 @@ impl Connection {
         let mut jobs: Vec<_> = jobs.into_iter().collect();
         jobs.sort_unstable_by_key(|(id, _)| *id); // again in the order of submission
         jobs.into_iter().for_each(|(_, job)| self.give_back(&job, reason));
-    }
-
-    /// Whether a frame is still being sent: then it is its sender's to give back. (An owner that answers before it has read
-    /// everything lies or refuses.)
-    fn leave_to_sender(&self, id: u64, job: &Arc<Job>) -> bool {
-        let mut pending = self.pending();
-        let sending = pending.sending == Some(id);
-        if sending {
-            pending.jobs.insert(id, Arc::clone(job));
-        }
-        sending
     }
 
     /// A frame whose connection died under it: once more, or failed.
@@ -286,9 +250,7 @@ impl Connection {
                 let reason = error.to_string();
                 // In this order: while the connection counts as alive, the second attempt would go out on it.
                 self.lost(&reason);
-                if !self.leave_to_sender(answer.id, &job) {
-                    self.give_back(&job, &reason);
-                }
+                self.give_back(&job, &reason);
                 return Err(error);
             }
         }

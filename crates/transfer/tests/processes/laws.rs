@@ -198,7 +198,7 @@ impl Written {
     }
 
     /// The memory has been filled with [`OURS`]: it stays so, whatever the peer does.
-    fn is_ours(mut self) {
+    fn stays_ours(mut self) {
         let outcomes = self.peer.wait();
         let (cause, words) = outcomes[0].as_ref().expect_err("the writer was in the middle");
         assert!(["refused", "disconnected"].contains(&cause.as_str()), "{cause}: {words}");
@@ -225,7 +225,7 @@ pub fn unregistered_under_a_writer(kind: TransportKind) {
     let (mut written, write) = Written::new(kind);
     end(written.region.take(), write);
     written.memory.fill(OURS);
-    written.is_ours();
+    written.stays_ours();
 }
 
 pub fn stopped_writer(kind: TransportKind) {
@@ -244,7 +244,7 @@ pub fn stopped_writer(kind: TransportKind) {
             written.memory.fill(OURS);
             written.peer.resume();
         }
-        written.is_ours();
+        written.stays_ours();
     }
 }
 

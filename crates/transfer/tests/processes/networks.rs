@@ -141,45 +141,59 @@ fn one_packet_in_ten_lost_costs_time_and_no_byte() {
 
 const HALF: usize = 8 * MIB;
 
+/// See [`parted`].
+struct Parted {
+    net: Net,
+    target: SegmentDescriptor,
+    /// The keys to the owner's halves.
+    lower: u64,
+    upper: u64,
+}
+
+impl Parted {
+    fn write(&mut self, key: u64, ranges: Vec<(u64, u64, u64)>, deadline: Duration) {
+        let (target, deadline_ms) = (self.target.clone(), deadline.as_millis() as u64);
+        self.net.client.ask::<()>(&Ask::Submit { write: true, target, key, ranges, deadline_ms });
+    }
+}
+
 /// Two peers of which one writes into the other's lower half without end, until the network between them parts.
-fn parted(deadline: Duration) -> Option<(Net, impl Fn(u64, Vec<(u64, u64, u64)>, Duration) -> Ask, [u64; 2])> {
+fn parted(deadline: Duration) -> Option<Parted> {
     let mut net = Net::new()?;
     let target = net.start(2 * HALF, |setup| Setup { slice_bytes: HALF, ..setup }); // large frames: it parts in one
     let keys = [0, HALF as u64].map(|offset| net.owner.grant(offset, HALF as u64, true));
     net.client.fill(0, 2 * HALF, 1);
-    let submit = move |key, ranges, deadline: Duration| {
-        let deadline_ms = deadline.as_millis() as u64;
-        Ask::Submit { write: true, target: target.clone(), key, ranges, deadline_ms }
-    };
     let untouched = net.owner.sum(0, HALF);
-    net.client.ask::<()>(&submit(keys[0], vec![(0, 0, HALF as u64); 2048], deadline));
-    until("bytes land", || net.owner.sum(0, HALF) != untouched);
-    net.drop_by(PARTITION);
-    Some((net, submit, keys))
+    let mut parted = Parted { net, target, lower: keys[0], upper: keys[1] };
+    parted.write(parted.lower, vec![(0, 0, HALF as u64); 2048], deadline);
+    until("bytes land", || parted.net.owner.sum(0, HALF) != untouched);
+    parted.net.drop_by(PARTITION);
+    Some(parted)
 }
 
 #[test]
 fn a_network_that_parts_costs_the_deadline_and_transfers_work_when_it_heals() {
-    let Some((mut net, submit, [_, upper])) = parted(Duration::from_millis(1500)) else { return };
+    let Some(mut parted) = parted(Duration::from_millis(1500)) else { return };
     let range = vec![(HALF as u64, HALF as u64, HALF as u64)];
     let is_late = |outcomes: Vec<Outcome>| {
         let (cause, words) = outcomes[0].as_ref().expect_err("no byte gets through");
         assert_eq!(cause, "deadline", "{words}");
     };
-    is_late(net.client.wait());
-    net.client.ask::<()>(&submit(upper, range.clone(), Duration::from_millis(500))); // begins without a network
-    is_late(net.client.wait());
-    net.heal();
+    is_late(parted.net.client.wait());
+    parted.write(parted.upper, range.clone(), Duration::from_millis(500)); // begins without a network
+    is_late(parted.net.client.wait());
+    parted.net.heal();
     until("transfers work again", || {
-        net.client.ask::<()>(&submit(upper, range.clone(), Duration::from_secs(5)));
-        net.client.wait()[0].is_ok()
+        parted.write(parted.upper, range.clone(), Duration::from_secs(5));
+        parted.net.client.wait()[0].is_ok()
     });
-    assert_eq!(net.owner.sum(HALF as u64, HALF), net.client.sum(HALF as u64, HALF));
+    let Net { owner, client } = &mut parted.net;
+    assert_eq!(owner.sum(HALF as u64, HALF), client.sum(HALF as u64, HALF));
 }
 
 #[test]
 fn memory_taken_back_from_a_writer_that_is_out_of_reach_is_left_alone_when_the_network_heals() {
-    let Some((mut net, _, [lower, _])) = parted(LONG) else { return };
+    let Some(Parted { mut net, lower, .. }) = parted(LONG) else { return };
     net.owner.ask::<()>(&Ask::Revoke { key: lower });
     net.owner.fill(0, HALF, 9);
     let ours = net.owner.sum(0, HALF);
