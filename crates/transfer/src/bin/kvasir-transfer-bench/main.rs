@@ -1,0 +1,44 @@
+//! `kvasir-transfer-bench`: how fast the transfer engine moves bytes between two processes, and whether all arrive.
+//!
+//! ```text
+//!   initiator ── control: one JSON line each way ──▶ target        descriptor, key, CPU time, fill, check
+//!       └────── batches of blocks, read or write ──────▶ │          what is measured
+//! ```
+//!
+//! Beside it what bounds it on the same machine: `local` (a memcpy, and the engine within one process) and `socket` (a
+//! plain loop over one connection, with no protocol). `scripts/bench transfer` runs all of them against other transfer
+//! engines.
+
+#![expect(unsafe_code, reason = "asks the kernel for this process's processor time")]
+
+mod cli;
+mod control;
+mod engine;
+mod initiator;
+mod local;
+mod measure;
+mod output;
+mod pattern;
+mod socket;
+mod target;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+fn main() -> ExitCode {
+    let done = match cli::Cli::parse().command {
+        cli::Command::Target(options) => target::run(&options),
+        cli::Command::Initiator(options) => initiator::run(&options),
+        cli::Command::Local(options) => local::run(&options),
+        cli::Command::Socket(cli::Socket::Server(options)) => socket::serve(&options),
+        cli::Command::Socket(cli::Socket::Client(options)) => socket::run(&options),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("kvasir-transfer-bench: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
