@@ -55,7 +55,7 @@ impl Pass {
             other => anyhow::bail!("a client asked for operation {other}"),
         };
         let (block, blocks) = (word(1), word(2));
-        let total = block.checked_mul(blocks).unwrap_or(u64::MAX);
+        let total = block.saturating_mul(blocks);
         ensure!((1..=LIMIT).contains(&total), "a client asked for {blocks} blocks of {block} bytes");
         Ok(Self { op, block, blocks })
     }
