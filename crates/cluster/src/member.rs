@@ -167,6 +167,8 @@ pub(crate) mod tests {
                 tokenizer: String::new(),
             }),
             segment: Some(SegmentDescriptor {
+                name: "decode-0".into(),
+                regions: vec![],
                 segment: SegmentId(u64::MAX),
                 incarnation: Incarnation(incarnation),
                 len: 4096,

@@ -20,6 +20,8 @@ pub const MAX_STOP_TOKENS: usize = 64;
 pub const MAX_LOGPROBS: u32 = 20;
 /// Most addresses read from one segment descriptor.
 const MAX_TRANSPORTS: usize = 16;
+/// Most regions in a segment descriptor.
+const MAX_REGIONS: usize = 1024;
 /// Longest transport address accepted, in bytes.
 const MAX_ADDRESS_BYTES: usize = 256;
 
@@ -156,13 +158,31 @@ impl From<&types::SegmentDescriptor> for v1::SegmentDescriptor {
             .iter()
             .map(|t| v1::TransportAddress { kind: t.kind.to_string(), address: t.address.clone() })
             .collect();
-        Self { segment: segment.segment.0, incarnation: segment.incarnation.0, len: segment.len, transports }
+        let regions = segment
+            .regions
+            .iter()
+            .map(|region| v1::Region { base: region.base, len: region.len, shared: region.shared })
+            .collect();
+        Self {
+            segment: segment.segment.0,
+            incarnation: segment.incarnation.0,
+            len: segment.len,
+            transports,
+            regions,
+            name: segment.name.clone(),
+        }
     }
 }
 
 impl TryFrom<&v1::SegmentDescriptor> for types::SegmentDescriptor {
     type Error = Error;
     fn try_from(wire: &v1::SegmentDescriptor) -> Result<Self, Error> {
+        if wire.name.len() > MAX_ADDRESS_BYTES {
+            return Err(out_of_range("segment.name", wire.name.len(), "at most 256 bytes"));
+        }
+        if wire.regions.len() > MAX_REGIONS {
+            return Err(out_of_range("segment.regions", wire.regions.len(), "at most 1024"));
+        }
         if wire.transports.len() > MAX_TRANSPORTS {
             return Err(out_of_range("segment.transports", wire.transports.len(), "at most 16 addresses"));
         }
@@ -171,11 +191,8 @@ impl TryFrom<&v1::SegmentDescriptor> for types::SegmentDescriptor {
             if transport.address.len() > MAX_ADDRESS_BYTES {
                 return Err(out_of_range("segment.transports.address", transport.address.len(), "at most 256 bytes"));
             }
-            let kind = match transport.kind.as_str() {
-                "local" => TransportKind::Local,
-                "tcp" => TransportKind::Tcp,
-                "ucx" => TransportKind::Ucx,
-                _ => continue, // a newer peer may offer ways that this version doesn't know
+            let Ok(kind) = transport.kind.parse::<TransportKind>() else {
+                continue; // a newer peer may offer ways that this version doesn't know
             };
             transports.push(types::TransportAddress { kind, address: transport.address.clone() });
         }
@@ -184,6 +201,12 @@ impl TryFrom<&v1::SegmentDescriptor> for types::SegmentDescriptor {
             incarnation: Incarnation(wire.incarnation),
             len: wire.len,
             transports,
+            regions: wire
+                .regions
+                .iter()
+                .map(|region| types::RegionInfo { base: region.base, len: region.len, shared: region.shared })
+                .collect(),
+            name: wire.name.clone(),
         })
     }
 }

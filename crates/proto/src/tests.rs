@@ -1,8 +1,8 @@
 //! Laws of the conversions: what we send comes back as it was, what is out of bounds is refused by name.
 
 use kvasir_types::{
-    Incarnation, KvDtype, KvLayout, PROTOCOL_VERSION, Sampled, Sampling, SegmentDescriptor, SegmentId, TokenId,
-    TopLogprob, TransportAddress, TransportKind,
+    Incarnation, KvDtype, KvLayout, PROTOCOL_VERSION, RegionInfo, Sampled, Sampling, SegmentDescriptor, SegmentId,
+    TokenId, TopLogprob, TransportAddress, TransportKind,
 };
 use proptest::prelude::*;
 
@@ -74,6 +74,8 @@ proptest! {
 #[test]
 fn a_newer_peers_transports_are_skipped_and_the_known_ones_kept() {
     let ours = SegmentDescriptor {
+        name: "decode-0".into(),
+        regions: vec![RegionInfo { base: 0, len: 4096, shared: true }],
         segment: SegmentId(1),
         incarnation: Incarnation(2),
         len: 3,

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use futures_util::{StreamExt, future::join_all, stream};
 use kvasir_proto::{convert, v1};
-use kvasir_transfer::{Batch, Op, Range};
+use kvasir_transfer::{Batch, Op, Priority, Range};
 use kvasir_types::{BlockHash, Deadline, GrantKey, PROTOCOL_VERSION, RequestId, SegmentDescriptor};
 
 use crate::{
@@ -189,6 +189,8 @@ fn submit<'a>(
                 grant: answer.grant,
                 ranges,
                 deadline: deadline.min(answer.until),
+                priority: Priority::Normal,
+                notice: None,
             };
             Piece { answer, first, len, transfer: InFlight::new(inner.engine.submit(batch)) }
         })

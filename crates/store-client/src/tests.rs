@@ -88,7 +88,13 @@ fn blocks() -> Vec<(BlockHash, u64)> {
 /// A segment that nobody has.
 fn nowhere() -> v1::SegmentDescriptor {
     let transport = v1::TransportAddress { kind: "tcp".into(), address: "127.0.0.1:1".into() };
-    v1::SegmentDescriptor { segment: 7, incarnation: 7, len: 1 << 20, transports: vec![transport] }
+    v1::SegmentDescriptor {
+        segment: 7,
+        incarnation: 7,
+        len: 1 << 20,
+        transports: vec![transport],
+        ..Default::default()
+    }
 }
 
 fn stored(offset: u64) -> v1::StoredBlock {

@@ -11,7 +11,7 @@ use futures_util::{
     stream,
 };
 use kvasir_proto::{convert, v1};
-use kvasir_transfer::{Batch, Op, Range};
+use kvasir_transfer::{Batch, Op, Priority, Range};
 use kvasir_types::{BlockHash, Deadline, PROTOCOL_VERSION, RequestId, SegmentDescriptor};
 
 use crate::{Error, Inner, MAX_CALLS, in_flight::InFlight, placement::Share, read::later};
@@ -149,6 +149,8 @@ impl Offer<'_> {
                 grant: convert::grant_key(reserved.grant),
                 ranges: part.iter().map(range).collect(),
                 deadline: until,
+                priority: Priority::Low,
+                notice: None,
             };
             pieces.push((part, InFlight::new(self.inner.engine.submit(batch))));
         }

@@ -14,6 +14,8 @@
 //! That makes the promise of [`Transfer`] hold: local bytes are touched only in `busy`, an abort (cancel, deadline, a
 //! sister frame's failure) settles every frame that is not `busy` at once, and a settled frame can't become busy again.
 //! A frame still busy after the fence grace has its connection cut, which makes its thread leave.
+//!
+//! A batch's notice is one more frame, without ranges, that is handed to the transport when all others have settled well.
 
 use std::{
     fmt,
@@ -29,8 +31,8 @@ use kvasir_types::{Deadline, GrantKey, SegmentDescriptor, SegmentId, TransportKi
 use crate::{
     error::Error,
     grant::Cut,
-    memory::Arena,
     plan::{FramePlan, Plan},
+    space::{Mapped, Use},
     timer::Timer,
 };
 
@@ -46,10 +48,28 @@ pub enum Op {
     Write,
 }
 
+/// What goes first when several batches wait. Frames of a higher one overtake those of a lower one at every step; what is
+/// on the wire already is not interrupted, so the wait is for one slice at most.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Priority {
+    /// Nobody waits for it: a write-back to the store.
+    Low,
+    /// The default.
+    #[default]
+    Normal,
+    /// A request's next token waits for it: a layer pushed to a decode worker.
+    High,
+}
+
+impl Priority {
+    /// How many there are.
+    pub(crate) const COUNT: usize = 3;
+}
+
 /// One stretch to move. A range of length zero moves nothing and is not sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Range {
-    /// Offset in our own arena.
+    /// Offset in our own segment (the arena of an engine starts at 0; see [`crate::Region::base`]).
     pub local: u64,
     /// Offset in the peer's segment.
     pub remote: u64,
@@ -71,6 +91,17 @@ pub struct Batch {
     pub ranges: Vec<Range>,
     /// When to give up.
     pub deadline: Deadline,
+    /// What goes first.
+    pub priority: Priority,
+    /// A message for the peer's program, at most [`crate::MAX_NOTICE_BYTES`], delivered after the last byte.
+    pub notice: Option<Box<[u8]>>,
+}
+
+impl Batch {
+    /// Ranges to move to or from `target` under `grant`, with normal priority and no notice.
+    pub fn new(op: Op, target: SegmentDescriptor, grant: GrantKey, ranges: Vec<Range>, deadline: Deadline) -> Self {
+        Self { op, target, grant, ranges, deadline, priority: Priority::default(), notice: None }
+    }
 }
 
 /// What a completed transfer did.
@@ -98,16 +129,26 @@ struct Inner {
     failure: Option<Error>,
     outcome: Option<Result<Report, Error>>,
     waker: Option<Waker>,
-    on_end: Option<Box<dyn FnOnce() + Send>>,
+    on_end: Option<OnEnd>,
+    /// How the notice's frame is handed over when it is its turn.
+    start_notice: Option<StartNotice>,
+    /// The regions stay registered while the batch lasts.
+    uses: Vec<Use>,
 }
+
+type OnEnd = Box<dyn FnOnce(&Result<Report, Error>) + Send>;
+type StartNotice = Box<dyn FnOnce(Frame) + Send>;
 
 /// A batch in progress: shared by the caller's [`Transfer`], the transport's threads and the timer.
 pub(crate) struct BatchState {
     pub(crate) op: Op,
     pub(crate) key: GrantKey,
     pub(crate) segment: SegmentId,
-    pub(crate) arena: Arc<Arena>,
+    pub(crate) priority: Priority,
+    /// Those of its local ranges.
+    regions: Vec<Arc<Mapped>>,
     plan: Plan,
+    notice: Option<Box<[u8]>>,
     transport: TransportKind,
     started: Instant,
     timer: Timer,
@@ -118,16 +159,16 @@ pub(crate) struct BatchState {
 
 /// What a new batch needs to know besides itself.
 pub(crate) struct Setting {
-    pub(crate) arena: Arc<Arena>,
+    pub(crate) uses: Vec<Use>,
     pub(crate) transport: TransportKind,
     pub(crate) timer: Timer,
     pub(crate) grace: Duration,
 }
 
 impl BatchState {
-    /// A batch with every frame waiting; `plan` has at least one. Its deadline runs from now on.
+    /// A batch with every frame waiting; it has at least one, if only its notice. Its deadline runs from now on.
     pub(crate) fn new(batch: &Batch, plan: Plan, setting: Setting) -> Arc<Self> {
-        let frames = plan.frames.len();
+        let frames = plan.frames.len() + usize::from(batch.notice.is_some());
         let state = Self::with(batch, plan, setting, None, frames);
         let weak = Arc::downgrade(&state);
         state.timer.at(batch.deadline.instant(), move || Self::abort_weak(&weak, Error::DeadlineExceeded));
@@ -152,8 +193,10 @@ impl BatchState {
             op: batch.op,
             key: batch.grant,
             segment: batch.target.segment,
-            arena: setting.arena,
+            priority: batch.priority,
+            regions: setting.uses.iter().map(|region| Arc::clone(region)).collect(),
             plan,
+            notice: batch.notice.clone(),
             transport: setting.transport,
             started: Instant::now(),
             timer: setting.timer,
@@ -165,6 +208,8 @@ impl BatchState {
                 outcome,
                 waker: None,
                 on_end: None,
+                start_notice: None,
+                uses: if frames > 0 { setting.uses } else { Vec::new() },
             }),
             ended: Condvar::new(),
         })
@@ -180,23 +225,37 @@ impl BatchState {
     }
 
     /// Runs `action` when the batch has ended; at once if it has.
-    pub(crate) fn on_end(&self, action: impl FnOnce() + Send + 'static) {
+    pub(crate) fn on_end(&self, action: impl FnOnce(&Result<Report, Error>) + Send + 'static) {
         let mut inner = self.lock();
-        if inner.outcome.is_none() {
+        let Some(outcome) = inner.outcome.clone() else {
             inner.on_end = Some(Box::new(action));
             return;
-        }
+        };
         drop(inner);
-        action();
+        action(&outcome);
+    }
+
+    /// How to hand the notice's frame over; at once if there is nothing it must wait for.
+    pub(crate) fn on_data_sent(self: &Arc<Self>, start: impl FnOnce(Frame) + Send + 'static) {
+        let mut inner = self.lock();
+        if self.notice.is_none() || inner.outcome.is_some() {
+            return;
+        }
+        if inner.unsettled == 1 && inner.failure.is_none() {
+            drop(inner);
+            start(Frame { batch: Arc::clone(self), index: self.plan.frames.len() });
+        } else {
+            inner.start_notice = Some(Box::new(start));
+        }
     }
 
     pub(crate) fn is_over(&self) -> bool {
         self.lock().outcome.is_some()
     }
 
-    /// The frames, to be handed to a transport; each fails as shut down if it is dropped unfinished.
-    pub(crate) fn frames(self: &Arc<Self>) -> impl Iterator<Item = Frame> {
-        (0..self.plan.frames.len()).map(|index| Frame { batch: Arc::clone(self), index })
+    /// The frames with data, to be handed to a transport; each fails as shut down if it is dropped unfinished.
+    pub(crate) fn frames(self: &Arc<Self>) -> Vec<Frame> {
+        (0..self.plan.frames.len()).map(|index| Frame { batch: Arc::clone(self), index }).collect()
     }
 
     /// Ends the batch with `error`: at once where nobody is in local memory, after the grace by force elsewhere.
@@ -253,13 +312,16 @@ impl BatchState {
             }),
         });
         let (waker, on_end) = (inner.waker.take(), inner.on_end.take());
+        let over = (inner.start_notice.take(), std::mem::take(&mut inner.uses));
+        let outcome = on_end.and_then(|on_end| Some((on_end, inner.outcome.clone()?)));
         drop(inner);
+        drop(over);
         self.ended.notify_all();
         if let Some(waker) = waker {
             waker.wake();
         }
-        if let Some(on_end) = on_end {
-            on_end();
+        if let Some((on_end, outcome)) = outcome {
+            on_end(&outcome);
         }
     }
 }
@@ -275,16 +337,29 @@ impl Frame {
         &self.batch
     }
 
-    fn plan(&self) -> &FramePlan {
-        &self.batch.plan.frames[self.index]
+    /// `None` for the notice's frame.
+    fn plan(&self) -> Option<&FramePlan> {
+        self.batch.plan.frames.get(self.index)
     }
 
+    /// What it moves: nothing if it is a notice's.
     pub(crate) fn ranges(&self) -> &[Range] {
-        &self.batch.plan.ranges[self.plan().ranges.clone()]
+        self.plan().map_or(&[], |plan| &self.batch.plan.ranges[plan.ranges.clone()])
     }
 
     pub(crate) fn bytes(&self) -> u64 {
-        self.plan().bytes
+        self.plan().map_or(0, |plan| plan.bytes)
+    }
+
+    /// The message, if this is the frame that carries it.
+    pub(crate) fn notice(&self) -> Option<&[u8]> {
+        if self.plan().is_some() { None } else { self.batch.notice.as_deref() }
+    }
+
+    /// Address of a range's local bytes. They may be touched only under [`Frame::touch`].
+    pub(crate) fn local(&self, range: &Range) -> *mut u8 {
+        let region = self.batch.regions.iter().find(|region| region.holds(range.local, range.len));
+        region.expect("local ranges were found in regions when the batch was made").at(range.local, range.len)
     }
 
     /// Whether nobody waits for this frame any more.
@@ -330,6 +405,12 @@ impl Frame {
         } else if first_failure && let Some(error) = inner.failure.clone() {
             drop(inner);
             self.batch.abort(error);
+        } else if inner.unsettled == 1
+            && inner.failure.is_none()
+            && let Some(start) = inner.start_notice.take()
+        {
+            drop(inner);
+            start(Frame { batch: Arc::clone(&self.batch), index: self.batch.plan.frames.len() });
         }
     }
 }
@@ -387,6 +468,11 @@ impl Transfer {
     /// when local memory is out of reach. What was written at the far side stays written.
     pub fn cancel(&self) {
         self.state.abort(Error::Cancelled);
+    }
+
+    /// What became of it, if that is known yet.
+    pub fn result(&self) -> Option<Result<Report, Error>> {
+        self.state.lock().outcome.clone()
     }
 
     /// Blocks until it resolves: for threads without an executor.

@@ -41,6 +41,8 @@ impl TrafficCounters {
 #[derive(Debug, Default)]
 struct SideCounters {
     local: TrafficCounters,
+    shm: TrafficCounters,
+    ucx: TrafficCounters,
     tcp: TrafficCounters,
 }
 
@@ -48,13 +50,14 @@ impl SideCounters {
     fn of(&self, kind: TransportKind) -> &TrafficCounters {
         match kind {
             TransportKind::Local => &self.local,
-            // ucx gets counters of its own with its transport.
-            TransportKind::Tcp | TransportKind::Ucx => &self.tcp,
+            TransportKind::Shm => &self.shm,
+            TransportKind::Ucx => &self.ucx,
+            TransportKind::Tcp => &self.tcp,
         }
     }
 
     fn get(&self) -> Side {
-        Side { local: self.local.get(), tcp: self.tcp.get() }
+        Side { local: self.local.get(), shm: self.shm.get(), ucx: self.ucx.get(), tcp: self.tcp.get() }
     }
 }
 
@@ -66,6 +69,7 @@ pub(crate) struct Counters {
     unknown_grant: AtomicU64,
     access: AtomicU64,
     bounds: AtomicU64,
+    full: AtomicU64,
     pub(crate) stale: AtomicU64,
     pub(crate) version: AtomicU64,
     pub(crate) busy: AtomicU64,
@@ -90,6 +94,7 @@ impl Counters {
             Refusal::UnknownGrant => &self.unknown_grant,
             Refusal::Access => &self.access,
             Refusal::Bounds => &self.bounds,
+            Refusal::Full => &self.full,
         };
         add_one(counter);
     }
@@ -102,6 +107,7 @@ impl Counters {
                 unknown_grant: self.unknown_grant.load(Relaxed),
                 access: self.access.load(Relaxed),
                 bounds: self.bounds.load(Relaxed),
+                full: self.full.load(Relaxed),
                 stale: self.stale.load(Relaxed),
                 version: self.version.load(Relaxed),
                 busy: self.busy.load(Relaxed),

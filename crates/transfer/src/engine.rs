@@ -1,8 +1,9 @@
-//! The engine: one arena, its grants, its transports and its threads, behind one handle.
+//! The engine: one segment, its grants, its transports and its threads, behind one handle.
 //!
-//! Threads, all named, all joined by shutdown: `transfer-timer` (deadlines, fences), `transfer-local` (copies within the
-//! process), `transfer-accept` and a `transfer-serve` for each connection of a peer, a `transfer-send` for each lane to a peer
-//! and a `transfer-recv` for each connection on one.
+//! Threads, all named, all joined by shutdown: `transfer-timer` (deadlines, fences), `transfer-copy` (copies within the
+//! process and the host), `transfer-accept` and a `transfer-serve` for each connection of a peer, a `transfer-send` for
+//! each lane to a peer and a `transfer-recv` for each connection on one, `transfer-shm` and `transfer-ucx` for the
+//! transports of these names.
 
 use std::{
     fmt,
@@ -10,46 +11,89 @@ use std::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
-    time::Duration,
 };
 
-use kvasir_types::{GrantKey, HostMemory, Incarnation, SegmentDescriptor, SegmentId, TransportKind};
+use kvasir_types::{GrantKey, HostMemory, SegmentDescriptor, TransportKind, Transports};
 
 use crate::{
-    batch::{Batch, BatchState, Setting, Transfer},
+    batch::{Batch, BatchState, Op, Setting, Transfer},
+    builder::Builder,
     config::Config,
-    counters::Counters,
     error::Error,
     gate::{Gate, Launch},
-    grant::{Grant, GrantRange, GrantTable},
-    local::{LocalNet, LocalTransport},
-    memory::Arena,
+    grant::{Access, Grant, GrantRange},
+    local::LocalNet,
+    memory::{Allocation, Memory},
+    notice::{MAX_NOTICE_BYTES, Notices},
     owner::{Owner, random_u64},
     plan::Plan,
+    space::{Mapped, Snapshot, Unregister, Use},
     stats::Stats,
-    tcp::{MAX_PAYLOAD, TcpTransport},
     threads::Threads,
     timer::Timer,
-    transport::Transport,
+    transport::{Target, Transport},
 };
 
 /// Most ranges in one batch or grant: bounds what a caller's mistake can cost.
 const MAX_RANGES: usize = 1 << 20;
 
-/// Moves bytes between this process's arena and those of its peers.
+/// Moves bytes between this process's registered memory and that of its peers.
 ///
 /// A handle: clones share the engine, and dropping the last one shuts it down. Grants and transfers may outlive it.
 #[derive(Clone)]
 pub struct TransferEngine(Arc<Running>);
 
-struct Running {
-    config: Config,
-    owner: Arc<Owner>,
-    transports: Vec<Arc<dyn Transport>>,
-    gate: Arc<Gate>,
-    timer: Timer,
-    threads: Arc<Threads>,
-    stopped: AtomicBool,
+pub(crate) struct Running {
+    pub(crate) config: Config,
+    pub(crate) owner: Arc<Owner>,
+    pub(crate) transports: Vec<Arc<dyn Transport>>,
+    pub(crate) gate: Arc<Gate>,
+    pub(crate) timer: Timer,
+    pub(crate) threads: Arc<Threads>,
+    pub(crate) stopped: AtomicBool,
+}
+
+/// Registered memory. It stays registered when this is dropped; [`Region::unregister`] ends it.
+pub struct Region {
+    mapped: Arc<Mapped>,
+    engine: TransferEngine,
+}
+
+impl fmt::Debug for Region {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Region").field("base", &self.mapped.base).field("len", &self.mapped.len).finish()
+    }
+}
+
+impl Region {
+    /// Offset of its first byte in the engine's segment: what batches, grants and peers name.
+    pub fn base(&self) -> u64 {
+        self.mapped.base
+    }
+
+    /// Bytes.
+    pub fn len(&self) -> u64 {
+        self.mapped.len
+    }
+
+    /// Never: a region holds at least one byte.
+    pub fn is_empty(&self) -> bool {
+        false
+    }
+
+    /// The memory itself. It stays mapped while anybody holds it, also after it was unregistered.
+    pub fn memory(&self) -> Arc<dyn HostMemory> {
+        self.mapped.memory()
+    }
+
+    /// Takes it out of the segment: from now on no batch and no grant can name it, and grants over it are revoked. The
+    /// future resolves when batches in progress have ended and peers are fenced off.
+    pub fn unregister(self) -> Unregister {
+        let owner = &self.engine.0.owner;
+        owner.space.remove(self.mapped.base);
+        owner.grants.close_over(self.mapped.base);
+        Unregister(self.mapped)
+    }
 }
 
 impl fmt::Debug for TransferEngine {
@@ -58,86 +102,107 @@ impl fmt::Debug for TransferEngine {
     }
 }
 
+/// How a batch is to travel.
+struct Way {
+    transport: Arc<dyn Transport>,
+    target: Arc<Target>,
+}
+
 impl TransferEngine {
-    /// Maps a zeroed arena of `capacity_bytes`, listens, and becomes reachable in `local`.
+    /// Begins to make one.
+    pub fn builder() -> Builder {
+        Builder::default()
+    }
+
+    /// An engine with an arena of `capacity_bytes`, reachable in `local`: [`Builder`] in short.
     ///
     /// # Errors
-    /// A setting out of range, a transport this build lacks, no memory, no port or no thread.
+    /// Those of [`Builder::build`].
     pub fn new(config: Config, local: LocalNet, capacity_bytes: usize) -> Result<Self, Error> {
-        check(&config)?;
-        let (timer, threads, counters) = (Timer::default(), Arc::new(Threads::default()), Arc::<Counters>::default());
-        let owner = Arc::new(Owner {
-            segment: SegmentId(random_u64()),
-            incarnation: Incarnation(random_u64()),
-            arena: Arc::new(Arena::new(capacity_bytes)?),
-            grants: GrantTable::new(timer.clone(), config.fence_grace, Arc::clone(&counters)),
-            counters,
-        });
-        // Made first, so that what has been started is stopped by its drop if the next thing can't be had.
-        let gate = Gate::new(config.max_inflight_bytes as u64);
-        let stopped = AtomicBool::new(false);
-        let mut running = Running { config, owner, transports: Vec::new(), gate, timer, threads, stopped };
-        let timer = running.timer.clone();
-        running.threads.spawn("transfer-timer", move || timer.run())?;
-        for kind in running.config.transports.clone() {
-            let transport: Arc<dyn Transport> = match kind {
-                TransportKind::Local => Arc::new(LocalTransport::new(local.clone(), &running.owner, &running.threads)?),
-                TransportKind::Tcp => Arc::new(TcpTransport::new(&running.config, &running.owner, &running.threads)?),
-                TransportKind::Ucx => {
-                    return Err(Error::TransportUnavailable { kind, reason: "not in this version".into() });
-                }
-            };
-            running.transports.push(transport);
-        }
-        Ok(Self(Arc::new(running)))
+        Self::builder().config(config).local_net(local).arena(Allocation::new(capacity_bytes)).build()
     }
 
-    /// The arena. It stays mapped while anybody holds it, also after shutdown.
+    pub(crate) fn from_running(running: Running) -> Self {
+        Self(Arc::new(running))
+    }
+
+    /// Registers memory: it gets a place in this engine's segment.
+    ///
+    /// # Errors
+    /// Memory that can't be had, or the engine is shut down.
+    pub fn register(&self, memory: Memory) -> Result<Region, Error> {
+        self.check_running()?;
+        let mapped = self.0.owner.space.add(memory.realize()?)?;
+        Ok(Region { mapped, engine: self.clone() })
+    }
+
+    /// The memory at offset 0: the arena it was built with. It stays mapped while anybody holds it, also after shutdown.
+    ///
+    /// # Panics
+    /// If it was built without an arena and none was registered.
     pub fn memory(&self) -> Arc<dyn HostMemory> {
-        Arc::clone(&self.0.owner.arena) as Arc<dyn HostMemory>
+        self.0.owner.space.find(0, 0).expect("an engine built with an arena").memory()
     }
 
-    /// What peers need to reach it: publish it.
+    /// What peers need to reach it: publish it. It changes when memory is registered or unregistered.
     pub fn descriptor(&self) -> SegmentDescriptor {
-        let Owner { segment, incarnation, arena, .. } = &*self.0.owner;
-        // Local first whatever our own order: a peer for which it works should see it first.
-        let mut transports: Vec<_> = self.0.transports.iter().map(|transport| transport.address()).collect();
+        let Owner { name, segment, incarnation, space, .. } = &*self.0.owner;
+        // In one order whatever our own preference: a peer for which the first works should see it first.
+        let mut transports: Vec<_> = self.0.transports.iter().flat_map(|transport| transport.addresses()).collect();
         transports.sort_by_key(|address| address.kind);
-        SegmentDescriptor { segment: *segment, incarnation: *incarnation, len: arena.len() as u64, transports }
+        let regions = space.snapshot();
+        SegmentDescriptor {
+            name: name.clone(),
+            segment: *segment,
+            incarnation: *incarnation,
+            len: regions.end(),
+            regions: regions.infos(),
+            transports,
+        }
     }
 
-    /// Opens ranges of the arena to whoever shows the grant's key. Ranges of one access that touch or overlap count as
+    /// Opens ranges of the segment to whoever shows the grant's key. Ranges of one access that touch or overlap count as
     /// one.
     ///
     /// # Errors
-    /// [`Error::OutOfBounds`], more ranges than any request has, or the engine is shut down.
+    /// [`Error::OutOfBounds`] for a range not wholly inside a region, [`Error::ReadOnly`], more ranges than any request has,
+    /// or the engine is shut down.
     pub fn grant(&self, ranges: Vec<GrantRange>) -> Result<Grant, Error> {
         limit_ranges(ranges.len())?;
         self.check_running()?;
+        let regions = self.0.owner.space.snapshot();
+        let mut uses = Uses::default();
         for range in &ranges {
-            self.check_own(range.offset, range.len)?;
+            let region = self.find(&regions, range.offset, range.len)?;
+            if range.access == Access::Write {
+                self.check_writable(region, range.offset, range.len)?;
+            }
+            uses.add(region);
         }
-        Ok(self.0.owner.grants.open(&ranges, GrantKey(random_u64())))
+        Ok(self.0.owner.grants.open(&ranges, uses.0, GrantKey(random_u64())))
     }
 
-    /// Starts moving. Never blocks (small local batches are copied right here, which takes microseconds); what goes
-    /// wrong comes out of the future. A batch without bytes is complete at once, without asking the owner.
+    /// Starts moving. Never blocks (small batches within the host are copied right here, which takes microseconds); what
+    /// goes wrong comes out of the future. A batch without bytes and notice is complete at once, without asking the owner.
     pub fn submit(&self, batch: Batch) -> Transfer {
         Transfer::new(match self.prepare(&batch) {
-            Ok((transport, address, plan)) => {
-                let setting = self.setting(transport.kind());
-                if plan.frames.is_empty() {
+            Ok((way, plan, uses)) => {
+                let setting = self.setting(way.transport.kind(), uses);
+                if plan.frames.is_empty() && batch.notice.is_none() {
                     BatchState::ended(&batch, setting, Ok(()))
                 } else {
                     let state = BatchState::new(&batch, plan, setting);
-                    let target = batch.target;
-                    let start = Box::new(move |batch: &Arc<BatchState>| transport.start(batch, &target, &address));
-                    self.0.gate.submit(Launch { batch: Arc::clone(&state), start });
+                    self.0.gate.submit(Launch { batch: Arc::clone(&state), start: Box::new(|batch| way.start(batch)) });
                     state
                 }
             }
-            Err(error) => BatchState::ended(&batch, self.setting(TransportKind::Local), Err(error)),
+            Err(error) => BatchState::ended(&batch, self.setting(TransportKind::Local, Vec::new()), Err(error)),
         })
+    }
+
+    /// The notices that peers send along with their writes.
+    pub fn notices(&self) -> Notices {
+        self.0.owner.notices.clone()
     }
 
     /// What moved and what was refused so far.
@@ -145,119 +210,175 @@ impl TransferEngine {
         self.0.owner.counters.snapshot()
     }
 
-    /// BLAKE3 of arena bytes, the first 16 bytes of it: what the KV store's `commit` carries. The usual discipline
+    /// BLAKE3 of registered bytes, the first 16 bytes of it: what the KV store's `commit` carries. The usual discipline
     /// applies: the caller holds the block and nobody writes it.
     ///
     /// # Errors
     /// [`Error::OutOfBounds`].
     pub fn checksum(&self, offset: u64, len: u64) -> Result<[u8; 16], Error> {
-        self.check_own(offset, len)?;
-        // By way of a buffer that stays in the first-level cache: no reference into the arena is formed, and 16 KiB
+        // By way of a buffer that stays in the first-level cache: no reference to the bytes is formed, and 16 KiB
         // feed all of BLAKE3's vector lanes.
         let mut buffer = [0; 16 << 10];
         let mut hasher = blake3::Hasher::new();
-        let mut done = 0;
-        while done < len {
-            let step = (len - done).min(buffer.len() as u64);
-            let part = &mut buffer[..step as usize];
-            self.0.owner.arena.copy_out(offset + done, part);
-            hasher.update(part);
-            done += step;
+        let mut from = self.own(offset, len)?.at(offset, len).cast_const();
+        let mut left = len as usize;
+        while left > 0 {
+            let part = left.min(buffer.len());
+            // SAFETY: the range was checked against its region, which stays mapped (`register` never moves memory, and
+            // the caller holds the block); the buffer is ours.
+            unsafe {
+                std::ptr::copy_nonoverlapping(from, buffer.as_mut_ptr(), part);
+                from = from.add(part);
+            }
+            hasher.update(&buffer[..part]);
+            left -= part;
         }
         let mut short = [0; 16];
         short.copy_from_slice(&hasher.finalize().as_bytes()[..16]);
         Ok(short)
     }
 
-    /// Copies arena bytes out: for tests and small uses. The usual discipline applies: nobody writes them meanwhile, or
-    /// what is read is a mixture.
+    /// Copies registered bytes out: for tests and small uses. The usual discipline applies: nobody writes them meanwhile,
+    /// or what is read is a mixture.
     ///
     /// # Errors
     /// [`Error::OutOfBounds`].
     pub fn read_bytes(&self, offset: u64, into: &mut [u8]) -> Result<(), Error> {
-        self.check_own(offset, into.len() as u64)?;
-        self.0.owner.arena.copy_out(offset, into);
+        let region = self.own(offset, into.len() as u64)?;
+        let from = region.at(offset, into.len() as u64);
+        // SAFETY: the range was checked; `region` keeps it mapped; `into` is a live exclusive slice that cannot overlap
+        // memory nobody has references into.
+        unsafe { std::ptr::copy_nonoverlapping(from, into.as_mut_ptr(), into.len()) };
         Ok(())
     }
 
-    /// Copies bytes into the arena: for tests and small uses. The usual discipline applies: the caller holds the block,
-    /// and nobody reads or writes these bytes meanwhile.
+    /// Copies bytes into registered memory: for tests and small uses. The usual discipline applies: the caller holds the
+    /// block, and nobody reads or writes these bytes meanwhile.
     ///
     /// # Errors
-    /// [`Error::OutOfBounds`].
+    /// [`Error::OutOfBounds`], [`Error::ReadOnly`].
     pub fn write_bytes(&self, offset: u64, bytes: &[u8]) -> Result<(), Error> {
-        self.check_own(offset, bytes.len() as u64)?;
-        self.0.owner.arena.copy_in(offset, bytes);
+        let len = bytes.len() as u64;
+        let region = self.own(offset, len)?;
+        self.check_writable(&region, offset, len)?;
+        // SAFETY: as in `read_bytes`, the other way round.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), region.at(offset, len), bytes.len()) };
         Ok(())
     }
 
     /// Stops everything: transfers in progress fail with [`Error::Shutdown`], grants are revoked, connections cut,
-    /// threads joined. When it returns, nothing touches the arena any more but its holders. Done again, it does nothing.
+    /// threads joined. When it returns, no thread of this engine touches registered memory any more. Done again, it does
+    /// nothing.
     pub fn shutdown(&self) {
         self.0.shutdown();
     }
 
-    fn setting(&self, transport: TransportKind) -> Setting {
-        let (arena, timer) = (Arc::clone(&self.0.owner.arena), self.0.timer.clone());
-        Setting { arena, transport, timer, grace: self.0.config.fence_grace }
+    fn setting(&self, transport: TransportKind, uses: Vec<Use>) -> Setting {
+        Setting { uses, transport, timer: self.0.timer.clone(), grace: self.0.config.fence_grace }
     }
 
     fn check_running(&self) -> Result<(), Error> {
         if self.0.stopped.load(Ordering::SeqCst) { Err(Error::Shutdown) } else { Ok(()) }
     }
 
-    fn check_own(&self, offset: u64, len: u64) -> Result<(), Error> {
-        let Owner { segment, arena, .. } = &*self.0.owner;
-        check_bounds(*segment, offset, len, arena.len() as u64)
+    fn own(&self, offset: u64, len: u64) -> Result<Arc<Mapped>, Error> {
+        self.find(&self.0.owner.space.snapshot(), offset, len).cloned()
     }
 
-    /// Checks a batch against both segments and chooses its transport.
-    fn prepare(&self, batch: &Batch) -> Result<(Arc<dyn Transport>, String, Plan), Error> {
+    /// The region of our own segment that holds all of a range.
+    fn find<'a>(&self, regions: &'a Snapshot, offset: u64, len: u64) -> Result<&'a Arc<Mapped>, Error> {
+        let segment = self.0.owner.segment;
+        regions.find(offset, len).ok_or_else(|| Error::OutOfBounds { segment, offset, len, limit: regions.end() })
+    }
+
+    fn check_writable(&self, region: &Mapped, offset: u64, len: u64) -> Result<(), Error> {
+        let segment = self.0.owner.segment;
+        if region.writable { Ok(()) } else { Err(Error::ReadOnly { segment, offset, len }) }
+    }
+
+    /// Checks a batch against both segments and chooses its way.
+    fn prepare(&self, batch: &Batch) -> Result<(Way, Plan, Vec<Use>), Error> {
         limit_ranges(batch.ranges.len())?;
+        if let Some(notice) = batch.notice.as_ref().filter(|notice| notice.len() > MAX_NOTICE_BYTES) {
+            let reason = format!("{} bytes are more than {MAX_NOTICE_BYTES}", notice.len());
+            return Err(Error::Config { setting: "notice", reason });
+        }
+        let regions = self.0.owner.space.snapshot();
+        let mut uses = Uses::default();
+        let mut mappable = true;
         for range in &batch.ranges {
-            self.check_own(range.local, range.len)?;
-            check_bounds(batch.target.segment, range.remote, range.len, batch.target.len)?;
+            let region = self.find(&regions, range.local, range.len)?;
+            if batch.op == Op::Read {
+                self.check_writable(region, range.local, range.len)?;
+            }
+            uses.add(region);
+            mappable &= check_remote(&batch.target, range.remote, range.len)?;
         }
         if batch.deadline.passed() {
             return Err(Error::DeadlineExceeded);
         }
         self.check_running()?;
-        let (transport, address) = self.choose(&batch.target)?;
-        Ok((transport, address, Plan::new(&batch.ranges, self.0.config.slice_bytes as u64)))
+        let way = self.choose(&batch.target, mappable)?;
+        Ok((way, Plan::new(&batch.ranges, self.0.config.slice_bytes as u64), uses.0))
     }
 
     /// The first of our transports, in our order, that the peer offers and that can reach it.
-    fn choose(&self, target: &SegmentDescriptor) -> Result<(Arc<dyn Transport>, String), Error> {
+    fn choose(&self, target: &SegmentDescriptor, mappable: bool) -> Result<Way, Error> {
+        let mut reasons = Vec::new();
         for transport in &self.0.transports {
-            let offered = target.transports.iter().filter(|offer| offer.kind == transport.kind());
-            if let Some(offer) = offered.into_iter().find(|offer| transport.reaches(&offer.address)) {
-                return Ok((Arc::clone(transport), offer.address.clone()));
+            let kind = transport.kind();
+            let offered: Vec<_> = target.transports.iter().filter(|offer| offer.kind == kind).collect();
+            if offered.is_empty() {
+                continue;
+            }
+            if kind == TransportKind::Shm && !mappable {
+                reasons.push("shm: the memory can't be mapped".to_owned());
+                continue;
+            }
+            let mut addresses = Vec::with_capacity(offered.len());
+            for offer in offered {
+                match transport.reaches(&offer.address) {
+                    Ok(()) => addresses.push(offer.address.clone()),
+                    Err(reason) => reasons.push(format!("{kind}: {reason}")),
+                }
+            }
+            if !addresses.is_empty() {
+                let target = Arc::new(Target { descriptor: target.clone(), addresses });
+                return Ok(Way { transport: Arc::clone(transport), target });
             }
         }
+        let allowed = match &self.0.config.transports {
+            Transports::Auto => "auto".into(),
+            Transports::Named(kinds) => list(kinds.iter().copied()),
+        };
         Err(Error::NoTransport {
             segment: target.segment,
             offered: list(target.transports.iter().map(|offer| offer.kind)),
-            allowed: list(self.0.transports.iter().map(|transport| transport.kind())),
+            allowed: if reasons.is_empty() { allowed } else { format!("{allowed} ({})", reasons.join("; ")) },
         })
     }
 }
 
-impl Running {
-    fn shutdown(&self) {
-        if self.stopped.swap(true, Ordering::SeqCst) {
-            return;
+impl Way {
+    fn start(self, batch: &Arc<BatchState>) {
+        let frames = batch.frames();
+        if !frames.is_empty() {
+            self.transport.start(frames, &self.target);
         }
-        self.gate.close();
-        self.owner.grants.close_all();
-        self.transports.iter().for_each(|transport| transport.shutdown());
-        self.timer.stop();
-        self.threads.join_all();
+        batch.on_data_sent(move |notice| self.transport.start(vec![notice], &self.target));
     }
 }
 
-impl Drop for Running {
-    fn drop(&mut self) {
-        self.shutdown();
+/// Uses of regions, each once.
+#[derive(Default)]
+struct Uses(Vec<Use>);
+
+impl Uses {
+    fn add(&mut self, region: &Arc<Mapped>) {
+        // Ranges of one batch lie in few regions, mostly in one, and mostly in that of their predecessor.
+        if !self.0.iter().rev().any(|known| Arc::ptr_eq(known, region)) {
+            self.0.push(Use::new(region));
+        }
     }
 }
 
@@ -266,11 +387,19 @@ fn list(kinds: impl Iterator<Item = TransportKind>) -> String {
     if names.is_empty() { "none".into() } else { names.join(", ") }
 }
 
-fn check_bounds(segment: SegmentId, offset: u64, len: u64, limit: u64) -> Result<(), Error> {
-    match offset.checked_add(len) {
-        Some(end) if end <= limit => Ok(()),
-        _ => Err(Error::OutOfBounds { segment, offset, len, limit }),
-    }
+/// Whether the range's region can be mapped by processes of its host.
+fn check_remote(target: &SegmentDescriptor, offset: u64, len: u64) -> Result<bool, Error> {
+    let end = offset.checked_add(len);
+    let inside = if target.regions.is_empty() {
+        end.is_some_and(|end| end <= target.len).then_some(false)
+    } else {
+        let holds = |region: &&kvasir_types::RegionInfo| {
+            let region_end = region.base.saturating_add(region.len);
+            offset >= region.base && end.is_some_and(|end| end <= region_end)
+        };
+        target.regions.iter().find(holds).map(|region| region.shared)
+    };
+    inside.ok_or(Error::OutOfBounds { segment: target.segment, offset, len, limit: target.len })
 }
 
 fn limit_ranges(count: usize) -> Result<(), Error> {
@@ -280,28 +409,28 @@ fn limit_ranges(count: usize) -> Result<(), Error> {
     Err(Error::Busy { who: "this engine".into(), what: "too many ranges in one batch or grant" })
 }
 
-fn check(config: &Config) -> Result<(), Error> {
-    let bad = |setting, reason: String| Err(Error::Config { setting, reason });
-    let (slice, connections) = (config.slice_bytes, config.connections_per_peer);
-    if !(4 << 10..=MAX_PAYLOAD as usize).contains(&slice) {
-        return bad("slice_bytes", format!("{slice} is not in 4096 to {MAX_PAYLOAD}"));
-    }
-    if !(1..=16).contains(&connections) {
-        return bad("connections_per_peer", format!("{connections} is not in 1 to 16"));
-    }
-    if config.max_accepted_connections == 0 {
-        return bad("max_accepted_connections", "must be at least 1".into());
-    }
-    if config.io_timeout < Duration::from_millis(10) {
-        return bad("io_timeout", format!("{:?} is less than 10 ms", config.io_timeout));
-    }
-    for (index, kind) in config.transports.iter().enumerate() {
-        if config.transports[..index].contains(kind) {
-            return bad("transports", format!("{kind} is listed twice"));
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_remote_range_lies_in_one_region_or_is_out_of_bounds() {
+        let region = |base, shared| kvasir_types::RegionInfo { base, len: 10, shared };
+        let mut target = SegmentDescriptor {
+            name: String::new(),
+            segment: kvasir_types::SegmentId(1),
+            incarnation: kvasir_types::Incarnation(1),
+            len: 30,
+            regions: vec![region(0, true), region(20, false)],
+            transports: vec![],
+        };
+        assert!(check_remote(&target, 0, 10).unwrap());
+        assert!(!check_remote(&target, 25, 5).unwrap());
+        for (offset, len) in [(5, 6), (15, 1), (0, 30), (u64::MAX, 2)] {
+            assert!(matches!(check_remote(&target, offset, len), Err(Error::OutOfBounds { .. })), "{offset}+{len}");
         }
+        target.regions.clear();
+        assert!(!check_remote(&target, 5, 25).unwrap(), "an old peer's: all of it, not mappable");
+        assert!(check_remote(&target, 5, 26).is_err());
     }
-    if config.transports.is_empty() {
-        return bad("transports", "must name at least one of local, tcp".into());
-    }
-    Ok(())
 }

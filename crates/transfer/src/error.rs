@@ -16,6 +16,9 @@ pub enum Refusal {
     /// A range is not wholly inside what was granted.
     #[error("outside the granted ranges")]
     Bounds,
+    /// A notice found the owner's queue full.
+    #[error("the owner takes no more notices at the moment")]
+    Full,
 }
 
 /// A failed transfer, or an engine that could not be made. Cheap to clone: all ranges of a batch share one.
@@ -30,8 +33,8 @@ pub enum Error {
         /// What is wrong with it and what is allowed.
         reason: String,
     },
-    /// The arena could not be had from the system.
-    #[error("cannot map an arena of {bytes} bytes")]
+    /// Memory could not be had from the system.
+    #[error("cannot map {bytes} bytes of memory")]
     Memory {
         /// Size asked for.
         bytes: usize,
@@ -87,6 +90,16 @@ pub enum Error {
         /// The segment's length.
         limit: u64,
     },
+    /// A region registered for reading only.
+    #[error("{len} bytes at {offset:#x} of segment {segment} are registered read-only")]
+    ReadOnly {
+        /// The segment.
+        segment: SegmentId,
+        /// Where the range starts.
+        offset: u64,
+        /// Its length.
+        len: u64,
+    },
     /// The owner turned the operation down.
     #[error("segment {segment} refused: {refusal}")]
     Refused {
@@ -130,7 +143,25 @@ pub enum Error {
         #[source]
         source: Arc<io::Error>,
     },
-    /// The connection died under the operation, and so did the retry's.
+    /// The peer failed several times in a row and is left alone for a moment.
+    #[error("{peer} failed {failures} times in a row; not tried again for {}", humantime(.retry_in))]
+    Resting {
+        /// Its segment's name, or number.
+        peer: String,
+        /// How often.
+        failures: u32,
+        /// When it will be tried again.
+        retry_in: Duration,
+    },
+    /// No segment of this name is known.
+    #[error("no segment is named '{name}': {reason}")]
+    UnknownSegment {
+        /// The name.
+        name: String,
+        /// What the directory said.
+        reason: String,
+    },
+    /// The connection died under the operation, and so did the retries'.
     #[error("connection to {peer} lost: {reason}")]
     Disconnected {
         /// The address.
@@ -153,8 +184,12 @@ impl Error {
     /// Whether trying again may help.
     pub fn retry(&self) -> Retry {
         match self {
-            Self::Busy { .. } => Retry::After(Duration::from_millis(100)),
-            Self::Stale { .. }
+            Self::Busy { .. } | Self::Refused { refusal: Refusal::Full, .. } => {
+                Retry::After(Duration::from_millis(100))
+            }
+            Self::Resting { retry_in, .. } => Retry::After(*retry_in),
+            Self::UnknownSegment { .. }
+            | Self::Stale { .. }
             | Self::Version { .. }
             | Self::NoTransport { .. }
             | Self::Unreachable { .. }
@@ -167,9 +202,14 @@ impl Error {
             | Self::Thread { .. }
             | Self::TransportUnavailable { .. }
             | Self::OutOfBounds { .. }
+            | Self::ReadOnly { .. }
             | Self::Refused { .. }
             | Self::DeadlineExceeded
             | Self::Cancelled => Retry::Never,
         }
     }
+}
+
+fn humantime(duration: &Duration) -> String {
+    format!("{:.1} s", duration.as_secs_f64())
 }

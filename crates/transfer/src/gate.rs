@@ -1,11 +1,17 @@
-//! Bounded work in progress: batches beyond the limit wait their turn, in order.
+//! Bounded work in progress: batches beyond the limit wait their turn, higher priorities first, each in order.
+//!
+//! So that what is urgent finds room, batches of low priority take up no more than half of the limit, and those of high
+//! priority may exceed it by half.
 
 use std::{
     collections::VecDeque,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use crate::{batch::BatchState, error::Error};
+use crate::{
+    batch::{BatchState, Priority},
+    error::Error,
+};
 
 /// Most batches that wait; one more is refused as busy. Each waits for memory its caller holds, so this is far away.
 const MAX_WAITING: usize = 65_536;
@@ -21,7 +27,7 @@ type Start = Box<dyn FnOnce(&Arc<BatchState>) + Send>;
 #[derive(Default)]
 struct Inner {
     in_progress: u64,
-    waiting: VecDeque<Launch>,
+    waiting: [VecDeque<Launch>; Priority::COUNT],
     /// A thread is launching: it will see what changes meanwhile. Keeps launch → end → launch from recursing.
     launching: bool,
     closed: bool,
@@ -45,11 +51,12 @@ impl Gate {
     /// Launches the batch now or in its turn.
     pub(crate) fn submit(self: &Arc<Self>, launch: Launch) {
         let mut inner = self.lock();
-        let refused = match (inner.closed, inner.waiting.len() >= MAX_WAITING) {
+        let queue = launch.batch.priority as usize;
+        let refused = match (inner.closed, inner.waiting[queue].len() >= MAX_WAITING) {
             (true, _) => Error::Shutdown,
             (_, true) => Error::Busy { who: "this engine".into(), what: "too many transfers wait" },
             _ => {
-                inner.waiting.push_back(launch);
+                inner.waiting[queue].push_back(launch);
                 return self.launch(inner);
             }
         };
@@ -64,7 +71,7 @@ impl Gate {
             inner.closed = true;
             std::mem::take(&mut inner.waiting)
         };
-        waiting.iter().for_each(|launch| launch.batch.abort(Error::Shutdown));
+        waiting.iter().flatten().for_each(|launch| launch.batch.abort(Error::Shutdown));
     }
 
     fn launch<'a>(self: &'a Arc<Self>, mut inner: MutexGuard<'a, Inner>) {
@@ -72,22 +79,28 @@ impl Gate {
             return;
         }
         inner.launching = true;
-        while let Some(next) = inner.waiting.front() {
+        while let Some(queue) = (0..Priority::COUNT).rev().find(|&queue| !inner.waiting[queue].is_empty()) {
+            let Some(next) = inner.waiting[queue].front() else { break };
             let cost = next.batch.cost();
-            let fits = inner.in_progress == 0 || inner.in_progress.saturating_add(cost) <= self.limit;
+            let limit = match next.batch.priority {
+                Priority::Low => self.limit / 2,
+                Priority::Normal => self.limit,
+                Priority::High => self.limit.saturating_add(self.limit / 2),
+            };
+            let fits = inner.in_progress == 0 || inner.in_progress.saturating_add(cost) <= limit;
             // One that was aborted while it waited costs nothing.
             let over = next.batch.is_over();
             if !fits && !over {
                 break;
             }
-            let Some(Launch { batch, start }) = inner.waiting.pop_front() else { break };
+            let Some(Launch { batch, start }) = inner.waiting[queue].pop_front() else { break };
             if over {
                 continue;
             }
             inner.in_progress += cost;
             drop(inner);
             let gate = Arc::clone(self);
-            batch.on_end(move || {
+            batch.on_end(move |_| {
                 let mut inner = gate.lock();
                 inner.in_progress -= cost;
                 gate.launch(inner);

@@ -12,9 +12,13 @@
 //!                                                          which makes it leave
 //! ```
 //!
-//! Every transport calls [`GrantTable::enter`] before it touches memory and holds the [`InFlight`] until its last byte
-//! has been copied. Entering and revoking take the same lock, so an operation is either refused or waited for.
-//! A thread must never resolve a future or run foreign code while it holds an `InFlight`.
+//! A transport whose owner side takes part (local, tcp) calls [`GrantTable::enter`] before it touches memory and holds the
+//! [`InFlight`] until its last byte has been copied. Entering and revoking take the same lock, so an operation is either
+//! refused or waited for. A thread must never resolve a future or run foreign code while it holds an `InFlight`.
+//!
+//! Where a peer touches the memory without asking (shm, ucx), it opens the grant once ([`GrantTable::open_remote`]), and the
+//! grant remembers through whom: on revocation each such [`Opener`] is handed an `InFlight`, to keep until its peer has
+//! said, or can be known, not to touch the ranges any more.
 
 use std::{
     collections::HashMap,
@@ -28,7 +32,13 @@ use std::{
 
 use kvasir_types::GrantKey;
 
-use crate::{batch::Op, counters::Counters, error::Refusal, timer::Timer};
+use crate::{
+    batch::Op,
+    counters::Counters,
+    error::Refusal,
+    space::{Mapped, Use},
+    timer::Timer,
+};
 
 /// What a peer may do with a granted range. One or the other: a block that lands is not readable meanwhile.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -52,17 +62,36 @@ pub struct GrantRange {
 
 /// Something that can be stopped in mid-operation: a connection by shutting it down. A memcpy ends by itself.
 pub(crate) trait Cut: Send + Sync {
-    /// Stops it; whether it was not stopped before.
+    /// Stops it; whether it was not stopped before. Must not block. Something that can't be stopped says `false`.
     fn cut(&self) -> bool;
 }
 
-/// Half-open byte range `[start, end)` of an arena.
-type Bytes = (u64, u64);
+/// A peer that has opened a grant and touches its ranges without our taking part.
+pub(crate) trait Opener: Cut {
+    /// The grant has been revoked, on the revoking thread: must not block. `in_flight` is to be kept until the peer can't
+    /// touch the ranges any more. After the fence grace, `cut` is called if that has not happened.
+    fn revoked(&self, key: GrantKey, in_flight: InFlight);
+}
+
+/// What a peer may touch under a grant it has opened.
+#[expect(dead_code, reason = "for the transports whose owner takes no part")]
+pub(crate) struct Opened {
+    /// Half-open byte ranges `[start, end)`, sorted, neighbours merged.
+    pub(crate) readable: Vec<Bytes>,
+    /// As `readable`.
+    pub(crate) writable: Vec<Bytes>,
+    /// The regions they lie in.
+    pub(crate) regions: Vec<Arc<Mapped>>,
+}
+
+/// Half-open byte range `[start, end)` of a segment.
+pub(crate) type Bytes = (u64, u64);
 
 struct State {
     key: GrantKey,
     readable: Vec<Bytes>,
     writable: Vec<Bytes>,
+    regions: Vec<Arc<Mapped>>,
     inner: Mutex<Inner>,
     none_in_flight: Condvar,
 }
@@ -72,7 +101,23 @@ struct Inner {
     revoked: bool,
     next_op: u64,
     in_flight: Vec<(u64, Arc<dyn Cut>)>,
+    openers: Vec<Arc<dyn Opener>>,
+    /// The regions stay registered until nobody touches them under this grant.
+    uses: Vec<Use>,
     waker: Option<Waker>,
+}
+
+impl Inner {
+    fn enter(&mut self, cut: Arc<dyn Cut>) -> u64 {
+        self.next_op += 1;
+        self.in_flight.push((self.next_op, cut));
+        self.next_op
+    }
+
+    /// The uses to drop, outside the lock, if nothing can touch the ranges any more.
+    fn settle(&mut self) -> Vec<Use> {
+        if self.revoked && self.in_flight.is_empty() { std::mem::take(&mut self.uses) } else { Vec::new() }
+    }
 }
 
 impl State {
@@ -91,6 +136,27 @@ impl State {
             Err(Refusal::Access)
         } else {
             Err(Refusal::Bounds)
+        }
+    }
+
+    /// Lets nobody in any more, and has everybody told who comes without asking.
+    fn close(self: &Arc<Self>) {
+        let (told, uses) = {
+            let mut inner = self.lock();
+            inner.revoked = true;
+            let openers = std::mem::take(&mut inner.openers);
+            let told: Vec<_> = openers
+                .into_iter()
+                .map(|opener| {
+                    let op = inner.enter(Arc::clone(&opener) as Arc<dyn Cut>);
+                    (opener, InFlight { state: Arc::clone(self), op })
+                })
+                .collect();
+            (told, inner.settle())
+        };
+        drop(uses);
+        for (opener, in_flight) in told {
+            opener.revoked(self.key, in_flight);
         }
     }
 
@@ -149,13 +215,14 @@ impl GrantTable {
         Arc::new(Self { grants: Mutex::default(), timer, fence_grace, counters })
     }
 
-    /// Opens ranges, already checked against the arena, under a fresh key.
-    pub(crate) fn open(self: &Arc<Self>, ranges: &[GrantRange], key: GrantKey) -> Grant {
+    /// Opens ranges, each already found in one of `uses`, under a fresh key.
+    pub(crate) fn open(self: &Arc<Self>, ranges: &[GrantRange], uses: Vec<Use>, key: GrantKey) -> Grant {
         let state = Arc::new(State {
             key,
             readable: merged(ranges, Access::Read),
             writable: merged(ranges, Access::Write),
-            inner: Mutex::default(),
+            regions: uses.iter().map(|region| Arc::clone(region)).collect(),
+            inner: Mutex::new(Inner { uses, ..Inner::default() }),
             none_in_flight: Condvar::new(),
         });
         self.lock().insert(key.0, Arc::clone(&state));
@@ -191,21 +258,69 @@ impl GrantTable {
             if inner.revoked {
                 return Err(Refusal::UnknownGrant);
             }
-            inner.next_op += 1;
-            let op = inner.next_op;
-            inner.in_flight.push((op, cut));
-            op
+            inner.enter(cut)
         };
         Ok(InFlight { state, op })
     }
 
-    /// Revokes every grant, by force; done when nothing is in flight under any.
+    #[expect(dead_code, reason = "for the transports whose owner takes no part")]
+    /// Tells a peer what it may touch without asking again, and remembers whom to tell when that ends. A peer that opens
+    /// the same grant twice is remembered twice.
+    pub(crate) fn open_remote(&self, key: GrantKey, opener: Arc<dyn Opener>) -> Result<Opened, Refusal> {
+        let opened = self.try_open_remote(key, opener);
+        if let Err(refusal) = opened {
+            self.counters.refused(refusal);
+        }
+        opened
+    }
+
+    fn try_open_remote(&self, key: GrantKey, opener: Arc<dyn Opener>) -> Result<Opened, Refusal> {
+        let state = self.lock().get(&key.0).cloned().ok_or(Refusal::UnknownGrant)?;
+        {
+            let mut inner = state.lock();
+            if inner.revoked {
+                return Err(Refusal::UnknownGrant);
+            }
+            inner.openers.push(opener);
+        }
+        let (readable, writable) = (state.readable.clone(), state.writable.clone());
+        Ok(Opened { readable, writable, regions: state.regions.clone() })
+    }
+
+    /// Whether a grant has this key now.
+    pub(crate) fn knows(&self, key: GrantKey) -> bool {
+        self.lock().contains_key(&key.0)
+    }
+
+    /// Revokes every grant over a region, with the usual grace. It is over when nobody uses the region any more.
+    pub(crate) fn close_over(self: &Arc<Self>, base: u64) {
+        let over = |state: &Arc<State>| state.regions.iter().any(|region| region.base == base);
+        let states: Vec<_> = self.lock().extract_if(|_, state| over(state)).map(|(_, state)| state).collect();
+        for state in states {
+            state.close();
+            self.plan_cut(&state);
+        }
+    }
+
+    /// Cuts what is in flight under a closed grant when the grace has passed.
+    fn plan_cut(self: &Arc<Self>, state: &Arc<State>) {
+        if state.lock().in_flight.is_empty() {
+            return;
+        }
+        let (state, table): (Weak<State>, Weak<Self>) = (Arc::downgrade(state), Arc::downgrade(self));
+        self.timer.at(Instant::now() + self.fence_grace, move || {
+            if let (Some(state), Some(table)) = (state.upgrade(), table.upgrade()) {
+                state.cut(&table.counters);
+            }
+        });
+    }
+
+    /// Revokes every grant, by force.
     pub(crate) fn close_all(&self) {
         let states: Vec<_> = self.lock().drain().map(|(_, state)| state).collect();
         for state in states {
-            state.lock().revoked = true;
+            state.close();
             state.cut(&self.counters);
-            state.wait_none_in_flight();
         }
     }
 
@@ -221,17 +336,29 @@ pub(crate) struct InFlight {
     op: u64,
 }
 
+impl InFlight {
+    /// Address of a range that was checked on entering.
+    ///
+    /// # Panics
+    /// If it is in none of the grant's regions: this guards memory.
+    pub(crate) fn at(&self, offset: u64, len: u64) -> *mut u8 {
+        let region = self.state.regions.iter().find(|region| region.holds(offset, len));
+        region.expect("granted ranges lie in the grant's regions").at(offset, len)
+    }
+}
+
 impl Drop for InFlight {
     fn drop(&mut self) {
-        let waker = {
+        let (waker, uses) = {
             let mut inner = self.state.lock();
             inner.in_flight.retain(|(op, _)| *op != self.op);
             if !inner.in_flight.is_empty() {
                 return;
             }
             self.state.none_in_flight.notify_all();
-            inner.waker.take()
+            (inner.waker.take(), inner.settle())
         };
+        drop(uses);
         if let Some(waker) = waker {
             waker.wake();
         }
@@ -269,7 +396,7 @@ impl Grant {
 
     fn close(&self) {
         self.table.lock().remove(&self.state.key.0);
-        self.state.lock().revoked = true;
+        self.state.close();
     }
 }
 
@@ -309,16 +436,7 @@ impl Revoke {
         }
         self.fence_planned = true;
         self.grant.close();
-        if self.grant.state.lock().in_flight.is_empty() {
-            return;
-        }
-        let (state, table): (Weak<State>, Weak<GrantTable>) =
-            (Arc::downgrade(&self.grant.state), Arc::downgrade(&self.grant.table));
-        self.grant.table.timer.at(Instant::now() + self.grant.table.fence_grace, move || {
-            if let (Some(state), Some(table)) = (state.upgrade(), table.upgrade()) {
-                state.cut(&table.counters);
-            }
-        });
+        self.grant.table.plan_cut(&self.grant.state);
     }
 }
 
@@ -367,7 +485,7 @@ mod tests {
     #[test]
     fn nothing_enters_after_a_revocation_began_and_it_waits_for_what_had_entered() {
         let table = table();
-        let grant = table.open(&[range(0, 10, Access::Write)], GrantKey(1));
+        let grant = table.open(&[range(0, 10, Access::Write)], Vec::new(), GrantKey(1));
         let one = || [(0, 10)].into_iter();
         let op = table.enter(GrantKey(1), Op::Write, one(), Arc::<Switch>::default()).unwrap();
         let mut revoke = grant.revoke();
@@ -382,7 +500,7 @@ mod tests {
     #[test]
     fn dropping_a_grant_cuts_what_is_in_flight_and_waits_until_it_left() {
         let table = table();
-        let grant = table.open(&[range(0, 10, Access::Write)], GrantKey(1));
+        let grant = table.open(&[range(0, 10, Access::Write)], Vec::new(), GrantKey(1));
         let switch = Arc::<Switch>::default();
         let op = table.enter(GrantKey(1), Op::Write, [(0, 1)].into_iter(), switch.clone()).unwrap();
         let dropper = std::thread::spawn(move || drop(grant));
@@ -403,7 +521,7 @@ mod tests {
             let access = |write| if write { Access::Write } else { Access::Read };
             let granted: Vec<_> = ranges.iter().map(|&(o, l, w)| range(o, l, access(w))).collect();
             let table = table();
-            let _grant = table.open(&granted, GrantKey(1));
+            let _grant = table.open(&granted, Vec::new(), GrantKey(1));
             let op = if write { Op::Write } else { Op::Read };
             let entered = table.enter(GrantKey(1), op, [(offset, len)].into_iter(), Arc::<Switch>::default()).is_ok();
             let every_byte = (offset..offset + len).all(|byte| {

@@ -1,6 +1,6 @@
 //! The transfer engine: moves KV blocks between the memories of processes, one-sided.
 //!
-//! An engine owns one **arena** of memory and offers it to peers as a **segment**. Its owner opens ranges of it under a
+//! An engine registers **regions** of memory and offers them to peers as its **segment**. Its owner opens ranges of it under a
 //! **grant** and hands the grant's key to a peer (over gRPC, not here); the peer's engine then reads or writes those ranges in
 //! **batches**, and the owner's program takes no part: the owner's engine checks key, bounds and direction and lets the
 //! bytes land. Two promises carry the rest of Kvasir:
@@ -28,13 +28,9 @@
 //!
 //! let grant = decode.grant(vec![GrantRange { offset: 4096, len: 4096, access: Access::Write }])?;
 //! prefill.write_bytes(0, b"keys and values")?;
-//! let pushed = prefill.submit(Batch {
-//!     op: Op::Write,
-//!     target: decode.descriptor(),
-//!     grant: grant.key(),
-//!     ranges: vec![Range { local: 0, remote: 4096, len: 15 }],
-//!     deadline: Deadline::after(Duration::from_secs(5)),
-//! });
+//! let ranges = vec![Range { local: 0, remote: 4096, len: 15 }];
+//! let deadline = Deadline::after(Duration::from_secs(5));
+//! let pushed = prefill.submit(Batch::new(Op::Write, decode.descriptor(), grant.key(), ranges, deadline));
 //! assert_eq!(pushed.wait()?.bytes, 15);
 //! grant.revoke().wait();
 //! assert_eq!(decode.checksum(4096, 15)?, prefill.checksum(0, 15)?);
@@ -45,6 +41,7 @@
 
 #![expect(unsafe_code, reason = "owns the arena and hands its addresses to the kernel")]
 
+mod builder;
 mod config;
 mod engine;
 mod error;
@@ -60,15 +57,23 @@ mod transport;
 
 mod counters;
 mod memory;
+mod notice;
 mod owner;
+mod space;
 mod stats;
 mod threads;
 mod timer;
 
-pub use batch::{Batch, Op, Range, Report, Transfer};
-pub use config::Config;
-pub use engine::TransferEngine;
+pub use kvasir_types::Transports;
+
+pub use batch::{Batch, Op, Priority, Range, Report, Transfer};
+pub use builder::Builder;
+pub use config::{Config, ShmConfig, UcxConfig};
+pub use engine::{Region, TransferEngine};
 pub use error::{Error, Refusal};
 pub use grant::{Access, Grant, GrantRange, Revoke};
 pub use local::LocalNet;
+pub use memory::{Allocation, HugePages, Memory};
+pub use notice::{MAX_NOTICE_BYTES, NextNotice, Notice, Notices};
+pub use space::Unregister;
 pub use stats::{Refused, Side, Stats, Traffic};

@@ -15,16 +15,18 @@ use std::{
 };
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
+use std::ptr;
+
 use kvasir_types::{SegmentDescriptor, SegmentId, TransportAddress, TransportKind};
 
 use crate::{
-    batch::{BatchState, Frame, Op},
+    batch::{Frame, Op},
     counters::Counters,
     error::Error,
     grant::Cut,
     owner::{Owner, random_u64},
     threads::Threads,
-    transport::Transport,
+    transport::{Target, Transport},
 };
 
 /// Largest batch that is copied on the submitting thread.
@@ -99,25 +101,26 @@ impl Transport for LocalTransport {
         TransportKind::Local
     }
 
-    fn address(&self) -> TransportAddress {
-        TransportAddress { kind: TransportKind::Local, address: self.net.token.as_ref().to_owned() }
+    fn addresses(&self) -> Vec<TransportAddress> {
+        vec![TransportAddress { kind: TransportKind::Local, address: self.net.token.as_ref().to_owned() }]
     }
 
-    fn reaches(&self, address: &str) -> bool {
-        *self.net.token == *address
+    fn reaches(&self, address: &str) -> Result<(), String> {
+        if *self.net.token == *address { Ok(()) } else { Err("another process".into()) }
     }
 
-    fn start(&self, batch: &Arc<BatchState>, target: &SegmentDescriptor, _address: &str) {
-        let Some(owner) = self.find(target) else {
-            batch.abort(Error::Stale { segment: target.segment, peer: "this process".into() });
+    fn start(&self, frames: Vec<Frame>, target: &Arc<Target>) {
+        let Some(owner) = self.find(&target.descriptor) else {
+            let stale = Error::Stale { segment: target.descriptor.segment, peer: "this process".into() };
+            frames.iter().for_each(|frame| frame.finish(Err(stale.clone())));
             return;
         };
-        if batch.cost() <= INLINE_BYTES {
-            batch.frames().for_each(|frame| copy(&Job { frame, owner: Arc::clone(&owner) }, &self.counters));
+        if frames.iter().map(Frame::bytes).sum::<u64>() <= INLINE_BYTES {
+            frames.into_iter().for_each(|frame| copy(&Job { frame, owner: Arc::clone(&owner) }, &self.counters));
             return;
         }
         let jobs = self.jobs.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        for frame in batch.frames() {
+        for frame in frames {
             if let Some(jobs) = &jobs {
                 // A closed queue gives the job back; dropping it fails its frame as shut down.
                 let _ = jobs.send(Job { frame, owner: Arc::clone(&owner) });
@@ -148,6 +151,10 @@ impl Cut for Memcpy {
 
 fn copy(Job { frame, owner }: &Job, counters: &Counters) {
     let (batch, memcpy) = (frame.batch(), Arc::new(Memcpy));
+    if let Some(notice) = frame.notice() {
+        let delivered = owner.deliver(batch.key, notice);
+        return frame.finish(delivered.map_err(|refusal| Error::Refused { segment: batch.segment, refusal }));
+    }
     let remote = frame.ranges().iter().map(|range| (range.remote, range.len));
     // The touch before the grant, so that the grant is left first: leaving a touch may resolve the caller's future.
     let Some(touch) = frame.touch(memcpy.clone()) else { return };
@@ -159,10 +166,14 @@ fn copy(Job { frame, owner }: &Job, counters: &Counters) {
         }
     };
     for range in frame.ranges() {
-        match batch.op {
-            Op::Read => batch.arena.copy_from(range.local, &owner.arena, range.remote, range.len),
-            Op::Write => owner.arena.copy_from(range.remote, &batch.arena, range.local, range.len),
-        }
+        let (near, far) = (frame.local(range), in_flight.at(range.remote, range.len));
+        let (from, to) = match batch.op {
+            Op::Read => (far, near),
+            Op::Write => (near, far),
+        };
+        // SAFETY: both are `len` bytes of registered memory, which the touch and the grant keep registered; nobody holds
+        // references into it; an engine may copy within itself, and `copy` allows overlap.
+        unsafe { ptr::copy(from, to, range.len as usize) };
     }
     let ops = frame.ranges().len() as u64;
     owner.counters.owner_moved(TransportKind::Local, batch.op, frame.bytes(), ops);

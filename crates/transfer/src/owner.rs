@@ -2,18 +2,41 @@
 
 use std::sync::Arc;
 
-use kvasir_types::{Incarnation, SegmentId};
+use kvasir_types::{GrantKey, Incarnation, SegmentId};
 
-use crate::{counters::Counters, grant::GrantTable, memory::Arena};
+use crate::{
+    counters::Counters,
+    error::Refusal,
+    grant::GrantTable,
+    notice::{Notice, Notices},
+    space::Space,
+};
 
-/// One engine's segment: its name, its bytes and who may touch them. Reached by our listener's threads and, inside the
+/// One engine's segment: its name, its memory and who may touch that. Reached by our listeners' threads and, inside the
 /// process, by the local transports of other engines.
 pub(crate) struct Owner {
+    pub(crate) name: String,
     pub(crate) segment: SegmentId,
     pub(crate) incarnation: Incarnation,
-    pub(crate) arena: Arc<Arena>,
+    pub(crate) space: Space,
     pub(crate) grants: Arc<GrantTable>,
+    pub(crate) notices: Notices,
     pub(crate) counters: Arc<Counters>,
+}
+
+impl Owner {
+    /// Takes a peer's notice, if it holds a grant of ours and there is room.
+    pub(crate) fn deliver(&self, grant: GrantKey, bytes: &[u8]) -> Result<(), Refusal> {
+        let taken = if self.grants.knows(grant) {
+            self.notices.push(Notice { grant, bytes: bytes.into() })
+        } else {
+            Err(Refusal::UnknownGrant)
+        };
+        if let Err(refusal) = taken {
+            self.counters.refused(refusal);
+        }
+        taken
+    }
 }
 
 /// A random number from the kernel: grant keys must not be guessable from others.

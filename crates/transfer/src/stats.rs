@@ -1,5 +1,7 @@
 //! What moved, what was refused: counters of one engine, read as a snapshot.
 
+use kvasir_types::TransportKind;
+
 /// Snapshot of an engine's counters since its start (the two `…_connections` gauges: now).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Stats {
@@ -24,8 +26,24 @@ pub struct Stats {
 pub struct Side {
     /// Within the process.
     pub local: Traffic,
+    /// Through memory that both processes map.
+    pub shm: Traffic,
+    /// By libucp. Seen from the owner: nothing, it takes no part.
+    pub ucx: Traffic,
     /// Over sockets.
     pub tcp: Traffic,
+}
+
+impl Side {
+    /// One transport's part.
+    pub fn of(&self, kind: TransportKind) -> &Traffic {
+        match kind {
+            TransportKind::Local => &self.local,
+            TransportKind::Shm => &self.shm,
+            TransportKind::Ucx => &self.ucx,
+            TransportKind::Tcp => &self.tcp,
+        }
+    }
 }
 
 /// Traffic by direction, seen from the one who submitted the batch. An op is one range of a batch (a piece of it if it
@@ -51,6 +69,8 @@ pub struct Refused {
     pub access: u64,
     /// Outside the granted ranges.
     pub bounds: u64,
+    /// Notices for which there was no room.
+    pub full: u64,
     /// A hello for another segment or an earlier life.
     pub stale: u64,
     /// A hello in another protocol version.

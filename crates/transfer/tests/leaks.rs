@@ -35,13 +35,9 @@ fn shutdown_joins_every_thread_and_closes_every_socket() {
     let ranges = vec![GrantRange { offset: 0, len: LEN as u64, access: Access::Write }];
     let grant = owner.grant(ranges).unwrap();
     for client in &clients {
-        let transfer = client.submit(Batch {
-            op: Op::Write,
-            target: owner.descriptor(),
-            grant: grant.key(),
-            ranges: vec![Range { local: 0, remote: 0, len: LEN as u64 }],
-            deadline: Deadline::after(Duration::from_secs(30)),
-        });
+        let ranges = vec![Range { local: 0, remote: 0, len: LEN as u64 }];
+        let deadline = Deadline::after(Duration::from_secs(30));
+        let transfer = client.submit(Batch::new(Op::Write, owner.descriptor(), grant.key(), ranges, deadline));
         transfer.wait().unwrap();
     }
     let tcp = owner.descriptor().transports.into_iter().find(|offer| offer.kind == TransportKind::Tcp).unwrap();

@@ -24,7 +24,9 @@ pub use layout::{BadLayout, KvDtype, KvLayout};
 pub use memory::HostMemory;
 pub use retry::Retry;
 pub use sampling::{FinishReason, Sampled, Sampling, TopLogprob, Usage};
-pub use segment::{GrantKey, SegmentDescriptor, SegmentId, TransportAddress, TransportKind};
+pub use segment::{
+    GrantKey, RegionInfo, SegmentDescriptor, SegmentId, TransportAddress, TransportKind, Transports, UnknownTransport,
+};
 
 /// Version of everything that crosses a process boundary (gRPC messages, transfer frames, member records). Two
 /// processes with different numbers refuse one another before any byte of KV moves.

@@ -36,21 +36,85 @@ impl fmt::Debug for GrantKey {
 pub enum TransportKind {
     /// Same process: memcpy.
     Local,
+    /// Same host: the owner's memory is mapped, then a copy is a memcpy.
+    Shm,
+    /// libucp: RDMA, CUDA, memory of the same host that can't be mapped.
+    Ucx,
     /// Plain sockets, straight from and into registered memory.
     Tcp,
-    /// libucp: RDMA, CUDA, shared memory.
-    Ucx,
 }
 
 impl fmt::Display for TransportKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Local => "local",
-            Self::Tcp => "tcp",
+            Self::Shm => "shm",
             Self::Ucx => "ucx",
+            Self::Tcp => "tcp",
         })
     }
 }
+
+impl std::str::FromStr for TransportKind {
+    type Err = UnknownTransport;
+
+    fn from_str(name: &str) -> Result<Self, UnknownTransport> {
+        Self::ALL.into_iter().find(|kind| kind.to_string() == name).ok_or_else(|| UnknownTransport(name.to_owned()))
+    }
+}
+
+impl TransportKind {
+    /// All of them, in the order in which they are preferred when nothing else decides.
+    pub const ALL: [Self; 4] = [Self::Local, Self::Shm, Self::Ucx, Self::Tcp];
+}
+
+/// Which transports a process starts and uses: in a configuration, `auto` or a list of names.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "Choice", into = "Choice")]
+pub enum Transports {
+    /// Whatever works here, chosen for each peer by what both ends offer: the same process, `local`; the same host, `shm`, or
+    /// `ucx` where the memory can't be mapped; RDMA devices at both ends, `ucx`; else `tcp`. One that can't be had here is
+    /// left out.
+    #[default]
+    Auto,
+    /// These only, best first: the first one that a peer offers too is taken. One that can't be had here is an error,
+    /// not a silent detour.
+    Named(Vec<TransportKind>),
+}
+
+/// How [`Transports`] is written.
+#[derive(Serialize, Deserialize)]
+#[serde(untagged)]
+enum Choice {
+    Word(String),
+    Named(Vec<TransportKind>),
+}
+
+impl TryFrom<Choice> for Transports {
+    type Error = UnknownTransport;
+
+    fn try_from(choice: Choice) -> Result<Self, UnknownTransport> {
+        match choice {
+            Choice::Word(word) if word == "auto" => Ok(Self::Auto),
+            Choice::Word(word) => Ok(Self::Named(vec![word.parse()?])),
+            Choice::Named(kinds) => Ok(Self::Named(kinds)),
+        }
+    }
+}
+
+impl From<Transports> for Choice {
+    fn from(transports: Transports) -> Self {
+        match transports {
+            Transports::Auto => Self::Word("auto".into()),
+            Transports::Named(kinds) => Self::Named(kinds),
+        }
+    }
+}
+
+/// A name that is no transport's.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("unknown transport '{0}': auto, local, shm, ucx or tcp")]
+pub struct UnknownTransport(pub String);
 
 /// One address at which a segment can be reached.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -61,15 +125,34 @@ pub struct TransportAddress {
     pub address: String,
 }
 
+/// One stretch of registered memory inside a segment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct RegionInfo {
+    /// Offset of its first byte in the segment.
+    pub base: u64,
+    /// Bytes.
+    pub len: u64,
+    /// Whether processes of the same host can map it.
+    #[serde(default)]
+    pub shared: bool,
+}
+
 /// All a peer needs to reach a segment; published with a member's record and sent along in handoffs.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct SegmentDescriptor {
+    /// Its name: of the process that offers it, for people and for lookups. Empty if it has none.
+    #[serde(default)]
+    pub name: String,
     /// Which segment.
     pub segment: SegmentId,
     /// Which life of its owner; a descriptor of an earlier life is refused by the owner, never used.
     pub incarnation: Incarnation,
-    /// Bytes it spans: offsets are 0 to this.
+    /// Bytes it spans: offsets are 0 to this. Between regions there may be nothing.
     pub len: u64,
+    /// The memory registered in it when this was written; more may be registered later. Empty from a peer that doesn't
+    /// tell: then all of it is one region that can't be mapped.
+    #[serde(default)]
+    pub regions: Vec<RegionInfo>,
     /// The ways to it, best first. Ways that this version does not know are left out when a record is read: a newer peer
     /// may offer more.
     #[serde(deserialize_with = "known_transports")]
@@ -94,6 +177,17 @@ fn known_transports<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<Tr
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_choice_of_transports_is_auto_a_name_or_a_list() {
+        let read = |text: &str| serde_json::from_str::<Transports>(text);
+        assert_eq!(read(r#""auto""#).unwrap(), Transports::Auto);
+        assert_eq!(read(r#""tcp""#).unwrap(), Transports::Named(vec![TransportKind::Tcp]));
+        let both = Transports::Named(vec![TransportKind::Shm, TransportKind::Tcp]);
+        assert_eq!(read(r#"["shm", "tcp"]"#).unwrap(), both);
+        assert_eq!(serde_json::to_string(&both).unwrap(), r#"["shm","tcp"]"#);
+        assert!(read(r#""warp""#).is_err() && read(r#"["warp"]"#).is_err());
+    }
 
     #[test]
     fn a_newer_peers_transports_are_skipped_and_the_known_ones_kept() {

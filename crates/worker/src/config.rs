@@ -4,7 +4,7 @@ use std::{net::SocketAddr, path::PathBuf};
 
 use kvasir_cluster::RegistryConfig;
 use kvasir_runtime::{AdminConfig, LogConfig, ShutdownConfig};
-use kvasir_types::{KvDtype, TransportKind};
+use kvasir_types::{KvDtype, Transports};
 use serde::{Deserialize, Serialize};
 
 /// A prefill or decode worker.
@@ -95,8 +95,8 @@ pub struct TransferConfig {
     /// `host:port`, or a host alone, that others reach it at. Default: the address it listens on; for a wildcard, the
     /// host at which the gRPC server is reached.
     pub advertise: Option<String>,
-    /// Transports that may be used, best first. Default local, tcp.
-    pub transports: Vec<TransportKind>,
+    /// Transports that may be used: `auto`, one name, or a list, best first. Default auto.
+    pub transports: Transports,
     /// Connections to each peer. Default 2.
     pub connections_per_peer: usize,
 }
@@ -189,7 +189,7 @@ impl Default for TransferConfig {
         Self {
             listen: SocketAddr::from(([127, 0, 0, 1], 0)),
             advertise: None,
-            transports: vec![TransportKind::Local, TransportKind::Tcp],
+            transports: Transports::Auto,
             connections_per_peer: 2,
         }
     }
@@ -234,7 +234,7 @@ pub enum Error {
         least: usize,
     },
     /// No way to move KV.
-    #[error("transfer.transports: at least one of local, tcp is needed")]
+    #[error("transfer.transports: auto, or at least one of local, shm, ucx, tcp")]
     NoTransport,
 }
 
@@ -244,7 +244,7 @@ impl Config {
         if self.model.path.as_os_str().is_empty() {
             return Err(Error::NoModel);
         }
-        if self.transfer.transports.is_empty() {
+        if self.transfer.transports == Transports::Named(Vec::new()) {
             return Err(Error::NoTransport);
         }
         for (key, value) in [

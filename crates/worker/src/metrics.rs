@@ -212,7 +212,8 @@ impl TransferPage {
 
     fn refresh(&self, stats: &TransferStats) {
         for (side, traffic) in [("client", stats.client), ("owner", stats.owner)] {
-            for (transport, traffic) in [("local", traffic.local), ("tcp", traffic.tcp)] {
+            let kinds = [("local", traffic.local), ("shm", traffic.shm), ("ucx", traffic.ucx), ("tcp", traffic.tcp)];
+            for (transport, traffic) in kinds {
                 for (direction, bytes) in [("read", traffic.read_bytes), ("write", traffic.written_bytes)] {
                     let labels = [("side", side), ("direction", direction), ("transport", transport)];
                     set_total(&self.bytes.get_or_create(&labels), bytes);

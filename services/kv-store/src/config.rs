@@ -5,7 +5,7 @@ use std::{net::SocketAddr, path::PathBuf, time::Duration};
 use anyhow::{Context as _, ensure};
 use kvasir_cluster::RegistryConfig;
 use kvasir_runtime::{AdminConfig, LogConfig, ShutdownConfig};
-use kvasir_types::{MemberId, Role, TransportKind};
+use kvasir_types::{MemberId, Role, Transports};
 use serde::{Deserialize, Serialize};
 
 use crate::store::Settings;
@@ -73,8 +73,8 @@ pub struct TransferConfig {
     pub listen: SocketAddr,
     /// `host:port` that others reach it at. Default: the address it listens on.
     pub advertise: Option<String>,
-    /// Transports that may be used, best first. Default local, tcp.
-    pub transports: Vec<TransportKind>,
+    /// Transports that may be used: `auto`, one name, or a list, best first. Default auto.
+    pub transports: Transports,
 }
 
 impl Default for Config {
@@ -108,11 +108,7 @@ impl Default for LimitsConfig {
 
 impl Default for TransferConfig {
     fn default() -> Self {
-        Self {
-            listen: SocketAddr::from(([127, 0, 0, 1], 0)),
-            advertise: None,
-            transports: vec![TransportKind::Local, TransportKind::Tcp],
-        }
+        Self { listen: SocketAddr::from(([127, 0, 0, 1], 0)), advertise: None, transports: Transports::Auto }
     }
 }
 

@@ -119,7 +119,8 @@ fn copy_at_scrape(page: &kvasir_runtime::Metrics, node: Arc<Node>) {
         for (hold, count) in [("lease", totals.expired_leases), ("reservation", totals.expired_reservations)] {
             set_total(&expired.get_or_create(&[("hold", hold)]), count);
         }
-        for (transport, traffic) in [("local", stats.owner.local), ("tcp", stats.owner.tcp)] {
+        let owner = stats.owner;
+        for (transport, traffic) in [("local", owner.local), ("tcp", owner.tcp)] {
             for (direction, bytes) in [("read", traffic.read_bytes), ("written", traffic.written_bytes)] {
                 set_total(&moved.get_or_create(&[("transport", transport), ("direction", direction)]), bytes);
             }

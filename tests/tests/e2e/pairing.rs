@@ -8,7 +8,7 @@ use crate::prompts::{chat, long, text};
 #[tokio::test]
 async fn workers_whose_blocks_look_otherwise_are_never_paired() -> Result<()> {
     prefill_worker_stays_idle(Cluster::builder().set(Service::Prefill, "kv.block_size", 32)).await?;
-    prefill_worker_stays_idle(Cluster::builder().set(Service::Prefill, "kv.dtype", "f16")).await
+    prefill_worker_stays_idle(Cluster::builder().set(Service::Prefill, "kv.dtype", "bf16")).await
 }
 
 #[tokio::test]

@@ -36,7 +36,7 @@ use super::{
     frame::{Hello, Verdict, WELCOME_BYTES},
     link::Link,
 };
-use crate::{batch::BatchState, counters::Counters, error::Error, grant::Cut, threads::Threads};
+use crate::{batch::Frame, counters::Counters, error::Error, grant::Cut, threads::Threads, transport::Target};
 
 /// Pause between the death of a connection and the next attempt.
 const BACK_OFF: Duration = Duration::from_millis(20);
@@ -86,9 +86,11 @@ impl Client {
         Arc::new(Self { threads, counters, io_timeout, lanes_per_peer, stopping, peers })
     }
 
-    pub(super) fn start(self: &Arc<Self>, batch: &Arc<BatchState>, target: &SegmentDescriptor, address: &str) {
-        let peer = PeerKey { address: address.into(), segment: target.segment, incarnation: target.incarnation };
-        for frame in batch.frames() {
+    pub(super) fn start(self: &Arc<Self>, frames: Vec<Frame>, target: &Target) {
+        let Target { descriptor: SegmentDescriptor { segment, incarnation, .. }, addresses } = target;
+        let address = addresses.first().map_or("", String::as_str);
+        let peer = PeerKey { address: address.into(), segment: *segment, incarnation: *incarnation };
+        for frame in frames {
             // A frame is finished or dropped only outside the lock: that may start the next batch, right here.
             match self.lane_for(&peer) {
                 Ok((lane, peers)) => {

@@ -16,7 +16,7 @@ use kvasir_types::TransportKind;
 
 use super::{
     client::{Client, Lane},
-    frame::{ANSWER_BYTES, Answer, RANGE_BYTES, REQUEST_BYTES, Request, Span},
+    frame::{ANSWER_BYTES, Answer, RANGE_BYTES, REQUEST_BYTES, Request, Span, Verb},
     link::{Link, Pieces},
 };
 use crate::{
@@ -96,7 +96,13 @@ impl Connection {
         let (frame, batch) = (&job.frame, job.frame.batch());
         let mut head = Vec::with_capacity(REQUEST_BYTES + frame.ranges().len() * RANGE_BYTES);
         let (ranges, payload) = (frame.ranges().len() as u16, frame.bytes() as u32);
-        Request { op: batch.op, ranges, payload, id, key: batch.key }.encode(&mut head);
+        let request = Request { verb: Verb::Move(batch.op), ranges, payload, id, key: batch.key };
+        if let Some(notice) = frame.notice() {
+            Request { verb: Verb::Notice, payload: notice.len() as u32, ..request }.encode(&mut head);
+            head.extend_from_slice(notice);
+            return self.sent(self.link.send_bytes(&head));
+        }
+        request.encode(&mut head);
         for range in frame.ranges() {
             Span { offset: range.remote, len: range.len as u32 }.encode(&mut head);
         }
@@ -109,15 +115,19 @@ impl Connection {
                 };
                 let mut pieces = Pieces::default();
                 for range in frame.ranges() {
-                    pieces.push_arena(&batch.arena, range.local, range.len);
+                    pieces.push(frame.local(range), range.len as usize);
                 }
-                // SAFETY: the pieces lie in the batch's arena, kept mapped by `job`.
+                // SAFETY: the pieces lie in the batch's regions, kept mapped by `job`.
                 let sent = unsafe { self.link.send(&head, &mut pieces) };
                 drop(touch);
                 sent
             }
         };
-        if let Err(error) = sent {
+        self.sent(sent);
+    }
+
+    fn sent(&self, result: io::Result<()>) {
+        if let Err(error) = result {
             self.lost(&error.to_string());
         }
     }
@@ -198,7 +208,7 @@ impl Connection {
     fn take(&self, job: &Job, answer: Answer, pieces: &mut Pieces) -> io::Result<()> {
         let (frame, batch) = (&job.frame, job.frame.batch());
         let expected = match (batch.op, answer.result) {
-            (Op::Read, Ok(())) => frame.bytes(),
+            (Op::Read, Ok(())) => frame.bytes(), // a notice has none
             (Op::Write, _) | (_, Err(_)) => 0,
         };
         if u64::from(answer.payload) != expected {
@@ -208,15 +218,19 @@ impl Connection {
             frame.finish(Err(Error::Refused { segment: batch.segment, refusal }));
             return Ok(());
         }
+        if frame.notice().is_some() {
+            frame.finish(Ok(()));
+            return Ok(());
+        }
         if batch.op == Op::Read {
             let Some(touch) = frame.touch(Arc::clone(&self.link) as Arc<dyn Cut>) else {
                 return self.link.discard(expected); // cancelled meanwhile
             };
             pieces.clear();
             for range in frame.ranges() {
-                pieces.push_arena(&batch.arena, range.local, range.len);
+                pieces.push(frame.local(range), range.len as usize);
             }
-            // SAFETY: the pieces lie in the batch's arena, kept mapped by `job`; nobody holds references into an arena.
+            // SAFETY: the pieces lie in the batch's regions, kept mapped by `job`; nobody holds references into them.
             let received = unsafe { self.link.receive(pieces) };
             drop(touch);
             received?;

@@ -10,6 +10,7 @@
 //! request op 1 | 0 1 | ranges 2 | payload 4 | id 8 | grant key 8
 //!         ranges × { offset 8 | len 4 }
 //!         write: payload bytes, range after range
+//!         notice: no ranges, payload bytes
 //!                                                   answer   status 1 | 0 3 | payload 4 | id 8
 //!                                                            read, granted: payload bytes
 //! ```
@@ -20,7 +21,7 @@
 
 use kvasir_types::{GrantKey, Incarnation, SegmentId};
 
-use crate::{batch::Op, error::Refusal, plan::MAX_RANGES};
+use crate::{batch::Op, error::Refusal, notice::MAX_NOTICE_BYTES, plan::MAX_RANGES};
 
 /// Opens a hello.
 const HELLO: [u8; 8] = *b"kvasirTX";
@@ -70,10 +71,17 @@ pub(crate) enum Verdict {
     Busy,
 }
 
+/// What a request wants.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Verb {
+    Move(Op),
+    Notice,
+}
+
 /// The fixed part of a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Request {
-    pub(crate) op: Op,
+    pub(crate) verb: Verb,
     pub(crate) ranges: u16,
     pub(crate) payload: u32,
     pub(crate) id: u64,
@@ -159,7 +167,12 @@ impl Verdict {
 
 impl Request {
     pub(crate) fn encode(self, into: &mut Vec<u8>) {
-        into.extend_from_slice(&[matches!(self.op, Op::Write).into(), 0]);
+        let verb = match self.verb {
+            Verb::Move(Op::Read) => 0,
+            Verb::Move(Op::Write) => 1,
+            Verb::Notice => 2,
+        };
+        into.extend_from_slice(&[verb, 0]);
         into.extend_from_slice(&self.ranges.to_le_bytes());
         into.extend_from_slice(&self.payload.to_le_bytes());
         into.extend_from_slice(&self.id.to_le_bytes());
@@ -167,15 +180,21 @@ impl Request {
     }
 
     pub(crate) fn decode(bytes: &[u8; REQUEST_BYTES]) -> Result<Self, Malformed> {
-        let op = match bytes[0] {
-            0 => Op::Read,
-            1 => Op::Write,
+        let verb = match bytes[0] {
+            0 => Verb::Move(Op::Read),
+            1 => Verb::Move(Op::Write),
+            2 => Verb::Notice,
             value => return Err(Malformed::Unknown { what: "operation", value: value.into() }),
         };
         let (ranges, payload) = (u16_at(bytes, 2), u32_at(bytes, 4));
-        limit("number of ranges", ranges.into(), MAX_RANGES as u64)?;
-        limit("payload", payload.into(), MAX_PAYLOAD.into())?;
-        Ok(Self { op, ranges, payload, id: u64_at(bytes, 8), key: GrantKey(u64_at(bytes, 16)) })
+        if verb == Verb::Notice {
+            limit("number of ranges plus one", u64::from(ranges) + 1, 1)?;
+            limit("length of a notice plus one", u64::from(payload) + 1, MAX_NOTICE_BYTES as u64 + 1)?;
+        } else {
+            limit("number of ranges", ranges.into(), MAX_RANGES as u64)?;
+            limit("payload", payload.into(), MAX_PAYLOAD.into())?;
+        }
+        Ok(Self { verb, ranges, payload, id: u64_at(bytes, 8), key: GrantKey(u64_at(bytes, 16)) })
     }
 
     /// Bytes of the table that follows: bounded, as the number of ranges was.
@@ -183,7 +202,7 @@ impl Request {
         usize::from(self.ranges) * RANGE_BYTES
     }
 
-    /// The table's ranges, into `spans`; they sum up to the payload.
+    /// The table's ranges, into `spans`; they sum up to the payload (a notice has none, whatever its payload).
     pub(crate) fn decode_table(self, table: &[u8], spans: &mut Vec<Span>) -> Result<(), Malformed> {
         spans.clear();
         let mut sum = 0u64;
@@ -194,7 +213,11 @@ impl Request {
             sum += u64::from(span.len);
             spans.push(span);
         }
-        if sum == u64::from(self.payload) { Ok(()) } else { Err(Malformed::Sum { sum, payload: self.payload }) }
+        if sum == u64::from(self.payload) || self.verb == Verb::Notice {
+            Ok(())
+        } else {
+            Err(Malformed::Sum { sum, payload: self.payload })
+        }
     }
 }
 
@@ -217,6 +240,7 @@ impl Answer {
             Err(Refusal::UnknownGrant) => 1,
             Err(Refusal::Access) => 2,
             Err(Refusal::Bounds) => 3,
+            Err(Refusal::Full) => 4,
         };
         bytes[4..8].copy_from_slice(&self.payload.to_le_bytes());
         bytes[8..].copy_from_slice(&self.id.to_le_bytes());
@@ -229,6 +253,7 @@ impl Answer {
             1 => Err(Refusal::UnknownGrant),
             2 => Err(Refusal::Access),
             3 => Err(Refusal::Bounds),
+            4 => Err(Refusal::Full),
             value => return Err(Malformed::Unknown { what: "status", value: value.into() }),
         };
         let payload = u32_at(bytes, 4);
@@ -248,9 +273,9 @@ mod tests {
     proptest! {
         #[test]
         fn what_is_encoded_decodes_to_itself(id: u64, key: u64, lens in prop::collection::vec(1u32..4096, 1..=MAX_RANGES), write: bool) {
-            let op = if write { Op::Write } else { Op::Read };
+            let verb = Verb::Move(if write { Op::Write } else { Op::Read });
             let spans: Vec<_> = lens.iter().map(|&len| Span { offset: key >> 1, len }).collect();
-            let request = Request { op, ranges: spans.len() as u16, payload: lens.iter().sum(), id, key: GrantKey(key) };
+            let request = Request { verb, ranges: spans.len() as u16, payload: lens.iter().sum(), id, key: GrantKey(key) };
             let mut bytes = Vec::new();
             request.encode(&mut bytes);
             spans.iter().for_each(|span| span.encode(&mut bytes));
@@ -282,7 +307,7 @@ mod tests {
             if let Ok(request) = Request::decode(&request) {
                 prop_assert!(request.table_bytes() <= MAX_RANGES * RANGE_BYTES && request.payload <= MAX_PAYLOAD);
                 let mut spans = Vec::new();
-                if request.decode_table(&table, &mut spans).is_ok() {
+                if request.verb != Verb::Notice && request.decode_table(&table, &mut spans).is_ok() {
                     prop_assert_eq!(spans.iter().map(|s| u64::from(s.len)).sum::<u64>(), u64::from(request.payload));
                 }
                 prop_assert!(spans.capacity() <= 2 * MAX_RANGES);
@@ -292,7 +317,9 @@ mod tests {
 
     #[test]
     fn answers_and_verdicts_round_trip() {
-        for result in [Ok(()), Err(Refusal::UnknownGrant), Err(Refusal::Access), Err(Refusal::Bounds)] {
+        for result in
+            [Ok(()), Err(Refusal::UnknownGrant), Err(Refusal::Access), Err(Refusal::Bounds), Err(Refusal::Full)]
+        {
             let answer = Answer { result, payload: 5, id: 6 };
             assert_eq!(Answer::decode(&answer.encode()), Ok(answer));
         }

@@ -25,7 +25,7 @@ use std::{
 
 use socket2::{Socket, TcpKeepalive};
 
-use crate::{grant::Cut, memory::Arena};
+use crate::grant::Cut;
 
 /// Pieces of memory to send from or receive into, in order, consumed as the kernel takes them.
 #[derive(Default)]
@@ -44,12 +44,8 @@ impl Pieces {
         self.next = 0;
     }
 
-    /// Adds arena bytes. Panics if out of bounds.
-    pub(crate) fn push_arena(&mut self, arena: &Arena, offset: u64, len: u64) {
-        self.push(arena.at(offset, len), len as usize);
-    }
-
-    fn push(&mut self, base: *mut u8, len: usize) {
+    /// Adds a stretch of memory, to be touched only when it is sent or received.
+    pub(crate) fn push(&mut self, base: *mut u8, len: usize) {
         if len > 0 {
             self.pieces.push(libc::iovec { iov_base: base.cast(), iov_len: len });
         }

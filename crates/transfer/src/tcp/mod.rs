@@ -13,10 +13,17 @@ mod server;
 
 use std::{net::SocketAddr, sync::Arc};
 
-use kvasir_types::{SegmentDescriptor, TransportAddress, TransportKind};
+use kvasir_types::{TransportAddress, TransportKind};
 
 use self::{client::Client, server::Server};
-use crate::{batch::BatchState, config::Config, error::Error, owner::Owner, threads::Threads, transport::Transport};
+use crate::{
+    batch::Frame,
+    config::Config,
+    error::Error,
+    owner::Owner,
+    threads::Threads,
+    transport::{Target, Transport},
+};
 
 pub(crate) use self::frame::MAX_PAYLOAD;
 
@@ -24,7 +31,7 @@ pub(crate) use self::frame::MAX_PAYLOAD;
 pub(crate) struct TcpTransport {
     client: Arc<Client>,
     server: Arc<Server>,
-    address: String,
+    addresses: Vec<String>,
 }
 
 impl TcpTransport {
@@ -42,21 +49,22 @@ impl TcpTransport {
             config.io_timeout,
             config.max_accepted_connections,
         )?;
-        let address = advertised(config.tcp_advertise.as_deref(), server.bound());
-        Ok(Self { client, server, address })
+        let addresses = advertised(config.tcp_advertise.as_deref(), server.bound());
+        Ok(Self { client, server, addresses })
     }
 }
 
-/// What peers are told: the bound address, unless the operator names another host or port.
-fn advertised(wanted: Option<&str>, bound: SocketAddr) -> String {
+/// What peers are told: the bound address, unless the operator names others (separated by commas), with or without a port.
+fn advertised(wanted: Option<&str>, bound: SocketAddr) -> Vec<String> {
+    let full = |wanted: &str| match (wanted.parse::<SocketAddr>(), wanted.parse::<std::net::IpAddr>()) {
+        (Ok(_), _) => wanted.to_owned(),
+        (_, Ok(ip)) => SocketAddr::new(ip, bound.port()).to_string(),
+        _ if wanted.contains(':') => wanted.to_owned(),
+        _ => format!("{wanted}:{}", bound.port()),
+    };
     match wanted {
-        None => bound.to_string(),
-        Some(address) if address.parse::<SocketAddr>().is_ok() => address.to_owned(),
-        Some(host) => match host.parse::<std::net::IpAddr>() {
-            Ok(ip) => SocketAddr::new(ip, bound.port()).to_string(),
-            Err(_) if host.contains(':') => host.to_owned(),
-            Err(_) => format!("{host}:{}", bound.port()),
-        },
+        None => vec![bound.to_string()],
+        Some(list) => list.split(',').map(|wanted| full(wanted.trim())).collect(),
     }
 }
 
@@ -65,16 +73,17 @@ impl Transport for TcpTransport {
         TransportKind::Tcp
     }
 
-    fn address(&self) -> TransportAddress {
-        TransportAddress { kind: TransportKind::Tcp, address: self.address.clone() }
+    fn addresses(&self) -> Vec<TransportAddress> {
+        let address = |address: &String| TransportAddress { kind: TransportKind::Tcp, address: address.clone() };
+        self.addresses.iter().map(address).collect()
     }
 
-    fn reaches(&self, _address: &str) -> bool {
-        true // only trying tells
+    fn reaches(&self, _address: &str) -> Result<(), String> {
+        Ok(()) // only trying tells
     }
 
-    fn start(&self, batch: &Arc<BatchState>, target: &SegmentDescriptor, address: &str) {
-        self.client.start(batch, target, address);
+    fn start(&self, frames: Vec<Frame>, target: &Arc<Target>) {
+        self.client.start(frames, target);
     }
 
     fn shutdown(&self) {
@@ -93,13 +102,14 @@ mod tests {
         for (wanted, address) in [
             (None, "127.0.0.1:4000"),
             (Some("10.0.0.7"), "10.0.0.7:4000"),
+            (Some("10.0.0.7, node-1:5"), "10.0.0.7:4000 node-1:5"),
             (Some("10.0.0.7:5"), "10.0.0.7:5"),
             (Some("node-3"), "node-3:4000"),
             (Some("node-3:5"), "node-3:5"),
             (Some("::1"), "[::1]:4000"),
             (Some("[::1]:5"), "[::1]:5"),
         ] {
-            assert_eq!(advertised(wanted, bound), address);
+            assert_eq!(advertised(wanted, bound).join(" "), address);
         }
     }
 }

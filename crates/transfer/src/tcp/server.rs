@@ -30,7 +30,7 @@ use kvasir_types::{PROTOCOL_VERSION, TransportKind};
 use socket2::{Domain, Protocol, Socket, Type};
 
 use super::{
-    frame::{Answer, HELLO_BYTES, Hello, MAX_PAYLOAD, Malformed, REQUEST_BYTES, Request, Span, Verdict},
+    frame::{Answer, HELLO_BYTES, Hello, MAX_PAYLOAD, Malformed, REQUEST_BYTES, Request, Span, Verb, Verdict},
     link::{Link, Pieces},
 };
 use crate::{
@@ -242,27 +242,39 @@ impl<'a> Connection<'a> {
     }
 
     fn handle(&mut self, request: Request) -> Result<(), End> {
+        match request.verb {
+            Verb::Move(op) => self.handle_move(request, op),
+            Verb::Notice => {
+                // At most MAX_NOTICE_BYTES, as decoding has seen to.
+                self.table.resize(request.payload as usize, 0);
+                self.link.receive_bytes(&mut self.table)?;
+                let result = self.owner.deliver(request.key, &self.table);
+                Ok(self.link.send_bytes(&Answer { result, payload: 0, id: request.id }.encode())?)
+            }
+        }
+    }
+
+    fn handle_move(&mut self, request: Request, op: Op) -> Result<(), End> {
         let link: Arc<dyn Cut> = Arc::clone(self.link) as Arc<dyn Cut>;
         let spans = self.spans.iter().map(|span| (span.offset, u64::from(span.len)));
-        let in_flight = match self.owner.grants.enter(request.key, request.op, spans, link) {
+        let in_flight = match self.owner.grants.enter(request.key, op, spans, link) {
             Ok(in_flight) => in_flight,
-            Err(refusal) => return self.refuse(request, refusal),
+            Err(refusal) => return self.refuse(request, op, refusal),
         };
         self.pieces.clear();
         for span in &self.spans {
-            // Inside the granted ranges, which were checked against the arena.
-            self.pieces.push_arena(&self.owner.arena, span.offset, span.len.into());
+            self.pieces.push(in_flight.at(span.offset, span.len.into()), span.len as usize);
         }
         let answer = Answer { result: Ok(()), payload: 0, id: request.id };
-        match request.op {
+        match op {
             Op::Read => {
                 let head = Answer { payload: request.payload, ..answer }.encode();
-                // SAFETY: the pieces lie in the arena, which `owner` keeps mapped.
+                // SAFETY: the pieces lie in granted regions, which `in_flight` keeps registered.
                 unsafe { self.link.send(&head, &mut self.pieces) }?;
                 drop(in_flight);
             }
             Op::Write => {
-                // SAFETY: as above; nobody holds references into an arena.
+                // SAFETY: as above; nobody holds references into them.
                 unsafe { self.link.receive(&mut self.pieces) }?;
                 // Before the answer: once the writer knows, a revocation has nothing to wait for.
                 drop(in_flight);
@@ -270,16 +282,16 @@ impl<'a> Connection<'a> {
             }
         }
         let (bytes, ops) = (request.payload.into(), request.ranges.into());
-        self.owner.counters.owner_moved(TransportKind::Tcp, request.op, bytes, ops);
+        self.owner.counters.owner_moved(TransportKind::Tcp, op, bytes, ops);
         Ok(())
     }
 
-    fn refuse(&mut self, request: Request, refusal: Refusal) -> Result<(), End> {
+    fn refuse(&mut self, request: Request, op: Op, refusal: Refusal) -> Result<(), End> {
         debug_assert!(request.payload <= MAX_PAYLOAD);
         self.link.send_bytes(&Answer { result: Err(refusal), payload: 0, id: request.id }.encode())?;
-        match (request.op, refusal) {
+        match (op, refusal) {
             (Op::Read, _) => Ok(()),
-            (Op::Write, Refusal::UnknownGrant) => Ok(self.link.discard(request.payload.into())?),
+            (Op::Write, Refusal::UnknownGrant | Refusal::Full) => Ok(self.link.discard(request.payload.into())?),
             (Op::Write, Refusal::Access | Refusal::Bounds) => Err(End::Lied(refusal)),
         }
     }

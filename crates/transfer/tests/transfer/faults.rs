@@ -189,6 +189,7 @@ fn fake_owner() -> (TcpListener, SegmentDescriptor) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let mut descriptor = engine(config(Tcp), MIB).descriptor();
     descriptor.len = 1 << 30;
+    descriptor.regions.clear();
     descriptor.transports = vec![TransportAddress { kind: Tcp, address: listener.local_addr().unwrap().to_string() }];
     (listener, descriptor)
 }

@@ -10,7 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use kvasir_transfer::{Access, Batch, Config, Grant, GrantRange, LocalNet, Op, Range, TransferEngine};
+use kvasir_transfer::{Access, Batch, Config, Grant, GrantRange, LocalNet, Op, Range, TransferEngine, Transports};
 use kvasir_types::{Deadline, GrantKey, PROTOCOL_VERSION, SegmentDescriptor, TransportKind};
 
 pub const MIB: usize = 1 << 20;
@@ -18,7 +18,11 @@ pub const MIB: usize = 1 << 20;
 pub const LONG: Duration = Duration::from_secs(30);
 
 pub fn config(transport: TransportKind) -> Config {
-    Config { transports: vec![transport], fence_grace: Duration::from_millis(50), ..Config::default() }
+    Config {
+        transports: Transports::Named(vec![transport]),
+        fence_grace: Duration::from_millis(50),
+        ..Config::default()
+    }
 }
 
 pub fn engine(config: Config, capacity: usize) -> TransferEngine {
@@ -38,7 +42,7 @@ pub fn grant(engine: &TransferEngine, offset: u64, len: u64, access: Access) -> 
 
 pub fn batch(op: Op, target: &SegmentDescriptor, grant: GrantKey, ranges: &[(u64, u64, u64)]) -> Batch {
     let ranges = ranges.iter().map(|&(local, remote, len)| Range { local, remote, len }).collect();
-    Batch { op, target: target.clone(), grant, ranges, deadline: Deadline::after(LONG) }
+    Batch::new(op, target.clone(), grant, ranges, Deadline::after(LONG))
 }
 
 /// Bytes that tell where they belong, different for each seed.

@@ -10,7 +10,7 @@ use std::{sync::Arc, time::Duration};
 use kvasir_engine::Admission;
 use kvasir_proto::v1::{PrefillDone, PrefillEvent, prefill_event::Event};
 use kvasir_runtime::chain;
-use kvasir_transfer::{Batch, Op, Range};
+use kvasir_transfer::{Batch, Op, Priority, Range};
 use kvasir_types::{BlockHash, Deadline};
 
 use super::{push::Writes, service::Checked};
@@ -158,7 +158,8 @@ impl Job<'_> {
             })
             .collect();
         let target = destination.segment.clone();
-        let batch = Batch { op: Op::Read, target, grant: destination.grant, ranges, deadline };
+        let batch =
+            Batch { priority: Priority::High, ..Batch::new(Op::Read, target, destination.grant, ranges, deadline) };
         self.host.transfer.submit(batch).await?;
         Ok(())
     }

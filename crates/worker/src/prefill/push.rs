@@ -8,7 +8,7 @@
 use std::sync::{Arc, Mutex};
 
 use kvasir_engine::{LayerDone, LayerSink};
-use kvasir_transfer::{Batch, Op, Range, Transfer, TransferEngine};
+use kvasir_transfer::{Batch, Op, Priority, Range, Transfer, TransferEngine};
 use kvasir_types::{BlockId, Deadline, KvLayout};
 
 use super::service::Destination;
@@ -98,7 +98,10 @@ impl Writes {
         let mut state = self.lock();
         if !state.stopped {
             let target = destination.segment.clone();
-            let batch = Batch { op: Op::Write, target, grant: destination.grant, ranges, deadline: *deadline };
+            let batch = Batch {
+                priority: Priority::High,
+                ..Batch::new(Op::Write, target, destination.grant, ranges, *deadline)
+            };
             state.started.push(transfer.submit(batch));
         }
     }

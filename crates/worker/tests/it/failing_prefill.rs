@@ -139,8 +139,7 @@ async fn what_a_failed_prefill_worker_writes_late_is_refused() {
         }
         let ranges = handoff.blocks.iter().map(|block| Range { local: 0, remote: block.offset, len: 1024 }).collect();
         let deadline = Deadline::after(Duration::from_secs(5));
-        let batch =
-            Batch { op: Op::Write, target: target.clone(), grant: convert::grant_key(handoff.grant), ranges, deadline };
+        let batch = Batch::new(Op::Write, target.clone(), convert::grant_key(handoff.grant), ranges, deadline);
         writer.submit(batch).await.expect_err("a revoked key opens nothing");
     }
     assert_eq!(tokens, golden.output_ids);

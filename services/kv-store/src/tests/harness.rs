@@ -9,8 +9,8 @@ use kvasir_cluster::{Member, MemoryHub, Registry};
 use kvasir_proto::{convert, v1, v1::store_client::StoreClient as Raw};
 use kvasir_runtime::Context;
 use kvasir_store_client::StoreClient;
-use kvasir_transfer::{Batch, LocalNet, Op, Range, TransferEngine};
-use kvasir_types::{BlockHash, Deadline, PROTOCOL_VERSION, RequestId, TransportKind};
+use kvasir_transfer::{Batch, LocalNet, Op, Priority, Range, TransferEngine};
+use kvasir_types::{BlockHash, Deadline, PROTOCOL_VERSION, RequestId, TransportKind, Transports};
 use tonic::transport::Channel;
 
 use crate::{Config, node::Node, serve};
@@ -47,7 +47,7 @@ impl Cluster {
     pub(super) async fn node(&self, id: &str, change: impl FnOnce(&mut Config)) -> TestNode {
         let mut config =
             Config { id: Some(id.to_owned()), capacity_bytes: 8 << 20, slab_bytes: 1 << 20, ..Config::default() };
-        config.transfer.transports = self.transports.clone();
+        config.transfer.transports = Transports::Named(self.transports.clone());
         change(&mut config);
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
         let (context, registry, net) = (Context::detached(id), self.hub.registry(), self.net.clone());
@@ -64,7 +64,8 @@ impl Cluster {
 
     /// A transfer engine with room for `blocks` blocks, and a client over it.
     pub(super) fn client(&self, blocks: u64) -> Client {
-        let config = kvasir_transfer::Config { transports: self.transports.clone(), ..Default::default() };
+        let config =
+            kvasir_transfer::Config { transports: Transports::Named(self.transports.clone()), ..Default::default() };
         let engine = TransferEngine::new(config, self.net.clone(), (blocks * BLOCK) as usize).unwrap();
         let store = kvasir_store_client::Config { group_blocks: 4, ..Default::default() };
         Client { store: StoreClient::new(store, self.hub.registry().view(), engine.clone()), engine }
@@ -143,6 +144,8 @@ impl Client {
             grant: convert::grant_key(grant),
             ranges: vec![Range { local: 0, remote, len: BLOCK }],
             deadline: soon(),
+            priority: Priority::Normal,
+            notice: None,
         };
         self.engine.submit(batch).await.map(|_| ())
     }

@@ -1,0 +1,144 @@
+//! Making an engine: its settings, its name, its first memory, and the transports it can have.
+
+use std::{
+    fmt,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use kvasir_types::{Incarnation, SegmentId, TransportKind, Transports};
+
+use crate::{
+    config::Config,
+    counters::Counters,
+    engine::{Running, TransferEngine},
+    error::Error,
+    gate::Gate,
+    grant::GrantTable,
+    local::{LocalNet, LocalTransport},
+    memory::{Allocation, Memory},
+    notice::Notices,
+    owner::{Owner, random_u64},
+    space::Space,
+    tcp::TcpTransport,
+    threads::Threads,
+    timer::Timer,
+    transport::Transport,
+};
+
+/// Settings of an engine to be made; begin with [`TransferEngine::builder`].
+#[must_use = "a builder does nothing until `build`"]
+#[derive(Default)]
+pub struct Builder {
+    name: String,
+    config: Config,
+    local: LocalNet,
+    arena: Option<Allocation>,
+}
+
+impl fmt::Debug for Builder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Builder").field("name", &self.name).field("arena", &self.arena).finish()
+    }
+}
+
+impl Builder {
+    /// The segment's name: the process's, usually. Peers' logs and metrics show it. Default none.
+    pub fn name(mut self, name: impl Into<String>) -> Self {
+        self.name = name.into();
+        self
+    }
+
+    /// Its settings. Default [`Config::default`].
+    pub fn config(mut self, config: Config) -> Self {
+        self.config = config;
+        self
+    }
+
+    /// The engines of this process that can be reached by memcpy. Default a net of its own.
+    pub fn local_net(mut self, net: LocalNet) -> Self {
+        self.local = net;
+        self
+    }
+
+    /// Memory to begin with, registered at offset 0: see [`TransferEngine::memory`]. Default none.
+    pub fn arena(mut self, arena: Allocation) -> Self {
+        self.arena = Some(arena);
+        self
+    }
+
+    /// Takes memory, listens, and starts its threads.
+    ///
+    /// # Errors
+    /// A setting out of range, a transport asked for by name that can't be had here, no memory, no port or no thread.
+    pub fn build(self) -> Result<TransferEngine, Error> {
+        let Self { name, config, local, arena } = self;
+        config.check()?;
+        let (timer, threads, counters) = (Timer::default(), Arc::new(Threads::default()), Arc::<Counters>::default());
+        let owner = Arc::new(Owner {
+            name,
+            segment: SegmentId(random_u64()),
+            incarnation: Incarnation(random_u64()),
+            space: Space::default(),
+            grants: GrantTable::new(timer.clone(), config.fence_grace, Arc::clone(&counters)),
+            notices: Notices::default(),
+            counters,
+        });
+        if let Some(arena) = arena {
+            owner.space.add(Memory::Allocate(arena).realize()?)?;
+        }
+        // Made first, so that what has been started is stopped by its drop if the next thing can't be had.
+        let gate = Gate::new(config.max_inflight_bytes as u64);
+        let stopped = AtomicBool::new(false);
+        let mut running = Running { config, owner, transports: Vec::new(), gate, timer, threads, stopped };
+        let timer = running.timer.clone();
+        running.threads.spawn("transfer-timer", move || timer.run())?;
+        let (kinds, must) = match running.config.transports.clone() {
+            Transports::Auto => (TransportKind::ALL.to_vec(), false),
+            Transports::Named(kinds) => (kinds, true),
+        };
+        for kind in kinds {
+            match running.start(kind, &local) {
+                Ok(transport) => running.transports.push(transport),
+                Err(Error::TransportUnavailable { kind, reason }) if !must => {
+                    tracing::info!(%kind, reason, "transport left out");
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(TransferEngine::from_running(running))
+    }
+}
+
+impl Running {
+    fn start(&self, kind: TransportKind, local: &LocalNet) -> Result<Arc<dyn Transport>, Error> {
+        let Self { config, owner, threads, .. } = self;
+        Ok(match kind {
+            TransportKind::Local => Arc::new(LocalTransport::new(local.clone(), owner, threads)?),
+            TransportKind::Tcp => Arc::new(TcpTransport::new(config, owner, threads)?),
+            TransportKind::Shm | TransportKind::Ucx => {
+                return Err(Error::TransportUnavailable { kind, reason: "not in this version".into() });
+            }
+        })
+    }
+
+    pub(crate) fn shutdown(&self) {
+        if self.stopped.swap(true, Ordering::SeqCst) {
+            return;
+        }
+        self.gate.close();
+        self.owner.notices.close();
+        self.owner.grants.close_all();
+        self.transports.iter().for_each(|transport| transport.shutdown());
+        self.timer.stop();
+        self.threads.join_all();
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.shutdown();
+    }
+}
