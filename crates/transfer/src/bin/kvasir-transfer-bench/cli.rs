@@ -62,6 +62,39 @@ pub struct EngineOptions {
     /// Most bytes in one wire operation; larger blocks are cut [default: the engine's]
     #[arg(long, value_name = "SIZE", value_parser = size)]
     pub slice: Option<u64>,
+    /// Threads that copy for the local and shm transports [default: the engine's]
+    #[arg(long, value_name = "N")]
+    pub copy_threads: Option<usize>,
+    /// UCX's transports, as in UCX_TLS
+    #[arg(long, value_name = "LIST")]
+    pub ucx_tls: Option<String>,
+    /// UCX's devices, as in UCX_NET_DEVICES
+    #[arg(long, value_name = "LIST")]
+    pub ucx_devices: Option<String>,
+    #[command(flatten)]
+    pub memory: MemoryOptions,
+}
+
+/// What memory is measured.
+#[derive(Args, Clone, Copy)]
+pub struct MemoryOptions {
+    /// Whether it lies in huge pages
+    #[arg(long, value_enum, default_value_t = Pages::Try)]
+    pub huge_pages: Pages,
+    /// The NUMA node it is taken from [default: the kernel's choice]
+    #[arg(long, value_name = "NODE")]
+    pub numa_node: Option<u32>,
+}
+
+/// Huge pages.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Pages {
+    /// Pages of the ordinary size
+    Never,
+    /// Transparent huge pages where the kernel gives them
+    Try,
+    /// From the kernel's reserved pool, or the run fails
+    Require,
 }
 
 /// `target`.
@@ -132,6 +165,8 @@ pub struct Initiator {
 pub struct Local {
     #[command(flatten)]
     pub load: Load,
+    #[command(flatten)]
+    pub memory: MemoryOptions,
     /// Blocks in a batch
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=65536))]
     pub batch: u32,
@@ -166,6 +201,10 @@ pub struct SocketClient {
 pub enum Transport {
     /// The best that both sides offer
     Auto,
+    /// The target's memory is mapped; same host only
+    Shm,
+    /// libucp: RDMA, or what else UCX finds
+    Ucx,
     /// Sockets
     Tcp,
 }

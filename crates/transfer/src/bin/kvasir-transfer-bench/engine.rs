@@ -1,11 +1,11 @@
 //! The engine under measurement: how it is set up, and its memory filled and checked.
 
 use anyhow::{Result, ensure};
-use kvasir_transfer::{Config, LocalNet, TransferEngine};
+use kvasir_transfer::{Allocation, Config, HugePages, LocalNet, TransferEngine, Transports};
 use kvasir_types::TransportKind;
 
 use crate::{
-    cli::{EngineOptions, Transport},
+    cli::{EngineOptions, MemoryOptions, Pages, Transport},
     pattern,
 };
 
@@ -24,13 +24,19 @@ pub struct Buffer {
 impl Buffer {
     /// Starts an engine that offers `len` bytes.
     pub fn new(options: &EngineOptions, len: u64) -> Result<Self> {
-        Self::with(config(options), LocalNet::new(), len)
+        Self::with(config(options), LocalNet::new(), options.memory, len)
     }
 
     /// Starts an engine of these settings in that net. Its memory is touched, so that no page of it is the kernel's one
     /// page of zeros, which would always be in the cache.
-    pub fn with(config: Config, net: LocalNet, len: u64) -> Result<Self> {
-        let engine = TransferEngine::new(config, net, usize::try_from(len)?)?;
+    pub fn with(config: Config, net: LocalNet, memory: MemoryOptions, len: u64) -> Result<Self> {
+        let huge_pages = match memory.huge_pages {
+            Pages::Never => HugePages::Never,
+            Pages::Try => HugePages::Try,
+            Pages::Require => HugePages::Require,
+        };
+        let arena = Allocation { huge_pages, numa_node: memory.numa_node, ..Allocation::new(usize::try_from(len)?) };
+        let engine = TransferEngine::builder().name("bench").config(config).local_net(net).arena(arena).build()?;
         let buffer = Self { engine, base: 0, len };
         buffer.fill(0, 0, len)?;
         Ok(buffer)
@@ -78,15 +84,24 @@ impl Buffer {
 
 fn config(options: &EngineOptions) -> Config {
     let mut config = Config { tcp_bind: options.bind, tcp_advertise: options.advertise.clone(), ..Config::default() };
-    match options.transport {
-        Transport::Auto => {}
-        Transport::Tcp => config.transports = vec![TransportKind::Tcp],
-    }
+    config.transports = match options.transport {
+        Transport::Auto => Transports::Auto,
+        Transport::Shm => Transports::Named(vec![TransportKind::Shm]),
+        Transport::Ucx => Transports::Named(vec![TransportKind::Ucx]),
+        Transport::Tcp => Transports::Named(vec![TransportKind::Tcp]),
+    };
+    config.ucx.bind.set_ip(options.bind.ip());
+    config.ucx.advertise = options.advertise.clone();
+    config.ucx.tls = options.ucx_tls.clone();
+    config.ucx.net_devices = options.ucx_devices.clone();
     if let Some(connections) = options.connections {
         config.connections_per_peer = connections;
     }
     if let Some(slice) = options.slice {
         config.slice_bytes = slice as usize;
+    }
+    if let Some(threads) = options.copy_threads {
+        config.copy_threads = threads;
     }
     config
 }

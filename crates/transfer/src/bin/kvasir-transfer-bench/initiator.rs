@@ -189,13 +189,8 @@ impl Job<'_> {
             remote: self.far.base + far,
             len: block,
         });
-        Batch {
-            op: self.op,
-            target: self.far.descriptor.clone(),
-            grant: self.far.key,
-            ranges: ranges.collect(),
-            deadline: Deadline::after(PATIENCE),
-        }
+        let deadline = Deadline::after(PATIENCE);
+        Batch::new(self.op, self.far.descriptor.clone(), self.far.key, ranges.collect(), deadline)
     }
 }
 

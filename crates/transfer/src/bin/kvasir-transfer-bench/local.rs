@@ -11,7 +11,7 @@ use anyhow::Result;
 use kvasir_transfer::{Access, Config, GrantRange, LocalNet, Op};
 
 use crate::{
-    cli::{self, Direction},
+    cli::{self, Direction, Pages},
     engine::Buffer,
     initiator::{Far, Job, Plan, Tally, Until},
     measure::{Histogram, cpu_seconds},
@@ -28,11 +28,11 @@ pub fn run(options: &cli::Local) -> Result<()> {
     let plans: Vec<_> =
         load.block.iter().map(|&block| Plan::cut(load, block, options.batch.into(), 1, 1)).collect::<Result<_>>()?;
     let net = LocalNet::new();
-    let near = Buffer::with(Config::default(), net.clone(), load.working_set)?;
-    let far = Buffer::with(Config::default(), net, load.working_set)?;
+    let near = Buffer::with(Config::default(), net.clone(), options.memory, load.working_set)?;
+    let far = Buffer::with(Config::default(), net, options.memory, load.working_set)?;
     let grant = far.engine.grant(vec![GrantRange { offset: far.base, len: load.working_set, access: Access::Read }])?;
     let opened = Far { descriptor: far.engine.descriptor(), key: grant.key(), base: far.base };
-    let mut plain = Plain::new(usize::try_from(load.working_set)?);
+    let mut plain = Plain::new(usize::try_from(load.working_set)?, options.memory.huge_pages);
     let mut output = Output::new(load.json);
     for plan in &plans {
         let job = Job { engine: &near.engine, near_base: near.base, far: &opened, op: Op::Read, plan };
@@ -58,9 +58,14 @@ struct Plain {
 }
 
 impl Plain {
-    fn new(len: usize) -> Self {
+    fn new(len: usize, pages: Pages) -> Self {
         let mut from = vec![0; len];
         let mut into = vec![0; len];
+        if pages != Pages::Never {
+            // What the engine's memory gets, a memcpy's gets, too.
+            prefer_huge_pages(&mut from);
+            prefer_huge_pages(&mut into);
+        }
         pattern::fill(0, 0, &mut from);
         pattern::fill(1, 0, &mut into);
         Self { from, into }
@@ -88,6 +93,15 @@ impl Plain {
         tally.seconds = started.elapsed().as_secs_f64();
         tally
     }
+}
+
+/// Asks for transparent huge pages for memory that has not been touched yet. A wish: there may be none.
+fn prefer_huge_pages(bytes: &mut [u8]) {
+    // The system call wants a page's start; the page before may hold something else, which it does not hurt.
+    let start = bytes.as_ptr().addr() & !0xfff;
+    let len = bytes.as_ptr().addr() + bytes.len() - start;
+    // SAFETY: the advice changes what pages the kernel maps there, never what they hold.
+    unsafe { libc::madvise(bytes.as_mut_ptr().with_addr(start).cast(), len, libc::MADV_HUGEPAGE) };
 }
 
 /// The turns of one of the two.

@@ -9,7 +9,7 @@
 //! plain loop over one connection, with no protocol). `scripts/bench transfer` runs all of them against other transfer
 //! engines.
 
-#![expect(unsafe_code, reason = "asks the kernel for this process's processor time")]
+#![expect(unsafe_code, reason = "asks the kernel for processor time and huge pages")]
 
 mod cli;
 mod control;
