@@ -31,6 +31,7 @@ use kvasir_types::{Deadline, GrantKey, SegmentDescriptor, SegmentId, TransportKi
 use crate::{
     error::Error,
     grant::Cut,
+    peers::Peer,
     plan::{FramePlan, Plan},
     space::{Mapped, Use},
     timer::Timer,
@@ -153,6 +154,7 @@ pub(crate) struct BatchState {
     started: Instant,
     timer: Timer,
     grace: Duration,
+    peer: Option<Arc<Peer>>,
     inner: Mutex<Inner>,
     ended: Condvar,
 }
@@ -163,6 +165,8 @@ pub(crate) struct Setting {
     pub(crate) transport: TransportKind,
     pub(crate) timer: Timer,
     pub(crate) grace: Duration,
+    /// Told when the batch is over; none for one that never began.
+    pub(crate) peer: Option<Arc<Peer>>,
 }
 
 impl BatchState {
@@ -170,6 +174,9 @@ impl BatchState {
     pub(crate) fn new(batch: &Batch, plan: Plan, setting: Setting) -> Arc<Self> {
         let frames = plan.frames.len() + usize::from(batch.notice.is_some());
         let state = Self::with(batch, plan, setting, None, frames);
+        if let Some(peer) = &state.peer {
+            peer.started(state.plan.bytes);
+        }
         let weak = Arc::downgrade(&state);
         state.timer.at(batch.deadline.instant(), move || Self::abort_weak(&weak, Error::DeadlineExceeded));
         state
@@ -201,6 +208,7 @@ impl BatchState {
             started: Instant::now(),
             timer: setting.timer,
             grace: setting.grace,
+            peer: setting.peer,
             inner: Mutex::new(Inner {
                 stages: (0..frames).map(|_| Stage::Waiting).collect(),
                 unsettled: frames,
@@ -314,8 +322,12 @@ impl BatchState {
         let (waker, on_end) = (inner.waker.take(), inner.on_end.take());
         let over = (inner.start_notice.take(), std::mem::take(&mut inner.uses));
         let outcome = on_end.and_then(|on_end| Some((on_end, inner.outcome.clone()?)));
+        let ended = self.peer.as_ref().and_then(|peer| Some((peer, inner.outcome.clone()?)));
         drop(inner);
         drop(over);
+        if let Some((peer, outcome)) = ended {
+            peer.ended(self.op, self.plan.bytes, &outcome);
+        }
         self.ended.notify_all();
         if let Some(waker) = waker {
             waker.wake();
@@ -502,5 +514,61 @@ impl Future for Transfer {
                 Poll::Pending
             }
         }
+    }
+}
+
+/// Several batches submitted at once: a future of all their outcomes, in the order of the batches.
+#[must_use = "local memory is in use until every transfer has resolved"]
+#[derive(Debug)]
+pub struct Transfers(Vec<Transfer>);
+
+impl Transfers {
+    pub(crate) fn new(transfers: Vec<Transfer>) -> Self {
+        Self(transfers)
+    }
+
+    /// Each of them, to be polled by itself ([`Transfer::result`]).
+    pub fn iter(&self) -> std::slice::Iter<'_, Transfer> {
+        self.0.iter()
+    }
+
+    /// Each of them, to be awaited by itself.
+    pub fn into_vec(self) -> Vec<Transfer> {
+        self.0
+    }
+
+    /// Cancels all that have not completed.
+    pub fn cancel(&self) {
+        self.0.iter().for_each(Transfer::cancel);
+    }
+
+    /// Blocks until all have resolved: for threads without an executor.
+    pub fn wait(self) -> Vec<Result<Report, Error>> {
+        self.0.into_iter().map(Transfer::wait).collect()
+    }
+}
+
+impl<'a> IntoIterator for &'a Transfers {
+    type Item = &'a Transfer;
+    type IntoIter = std::slice::Iter<'a, Transfer>;
+
+    fn into_iter(self) -> Self::IntoIter {
+        self.iter()
+    }
+}
+
+impl Future for Transfers {
+    type Output = Vec<Result<Report, Error>>;
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        // Every one is polled, so that each knows whom to wake.
+        let mut pending = false;
+        for transfer in &mut self.0 {
+            pending |= Pin::new(transfer).poll(context).is_pending();
+        }
+        if pending {
+            return Poll::Pending;
+        }
+        Poll::Ready(self.0.iter().filter_map(Transfer::result).collect())
     }
 }

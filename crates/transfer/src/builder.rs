@@ -2,6 +2,7 @@
 
 use std::{
     fmt,
+    path::Path,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -11,6 +12,7 @@ use std::{
 use kvasir_types::{Incarnation, SegmentId, TransportKind, Transports};
 
 use crate::{
+    choice::Slot,
     config::Config,
     counters::Counters,
     engine::{Running, TransferEngine},
@@ -21,6 +23,8 @@ use crate::{
     memory::{Allocation, Memory},
     notice::Notices,
     owner::{Owner, random_u64},
+    peers::Peers,
+    segment::Directory,
     space::Space,
     tcp::TcpTransport,
     threads::Threads,
@@ -36,6 +40,7 @@ pub struct Builder {
     config: Config,
     local: LocalNet,
     arena: Option<Allocation>,
+    directory: Option<Arc<dyn Directory>>,
 }
 
 impl fmt::Debug for Builder {
@@ -63,6 +68,12 @@ impl Builder {
         self
     }
 
+    /// Where segments are found by name. Default nowhere.
+    pub fn directory(mut self, directory: Arc<dyn Directory>) -> Self {
+        self.directory = Some(directory);
+        self
+    }
+
     /// Memory to begin with, registered at offset 0: see [`TransferEngine::memory`]. Default none.
     pub fn arena(mut self, arena: Allocation) -> Self {
         self.arena = Some(arena);
@@ -74,7 +85,7 @@ impl Builder {
     /// # Errors
     /// A setting out of range, a transport asked for by name that can't be had here, no memory, no port or no thread.
     pub fn build(self) -> Result<TransferEngine, Error> {
-        let Self { name, config, local, arena } = self;
+        let Self { name, config, local, arena, directory } = self;
         config.check()?;
         let (timer, threads, counters) = (Timer::default(), Arc::new(Threads::default()), Arc::<Counters>::default());
         let owner = Arc::new(Owner {
@@ -92,29 +103,53 @@ impl Builder {
         // Made first, so that what has been started is stopped by its drop if the next thing can't be had.
         let gate = Gate::new(config.max_inflight_bytes as u64);
         let stopped = AtomicBool::new(false);
-        let mut running = Running { config, owner, transports: Vec::new(), gate, timer, threads, stopped };
+        let rdma = has_rdma(Path::new("/sys/class/infiniband"));
+        let kinds = match config.transports.clone() {
+            Transports::Auto => TransportKind::ALL.to_vec(),
+            Transports::Named(kinds) => kinds,
+        };
+        let transports = kinds.into_iter().map(Slot::new).collect();
+        let peers = Peers::default();
+        let running =
+            Running { config, owner, transports, peers, local, rdma, directory, gate, timer, threads, stopped };
         let timer = running.timer.clone();
         running.threads.spawn("transfer-timer", move || timer.run())?;
-        let (kinds, must) = match running.config.transports.clone() {
-            Transports::Auto => (TransportKind::ALL.to_vec(), false),
-            Transports::Named(kinds) => (kinds, true),
-        };
-        for kind in kinds {
-            match running.start(kind, &local) {
-                Ok(transport) => running.transports.push(transport),
-                Err(Error::TransportUnavailable { kind, reason }) if !must => {
-                    tracing::info!(%kind, reason, "transport left out");
-                }
-                Err(error) => return Err(error),
+        for slot in &running.transports {
+            match running.config.transports {
+                // Without RDMA it is wanted only for memory that can't be mapped: when the first comes along.
+                Transports::Auto if slot.kind == TransportKind::Ucx && !rdma => {}
+                Transports::Auto => match running.start(slot.kind) {
+                    Ok(transport) => _ = slot.state.set(Ok(transport)), // nobody else has the slots yet
+                    Err(Error::TransportUnavailable { kind, reason }) => {
+                        tracing::info!(%kind, reason, "transport left out");
+                        let _ = slot.state.set(Err(reason));
+                    }
+                    Err(error) => return Err(error),
+                },
+                Transports::Named(_) => _ = slot.state.set(Ok(running.start(slot.kind)?)),
             }
         }
         Ok(TransferEngine::from_running(running))
     }
 }
 
+/// Whether the kernel knows an RDMA device.
+fn has_rdma(class: &Path) -> bool {
+    std::fs::read_dir(class).is_ok_and(|mut devices| devices.next().is_some())
+}
+
 impl Running {
-    fn start(&self, kind: TransportKind, local: &LocalNet) -> Result<Arc<dyn Transport>, Error> {
-        let Self { config, owner, threads, .. } = self;
+    /// The transport of a slot, started if it was not yet.
+    pub(crate) fn started(&self, slot: &Slot) -> Result<Arc<dyn Transport>, String> {
+        let start = || match self.start(slot.kind) {
+            Err(Error::TransportUnavailable { reason, .. }) => Err(reason),
+            other => other.map_err(|error| error.to_string()),
+        };
+        slot.state.get_or_init(start).clone()
+    }
+
+    fn start(&self, kind: TransportKind) -> Result<Arc<dyn Transport>, Error> {
+        let Self { config, owner, threads, local, .. } = self;
         Ok(match kind {
             TransportKind::Local => Arc::new(LocalTransport::new(local.clone(), owner, threads)?),
             TransportKind::Tcp => Arc::new(TcpTransport::new(config, owner, threads)?),
@@ -131,7 +166,7 @@ impl Running {
         self.gate.close();
         self.owner.notices.close();
         self.owner.grants.close_all();
-        self.transports.iter().for_each(|transport| transport.shutdown());
+        self.transports.iter().filter_map(Slot::started).for_each(|transport| transport.shutdown());
         self.timer.stop();
         self.threads.join_all();
     }

@@ -1,12 +1,16 @@
 //! The live counters behind [`Stats`]: plain atomics, written by every thread of the engine, read by `stats()`.
 
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::{
+    sync::atomic::{AtomicU64, Ordering::Relaxed},
+    time::Duration,
+};
 
 use kvasir_types::TransportKind;
 
 use crate::{
     batch::Op,
-    error::Refusal,
+    error::{CAUSES, Error, Refusal},
+    histogram::LiveHistogram,
     stats::{Refused, Side, Stats, Traffic},
 };
 
@@ -66,6 +70,9 @@ impl SideCounters {
 pub(crate) struct Counters {
     client: SideCounters,
     owner: SideCounters,
+    latency: [LiveHistogram; 4],
+    failures: [AtomicU64; CAUSES.len()],
+    pub(crate) in_flight_bytes: AtomicU64,
     unknown_grant: AtomicU64,
     access: AtomicU64,
     bounds: AtomicU64,
@@ -87,6 +94,16 @@ impl Counters {
 
     pub(crate) fn owner_moved(&self, kind: TransportKind, op: Op, bytes: u64, ops: u64) {
         self.owner.of(kind).add(op, bytes, ops);
+    }
+
+    pub(crate) fn completed(&self, kind: TransportKind, elapsed: Duration) {
+        self.latency[kind as usize].add(elapsed);
+    }
+
+    pub(crate) fn failed(&self, error: &Error) {
+        if let Some(at) = CAUSES.iter().position(|&cause| cause == error.cause()) {
+            add_one(&self.failures[at]);
+        }
     }
 
     pub(crate) fn refused(&self, refusal: Refusal) {
@@ -113,6 +130,9 @@ impl Counters {
                 busy: self.busy.load(Relaxed),
                 malformed: self.malformed.load(Relaxed),
             },
+            latency: TransportKind::ALL.map(|kind| self.latency[kind as usize].get()),
+            failures: std::array::from_fn(|at| (CAUSES[at], self.failures[at].load(Relaxed))),
+            in_flight_bytes: self.in_flight_bytes.load(Relaxed),
             retries: self.retries.load(Relaxed),
             fenced_connections: self.fenced_connections.load(Relaxed),
             open_connections: self.open_connections.load(Relaxed),

@@ -13,11 +13,12 @@ use std::{
     },
 };
 
-use kvasir_types::{GrantKey, HostMemory, SegmentDescriptor, TransportKind, Transports};
+use kvasir_types::{GrantKey, HostMemory, SegmentDescriptor, TransportKind};
 
 use crate::{
-    batch::{Batch, BatchState, Op, Setting, Transfer},
+    batch::{Batch, BatchState, Op, Setting, Transfer, Transfers},
     builder::Builder,
+    choice::{Circumstances, Slot, Way, choose},
     config::Config,
     error::Error,
     gate::{Gate, Launch},
@@ -26,12 +27,13 @@ use crate::{
     memory::{Allocation, Memory},
     notice::{MAX_NOTICE_BYTES, Notices},
     owner::{Owner, random_u64},
+    peers::{Peer, PeerStats, Peers},
     plan::Plan,
+    segment::{Directory, Segment},
     space::{Mapped, Snapshot, Unregister, Use},
     stats::Stats,
     threads::Threads,
     timer::Timer,
-    transport::{Target, Transport},
 };
 
 /// Most ranges in one batch or grant: bounds what a caller's mistake can cost.
@@ -46,7 +48,11 @@ pub struct TransferEngine(Arc<Running>);
 pub(crate) struct Running {
     pub(crate) config: Config,
     pub(crate) owner: Arc<Owner>,
-    pub(crate) transports: Vec<Arc<dyn Transport>>,
+    pub(crate) transports: Vec<Slot>,
+    pub(crate) peers: Peers,
+    pub(crate) local: LocalNet,
+    pub(crate) rdma: bool,
+    pub(crate) directory: Option<Arc<dyn Directory>>,
     pub(crate) gate: Arc<Gate>,
     pub(crate) timer: Timer,
     pub(crate) threads: Arc<Threads>,
@@ -102,12 +108,6 @@ impl fmt::Debug for TransferEngine {
     }
 }
 
-/// How a batch is to travel.
-struct Way {
-    transport: Arc<dyn Transport>,
-    target: Arc<Target>,
-}
-
 impl TransferEngine {
     /// Begins to make one.
     pub fn builder() -> Builder {
@@ -133,6 +133,13 @@ impl TransferEngine {
     pub fn register(&self, memory: Memory) -> Result<Region, Error> {
         self.check_running()?;
         let mapped = self.0.owner.space.add(memory.realize()?)?;
+        if mapped.backing.is_none() {
+            // What peers of this host can't map they may want to reach by ucx.
+            let ucx = self.0.transports.iter().find(|slot| slot.kind == TransportKind::Ucx);
+            if let Some(Err(reason)) = ucx.map(|slot| self.0.started(slot)) {
+                tracing::debug!(reason, "memory that can't be mapped goes by sockets");
+            }
+        }
         Ok(Region { mapped, engine: self.clone() })
     }
 
@@ -148,7 +155,8 @@ impl TransferEngine {
     pub fn descriptor(&self) -> SegmentDescriptor {
         let Owner { name, segment, incarnation, space, .. } = &*self.0.owner;
         // In one order whatever our own preference: a peer for which the first works should see it first.
-        let mut transports: Vec<_> = self.0.transports.iter().flat_map(|transport| transport.addresses()).collect();
+        let mut transports: Vec<_> =
+            self.0.transports.iter().filter_map(Slot::started).flat_map(|transport| transport.addresses()).collect();
         transports.sort_by_key(|address| address.kind);
         let regions = space.snapshot();
         SegmentDescriptor {
@@ -186,8 +194,8 @@ impl TransferEngine {
     /// goes wrong comes out of the future. A batch without bytes and notice is complete at once, without asking the owner.
     pub fn submit(&self, batch: Batch) -> Transfer {
         Transfer::new(match self.prepare(&batch) {
-            Ok((way, plan, uses)) => {
-                let setting = self.setting(way.transport.kind(), uses);
+            Ok(Prepared { way, plan, uses, peer }) => {
+                let setting = self.setting(way.transport.kind(), uses, Some(peer));
                 if plan.frames.is_empty() && batch.notice.is_none() {
                     BatchState::ended(&batch, setting, Ok(()))
                 } else {
@@ -196,13 +204,33 @@ impl TransferEngine {
                     state
                 }
             }
-            Err(error) => BatchState::ended(&batch, self.setting(TransportKind::Local, Vec::new()), Err(error)),
+            Err(error) => BatchState::ended(&batch, self.setting(TransportKind::Local, Vec::new(), None), Err(error)),
         })
     }
 
     /// The notices that peers send along with their writes.
     pub fn notices(&self) -> Notices {
         self.0.owner.notices.clone()
+    }
+
+    /// Submits batches to any number of peers at once; each resolves by itself, and one's failure is not another's.
+    pub fn submit_all(&self, batches: impl IntoIterator<Item = Batch>) -> Transfers {
+        Transfers::new(batches.into_iter().map(|batch| self.submit(batch)).collect())
+    }
+
+    /// Opens a segment by its name, in the directory the engine was built with.
+    ///
+    /// # Errors
+    /// [`Error::UnknownSegment`] if nothing is published under the name, or there is no directory.
+    pub async fn open(&self, name: &str) -> Result<Segment, Error> {
+        let missing = || Error::UnknownSegment { name: name.to_owned(), reason: "the engine has no directory".into() };
+        let directory = self.0.directory.clone().ok_or_else(missing)?;
+        Segment::open(self.clone(), directory, name.to_owned()).await
+    }
+
+    /// What is known of each peer: over what it is reached and why, how that goes. Sorted by name.
+    pub fn peers(&self) -> Vec<PeerStats> {
+        self.0.peers.stats()
     }
 
     /// What moved and what was refused so far.
@@ -273,8 +301,8 @@ impl TransferEngine {
         self.0.shutdown();
     }
 
-    fn setting(&self, transport: TransportKind, uses: Vec<Use>) -> Setting {
-        Setting { uses, transport, timer: self.0.timer.clone(), grace: self.0.config.fence_grace }
+    fn setting(&self, transport: TransportKind, uses: Vec<Use>, peer: Option<Arc<Peer>>) -> Setting {
+        Setting { uses, transport, timer: self.0.timer.clone(), grace: self.0.config.fence_grace, peer }
     }
 
     fn check_running(&self) -> Result<(), Error> {
@@ -297,7 +325,7 @@ impl TransferEngine {
     }
 
     /// Checks a batch against both segments and chooses its way.
-    fn prepare(&self, batch: &Batch) -> Result<(Way, Plan, Vec<Use>), Error> {
+    fn prepare(&self, batch: &Batch) -> Result<Prepared, Error> {
         limit_ranges(batch.ranges.len())?;
         if let Some(notice) = batch.notice.as_ref().filter(|notice| notice.len() > MAX_NOTICE_BYTES) {
             let reason = format!("{} bytes are more than {MAX_NOTICE_BYTES}", notice.len());
@@ -318,44 +346,13 @@ impl TransferEngine {
             return Err(Error::DeadlineExceeded);
         }
         self.check_running()?;
-        let way = self.choose(&batch.target, mappable)?;
-        Ok((way, Plan::new(&batch.ranges, self.0.config.slice_bytes as u64), uses.0))
-    }
-
-    /// The first of our transports, in our order, that the peer offers and that can reach it.
-    fn choose(&self, target: &SegmentDescriptor, mappable: bool) -> Result<Way, Error> {
-        let mut reasons = Vec::new();
-        for transport in &self.0.transports {
-            let kind = transport.kind();
-            let offered: Vec<_> = target.transports.iter().filter(|offer| offer.kind == kind).collect();
-            if offered.is_empty() {
-                continue;
-            }
-            if kind == TransportKind::Shm && !mappable {
-                reasons.push("shm: the memory can't be mapped".to_owned());
-                continue;
-            }
-            let mut addresses = Vec::with_capacity(offered.len());
-            for offer in offered {
-                match transport.reaches(&offer.address) {
-                    Ok(()) => addresses.push(offer.address.clone()),
-                    Err(reason) => reasons.push(format!("{kind}: {reason}")),
-                }
-            }
-            if !addresses.is_empty() {
-                let target = Arc::new(Target { descriptor: target.clone(), addresses });
-                return Ok(Way { transport: Arc::clone(transport), target });
-            }
-        }
-        let allowed = match &self.0.config.transports {
-            Transports::Auto => "auto".into(),
-            Transports::Named(kinds) => list(kinds.iter().copied()),
-        };
-        Err(Error::NoTransport {
-            segment: target.segment,
-            offered: list(target.transports.iter().map(|offer| offer.kind)),
-            allowed: if reasons.is_empty() { allowed } else { format!("{allowed} ({})", reasons.join("; ")) },
-        })
+        let Running { config, transports, rdma, owner, peers, .. } = &*self.0;
+        let circumstances = Circumstances { transports: &config.transports, mappable, rdma: *rdma };
+        let way = choose(transports, &batch.target, &circumstances, |slot| self.0.started(slot))?;
+        let peer = peers.get(&batch.target, &owner.counters);
+        peer.begin(way.transport.kind(), Arc::clone(&way.reason))?;
+        let plan = Plan::new(&batch.ranges, config.slice_bytes as u64);
+        Ok(Prepared { way, plan, uses: uses.0, peer })
     }
 }
 
@@ -369,6 +366,14 @@ impl Way {
     }
 }
 
+/// A batch that was found in order.
+struct Prepared {
+    way: Way,
+    plan: Plan,
+    uses: Vec<Use>,
+    peer: Arc<Peer>,
+}
+
 /// Uses of regions, each once.
 #[derive(Default)]
 struct Uses(Vec<Use>);
@@ -380,11 +385,6 @@ impl Uses {
             self.0.push(Use::new(region));
         }
     }
-}
-
-fn list(kinds: impl Iterator<Item = TransportKind>) -> String {
-    let names: Vec<_> = kinds.map(|kind| kind.to_string()).collect();
-    if names.is_empty() { "none".into() } else { names.join(", ") }
 }
 
 /// Whether the range's region can be mapped by processes of its host.

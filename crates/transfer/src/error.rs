@@ -180,7 +180,48 @@ pub enum Error {
     Shutdown,
 }
 
+/// What [`Error::cause`] says.
+pub(crate) const CAUSES: [&str; 13] = [
+    "refused",
+    "stale",
+    "version",
+    "busy",
+    "unreachable",
+    "disconnected",
+    "untrusted",
+    "resting",
+    "deadline",
+    "cancelled",
+    "shutdown",
+    "no_transport",
+    "misuse",
+];
+
 impl Error {
+    /// What it was, in one word: a metric's label.
+    pub fn cause(&self) -> &'static str {
+        match self {
+            Self::Refused { .. } => "refused",
+            Self::Stale { .. } => "stale",
+            Self::Version { .. } => "version",
+            Self::Busy { .. } => "busy",
+            Self::Unreachable { .. } => "unreachable",
+            Self::Disconnected { .. } => "disconnected",
+            Self::Resting { .. } => "resting",
+            Self::DeadlineExceeded => "deadline",
+            Self::Cancelled => "cancelled",
+            Self::Shutdown => "shutdown",
+            Self::NoTransport { .. } | Self::TransportUnavailable { .. } => "no_transport",
+            Self::Config { .. }
+            | Self::Memory { .. }
+            | Self::Listen { .. }
+            | Self::Thread { .. }
+            | Self::OutOfBounds { .. }
+            | Self::ReadOnly { .. }
+            | Self::UnknownSegment { .. } => "misuse",
+        }
+    }
+
     /// Whether trying again may help.
     pub fn retry(&self) -> Retry {
         match self {

@@ -42,9 +42,11 @@
 #![expect(unsafe_code, reason = "owns the arena and hands its addresses to the kernel")]
 
 mod builder;
+mod choice;
 mod config;
 mod engine;
 mod error;
+mod segment;
 
 mod batch;
 mod gate;
@@ -56,9 +58,11 @@ mod tcp;
 mod transport;
 
 mod counters;
+mod histogram;
 mod memory;
 mod notice;
 mod owner;
+mod peers;
 mod space;
 mod stats;
 mod threads;
@@ -66,14 +70,17 @@ mod timer;
 
 pub use kvasir_types::Transports;
 
-pub use batch::{Batch, Op, Priority, Range, Report, Transfer};
+pub use batch::{Batch, Op, Priority, Range, Report, Transfer, Transfers};
 pub use builder::Builder;
 pub use config::{Config, ShmConfig, UcxConfig};
 pub use engine::{Region, TransferEngine};
 pub use error::{Error, Refusal};
 pub use grant::{Access, Grant, GrantRange, Revoke};
+pub use histogram::{BUCKETS, Histogram};
 pub use local::LocalNet;
 pub use memory::{Allocation, HugePages, Memory};
 pub use notice::{MAX_NOTICE_BYTES, NextNotice, Notice, Notices};
+pub use peers::PeerStats;
+pub use segment::{Directory, Lookup, Published, Segment};
 pub use space::Unregister;
 pub use stats::{Refused, Side, Stats, Traffic};

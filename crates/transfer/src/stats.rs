@@ -2,6 +2,8 @@
 
 use kvasir_types::TransportKind;
 
+use crate::{error::CAUSES, histogram::Histogram};
+
 /// Snapshot of an engine's counters since its start (the two `…_connections` gauges: now).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Stats {
@@ -9,6 +11,12 @@ pub struct Stats {
     pub client: Side,
     /// Moved in and out of this engine's memory by peers.
     pub owner: Side,
+    /// How long batches submitted here took, by transport, in the order of [`TransportKind::ALL`].
+    pub latency: [Histogram; 4],
+    /// Batches submitted here that failed, by cause ([`crate::Error::cause`]).
+    pub failures: [(&'static str, u64); CAUSES.len()],
+    /// Bytes of batches submitted here that are not over.
+    pub in_flight_bytes: u64,
     /// Operations and connections of peers that this engine refused.
     pub refused: Refused,
     /// Frames sent again on a fresh connection after theirs died.
@@ -26,7 +34,7 @@ pub struct Stats {
 pub struct Side {
     /// Within the process.
     pub local: Traffic,
-    /// Through memory that both processes map.
+    /// Through memory that both processes map. Seen from the owner: nothing, it takes no part.
     pub shm: Traffic,
     /// By libucp. Seen from the owner: nothing, it takes no part.
     pub ucx: Traffic,

@@ -8,15 +8,16 @@ use std::{
     io,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicU32, AtomicU64, Ordering},
     },
 };
 
 use kvasir_types::TransportKind;
 
 use super::{
-    client::{Client, Lane},
+    client::Client,
     frame::{ANSWER_BYTES, Answer, RANGE_BYTES, REQUEST_BYTES, Request, Span, Verb},
+    lane::Lane,
     link::{Link, Pieces},
 };
 use crate::{
@@ -29,29 +30,46 @@ use crate::{
 /// A frame on its way over a lane; counts in the lane's load while it lives.
 pub(super) struct Job {
     pub(super) frame: Frame,
-    retried: AtomicBool,
-    load: Arc<AtomicU64>,
+    retried: AtomicU32,
+    load: Mutex<Option<Arc<AtomicU64>>>,
 }
 
 impl Job {
-    pub(super) fn new(frame: Frame, load: Arc<AtomicU64>) -> Arc<Self> {
-        load.fetch_add(frame.bytes(), Ordering::Relaxed);
-        Arc::new(Self { frame, retried: AtomicBool::new(false), load })
+    pub(super) fn new(frame: Frame) -> Arc<Self> {
+        Arc::new(Self { frame, retried: AtomicU32::new(0), load: Mutex::default() })
     }
 
-    /// Whether it may be tried (once) more; counted.
-    pub(super) fn may_retry(&self, counters: &Counters) -> bool {
-        let first = !self.frame.is_settled() && !self.retried.swap(true, Ordering::Relaxed);
-        if first {
-            add_one(&counters.retries);
+    /// What it weighs in a lane's load: a frame without bytes (a notice) weighs something, too.
+    fn weight(&self) -> u64 {
+        self.frame.bytes().max(1)
+    }
+
+    /// Counts it in the load of this lane, and of no other any more.
+    pub(super) fn charge(&self, lane: &Lane) {
+        lane.load.fetch_add(self.weight(), Ordering::Relaxed);
+        self.discharge(Some(Arc::clone(&lane.load)));
+    }
+
+    fn discharge(&self, next: Option<Arc<AtomicU64>>) {
+        let before = std::mem::replace(&mut *self.load.lock().unwrap_or_else(PoisonError::into_inner), next);
+        if let Some(before) = before {
+            before.fetch_sub(self.weight(), Ordering::Relaxed);
         }
-        first
+    }
+
+    /// Whether it may be tried once more; counted.
+    pub(super) fn may_retry(&self, limit: u32, counters: &Counters) -> bool {
+        if self.frame.is_settled() || self.retried.fetch_add(1, Ordering::Relaxed) >= limit {
+            return false;
+        }
+        add_one(&counters.retries);
+        true
     }
 }
 
 impl Drop for Job {
     fn drop(&mut self) {
-        self.load.fetch_sub(self.frame.bytes(), Ordering::Relaxed);
+        self.discharge(None);
     }
 }
 
@@ -158,7 +176,7 @@ impl Connection {
         };
         self.link.cut();
         sub_one(&self.client.counters.open_connections);
-        tracing::debug!(peer = %self.lane.peer.address, pending = jobs.len(), reason, "transfer connection lost");
+        tracing::debug!(peer = self.lane.address(), pending = jobs.len(), reason, "transfer connection lost");
         let mut jobs: Vec<_> = jobs.into_iter().collect();
         jobs.sort_unstable_by_key(|(id, _)| *id); // again in the order of submission
         jobs.into_iter().for_each(|(_, job)| self.give_back(&job, reason));
@@ -166,14 +184,8 @@ impl Connection {
 
     /// A frame whose connection died under it: once more, or failed.
     fn give_back(&self, job: &Arc<Job>, reason: &str) {
-        if self.client.is_stopping() {
-            job.frame.finish(Err(Error::Shutdown));
-        } else if job.may_retry(&self.client.counters) {
-            drop(self.lane.queue(Arc::clone(job)));
-        } else {
-            let peer = self.lane.peer.address.to_string();
-            job.frame.finish(Err(Error::Disconnected { peer, reason: reason.into() }));
-        }
+        let lost = || Error::Disconnected { peer: self.lane.address().to_owned(), reason: reason.into() };
+        self.client.retry(job, &self.lane, lost);
     }
 
     /// The receiving thread's body.

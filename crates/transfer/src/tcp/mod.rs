@@ -1,14 +1,16 @@
 //! The tcp transport: plain sockets, straight from and into the arena.
 //!
 //! Read [`frame`] for what is on the wire, [`link`] for how a socket is used and cut, [`server`] for the side that owns the
-//! memory, [`client`] and [`connection`] for the side that submits. A peer is **fenced** by cutting its connection on
+//! memory, [`client`], [`lane`] and [`connection`] for the side that submits. A peer is **fenced** by cutting its connection on
 //! the owning side: from then on its thread takes nothing more from the socket, and the grant waits until that thread has
 //! left the memory.
 
 mod client;
 mod connection;
 mod frame;
+mod lane;
 mod link;
+mod queue;
 mod server;
 
 use std::{net::SocketAddr, sync::Arc};
@@ -36,12 +38,7 @@ pub(crate) struct TcpTransport {
 
 impl TcpTransport {
     pub(crate) fn new(config: &Config, owner: &Arc<Owner>, threads: &Arc<Threads>) -> Result<Self, Error> {
-        let client = Client::new(
-            Arc::clone(threads),
-            Arc::clone(&owner.counters),
-            config.io_timeout,
-            config.connections_per_peer,
-        );
+        let client = Client::new(Arc::clone(threads), Arc::clone(&owner.counters), config);
         let server = Server::start(
             config.tcp_bind,
             Arc::clone(owner),

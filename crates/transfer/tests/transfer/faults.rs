@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use kvasir_transfer::{Access, Config, Error, Op, TransferEngine};
+use kvasir_transfer::{Access, Batch, Config, Error, Op, Priority, TransferEngine};
 use kvasir_types::{Deadline, GrantKey, PROTOCOL_VERSION, SegmentDescriptor, TransportAddress, TransportKind::Tcp};
 use proptest::prelude::*;
 
@@ -287,7 +287,7 @@ fn a_late_answer_to_a_cancelled_read_is_thrown_away_and_the_connection_goes_on()
 #[test]
 fn an_owner_that_never_answers_is_given_up() {
     let (listener, target) = fake_owner();
-    let client = engine(Config { io_timeout: Duration::from_millis(100), ..config(Tcp) }, MIB);
+    let client = engine(Config { io_timeout: Duration::from_millis(100), retries: 1, ..config(Tcp) }, MIB);
     let transfer = client.submit(batch(Op::Read, &target, GrantKey(1), &[(0, 0, 100)]));
     let _first = welcome(&listener);
     let _second = welcome(&listener); // the one retry
@@ -305,7 +305,7 @@ fn a_lying_answer_is_not_believed() {
         ("beyond every bound", [0, 0, 0, 0, 255, 255, 255, 255, 0, 0, 0, 0, 0, 0, 0, 0]),
     ] {
         let (listener, target) = fake_owner();
-        let client = engine(config(Tcp), MIB);
+        let client = engine(Config { retries: 1, ..config(Tcp) }, MIB);
         let transfer = client.submit(batch(Op::Read, &target, GrantKey(1), &[(0, 0, 100)]));
         for _ in 0..2 {
             let mut stream = welcome(&listener);
@@ -398,4 +398,99 @@ fn a_revocation_in_the_storm_leaves_no_late_byte() {
         }
         assert_eq!(bytes(&owner, 0, 4 * MIB), vec![0xee; 4 * MIB], "round {round}");
     }
+}
+
+#[test]
+fn a_frame_is_sent_again_as_often_as_is_set_and_over_every_address() {
+    let (first, mut target) = fake_owner();
+    let (second, other) = fake_owner();
+    target.transports.extend(other.transports);
+    let client = engine(Config { retries: 3, connections_per_peer: 1, ..config(Tcp) }, MIB);
+    let transfer = client.submit(batch(Op::Read, &target, GrantKey(1), &[(0, 0, 100)]));
+    for listener in [&first, &second, &first, &second] {
+        drop(welcome(listener));
+    }
+    let result = within_limit("the transfer", move || transfer.wait());
+    assert!(matches!(result, Err(Error::Disconnected { .. })), "{result:?}");
+    assert_eq!(client.stats().retries, 3);
+}
+
+#[test]
+fn of_two_addresses_one_that_is_dead_costs_retries_only() {
+    let owner = engine(config(Tcp), MIB);
+    owner.write_bytes(0, &[5; 100]).unwrap();
+    let mut target = owner.descriptor();
+    let dead = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
+    target.transports.insert(0, TransportAddress { kind: Tcp, address: dead });
+    let read = grant(&owner, 0, 100, Access::Read);
+    let client = engine(config(Tcp), MIB);
+    client.submit(batch(Op::Read, &target, read.key(), &[(0, 0, 100)])).wait().unwrap();
+    assert_eq!(bytes(&client, 0, 100), [5; 100]);
+}
+
+#[test]
+fn the_connections_to_all_peers_are_bounded_and_idle_ones_give_way() {
+    let client = engine(Config { max_open_connections: 3, connections_per_peer: 1, ..config(Tcp) }, MIB);
+    let owners: Vec<_> = (0..8).map(|_| engine(config(Tcp), MIB)).collect();
+    for owner in owners.iter().chain(&owners) {
+        let read = grant(owner, 0, 100, Access::Read);
+        client.submit(batch(Op::Read, &owner.descriptor(), read.key(), &[(0, 0, 100)])).wait().unwrap();
+        wait_until("there is room again", || client.stats().open_connections <= 3);
+    }
+    // All in use: the next peer is refused, and nobody's transfer is disturbed.
+    let silent: Vec<_> = (0..3).map(|_| fake_owner()).collect();
+    let busy: Vec<_> = silent
+        .iter()
+        .enumerate()
+        .map(|(at, (_, target))| client.submit(batch(Op::Read, target, GrantKey(1), &[(at as u64, 0, 1)])))
+        .collect();
+    let read = grant(&owners[0], 0, 100, Access::Read);
+    let refused = client.submit(batch(Op::Read, &owners[0].descriptor(), read.key(), &[(500, 0, 100)])).wait();
+    assert!(matches!(refused, Err(Error::Busy { .. })), "{refused:?}");
+    busy.iter().for_each(kvasir_transfer::Transfer::cancel);
+}
+
+#[test]
+fn what_is_urgent_overtakes_what_waits() {
+    let (listener, target) = fake_owner();
+    let client = engine(Config { connections_per_peer: 1, ..config(Tcp) }, 4 * MIB);
+    let submit =
+        |priority, local| client.submit(Batch { priority, ..batch(Op::Write, &target, GrantKey(1), &[(local, 0, 8)]) });
+    // While the lane connects, these queue up behind the first.
+    let transfers =
+        [submit(Priority::Low, 1), submit(Priority::Low, 2), submit(Priority::Normal, 3), submit(Priority::High, 4)];
+    for at in 1..=4u8 {
+        client.write_bytes(at.into(), &[at; 1]).unwrap();
+    }
+    let mut stream = welcome(&listener);
+    let mut order = Vec::new();
+    for _ in 0..4 {
+        let mut request = [0; 24 + 12 + 8];
+        stream.read_exact(&mut request).unwrap();
+        order.push(request[36]);
+    }
+    assert_eq!(order.last(), Some(&2), "{order:?}");
+    assert!(order.iter().position(|&at| at == 4) < order.iter().position(|&at| at == 3), "{order:?}");
+    transfers.iter().for_each(kvasir_transfer::Transfer::cancel);
+}
+
+#[test]
+fn a_peer_that_keeps_failing_rests_and_is_tried_again() {
+    let client = engine(Config { retries: 0, ..config(Tcp) }, MIB);
+    let (listener, target) = fake_owner();
+    let address = listener.local_addr().unwrap();
+    drop(listener); // refuses connections from now on
+    let read = || client.submit(batch(Op::Read, &target, GrantKey(1), &[(0, 0, 1)])).wait().unwrap_err();
+    for _ in 0..3 {
+        assert!(matches!(read(), Error::Unreachable { .. }));
+    }
+    assert!(matches!(read(), Error::Resting { .. }), "no connection is tried");
+    assert_eq!(client.peers()[0].failures_in_a_row, 3);
+    let _back = TcpListener::bind(address).unwrap();
+    wait_until("it is tried again", || {
+        let transfer = client.submit(batch(Op::Read, &target, GrantKey(1), &[(0, 0, 1)]));
+        thread::sleep(Duration::from_millis(5));
+        transfer.cancel();
+        matches!(transfer.wait(), Err(Error::Cancelled))
+    });
 }

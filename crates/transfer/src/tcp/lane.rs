@@ -1,0 +1,273 @@
+//! One lane: a queue of frames to one peer, and the thread that sends them.
+//!
+//! The thread connects on first use and again after a failure, so `submit` never waits for a connect. Between attempts it
+//! pauses, longer each time; a peer with several addresses is tried at the next one. When every attempt that a frame has is
+//! used up, it fails, and with it what waits behind it, which would only find out the same, one after another.
+
+use std::{
+    io,
+    net::{SocketAddr, ToSocketAddrs},
+    os::fd::AsRawFd,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, AtomicUsize, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use kvasir_types::PROTOCOL_VERSION;
+use socket2::{Domain, Protocol, SockRef, Socket, Type};
+
+use super::{
+    client::{Client, PeerKey},
+    connection::{Connection, Job},
+    frame::{Hello, Verdict, WELCOME_BYTES},
+    link::Link,
+    queue::{Next, Queue},
+};
+use crate::{error::Error, grant::Cut};
+
+/// The longest pause between attempts.
+const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+/// How long a lane without connection and work stays.
+const LANE_IDLE: Duration = Duration::from_secs(30);
+/// How often a connect in progress looks whether it is still wanted.
+const CONNECT_TICK: Duration = Duration::from_millis(50);
+
+/// A queue of frames to one peer.
+pub(super) struct Lane {
+    pub(super) peer: PeerKey,
+    pub(super) addresses: Arc<[String]>,
+    pub(super) queue: Queue,
+    /// Which of the addresses is in use.
+    rail: AtomicUsize,
+    /// Bytes queued and in flight: the emptiest lane gets the next frame.
+    pub(super) load: Arc<AtomicU64>,
+    last_used: Mutex<Instant>,
+    /// The socket in use, to be cut by shutdown: also while it is shaking hands.
+    link: Mutex<Option<Arc<Link>>>,
+}
+
+impl Lane {
+    /// A lane that starts at the `rail`-th address (counted round), and its thread.
+    pub(super) fn open(
+        client: Arc<Client>,
+        peer: PeerKey,
+        addresses: Arc<[String]>,
+        rail: usize,
+    ) -> Result<Arc<Self>, Error> {
+        let lane = Arc::new(Self {
+            peer,
+            addresses,
+            queue: Queue::default(),
+            rail: AtomicUsize::new(rail),
+            load: Arc::default(),
+            last_used: Mutex::new(Instant::now()),
+            link: Mutex::default(),
+        });
+        let mut sending = Sending { client, lane: Arc::clone(&lane), losses: 0, last_loss: None };
+        let client = Arc::clone(&sending.client);
+        client.threads.spawn("transfer-send", move || sending.run())?;
+        Ok(lane)
+    }
+
+    /// The address in use.
+    pub(super) fn address(&self) -> &str {
+        let rail = self.rail.load(Ordering::Relaxed);
+        self.addresses.get(rail % self.addresses.len().max(1)).map_or("", String::as_str)
+    }
+
+    pub(super) fn load(&self) -> u64 {
+        self.load.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn note_use(&self) {
+        *self.last_used.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+    }
+
+    pub(super) fn last_used(&self) -> Instant {
+        *self.last_used.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Cuts what is under way and ends the thread.
+    pub(super) fn close(&self) {
+        if let Some(link) = &*self.link() {
+            link.cut();
+        }
+        self.queue.close();
+    }
+
+    fn link(&self) -> MutexGuard<'_, Option<Arc<Link>>> {
+        self.link.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The sending thread of a lane.
+struct Sending {
+    client: Arc<Client>,
+    lane: Arc<Lane>,
+    /// Connections lost, or not made, in a row.
+    losses: u32,
+    last_loss: Option<Instant>,
+}
+
+/// Why there is no connection.
+enum NoConnection {
+    /// The peer answered, and it means no.
+    Refused(Error),
+    /// It may be different in a moment.
+    Failed(Error),
+}
+
+impl Sending {
+    fn run(&mut self) {
+        let mut current: Option<Arc<Connection>> = None;
+        loop {
+            match self.lane.queue.pop(LANE_IDLE) {
+                Next::Closed => break,
+                Next::Job(job) => self.send(&job, &mut current),
+                Next::Idle => {
+                    let connected = current.as_ref().is_some_and(|connection| connection.is_alive());
+                    if !connected && self.client.retire(&self.lane) {
+                        self.lane.queue.close();
+                    }
+                }
+            }
+        }
+        if let Some(connection) = current {
+            connection.lost("this side closed it");
+        }
+        self.fail(None, &Error::Shutdown);
+    }
+
+    fn send(&mut self, job: &Arc<Job>, current: &mut Option<Arc<Connection>>) {
+        if job.frame.is_settled() {
+            return;
+        }
+        if current.as_ref().is_some_and(|connection| !connection.is_alive()) {
+            *current = None;
+            self.note_loss();
+        }
+        while current.is_none() {
+            if self.lane.queue.is_closed() || job.frame.is_settled() {
+                return;
+            }
+            match self.connect() {
+                Ok(connection) => {
+                    self.losses = 0;
+                    *current = Some(connection);
+                }
+                Err(NoConnection::Failed(_)) if job.may_retry(self.client.limits.retries, &self.client.counters) => {
+                    self.note_loss();
+                }
+                Err(NoConnection::Failed(error) | NoConnection::Refused(error)) => {
+                    self.note_loss();
+                    return self.fail(Some(job), &error);
+                }
+            }
+        }
+        if let Some(connection) = current {
+            self.lane.note_use();
+            connection.send(job);
+        }
+    }
+
+    fn note_loss(&mut self) {
+        self.losses += 1;
+        self.last_loss = Some(Instant::now());
+        self.lane.rail.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Fails a frame and those that wait behind it. They are taken out first: what a caller submits in answer to the
+    /// failure gets a try of its own.
+    fn fail(&self, job: Option<&Arc<Job>>, error: &Error) {
+        let queued = self.lane.queue.take_all();
+        for job in job.into_iter().chain(&queued) {
+            job.frame.finish(Err(error.clone()));
+        }
+    }
+
+    fn connect(&self) -> Result<Arc<Connection>, NoConnection> {
+        if let Some(loss) = self.last_loss {
+            let doublings = self.losses.saturating_sub(1).min(16);
+            let pause = self.client.limits.retry_pause.saturating_mul(1 << doublings).min(LONGEST_PAUSE);
+            self.lane.queue.pause(pause.saturating_sub(loss.elapsed()));
+        }
+        let address = self.lane.address();
+        let failed = |source: io::Error| {
+            NoConnection::Failed(Error::Unreachable { peer: address.to_owned(), source: Arc::new(source) })
+        };
+        let socket = self.open_socket(address).map_err(failed)?;
+        let link = Link::new(socket, self.client.limits.io_timeout).map_err(failed)?;
+        *self.lane.link() = Some(Arc::clone(&link));
+        if self.client.is_stopping() {
+            return Err(NoConnection::Refused(Error::Shutdown)); // shutdown may have looked for the link just before
+        }
+        self.shake_hands(address, &link)?;
+        Connection::start(link, Arc::clone(&self.client), Arc::clone(&self.lane)).map_err(NoConnection::Refused)
+    }
+
+    /// Connects to the first address of the peer's name that answers, giving up early when the lane is closed.
+    fn open_socket(&self, address: &str) -> io::Result<Socket> {
+        let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
+        for address in address.to_socket_addrs()? {
+            match self.connect_to(address) {
+                Ok(socket) => return Ok(socket),
+                Err(error) => last = error,
+            }
+        }
+        Err(last)
+    }
+
+    fn connect_to(&self, address: SocketAddr) -> io::Result<Socket> {
+        let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
+        socket.set_nonblocking(true)?;
+        match socket.connect(&address.into()) {
+            Err(error) if error.raw_os_error() != Some(libc::EINPROGRESS) => return Err(error),
+            _ => {}
+        }
+        let until = Instant::now() + self.client.limits.io_timeout;
+        while !writable(&socket, CONNECT_TICK)? {
+            if self.lane.queue.is_closed() || Instant::now() >= until {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+        }
+        match SockRef::from(&socket).take_error()? {
+            Some(error) => Err(error),
+            None => Ok(socket),
+        }
+    }
+
+    fn shake_hands(&self, address: &str, link: &Link) -> Result<(), NoConnection> {
+        let PeerKey { segment, incarnation } = &self.lane.peer;
+        let peer = || address.to_owned();
+        let hello = Hello { version: PROTOCOL_VERSION, segment: *segment, incarnation: *incarnation };
+        let mut welcome = [0; WELCOME_BYTES];
+        let lost = |reason: String| NoConnection::Failed(Error::Disconnected { peer: peer(), reason: reason.into() });
+        link.send_bytes(&hello.encode())
+            .and_then(|()| link.receive_bytes(&mut welcome))
+            .map_err(|error| lost(format!("in the handshake: {error}")))?;
+        let (verdict, theirs) = Verdict::decode(&welcome).map_err(|error| lost(error.to_string()))?;
+        Err(NoConnection::Refused(match verdict {
+            Verdict::Welcome => return Ok(()),
+            Verdict::Version => Error::Version { peer: peer(), ours: PROTOCOL_VERSION, theirs },
+            Verdict::Stale => Error::Stale { segment: *segment, peer: peer() },
+            Verdict::Busy => Error::Busy { who: peer(), what: "it accepts no more connections" },
+        }))
+    }
+}
+
+/// Waits until a connect has ended, one way or the other.
+fn writable(socket: &Socket, timeout: Duration) -> io::Result<bool> {
+    let mut entry = libc::pollfd { fd: socket.as_raw_fd(), events: libc::POLLOUT, revents: 0 };
+    // SAFETY: one entry, alive during the call, naming an open descriptor.
+    let count = unsafe { libc::poll(&raw mut entry, 1, timeout.as_millis() as libc::c_int) };
+    match count {
+        0 => Ok(false),
+        1.. => Ok(true),
+        _ => match io::Error::last_os_error() {
+            error if error.kind() == io::ErrorKind::Interrupted => Ok(false),
+            error => Err(error),
+        },
+    }
+}
