@@ -51,6 +51,26 @@ pub struct Config {
     pub shm: ShmConfig,
     /// The ucx transport.
     pub ucx: UcxConfig,
+    /// Encryption of tcp connections and proof of who is at either end; an engine with it has nothing to do with engines
+    /// without. Default `None`: for networks that nobody else is on.
+    pub tls: Option<TlsConfig>,
+}
+
+/// How tcp connections are secured: TLS 1.3, with certificates on both sides. Files in PEM form, read when the engine starts.
+///
+/// Each engine is server to some peers and client to others, so a certificate that limits its use (`extendedKeyUsage`) must
+/// allow both. Whoever holds a certificate of the authority is let in: take an authority of the cluster's own.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TlsConfig {
+    /// The engine's certificate, and those between it and the authority.
+    pub certificate: PathBuf,
+    /// The certificate's private key.
+    pub key: PathBuf,
+    /// The authorities, one of which every peer's certificate must come from.
+    pub authority: PathBuf,
+    /// The name that peers' certificates must bear when this engine connects to them. `None`: the host, name or address,
+    /// that it connects to.
+    pub server_name: Option<String>,
 }
 
 /// Settings of the shm transport.
@@ -111,6 +131,7 @@ impl Default for Config {
             transports: Transports::Auto,
             shm: ShmConfig::default(),
             ucx: UcxConfig::default(),
+            tls: None,
         }
     }
 }

@@ -126,6 +126,14 @@ pub enum Error {
         /// Its version.
         theirs: u32,
     },
+    /// One side does not trust the other (see [`crate::TlsConfig`]), or only one of them speaks TLS.
+    #[error("no trust between this engine and {peer}: {reason}")]
+    Untrusted {
+        /// The address.
+        peer: String,
+        /// Who does not accept whom, and why.
+        reason: String,
+    },
     /// The peer has all the connections it accepts, or too many batches wait here.
     #[error("{who} is busy: {what}")]
     Busy {
@@ -207,6 +215,7 @@ impl Error {
             Self::Busy { .. } => "busy",
             Self::Unreachable { .. } => "unreachable",
             Self::Disconnected { .. } => "disconnected",
+            Self::Untrusted { .. } => "untrusted",
             Self::Resting { .. } => "resting",
             Self::DeadlineExceeded => "deadline",
             Self::Cancelled => "cancelled",
@@ -232,6 +241,7 @@ impl Error {
             Self::UnknownSegment { .. }
             | Self::Stale { .. }
             | Self::Version { .. }
+            | Self::Untrusted { .. }
             | Self::NoTransport { .. }
             | Self::Unreachable { .. }
             | Self::Disconnected { .. }

@@ -47,13 +47,16 @@ mod config;
 mod engine;
 mod error;
 mod segment;
+mod settings;
 
 mod batch;
 mod gate;
 mod grant;
 mod plan;
 
+mod copier;
 mod local;
+mod shm;
 mod tcp;
 mod transport;
 
@@ -68,11 +71,16 @@ mod stats;
 mod threads;
 mod timer;
 
+#[doc(hidden)]
+pub mod fuzz;
+
+pub mod topology;
+
 pub use kvasir_types::Transports;
 
 pub use batch::{Batch, Op, Priority, Range, Report, Transfer, Transfers};
 pub use builder::Builder;
-pub use config::{Config, ShmConfig, UcxConfig};
+pub use config::{Config, ShmConfig, TlsConfig, UcxConfig};
 pub use engine::{Region, TransferEngine};
 pub use error::{Error, Refusal};
 pub use grant::{Access, Grant, GrantRange, Revoke};
@@ -82,5 +90,7 @@ pub use memory::{Allocation, HugePages, Memory};
 pub use notice::{MAX_NOTICE_BYTES, NextNotice, Notice, Notices};
 pub use peers::PeerStats;
 pub use segment::{Directory, Lookup, Published, Segment};
+pub use settings::{Pages, Settings, ShmSettings, UcxSettings};
 pub use space::Unregister;
 pub use stats::{Refused, Side, Stats, Traffic};
+pub use topology::Topology;

@@ -7,6 +7,9 @@
 //!                                  pending ◀── thread transfer-recv ◀────┘ answers
 //! ```
 //!
+//! A small frame for a lane that has nothing else to do is sent by whoever submits it: a switch to another thread would cost
+//! more than the sending.
+//!
 //! Two threads a connection, blocking, and not one with `poll`: sending must go on while answers come (or both sides'
 //! buffers fill and nothing moves), the kernel copies in both at once on two cores, and each thread reads from top to
 //! bottom. The sending thread belongs to the lane and outlives connections ([`super::lane`]).
@@ -27,7 +30,7 @@ use std::{
 
 use kvasir_types::{Incarnation, SegmentDescriptor, SegmentId};
 
-use super::{connection::Job, lane::Lane};
+use super::{connection::Job, lane::Lane, tls::Tls};
 use crate::{batch::Frame, config::Config, counters::Counters, error::Error, threads::Threads, transport::Target};
 
 /// Who is at the other end: a restarted peer at the same address is another one.
@@ -61,12 +64,18 @@ pub(super) struct Client {
     pub(super) threads: Arc<Threads>,
     pub(super) counters: Arc<Counters>,
     pub(super) limits: Limits,
+    pub(super) tls: Option<Arc<Tls>>,
     stopping: AtomicBool,
     peers: Mutex<HashMap<PeerKey, Peer>>,
 }
 
 impl Client {
-    pub(super) fn new(threads: Arc<Threads>, counters: Arc<Counters>, config: &Config) -> Arc<Self> {
+    pub(super) fn new(
+        threads: Arc<Threads>,
+        counters: Arc<Counters>,
+        config: &Config,
+        tls: Option<Arc<Tls>>,
+    ) -> Arc<Self> {
         let limits = Limits {
             io_timeout: config.io_timeout,
             lanes_per_peer: config.connections_per_peer,
@@ -74,7 +83,7 @@ impl Client {
             retries: config.retries,
             retry_pause: config.retry_pause,
         };
-        Arc::new(Self { threads, counters, limits, stopping: AtomicBool::new(false), peers: Mutex::default() })
+        Arc::new(Self { threads, counters, limits, tls, stopping: AtomicBool::new(false), peers: Mutex::default() })
     }
 
     pub(super) fn start(self: &Arc<Self>, frames: Vec<Frame>, target: &Target) {
@@ -91,6 +100,12 @@ impl Client {
         match self.lane_for(key, addresses, not) {
             Ok((lane, peers)) => {
                 job.charge(&lane);
+                if not.is_none()
+                    && let Some(idle) = lane.idle_for(job)
+                {
+                    drop(peers);
+                    return idle.send(job);
+                }
                 let undelivered = lane.queue.push(Arc::clone(job));
                 drop(peers);
                 drop(undelivered);

@@ -106,7 +106,13 @@ impl Connection {
         !self.pending().lost
     }
 
-    /// Sends a frame: on the lane's thread only, one after another.
+    /// Whether every frame sent has been answered.
+    pub(super) fn is_idle(&self) -> bool {
+        let pending = self.pending();
+        !pending.lost && pending.jobs.is_empty()
+    }
+
+    /// Sends a frame: by whoever holds the lane's connection, one after another.
     pub(super) fn send(&self, job: &Arc<Job>) {
         let Some(id) = self.note(job) else {
             return self.give_back(job, "closed");

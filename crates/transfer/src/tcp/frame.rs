@@ -16,6 +16,7 @@
 //! ```
 //!
 //! `payload` of a request is the sum of its ranges, for a read as well. The owner answers in the order of the requests.
+//! With `Config::tls` all of this is inside a TLS session (see [`super::tls`]).
 //! Hello and welcome keep this form in every protocol version; everything after them may change with it. One request
 //! carries many ranges (a layer push is 32 ranges of 4 KiB) and gets one answer.
 
@@ -28,6 +29,8 @@ const HELLO: [u8; 8] = *b"kvasirTX";
 /// Opens a welcome. Another word than the hello's, because a connect to a port nobody listens on can, rarely, meet itself
 /// (TCP's simultaneous open) and then hears its own hello.
 const WELCOME: [u8; 8] = *b"kvasirRX";
+/// How a TLS handshake begins: type and major version of a record.
+const TLS_HANDSHAKE: [u8; 2] = [22, 3];
 /// Most payload bytes in one frame.
 pub(crate) const MAX_PAYLOAD: u32 = 16 << 20;
 pub(crate) const HELLO_BYTES: usize = 32;
@@ -41,6 +44,8 @@ pub(crate) const ANSWER_BYTES: usize = 16;
 pub(crate) enum Malformed {
     #[error("not the transfer protocol")]
     Magic,
+    #[error("TLS, which this engine does not speak: its Config::tls is not set")]
+    Secured,
     #[error("unknown {what} {value}")]
     Unknown { what: &'static str, value: u32 },
     #[error("{what} {value} is not in 1 to {limit}")]
@@ -69,6 +74,10 @@ pub(crate) enum Verdict {
     Stale,
     /// No connection left.
     Busy,
+    /// Only TLS is spoken here.
+    Secured,
+    /// No TLS is spoken here.
+    Plain,
 }
 
 /// What a request wants.
@@ -127,7 +136,7 @@ impl Hello {
 
     pub(crate) fn decode(bytes: &[u8; HELLO_BYTES]) -> Result<Self, Malformed> {
         if bytes[..8] != HELLO {
-            return Err(Malformed::Magic);
+            return Err(if bytes[..2] == TLS_HANDSHAKE { Malformed::Secured } else { Malformed::Magic });
         }
         let (segment, incarnation) = (SegmentId(u64_at(bytes, 16)), Incarnation(u64_at(bytes, 24)));
         Ok(Self { version: u32_at(bytes, 8), segment, incarnation })
@@ -144,6 +153,8 @@ impl Verdict {
             Self::Version => 1,
             Self::Stale => 2,
             Self::Busy => 3,
+            Self::Secured => 4,
+            Self::Plain => 5,
         };
         bytes[12..].copy_from_slice(&code.to_le_bytes());
         bytes
@@ -159,6 +170,8 @@ impl Verdict {
             1 => Self::Version,
             2 => Self::Stale,
             3 => Self::Busy,
+            4 => Self::Secured,
+            5 => Self::Plain,
             value => return Err(Malformed::Unknown { what: "verdict", value }),
         };
         Ok((verdict, u32_at(bytes, 8)))
@@ -325,7 +338,9 @@ mod tests {
         }
         let hello = Hello { version: 1, segment: SegmentId(0), incarnation: Incarnation(0) }.encode();
         assert_eq!(Verdict::decode(hello.first_chunk().unwrap()), Err(Malformed::Magic), "a hello is no welcome");
-        for verdict in [Verdict::Welcome, Verdict::Version, Verdict::Stale, Verdict::Busy] {
+        for verdict in
+            [Verdict::Welcome, Verdict::Version, Verdict::Stale, Verdict::Busy, Verdict::Secured, Verdict::Plain]
+        {
             assert_eq!(Verdict::decode(&verdict.encode(9)), Ok((verdict, 9)));
         }
     }

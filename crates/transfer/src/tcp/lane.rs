@@ -3,6 +3,10 @@
 //! The thread connects on first use and again after a failure, so `submit` never waits for a connect. Between attempts it
 //! pauses, longer each time; a peer with several addresses is tried at the next one. When every attempt that a frame has is
 //! used up, it fails, and with it what waits behind it, which would only find out the same, one after another.
+//!
+//! Whoever holds the lane's connection sends on it: the thread, or a submitter with a small frame that finds the lane idle
+//! ([`Lane::idle_for`]). Nothing is pending on the connection then, so the peer has taken everything that was sent, the
+//! socket's buffer is empty, and a frame that fits into it does not make the submitter wait.
 
 use std::{
     io,
@@ -21,11 +25,12 @@ use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use super::{
     client::{Client, PeerKey},
     connection::{Connection, Job},
-    frame::{Hello, Verdict, WELCOME_BYTES},
+    frame::Hello,
+    handshake::{NoConnection, shake_hands},
     link::Link,
     queue::{Next, Queue},
 };
-use crate::{error::Error, grant::Cut};
+use crate::{batch::Op, error::Error, grant::Cut};
 
 /// The longest pause between attempts.
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
@@ -33,6 +38,9 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 const LANE_IDLE: Duration = Duration::from_secs(30);
 /// How often a connect in progress looks whether it is still wanted.
 const CONNECT_TICK: Duration = Duration::from_millis(50);
+
+/// Most payload bytes that a submitter sends itself: less than any socket's buffer.
+const SMALL: u64 = 8 << 10;
 
 /// A queue of frames to one peer.
 pub(super) struct Lane {
@@ -46,6 +54,23 @@ pub(super) struct Lane {
     last_used: Mutex<Instant>,
     /// The socket in use, to be cut by shutdown: also while it is shaking hands.
     link: Mutex<Option<Arc<Link>>>,
+    /// The connection, if there is one; held by whoever sends on it or makes it.
+    current: Mutex<Option<Arc<Connection>>>,
+}
+
+/// A lane that has nothing to do but one frame.
+pub(super) struct Idle<'a> {
+    lane: &'a Lane,
+    current: MutexGuard<'a, Option<Arc<Connection>>>,
+}
+
+impl Idle<'_> {
+    pub(super) fn send(self, job: &Arc<Job>) {
+        if let Some(connection) = &*self.current {
+            self.lane.note_use();
+            connection.send(job);
+        }
+    }
 }
 
 impl Lane {
@@ -64,6 +89,7 @@ impl Lane {
             load: Arc::default(),
             last_used: Mutex::new(Instant::now()),
             link: Mutex::default(),
+            current: Mutex::default(),
         });
         let mut sending = Sending { client, lane: Arc::clone(&lane), losses: 0, last_loss: None };
         let client = Arc::clone(&sending.client);
@@ -97,6 +123,21 @@ impl Lane {
         self.queue.close();
     }
 
+    /// The lane for this thread to send on, if it is idle and the frame small.
+    pub(super) fn idle_for(&self, job: &Job) -> Option<Idle<'_>> {
+        let bytes = if job.frame.batch().op == Op::Write { job.frame.bytes() } else { 0 };
+        if bytes > SMALL || !self.queue.is_empty() {
+            return None;
+        }
+        let current = self.current.try_lock().ok()?;
+        let idle = current.as_ref().is_some_and(|connection| connection.is_idle());
+        idle.then_some(Idle { lane: self, current })
+    }
+
+    fn current(&self) -> MutexGuard<'_, Option<Arc<Connection>>> {
+        self.current.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn link(&self) -> MutexGuard<'_, Option<Arc<Link>>> {
         self.link.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -111,39 +152,34 @@ struct Sending {
     last_loss: Option<Instant>,
 }
 
-/// Why there is no connection.
-enum NoConnection {
-    /// The peer answered, and it means no.
-    Refused(Error),
-    /// It may be different in a moment.
-    Failed(Error),
-}
-
 impl Sending {
     fn run(&mut self) {
-        let mut current: Option<Arc<Connection>> = None;
         loop {
             match self.lane.queue.pop(LANE_IDLE) {
                 Next::Closed => break,
-                Next::Job(job) => self.send(&job, &mut current),
+                Next::Job(job) => self.send(&job),
                 Next::Idle => {
-                    let connected = current.as_ref().is_some_and(|connection| connection.is_alive());
+                    let connected = self.lane.current().as_ref().is_some_and(|connection| connection.is_alive());
                     if !connected && self.client.retire(&self.lane) {
                         self.lane.queue.close();
                     }
                 }
             }
         }
-        if let Some(connection) = current {
+        // Out of the lane first: what is lost with it comes back to a lane, and may come here.
+        let last = self.lane.current().take();
+        if let Some(connection) = last {
             connection.lost("this side closed it");
         }
         self.fail(None, &Error::Shutdown);
     }
 
-    fn send(&mut self, job: &Arc<Job>, current: &mut Option<Arc<Connection>>) {
+    fn send(&mut self, job: &Arc<Job>) {
         if job.frame.is_settled() {
             return;
         }
+        let lane = Arc::clone(&self.lane);
+        let mut current = lane.current();
         if current.as_ref().is_some_and(|connection| !connection.is_alive()) {
             *current = None;
             self.note_loss();
@@ -166,7 +202,7 @@ impl Sending {
                 }
             }
         }
-        if let Some(connection) = current {
+        if let Some(connection) = &*current {
             self.lane.note_use();
             connection.send(job);
         }
@@ -203,7 +239,9 @@ impl Sending {
         if self.client.is_stopping() {
             return Err(NoConnection::Refused(Error::Shutdown)); // shutdown may have looked for the link just before
         }
-        self.shake_hands(address, &link)?;
+        let PeerKey { segment, incarnation } = self.lane.peer;
+        let hello = Hello { version: PROTOCOL_VERSION, segment, incarnation };
+        shake_hands(&link, self.client.tls.as_deref(), address, hello, &self.client.counters)?;
         Connection::start(link, Arc::clone(&self.client), Arc::clone(&self.lane)).map_err(NoConnection::Refused)
     }
 
@@ -236,24 +274,6 @@ impl Sending {
             Some(error) => Err(error),
             None => Ok(socket),
         }
-    }
-
-    fn shake_hands(&self, address: &str, link: &Link) -> Result<(), NoConnection> {
-        let PeerKey { segment, incarnation } = &self.lane.peer;
-        let peer = || address.to_owned();
-        let hello = Hello { version: PROTOCOL_VERSION, segment: *segment, incarnation: *incarnation };
-        let mut welcome = [0; WELCOME_BYTES];
-        let lost = |reason: String| NoConnection::Failed(Error::Disconnected { peer: peer(), reason: reason.into() });
-        link.send_bytes(&hello.encode())
-            .and_then(|()| link.receive_bytes(&mut welcome))
-            .map_err(|error| lost(format!("in the handshake: {error}")))?;
-        let (verdict, theirs) = Verdict::decode(&welcome).map_err(|error| lost(error.to_string()))?;
-        Err(NoConnection::Refused(match verdict {
-            Verdict::Welcome => return Ok(()),
-            Verdict::Version => Error::Version { peer: peer(), ours: PROTOCOL_VERSION, theirs },
-            Verdict::Stale => Error::Stale { segment: *segment, peer: peer() },
-            Verdict::Busy => Error::Busy { who: peer(), what: "it accepts no more connections" },
-        }))
     }
 }
 

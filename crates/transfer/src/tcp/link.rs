@@ -11,13 +11,19 @@
 //! Cutting sets a flag, then shuts the socket down both ways: a thread blocked in the kernel wakes, and one that is between
 //! two calls sees the flag before its next. The flag is needed because Linux goes on delivering what has arrived on a
 //! socket after it was shut down for reading.
+//!
+//! A header is received together with what has come behind it, up to [`AHEAD`] bytes: a small frame is one system call and a
+//! copy within the first-level cache, of a large one the rest goes straight to where it belongs.
+//!
+//! A link may be secured (see [`super::tls`]): bytes then pass through bounded buffers on their way, and everything else
+//! (ticks, timeouts, cutting) is the same.
 
 use std::{
     io,
     os::fd::AsRawFd,
     ptr,
     sync::{
-        Arc,
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::{Duration, Instant},
@@ -25,7 +31,11 @@ use std::{
 
 use socket2::{Socket, TcpKeepalive};
 
+use super::tls::Secured;
 use crate::grant::Cut;
+
+/// Most bytes received beyond a header: a page of payload and its table.
+const AHEAD: usize = (4 << 10) + 256;
 
 /// Pieces of memory to send from or receive into, in order, consumed as the kernel takes them.
 #[derive(Default)]
@@ -69,6 +79,26 @@ impl Pieces {
     }
 }
 
+/// What has come behind a header and is not yet asked for, from `start` to `end`.
+struct Ahead {
+    bytes: Box<[u8]>,
+    start: usize,
+    end: usize,
+}
+
+impl Ahead {
+    /// Moves some of it to where the pieces say; how many bytes.
+    ///
+    /// # Safety
+    /// The pieces' memory is mapped and writable, and nobody holds a reference into it.
+    unsafe fn take(&mut self, pieces: &[libc::iovec]) -> usize {
+        // SAFETY: the caller's promise; the buffer is our own.
+        let taken = unsafe { scatter(&self.bytes[self.start..self.end], pieces) };
+        self.start += taken;
+        taken
+    }
+}
+
 /// A connected socket.
 pub(crate) struct Link {
     socket: Socket,
@@ -76,6 +106,16 @@ pub(crate) struct Link {
     io_timeout: Duration,
     started: Instant,
     progress_ms: AtomicU64,
+    secured: OnceLock<Secured>,
+    /// Only the receiving thread uses it.
+    ahead: Mutex<Ahead>,
+}
+
+/// Which way pieces go.
+#[derive(Clone, Copy)]
+enum Way {
+    Send,
+    Receive,
 }
 
 impl Cut for Link {
@@ -102,7 +142,24 @@ impl Link {
             .with_retries(3);
         socket.set_tcp_keepalive(&keepalive)?;
         let (cut, started) = (AtomicBool::new(false), Instant::now());
-        Ok(Arc::new(Self { socket, cut, io_timeout, started, progress_ms: AtomicU64::new(0) }))
+        let (progress_ms, secured) = (AtomicU64::new(0), OnceLock::new());
+        let ahead = Mutex::new(Ahead { bytes: vec![0; AHEAD].into(), start: 0, end: 0 });
+        Ok(Arc::new(Self { socket, cut, io_timeout, started, progress_ms, secured, ahead }))
+    }
+
+    /// From now on everything goes by TLS. Before anything is sent or received in frames, and once.
+    pub(super) fn secure(&self, secured: Secured) {
+        assert!(self.secured.set(secured).is_ok(), "a link is secured once");
+    }
+
+    pub(super) fn io_timeout(&self) -> Duration {
+        self.io_timeout
+    }
+
+    /// The address at the other end, for people.
+    pub(super) fn peer(&self) -> String {
+        let address = self.socket.peer_addr().ok().and_then(|address| address.as_socket());
+        address.map_or_else(|| "unknown".to_owned(), |address| address.to_string())
     }
 
     pub(crate) fn is_cut(&self) -> bool {
@@ -127,7 +184,7 @@ impl Link {
     pub(crate) unsafe fn send(&self, head: &[u8], pieces: &mut Pieces) -> io::Result<()> {
         pieces.pieces.insert(0, libc::iovec { iov_base: head.as_ptr().cast_mut().cast(), iov_len: head.len() });
         // SAFETY: sendmsg only reads; `head` is borrowed and the pieces are the caller's promise.
-        unsafe { self.transfer(pieces, libc::MSG_NOSIGNAL, send_message) }
+        unsafe { self.transfer(pieces, Way::Send) }
     }
 
     /// Sends plain bytes.
@@ -142,7 +199,7 @@ impl Link {
     /// The pieces' memory stays mapped and writable until this returns, and nobody holds a reference into it.
     pub(crate) unsafe fn receive(&self, pieces: &mut Pieces) -> io::Result<()> {
         // SAFETY: the caller's promise.
-        unsafe { self.transfer(pieces, 0, libc::recvmsg) }
+        unsafe { self.transfer(pieces, Way::Receive) }
     }
 
     /// Fills a buffer.
@@ -160,9 +217,7 @@ impl Link {
             if self.is_cut() {
                 return Err(cut_error());
             }
-            let mut piece = libc::iovec { iov_base: into.as_mut_ptr().cast(), iov_len: into.len() };
-            // SAFETY: recvmsg writes into `into` only, exclusively borrowed here.
-            match unsafe { call(&self.socket, std::slice::from_mut(&mut piece), 0, libc::recvmsg) } {
+            match self.receive_some(into) {
                 Ok(0) => return Ok(None),
                 Ok(count) => break count,
                 Err(error) if is_tick(&error) && may_wait() => {}
@@ -173,6 +228,22 @@ impl Link {
         };
         self.note_progress();
         self.receive_bytes(&mut into[first..]).map(Some)
+    }
+
+    /// Some bytes of a header and, on a plain link, what has come behind it.
+    fn receive_some(&self, into: &mut [u8]) -> io::Result<usize> {
+        let mut piece = libc::iovec { iov_base: into.as_mut_ptr().cast(), iov_len: into.len() };
+        let mut ahead = self.ahead();
+        if self.secured.get().is_some() || ahead.start < ahead.end {
+            drop(ahead);
+            // SAFETY: writes into `into` only, exclusively borrowed here.
+            return unsafe { self.step(std::slice::from_mut(&mut piece), Way::Receive) };
+        }
+        let behind = libc::iovec { iov_base: ahead.bytes.as_mut_ptr().cast(), iov_len: ahead.bytes.len() };
+        // SAFETY: recvmsg writes into `into` and the buffer, both exclusively borrowed here.
+        let count = unsafe { call(&self.socket, &mut [piece, behind], 0, libc::recvmsg) }?;
+        (ahead.start, ahead.end) = (0, count.saturating_sub(into.len()));
+        Ok(count.min(into.len()))
     }
 
     /// Reads `bytes` bytes and throws them away.
@@ -193,9 +264,7 @@ impl Link {
         let _ = self.socket.shutdown(std::net::Shutdown::Write);
         let mut scratch = [0; 64 << 10];
         while Instant::now() < until && !self.is_cut() {
-            let mut piece = libc::iovec { iov_base: scratch.as_mut_ptr().cast(), iov_len: scratch.len() };
-            // SAFETY: recvmsg writes into the local buffer only.
-            match unsafe { call(&self.socket, std::slice::from_mut(&mut piece), 0, libc::recvmsg) } {
+            match self.receive_raw(&mut scratch) {
                 Ok(0) => return,
                 Err(error) if !is_tick(&error) => return,
                 Ok(_) | Err(_) => {}
@@ -203,31 +272,75 @@ impl Link {
         }
     }
 
-    /// Repeats one system call until every piece is done.
+    /// Sends or receives until every piece is done.
     ///
     /// # Safety
-    /// What `syscall` does to the pieces' memory must be allowed until this returns.
-    unsafe fn transfer(&self, pieces: &mut Pieces, flags: libc::c_int, syscall: Syscall) -> io::Result<()> {
+    /// As for `send` or `receive`.
+    unsafe fn transfer(&self, pieces: &mut Pieces, way: Way) -> io::Result<()> {
         let mut last = Instant::now();
         while !pieces.rest().is_empty() {
             if self.is_cut() {
                 return Err(cut_error());
             }
             // SAFETY: the caller's promise.
-            match unsafe { call(&self.socket, pieces.rest(), flags, syscall) } {
-                Ok(0) => return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "closed by the peer in a frame")),
-                Ok(done) => {
+            match (unsafe { self.step(pieces.rest(), way) }, way) {
+                (Ok(0), Way::Receive) => {
+                    return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "closed by the peer in a frame"));
+                }
+                (Ok(done), _) => {
                     pieces.advance(done);
                     last = Instant::now();
                     self.note_progress();
                 }
-                Err(error) if is_tick(&error) && last.elapsed() < self.io_timeout => {}
-                Err(error) if is_tick(&error) => return Err(self.stall_error()),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
+                (Err(error), _) if is_tick(&error) && last.elapsed() < self.io_timeout => {}
+                (Err(error), _) if is_tick(&error) => return Err(self.stall_error()),
+                (Err(error), _) if error.kind() == io::ErrorKind::Interrupted => {}
+                (Err(error), _) => return Err(error),
             }
         }
         Ok(())
+    }
+
+    /// Sends or receives some of the pieces' bytes and says how many. 0 means, sent: the wire has moved, no matter how far;
+    /// received: the peer has closed the connection.
+    ///
+    /// # Safety
+    /// As for `send` or `receive`.
+    unsafe fn step(&self, pieces: &mut [libc::iovec], way: Way) -> io::Result<usize> {
+        // SAFETY: the caller's promise; sendmsg only reads.
+        unsafe {
+            match (self.secured.get(), way) {
+                (None, Way::Send) => call(&self.socket, pieces, libc::MSG_NOSIGNAL, send_message),
+                (None, Way::Receive) => {
+                    let taken = self.ahead().take(pieces);
+                    if taken > 0 { Ok(taken) } else { call(&self.socket, pieces, 0, libc::recvmsg) }
+                }
+                (Some(secured), Way::Send) => secured.send(self, pieces),
+                (Some(secured), Way::Receive) => secured.receive(self, pieces),
+            }
+        }
+    }
+
+    fn ahead(&self) -> MutexGuard<'_, Ahead> {
+        self.ahead.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// One system call's worth of bytes as they are on the wire.
+    pub(super) fn send_raw(&self, bytes: &[u8]) -> io::Result<usize> {
+        let mut piece = libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() };
+        // SAFETY: sendmsg only reads, from a borrowed slice.
+        let sent = unsafe { call(&self.socket, std::slice::from_mut(&mut piece), libc::MSG_NOSIGNAL, send_message) }?;
+        self.note_progress();
+        Ok(sent)
+    }
+
+    /// One system call's worth of bytes as they are on the wire; 0 if the peer has closed the connection.
+    pub(super) fn receive_raw(&self, into: &mut [u8]) -> io::Result<usize> {
+        let mut piece = libc::iovec { iov_base: into.as_mut_ptr().cast(), iov_len: into.len() };
+        // SAFETY: recvmsg writes into `into` only, exclusively borrowed here.
+        let received = unsafe { call(&self.socket, std::slice::from_mut(&mut piece), 0, libc::recvmsg) }?;
+        self.note_progress();
+        Ok(received)
     }
 
     fn stall_error(&self) -> io::Error {
@@ -264,4 +377,19 @@ fn is_tick(error: &io::Error) -> bool {
 
 fn cut_error() -> io::Error {
     io::Error::new(io::ErrorKind::ConnectionAborted, "cut on this side")
+}
+
+/// Copies bytes to where the pieces say, as far as they reach, and says how much it was.
+///
+/// # Safety
+/// The pieces' memory is mapped and writable, and nobody holds a reference into it.
+pub(super) unsafe fn scatter(bytes: &[u8], pieces: &[libc::iovec]) -> usize {
+    let mut done = 0;
+    for piece in pieces {
+        let step = piece.iov_len.min(bytes.len() - done);
+        // SAFETY: `step` bytes lie behind `done`, and are mapped and writable at the piece's address.
+        unsafe { ptr::copy_nonoverlapping(bytes[done..].as_ptr(), piece.iov_base.cast(), step) };
+        done += step;
+    }
+    done
 }

@@ -1,23 +1,25 @@
 //! The tcp transport: plain sockets, straight from and into the arena.
 //!
 //! Read [`frame`] for what is on the wire, [`link`] for how a socket is used and cut, [`server`] for the side that owns the
-//! memory, [`client`], [`lane`] and [`connection`] for the side that submits. A peer is **fenced** by cutting its connection on
-//! the owning side: from then on its thread takes nothing more from the socket, and the grant waits until that thread has
-//! left the memory.
+//! memory, [`client`], [`lane`] and [`connection`] for the side that submits, [`tls`] for links that are encrypted. A peer
+//! is **fenced** by cutting its connection on the owning side: from then on its thread takes nothing more from the socket,
+//! and the grant waits until that thread has left the memory.
 
 mod client;
 mod connection;
-mod frame;
+pub(crate) mod frame;
+mod handshake;
 mod lane;
 mod link;
 mod queue;
 mod server;
+mod tls;
 
 use std::{net::SocketAddr, sync::Arc};
 
 use kvasir_types::{TransportAddress, TransportKind};
 
-use self::{client::Client, server::Server};
+use self::{client::Client, server::Server, tls::Tls};
 use crate::{
     batch::Frame,
     config::Config,
@@ -38,13 +40,15 @@ pub(crate) struct TcpTransport {
 
 impl TcpTransport {
     pub(crate) fn new(config: &Config, owner: &Arc<Owner>, threads: &Arc<Threads>) -> Result<Self, Error> {
-        let client = Client::new(Arc::clone(threads), Arc::clone(&owner.counters), config);
+        let tls = config.tls.as_ref().map(Tls::load).transpose()?.map(Arc::new);
+        let client = Client::new(Arc::clone(threads), Arc::clone(&owner.counters), config, tls.clone());
         let server = Server::start(
             config.tcp_bind,
             Arc::clone(owner),
             Arc::clone(threads),
             config.io_timeout,
             config.max_accepted_connections,
+            tls,
         )?;
         let addresses = advertised(config.tcp_advertise.as_deref(), server.bound());
         Ok(Self { client, server, addresses })

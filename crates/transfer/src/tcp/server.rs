@@ -32,6 +32,7 @@ use socket2::{Domain, Protocol, Socket, Type};
 use super::{
     frame::{Answer, HELLO_BYTES, Hello, MAX_PAYLOAD, Malformed, REQUEST_BYTES, Request, Span, Verb, Verdict},
     link::{Link, Pieces},
+    tls::{self, Tls},
 };
 use crate::{
     batch::Op,
@@ -53,6 +54,7 @@ pub(crate) struct Server {
     threads: Arc<Threads>,
     io_timeout: Duration,
     limit: usize,
+    tls: Option<Arc<Tls>>,
     stopping: AtomicBool,
     links: Mutex<HashMap<u64, Arc<Link>>>,
 }
@@ -62,6 +64,8 @@ enum End {
     Io(io::Error),
     Malformed(Malformed),
     Lied(Refusal),
+    /// Who does not accept whom; or only one side speaks TLS.
+    Untrusted(String),
 }
 
 impl From<io::Error> for End {
@@ -84,6 +88,7 @@ impl Server {
         threads: Arc<Threads>,
         io_timeout: Duration,
         limit: usize,
+        tls: Option<Arc<Tls>>,
     ) -> Result<Arc<Self>, Error> {
         let listen = || -> io::Result<(Socket, SocketAddr)> {
             let socket = Socket::new(Domain::for_address(bind), Type::STREAM, Some(Protocol::TCP))?;
@@ -95,7 +100,7 @@ impl Server {
         };
         let (listener, bound) = listen().map_err(|source| Error::Listen { address: bind, source: Arc::new(source) })?;
         let (stopping, links) = (AtomicBool::new(false), Mutex::default());
-        let server = Arc::new(Self { listener, bound, owner, threads, io_timeout, limit, stopping, links });
+        let server = Arc::new(Self { listener, bound, owner, threads, io_timeout, limit, tls, stopping, links });
         let accepting = Arc::clone(&server);
         server.threads.spawn("transfer-accept", move || accepting.accept_all())?;
         Ok(server)
@@ -155,7 +160,7 @@ impl Server {
         let server = Arc::clone(self);
         let served = self.threads.spawn("transfer-serve", move || {
             let guard = Registered { server: &server, id };
-            serve(&server.owner, &link);
+            serve(&server.owner, server.tls.as_deref(), &link);
             drop(guard);
         });
         if served.is_err() {
@@ -177,9 +182,13 @@ impl Drop for Registered<'_> {
     }
 }
 
-fn serve(owner: &Owner, link: &Arc<Link>) {
-    match Connection::new(owner, link).run() {
+fn serve(owner: &Owner, tls: Option<&Tls>, link: &Arc<Link>) {
+    match Connection::new(owner, link).run(tls) {
         Ok(()) => {}
+        Err(End::Io(error)) if tls::is_tls(&error) => {
+            add_one(&owner.counters.malformed);
+            tracing::warn!(%error, "closed a transfer connection whose bytes are no TLS, or were changed on the way");
+        }
         Err(End::Io(error)) => tracing::debug!(%error, "transfer connection of a peer ended"),
         Err(End::Malformed(error)) => {
             add_one(&owner.counters.malformed);
@@ -187,6 +196,11 @@ fn serve(owner: &Owner, link: &Arc<Link>) {
         }
         Err(End::Lied(refusal)) => {
             tracing::warn!(%refusal, "closed a transfer connection after a write that was not granted");
+            link.linger(LINGER);
+        }
+        Err(End::Untrusted(reason)) => {
+            add_one(&owner.counters.untrusted);
+            tracing::warn!(peer = %link.peer(), reason, "closed a transfer connection without trust");
             link.linger(LINGER);
         }
     }
@@ -207,7 +221,10 @@ impl<'a> Connection<'a> {
         Self { owner, link, table: Vec::new(), spans: Vec::new(), pieces: Pieces::default() }
     }
 
-    fn run(&mut self) -> Result<(), End> {
+    fn run(&mut self, tls: Option<&Tls>) -> Result<(), End> {
+        if let Some(tls) = tls {
+            self.secure(tls)?;
+        }
         if !self.shake_hands()? {
             return Ok(());
         }
@@ -222,11 +239,28 @@ impl<'a> Connection<'a> {
         Ok(())
     }
 
+    fn secure(&mut self, tls: &Tls) -> Result<(), End> {
+        match tls.accept(self.link) {
+            Ok(true) => Ok(()),
+            Ok(false) => {
+                self.link.send_bytes(&Verdict::Secured.encode(PROTOCOL_VERSION))?;
+                Err(End::Untrusted("it does not speak TLS, and Config::tls is set here".into()))
+            }
+            Err(error) => Err(tls::distrust(&error).map_or(End::Io(error), End::Untrusted)),
+        }
+    }
+
     /// Whether the peer means this segment in this life and speaks our version; it is told.
     fn shake_hands(&mut self) -> Result<bool, End> {
         let mut bytes = [0; HELLO_BYTES];
         self.link.receive_bytes(&mut bytes)?;
-        let hello = Hello::decode(&bytes)?;
+        let hello = match Hello::decode(&bytes) {
+            Err(Malformed::Secured) => {
+                self.link.send_bytes(&Verdict::Plain.encode(PROTOCOL_VERSION))?;
+                return Err(End::Untrusted(Malformed::Secured.to_string()));
+            }
+            hello => hello?,
+        };
         let counters = &self.owner.counters;
         let verdict = if hello.version != PROTOCOL_VERSION {
             add_one(&counters.version);

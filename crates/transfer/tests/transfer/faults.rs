@@ -376,7 +376,7 @@ fn of_five_destinations_only_the_dead_one_fails() {
 }
 
 #[test]
-fn a_revocation_in_the_storm_leaves_no_late_byte() {
+pub fn a_revocation_in_the_storm_leaves_no_late_byte() {
     // Batches keep coming while grants end under them: after each revocation the owner's bytes are its own again.
     let (client, owner) = pair(Tcp, 4 * MIB);
     for round in 0..30u8 {

@@ -6,3 +6,4 @@
 mod contract;
 mod faults;
 mod support;
+mod tls;

@@ -21,6 +21,7 @@ pub fn config(transport: TransportKind) -> Config {
     Config {
         transports: Transports::Named(vec![transport]),
         fence_grace: Duration::from_millis(50),
+        tls: crate::tls::wanted(),
         ..Config::default()
     }
 }
