@@ -67,7 +67,7 @@ class Agent:
         return {"right": bool(numpy.array_equal(found, right))}
 
     def prepare(self, ask):
-        """Makes a handle for every batch of the memory, and moves each once."""
+        """Makes a handle for every batch of the memory, and moves each once, or as many as can be in `seconds`."""
         self.release()
         block, batch = ask["block"], ask["batch"]
         blocks = len(self.memory) // (block * batch) * batch
@@ -80,13 +80,13 @@ class Agent:
             near_indices = numpy.arange(first, first + batch, dtype=numpy.int32)
             sides = (near_list, near_indices, far_list, far[first : first + batch])
             self.handles.append(self.agent.make_prepped_xfer(ask["op"].upper(), *sides))
-        self.move(0)
+        self.move(ask["seconds"], True)
         return {}
 
     def run(self, ask):
         """Moves what was prepared, round and round, for so long."""
         cpu = time.process_time()
-        latencies, elapsed = self.move(ask["seconds"])
+        latencies, elapsed = self.move(ask["seconds"], False)
         cpu = time.process_time() - cpu
         latencies = numpy.sort(numpy.frombuffer(latencies, dtype=numpy.int64)) / 1e3
         at = lambda share: float(latencies[min(len(latencies) - 1, int(len(latencies) * share))])
@@ -110,13 +110,13 @@ class Agent:
         table[:, 1] = block
         return self.agent.prep_xfer_dlist(agent, table, "DRAM")
 
-    def move(self, seconds):
-        """Every batch once if that is no time at all."""
+    def move(self, seconds, once):
+        """Moves batches round and round, or each of them once, but no longer than that."""
         handles = [handle._handle for handle in self.handles]
         post, state, now = self.agent.agent.postXferReq, self.agent.agent.getXferStatus, time.perf_counter_ns
         done, in_progress = binding.NIXL_SUCCESS, binding.NIXL_IN_PROG
         latencies = array.array("q")
-        started = begun = ended = now()
+        started = now()
         until = started + int(seconds * 1e9)
         while True:
             for handle in handles:
@@ -128,9 +128,9 @@ class Agent:
                 if status != done:
                     raise RuntimeError(f"a transfer ended with {status}")
                 latencies.append(ended - begun)
-                if seconds and ended >= until:
+                if ended >= until:
                     return latencies, (ended - started) / 1e9
-            if not seconds:
+            if once:
                 return latencies, (ended - started) / 1e9
 
 

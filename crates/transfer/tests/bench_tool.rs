@@ -105,6 +105,23 @@ fn the_limits_are_measured_too() {
 }
 
 #[test]
+fn a_topology_is_shown_as_detected_and_as_a_file_says() {
+    let detected = found_text(&["topology", "--json"]);
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("topology.json");
+    std::fs::write(&file, &detected).unwrap();
+    assert_eq!(found_text(&["topology", "--json", "--file", file.to_str().unwrap()]), detected);
+    std::fs::write(&file, r#"{"devices": [{"name": "mlx5_0:1", "kind": "rdma", "node": 0}]}"#).unwrap();
+    assert!(found_text(&["topology", "--file", file.to_str().unwrap()]).contains("mlx5_0:1"));
+}
+
+fn found_text(arguments: &[&str]) -> String {
+    let output = run(arguments);
+    assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+#[test]
 fn a_target_leaves_with_the_one_who_started_it() {
     let mut target = Far::start(&["target", "--buffer", "1MiB"]);
     drop(target.child.stdin.take());

@@ -117,6 +117,9 @@ impl Report {
     pub fn finish(self) -> Result<()> {
         println!("\n{} at {} on {}\n", self.name, self.commit, self.machine);
         print!("{}", self.table());
+        let goals = self.rows.iter().filter(|row| row.goal.is_some()).count();
+        let met = self.rows.iter().filter(|row| row.met == Some(true)).count();
+        println!("\n{met} of {goals} goals met");
         let path = workspace::target_dir().join("bench").join(format!("{}.json", self.name));
         fs::create_dir_all(path.parent().expect("joined above"))?;
         fs::write(&path, serde_json::to_string_pretty(&self)? + "\n")?;

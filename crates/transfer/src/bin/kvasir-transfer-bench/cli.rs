@@ -1,6 +1,6 @@
 //! What the program understands, and what `--help` teaches.
 
-use std::net::SocketAddr;
+use std::{net::SocketAddr, path::PathBuf};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use kvasir_transfer::Op;
@@ -34,6 +34,8 @@ pub enum Command {
     /// A plain loop over one TCP connection between two processes: what a tcp transport can be held against
     #[command(subcommand)]
     Socket(Socket),
+    /// The network devices and NUMA nodes of this machine, and which device is preferred for memory of which node
+    Topology(Topology),
 }
 
 #[derive(Subcommand)]
@@ -71,6 +73,15 @@ pub struct EngineOptions {
     /// UCX's devices, as in UCX_NET_DEVICES
     #[arg(long, value_name = "LIST")]
     pub ucx_devices: Option<String>,
+    /// Encrypt tcp: this side's certificate, in PEM form
+    #[arg(long, value_name = "FILE", requires_all = ["tls_key", "tls_authority"])]
+    pub tls_certificate: Option<PathBuf>,
+    /// The certificate's private key
+    #[arg(long, value_name = "FILE", requires = "tls_certificate")]
+    pub tls_key: Option<PathBuf>,
+    /// The authority that the other side's certificate must come from
+    #[arg(long, value_name = "FILE", requires = "tls_certificate")]
+    pub tls_authority: Option<PathBuf>,
     #[command(flatten)]
     pub memory: MemoryOptions,
 }
@@ -194,6 +205,17 @@ pub struct SocketClient {
     /// Which way: read from the server, write to it, or both one after the other
     #[arg(long, value_enum, value_delimiter = ',', default_value = "read")]
     pub op: Vec<Direction>,
+}
+
+/// `topology`.
+#[derive(Args)]
+pub struct Topology {
+    /// Read it from this file instead of asking the system
+    #[arg(long, value_name = "FILE")]
+    pub file: Option<PathBuf>,
+    /// Print it in the form such a file has
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// A way for the bytes.

@@ -1,7 +1,7 @@
 //! The engine under measurement: how it is set up, and its memory filled and checked.
 
 use anyhow::{Result, ensure};
-use kvasir_transfer::{Allocation, Config, HugePages, LocalNet, TransferEngine, Transports};
+use kvasir_transfer::{Allocation, Config, HugePages, LocalNet, TlsConfig, TransferEngine, Transports};
 use kvasir_types::TransportKind;
 
 use crate::{
@@ -94,6 +94,10 @@ fn config(options: &EngineOptions) -> Config {
     config.ucx.advertise = options.advertise.clone();
     config.ucx.tls = options.ucx_tls.clone();
     config.ucx.net_devices = options.ucx_devices.clone();
+    let EngineOptions { tls_certificate, tls_key, tls_authority, .. } = options.clone();
+    if let (Some(certificate), Some(key), Some(authority)) = (tls_certificate, tls_key, tls_authority) {
+        config.tls = Some(TlsConfig { certificate, key, authority, server_name: None });
+    }
     if let Some(connections) = options.connections {
         config.connections_per_peer = connections;
     }

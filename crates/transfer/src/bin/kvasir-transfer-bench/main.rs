@@ -21,6 +21,7 @@ mod output;
 mod pattern;
 mod socket;
 mod target;
+mod topology;
 
 use std::process::ExitCode;
 
@@ -31,6 +32,7 @@ fn main() -> ExitCode {
         cli::Command::Target(options) => target::run(&options),
         cli::Command::Initiator(options) => initiator::run(&options),
         cli::Command::Local(options) => local::run(&options),
+        cli::Command::Topology(options) => topology::run(&options),
         cli::Command::Socket(cli::Socket::Server(options)) => socket::serve(&options),
         cli::Command::Socket(cli::Socket::Client(options)) => socket::run(&options),
     };

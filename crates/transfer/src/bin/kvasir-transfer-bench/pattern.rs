@@ -41,6 +41,13 @@ fn word(seed: u64, offset: u64) -> u64 {
 
 /// Writes what belongs at `offset`.
 pub fn fill(seed: u64, offset: u64, into: &mut [u8]) {
+    if offset.is_multiple_of(8) && into.len().is_multiple_of(8) {
+        // The usual case, several times as fast.
+        for (place, at) in into.chunks_exact_mut(8).zip((offset..).step_by(8)) {
+            place.copy_from_slice(&word(seed, at).to_le_bytes());
+        }
+        return;
+    }
     for_each_word(offset, into.len(), |at, skip, len| {
         into[at..at + len].copy_from_slice(&word(seed, (offset + at as u64) & !7).to_le_bytes()[skip..skip + len]);
     });
@@ -48,6 +55,12 @@ pub fn fill(seed: u64, offset: u64, into: &mut [u8]) {
 
 /// The first place in `bytes` that does not hold what belongs at `offset`.
 pub fn first_wrong(seed: u64, offset: u64, bytes: &[u8]) -> Option<usize> {
+    if offset.is_multiple_of(8) && bytes.len().is_multiple_of(8) {
+        let mut words = bytes.chunks_exact(8).zip((offset..).step_by(8));
+        if words.all(|(found, at)| found == word(seed, at).to_le_bytes()) {
+            return None;
+        }
+    }
     let mut wrong = None;
     for_each_word(offset, bytes.len(), |at, skip, len| {
         let right = word(seed, (offset + at as u64) & !7).to_le_bytes();

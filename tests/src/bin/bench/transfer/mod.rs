@@ -39,15 +39,16 @@ use crate::{Options, report::Report};
 
 /// As many repetitions as keep a whole run below a quarter of an hour.
 const REPETITIONS: usize = 5;
-/// How long each figure is measured.
-const SECONDS: f64 = 0.5;
+/// How long each figure is measured, in a whole run and in a quick one.
+const SECONDS: [f64; 2] = [0.5, 0.3];
 
 /// Measures, and says how far it is: a run takes minutes.
 pub fn run(options: &Options) -> Result<Report> {
     let repetitions = options.repetitions.min(REPETITIONS);
     let dir = tempfile::tempdir()?;
     let mut found = Found::default();
-    let mut carriers = Carriers::start(dir.path(), &mut found)?;
+    let seconds = if repetitions < REPETITIONS { SECONDS[1] } else { SECONDS[0] };
+    let mut carriers = Carriers::start(dir.path(), seconds, &mut found)?;
     let started = Instant::now();
     let loads = plan::loads();
     for repetition in 0..repetitions {
@@ -77,10 +78,12 @@ struct Carriers<'a> {
     nixl_tcp: Option<Nixl>,
     /// What `auto` chose.
     auto: String,
+    /// How long each figure is measured.
+    seconds: f64,
 }
 
 impl<'a> Carriers<'a> {
-    fn start(dir: &'a Path, found: &mut Found) -> Result<Self> {
+    fn start(dir: &'a Path, seconds: f64, found: &mut Found) -> Result<Self> {
         let ours = Ours::start(dir)?;
         let offered = ours.offers.join(", ");
         println!("ours offers {offered}; checking that every byte arrives");
@@ -95,7 +98,7 @@ impl<'a> Carriers<'a> {
         let host = Nixl::start("nixl-host", "cma,posix,self,tcp", dir);
         let nixl_host = or_missing(host, &[Carrier::NixlHost], found);
         let nixl_tcp = or_missing(Nixl::start("nixl-tcp", "tcp,self", dir), &[Carrier::NixlTcp], found);
-        Ok(Self { ours, mooncake, nixl_host, nixl_tcp, auto: String::new() })
+        Ok(Self { ours, mooncake, nixl_host, nixl_tcp, auto: String::new(), seconds })
     }
 
     /// Who carries a load, in an order in which those that are compared follow one another.
@@ -115,23 +118,24 @@ impl<'a> Carriers<'a> {
         if found.is_missing(carrier) {
             return Ok(());
         }
+        let seconds = self.seconds;
         let figure = match carrier {
             Carrier::Auto | Carrier::Tcp | Carrier::Ucx => {
-                let (over, figure) = self.ours.transfer(carrier.name(), load, SECONDS)?;
+                let (over, figure) = self.ours.transfer(carrier.name(), load, seconds)?;
                 if carrier == Carrier::Auto {
                     self.auto = over;
                 }
                 Ok(figure)
             }
             Carrier::Local | Carrier::Memcpy => {
-                let [memcpy, local] = self.ours.local(load, SECONDS)?;
+                let [memcpy, local] = self.ours.local(load, seconds)?;
                 found.add(Carrier::Memcpy, *load, memcpy);
                 Ok(local)
             }
-            Carrier::Socket => self.ours.socket(load, SECONDS),
+            Carrier::Socket => self.ours.socket(load, seconds),
             Carrier::Mooncake => self.mooncake.as_ref().expect("not missing").transfer(load),
-            Carrier::NixlHost => self.nixl_host.as_mut().expect("not missing").transfer(load, SECONDS),
-            Carrier::NixlTcp => self.nixl_tcp.as_mut().expect("not missing").transfer(load, SECONDS),
+            Carrier::NixlHost => self.nixl_host.as_mut().expect("not missing").transfer(load, seconds),
+            Carrier::NixlTcp => self.nixl_tcp.as_mut().expect("not missing").transfer(load, seconds),
         };
         match figure {
             Ok(figure) => found.add(carrier, *load, figure),

@@ -15,6 +15,9 @@ use super::{
     rivals,
 };
 
+/// How long it moves before the clock runs: its memory has been touched, its connections are made.
+const WARM_UP_SECONDS: f64 = 0.2;
+
 /// Two agents that know each other.
 pub struct Nixl {
     far: Child,
@@ -56,7 +59,8 @@ impl Nixl {
         from.ask(&json!({"do": "fill", "seed": 1}))?;
         into.ask(&json!({"do": "fill", "seed": 2}))?;
         let load = Load { op, block: 64 << 10, batch: 64 };
-        self.near.ask(&prepare(&load))?;
+        // All of it, however long that takes.
+        self.near.ask(&prepare(&load, 60.0))?;
         let into = if op == Way::Read { &mut self.near } else { &mut self.far };
         let check = json!({"do": "check", "seed": 1, "op": op.name(), "block": load.block});
         ensure!(into.ask(&check)?["right"] == true, "NIXL did not move the bytes asked for in a {}", op.name());
@@ -78,7 +82,7 @@ impl Nixl {
     }
 
     fn measure(&mut self, load: &Load, seconds: f64) -> Result<Figure> {
-        self.near.ask(&prepare(load))?;
+        self.near.ask(&prepare(load, WARM_UP_SECONDS))?;
         let cpu = |agent: &mut Child| -> Result<f64> { number(&agent.ask(&json!({"do": "cpu"}))?, "seconds") };
         let far_before = cpu(&mut self.far)?;
         let found = self.near.ask(&json!({"do": "run", "seconds": seconds}))?;
@@ -92,8 +96,9 @@ impl Nixl {
     }
 }
 
-fn prepare(load: &Load) -> Value {
-    json!({"do": "prepare", "op": load.op.name(), "block": load.block, "batch": load.batch})
+fn prepare(load: &Load, seconds: f64) -> Value {
+    let (op, block, batch) = (load.op.name(), load.block, load.batch);
+    json!({"do": "prepare", "op": op, "block": block, "batch": batch, "seconds": seconds})
 }
 
 fn number(value: &Value, name: &str) -> Result<f64> {

@@ -105,7 +105,7 @@ impl Found {
         self.figures.entry((carrier, load)).or_default().push(figure);
     }
 
-    /// Notes that a carrier can't be measured (any more).
+    /// Notes that a carrier can't be measured (any more). What was found before stays.
     pub fn miss(&mut self, carrier: Carrier, reason: &str) {
         self.missing.entry(carrier).or_insert_with(|| reason.to_owned());
     }
@@ -116,10 +116,9 @@ impl Found {
 
     /// One figure of each repetition, or why there is none.
     pub fn get(&self, carrier: Carrier, load: Load, pick: fn(&Figure) -> f64) -> Result<Vec<f64>, &str> {
-        match (self.missing.get(&carrier), self.figures.get(&(carrier, load))) {
-            (Some(reason), _) => Err(reason),
-            (None, None) => Err("not measured"),
-            (None, Some(figures)) => Ok(figures.iter().map(pick).collect()),
+        match self.figures.get(&(carrier, load)) {
+            Some(figures) => Ok(figures.iter().map(pick).collect()),
+            None => Err(self.missing.get(&carrier).map_or("not measured", String::as_str)),
         }
     }
 }
