@@ -32,11 +32,24 @@ pub(super) struct Job {
     pub(super) frame: Frame,
     retried: AtomicU32,
     load: Mutex<Option<Arc<AtomicU64>>>,
+    sending: Mutex<Sending>,
+}
+
+/// A frame must not go out on the next connection while a thread still sends it on the one before, from the same memory.
+#[derive(Default)]
+struct Sending {
+    active: bool,
+    /// Its connection died meanwhile, and why: the sending thread gives it back when it is done.
+    died: Option<Arc<str>>,
 }
 
 impl Job {
     pub(super) fn new(frame: Frame) -> Arc<Self> {
-        Arc::new(Self { frame, retried: AtomicU32::new(0), load: Mutex::default() })
+        Arc::new(Self { frame, retried: AtomicU32::new(0), load: Mutex::default(), sending: Mutex::default() })
+    }
+
+    fn sending(&self) -> MutexGuard<'_, Sending> {
+        self.sending.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// What it weighs in a lane's load: a frame without bytes (a notice) weighs something, too.
@@ -114,9 +127,22 @@ impl Connection {
 
     /// Sends a frame: by whoever holds the lane's connection, one after another.
     pub(super) fn send(&self, job: &Arc<Job>) {
-        let Some(id) = self.note(job) else {
-            return self.give_back(job, "closed");
+        job.sending().active = true;
+        match self.note(job) {
+            Some(id) => self.send_noted(job, id),
+            None => job.sending().died = Some("closed".into()),
+        }
+        let died = {
+            let mut sending = job.sending();
+            sending.active = false;
+            sending.died.take()
         };
+        if let Some(reason) = died {
+            self.give_back(job, &reason);
+        }
+    }
+
+    fn send_noted(&self, job: &Arc<Job>, id: u64) {
         let (frame, batch) = (&job.frame, job.frame.batch());
         let mut head = Vec::with_capacity(REQUEST_BYTES + frame.ranges().len() * RANGE_BYTES);
         let (ranges, payload) = (frame.ranges().len() as u16, frame.bytes() as u32);
@@ -190,6 +216,13 @@ impl Connection {
 
     /// A frame whose connection died under it: once more, or failed.
     fn give_back(&self, job: &Arc<Job>, reason: &str) {
+        {
+            let mut sending = job.sending();
+            if sending.active {
+                sending.died = Some(reason.into());
+                return;
+            }
+        }
         let lost = || Error::Disconnected { peer: self.lane.address().to_owned(), reason: reason.into() };
         self.client.retry(job, &self.lane, lost);
     }
