@@ -9,7 +9,7 @@
 //! plain loop over one connection, with no protocol). `scripts/bench transfer` runs all of them against other transfer
 //! engines.
 
-#![expect(unsafe_code, reason = "asks the kernel for processor time and huge pages")]
+#![expect(unsafe_code, reason = "asks the kernel for processor time and huge pages, sets a variable for UCX")]
 
 mod cli;
 mod control;
@@ -28,6 +28,14 @@ use std::process::ExitCode;
 use clap::Parser;
 
 fn main() -> ExitCode {
+    if std::env::var_os("UCX_LOG_FILE").is_none() {
+        // UCX warns on standard output, which here is for what was found.
+        #[expect(clippy::disallowed_methods, reason = "for a C library, which reads it from the environment only")]
+        // SAFETY: no other thread runs yet that could read the environment meanwhile.
+        unsafe {
+            std::env::set_var("UCX_LOG_FILE", "stderr");
+        }
+    }
     let done = match cli::Cli::parse().command {
         cli::Command::Target(options) => target::run(&options),
         cli::Command::Initiator(options) => initiator::run(&options),

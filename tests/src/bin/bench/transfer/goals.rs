@@ -36,7 +36,7 @@ fn speed(found: &Found, load: Load, host: &str, rows: &mut Vec<Row>) {
     let memcpy = beside(Carrier::Auto, host, Carrier::Memcpy, Load { op: Way::Read, ..load });
     rows.extend(memcpy.map(|row| if load.block == 16 << 20 { row.at_least(0.8) } else { row }));
     rows.extend(beside(Carrier::Auto, host, Carrier::NixlHost, load).map(|row| row.at_least(1.0)));
-    rows.extend(beside(Carrier::Ucx, "ucx", Carrier::NixlHost, load));
+    rows.extend(beside(Carrier::Ucx, "ucx (tcp)", Carrier::NixlTcp, load));
 }
 
 fn processor_time(found: &Found, load: Load, host: &str, rows: &mut Vec<Row>) {

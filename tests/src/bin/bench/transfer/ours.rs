@@ -11,35 +11,44 @@ use super::{
     plan::{Figure, Load, WORKING_SET, Way},
 };
 
-/// A target and a socket server that stay up all along; they sleep while nobody asks.
+/// Targets and a socket server that stay up all along; they sleep while nobody asks.
 pub struct Ours<'a> {
     dir: &'a Path,
-    _target: Child,
+    target: Target,
+    /// `auto` starts ucx only where there is something for it to do, so it has a target that was told to; or why not.
+    ucx: Result<Target>,
     _server: Child,
-    control: String,
     server: String,
-    /// Which of our transports the target offers.
-    pub offers: Vec<String>,
+}
+
+/// One target, and where it is asked.
+struct Target {
+    _child: Child,
+    control: String,
+}
+
+impl Target {
+    fn start(transport: &str, dir: &Path) -> Result<Self> {
+        let buffer = WORKING_SET.to_string();
+        let arguments = ["target", "--until-eof", "--transport", transport, "--ucx-devices", "lo", "--buffer", &buffer];
+        let mut child = Child::start(&format!("kvasir-target-{transport}"), command(&arguments)?, dir)?;
+        let control = text(&child.json()?["control"])?;
+        Ok(Self { _child: child, control })
+    }
 }
 
 impl<'a> Ours<'a> {
-    /// Starts both.
+    /// Starts them.
     pub fn start(dir: &'a Path) -> Result<Self> {
-        let buffer = WORKING_SET.to_string();
-        let arguments = ["target", "--until-eof", "--ucx-devices", "lo", "--buffer", &buffer];
-        let mut target = Child::start("kvasir-target", command(&arguments)?, dir)?;
-        let ready = target.json()?;
-        let control = text(&ready["control"])?;
-        let offers = ready["transports"].as_array().context("it says what it offers")?;
-        let offers = offers.iter().map(text).collect::<Result<_>>()?;
+        let (target, ucx) = (Target::start("auto", dir)?, Target::start("ucx", dir));
         let mut server = Child::start("socket-server", command(&["socket", "server", "--until-eof"])?, dir)?;
         let listen = text(&server.json()?["listen"])?;
-        Ok(Self { dir, _target: target, _server: server, control, server: listen, offers })
+        Ok(Self { dir, target, ucx, _server: server, server: listen })
     }
 
     /// Moves a load through one of our transports.
     pub fn transfer(&self, transport: &str, load: &Load, seconds: f64) -> Result<(String, Figure)> {
-        let found = self.run(&self.initiator(transport, load, seconds))?;
+        let found = self.run(&self.initiator(transport, load, seconds)?)?;
         let [found] = found.as_slice() else { anyhow::bail!("one measurement was asked for") };
         Ok((text(&found["over"])?, figure(found)?))
     }
@@ -47,7 +56,7 @@ impl<'a> Ours<'a> {
     /// Moves the whole working set both ways and checks every byte.
     pub fn verify(&self, transport: &str) -> Result<()> {
         let load = Load { op: Way::Read, block: 64 << 10, batch: 64 };
-        let mut arguments = self.initiator(transport, &load, 0.01);
+        let mut arguments = self.initiator(transport, &load, 0.01)?;
         arguments.extend(["--op", "write", "--verify"].map(str::to_owned));
         for found in self.run(&arguments)? {
             ensure!(found["verified_bytes"] == WORKING_SET, "verified other bytes than asked for: {found}");
@@ -55,12 +64,16 @@ impl<'a> Ours<'a> {
         Ok(())
     }
 
-    fn initiator(&self, transport: &str, load: &Load, seconds: f64) -> Vec<String> {
-        let mut arguments = vec!["initiator".to_owned(), self.control.clone()];
+    fn initiator(&self, transport: &str, load: &Load, seconds: f64) -> Result<Vec<String>> {
+        let target = match transport {
+            "ucx" => self.ucx.as_ref().map_err(|error| anyhow::anyhow!("{error:#}"))?,
+            _ => &self.target,
+        };
+        let mut arguments = vec!["initiator".to_owned(), target.control.clone()];
         arguments.extend(["--ucx-devices", "lo", "--transport", transport, "--op", load.op.name()].map(str::to_owned));
         arguments.extend(["--batch".to_owned(), load.batch.to_string()]);
         arguments.extend(sizes(load.block, seconds));
-        arguments
+        Ok(arguments)
     }
 
     /// A plain loop over one connection.
