@@ -1,5 +1,7 @@
 //! The bench program with real processes: what it says it verified has arrived, and what can't be had is an error.
 
+#![expect(clippy::unwrap_used, reason = "helpers of tests")]
+
 use std::{
     io::{BufRead, BufReader},
     process::{Child, Command, Output, Stdio},
