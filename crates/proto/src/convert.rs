@@ -211,6 +211,45 @@ impl TryFrom<&v1::SegmentDescriptor> for types::SegmentDescriptor {
     }
 }
 
+impl From<&types::PeerTraffic> for v1::TransferPeer {
+    fn from(peer: &types::PeerTraffic) -> Self {
+        Self {
+            name: peer.name.clone(),
+            transport: peer.transport.map(|kind| kind.to_string()).unwrap_or_default(),
+            reason: peer.reason.clone(),
+            read_bytes: peer.read_bytes,
+            written_bytes: peer.written_bytes,
+            completed: peer.completed,
+            failed: peer.failed,
+            in_flight_bytes: peer.in_flight_bytes,
+            p50_us: peer.p50_us,
+            p99_us: peer.p99_us,
+            failures_in_a_row: peer.failures_in_a_row,
+            resting_ms: peer.resting_ms,
+        }
+    }
+}
+
+impl From<v1::TransferPeer> for types::PeerTraffic {
+    // Numbers and texts for people: nothing in it can be out of bounds.
+    fn from(wire: v1::TransferPeer) -> Self {
+        Self {
+            name: wire.name,
+            transport: wire.transport.parse().ok(),
+            reason: wire.reason,
+            read_bytes: wire.read_bytes,
+            written_bytes: wire.written_bytes,
+            completed: wire.completed,
+            failed: wire.failed,
+            in_flight_bytes: wire.in_flight_bytes,
+            p50_us: wire.p50_us,
+            p99_us: wire.p99_us,
+            failures_in_a_row: wire.failures_in_a_row,
+            resting_ms: wire.resting_ms,
+        }
+    }
+}
+
 /// A grant key from its wire form.
 pub fn grant_key(wire: u64) -> GrantKey {
     GrantKey(wire)

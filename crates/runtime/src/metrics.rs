@@ -21,11 +21,16 @@ use std::{
     },
 };
 
+use prometheus_client::{
+    collector::Collector,
+    encoding::{DescriptorEncoder, NoLabelSet},
+    metrics::{MetricType, family::MetricConstructor},
+    registry::Registry,
+};
 pub use prometheus_client::{
     encoding::{EncodeLabelSet, EncodeLabelValue},
     metrics::{counter::Counter, family::Family, gauge::Gauge, histogram::Histogram},
 };
-use prometheus_client::{metrics::family::MetricConstructor, registry::Registry};
 
 use crate::Service;
 
@@ -62,6 +67,40 @@ struct Inner {
 /// Upper bounds of a histogram family's buckets.
 #[derive(Clone, Copy, Debug)]
 pub struct Buckets(&'static [f64]);
+
+/// A distribution as it is at one moment.
+#[derive(Clone, Debug)]
+pub struct Distribution {
+    /// Its labels.
+    pub labels: Vec<(&'static str, String)>,
+    /// The upper bound of each bucket (the last one: infinite) and how many lie between it and the one before.
+    pub buckets: Vec<(f64, u64)>,
+    /// The sum of all values.
+    pub sum: f64,
+}
+
+struct Distributions {
+    name: String,
+    help: String,
+    read: Box<dyn Fn() -> Vec<Distribution> + Send + Sync>,
+}
+
+impl fmt::Debug for Distributions {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Distributions").field("name", &self.name).finish()
+    }
+}
+
+impl Collector for Distributions {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
+        let mut family = encoder.encode_descriptor(&self.name, &self.help, None, MetricType::Histogram)?;
+        for Distribution { labels, buckets, sum } in (self.read)() {
+            let count = buckets.iter().map(|bucket| bucket.1).sum();
+            family.encode_family(&labels)?.encode_histogram::<NoLabelSet>(sum, count, &buckets, None)?;
+        }
+        Ok(())
+    }
+}
 
 impl MetricConstructor<Histogram> for Buckets {
     fn new_metric(&self) -> Histogram {
@@ -114,6 +153,13 @@ impl Metrics {
     /// Distributions by label.
     pub fn histograms<L: Labels>(&self, name: &str, help: &str, buckets: &'static [f64]) -> Histograms<L> {
         self.register(name, help, Family::new_with_constructor(Buckets(buckets)))
+    }
+
+    /// Distributions that somebody else counts, read at every scrape. Labels may differ from scrape to scrape; how many
+    /// there are must be bounded by whoever counts.
+    pub fn distributions(&self, name: &str, help: &str, read: impl Fn() -> Vec<Distribution> + Send + Sync + 'static) {
+        let (name, help) = (name.to_owned(), help.trim_end_matches('.').to_owned() + ".");
+        self.registry().register_collector(Box::new(Distributions { name, help, read: Box::new(read) }));
     }
 
     /// Calls `refresh` before every scrape, so that it can set gauges (and counters, with [`set_total`]) to what somebody

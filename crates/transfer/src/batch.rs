@@ -21,7 +21,7 @@ use std::{
     fmt,
     future::Future,
     pin::Pin,
-    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak},
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
     task::{Context, Poll, Waker},
     time::{Duration, Instant},
 };
@@ -34,7 +34,7 @@ use crate::{
     peers::Peer,
     plan::{FramePlan, Plan},
     space::{Mapped, Use},
-    timer::Timer,
+    timer::{Expire, Timer},
 };
 
 #[cfg(doc)]
@@ -130,6 +130,8 @@ struct Inner {
     failure: Option<Error>,
     outcome: Option<Result<Report, Error>>,
     waker: Option<Waker>,
+    /// A thread blocks until it is over. Nobody else costs a system call to wake.
+    awaited: bool,
     on_end: Option<OnEnd>,
     /// How the notice's frame is handed over when it is its turn.
     start_notice: Option<StartNotice>,
@@ -170,16 +172,22 @@ pub(crate) struct Setting {
 }
 
 impl BatchState {
-    /// A batch with every frame waiting; it has at least one, if only its notice. Its deadline runs from now on.
+    /// A batch with every frame waiting; it has at least one, if only its notice. It needs [`Self::run_deadline`].
     pub(crate) fn new(batch: &Batch, plan: Plan, setting: Setting) -> Arc<Self> {
         let frames = plan.frames.len() + usize::from(batch.notice.is_some());
         let state = Self::with(batch, plan, setting, None, frames);
         if let Some(peer) = &state.peer {
             peer.started(state.plan.bytes);
         }
-        let weak = Arc::downgrade(&state);
-        state.timer.at(batch.deadline.instant(), move || Self::abort_weak(&weak, Error::DeadlineExceeded));
         state
+    }
+
+    /// Its deadline counts from now on, if it is not over already: one that was copied on the spot never troubles the timer.
+    pub(crate) fn run_deadline(self: &Arc<Self>, deadline: Deadline) {
+        if !self.is_over() {
+            let this = Arc::downgrade(self);
+            self.timer.deadline(deadline.instant(), this);
+        }
     }
 
     /// A batch that is over before it began.
@@ -215,6 +223,7 @@ impl BatchState {
                 failure: None,
                 outcome,
                 waker: None,
+                awaited: false,
                 on_end: None,
                 start_notice: None,
                 uses: if frames > 0 { setting.uses } else { Vec::new() },
@@ -294,12 +303,6 @@ impl BatchState {
         }
     }
 
-    fn abort_weak(weak: &Weak<Self>, error: Error) {
-        if let Some(batch) = weak.upgrade() {
-            batch.abort(error);
-        }
-    }
-
     fn cut_busy(&self) {
         for stage in &self.lock().stages {
             if let Stage::Busy { cut, .. } = stage {
@@ -319,7 +322,7 @@ impl BatchState {
                 elapsed: self.started.elapsed(),
             }),
         });
-        let (waker, on_end) = (inner.waker.take(), inner.on_end.take());
+        let (waker, on_end, awaited) = (inner.waker.take(), inner.on_end.take(), inner.awaited);
         let over = (inner.start_notice.take(), std::mem::take(&mut inner.uses));
         let outcome = on_end.and_then(|on_end| Some((on_end, inner.outcome.clone()?)));
         let ended = self.peer.as_ref().and_then(|peer| Some((peer, inner.outcome.clone()?)));
@@ -328,13 +331,21 @@ impl BatchState {
         if let Some((peer, outcome)) = ended {
             peer.ended(self.op, self.plan.bytes, &outcome);
         }
-        self.ended.notify_all();
+        if awaited {
+            self.ended.notify_all();
+        }
         if let Some(waker) = waker {
             waker.wake();
         }
         if let Some((on_end, outcome)) = outcome {
             on_end(&outcome);
         }
+    }
+}
+
+impl Expire for BatchState {
+    fn expire(self: Arc<Self>) {
+        self.abort(Error::DeadlineExceeded);
     }
 }
 
@@ -496,7 +507,10 @@ impl Transfer {
         loop {
             match &inner.outcome {
                 Some(outcome) => return outcome.clone(),
-                None => inner = self.state.ended.wait(inner).unwrap_or_else(PoisonError::into_inner),
+                None => {
+                    inner.awaited = true;
+                    inner = self.state.ended.wait(inner).unwrap_or_else(PoisonError::into_inner);
+                }
             }
         }
     }

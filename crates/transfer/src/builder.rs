@@ -14,6 +14,7 @@ use kvasir_types::{Incarnation, SegmentId, TransportKind, Transports};
 use crate::{
     choice::Slot,
     config::Config,
+    copier::Copier,
     counters::Counters,
     engine::{Running, TransferEngine},
     error::Error,
@@ -25,6 +26,7 @@ use crate::{
     owner::{Owner, random_u64},
     peers::Peers,
     segment::Directory,
+    shm::ShmTransport,
     space::Space,
     tcp::TcpTransport,
     threads::Threads,
@@ -103,6 +105,7 @@ impl Builder {
         // Made first, so that what has been started is stopped by its drop if the next thing can't be had.
         let gate = Gate::new(config.max_inflight_bytes as u64);
         let stopped = AtomicBool::new(false);
+        let copier = Copier::start(&threads, config.copy_threads)?;
         let rdma = has_rdma(Path::new("/sys/class/infiniband"));
         let kinds = match config.transports.clone() {
             Transports::Auto => TransportKind::ALL.to_vec(),
@@ -111,7 +114,7 @@ impl Builder {
         let transports = kinds.into_iter().map(Slot::new).collect();
         let peers = Peers::default();
         let running =
-            Running { config, owner, transports, peers, local, rdma, directory, gate, timer, threads, stopped };
+            Running { config, owner, transports, peers, local, rdma, directory, gate, copier, timer, threads, stopped };
         let timer = running.timer.clone();
         running.threads.spawn("transfer-timer", move || timer.run())?;
         for slot in &running.transports {
@@ -149,11 +152,12 @@ impl Running {
     }
 
     fn start(&self, kind: TransportKind) -> Result<Arc<dyn Transport>, Error> {
-        let Self { config, owner, threads, local, .. } = self;
+        let Self { config, owner, threads, local, copier, .. } = self;
         Ok(match kind {
-            TransportKind::Local => Arc::new(LocalTransport::new(local.clone(), owner, threads)?),
+            TransportKind::Local => Arc::new(LocalTransport::new(local.clone(), owner, copier.clone())),
+            TransportKind::Shm => Arc::new(ShmTransport::new(config, owner, copier.clone(), threads)?),
             TransportKind::Tcp => Arc::new(TcpTransport::new(config, owner, threads)?),
-            TransportKind::Shm | TransportKind::Ucx => {
+            TransportKind::Ucx => {
                 return Err(Error::TransportUnavailable { kind, reason: "not in this version".into() });
             }
         })
@@ -167,6 +171,7 @@ impl Running {
         self.owner.notices.close();
         self.owner.grants.close_all();
         self.transports.iter().filter_map(Slot::started).for_each(|transport| transport.shutdown());
+        self.copier.stop();
         self.timer.stop();
         self.threads.join_all();
     }

@@ -16,10 +16,11 @@ use std::{
 use kvasir_types::{GrantKey, HostMemory, SegmentDescriptor, TransportKind};
 
 use crate::{
-    batch::{Batch, BatchState, Op, Setting, Transfer, Transfers},
+    batch::{Batch, BatchState, Op, Priority, Setting, Transfer, Transfers},
     builder::Builder,
     choice::{Circumstances, Slot, Way, choose},
     config::Config,
+    copier::Copier,
     error::Error,
     gate::{Gate, Launch},
     grant::{Access, Grant, GrantRange},
@@ -54,6 +55,7 @@ pub(crate) struct Running {
     pub(crate) rdma: bool,
     pub(crate) directory: Option<Arc<dyn Directory>>,
     pub(crate) gate: Arc<Gate>,
+    pub(crate) copier: Copier<Priority>,
     pub(crate) timer: Timer,
     pub(crate) threads: Arc<Threads>,
     pub(crate) stopped: AtomicBool,
@@ -201,6 +203,7 @@ impl TransferEngine {
                 } else {
                     let state = BatchState::new(&batch, plan, setting);
                     self.0.gate.submit(Launch { batch: Arc::clone(&state), start: Box::new(|batch| way.start(batch)) });
+                    state.run_deadline(batch.deadline);
                     state
                 }
             }

@@ -74,7 +74,6 @@ pub(crate) trait Opener: Cut {
 }
 
 /// What a peer may touch under a grant it has opened.
-#[expect(dead_code, reason = "for the transports whose owner takes no part")]
 pub(crate) struct Opened {
     /// Half-open byte ranges `[start, end)`, sorted, neighbours merged.
     pub(crate) readable: Vec<Bytes>,
@@ -105,6 +104,8 @@ struct Inner {
     /// The regions stay registered until nobody touches them under this grant.
     uses: Vec<Use>,
     waker: Option<Waker>,
+    /// A thread blocks until none is in flight: nobody else costs a system call to wake.
+    awaited: bool,
 }
 
 impl Inner {
@@ -163,6 +164,7 @@ impl State {
     fn wait_none_in_flight(&self) {
         let mut inner = self.lock();
         while !inner.in_flight.is_empty() {
+            inner.awaited = true;
             inner = self.none_in_flight.wait(inner).unwrap_or_else(PoisonError::into_inner);
         }
     }
@@ -181,7 +183,7 @@ impl State {
 }
 
 /// Whether the sorted, merged ranges hold all of `[offset, offset + len)`.
-fn covers(ranges: &[Bytes], offset: u64, len: u64) -> bool {
+pub(crate) fn covers(ranges: &[Bytes], offset: u64, len: u64) -> bool {
     let Some(end) = offset.checked_add(len) else { return false };
     let after = ranges.partition_point(|&(start, _)| start <= offset);
     after.checked_sub(1).is_some_and(|at| end <= ranges[at].1)
@@ -263,7 +265,6 @@ impl GrantTable {
         Ok(InFlight { state, op })
     }
 
-    #[expect(dead_code, reason = "for the transports whose owner takes no part")]
     /// Tells a peer what it may touch without asking again, and remembers whom to tell when that ends. A peer that opens
     /// the same grant twice is remembered twice.
     pub(crate) fn open_remote(&self, key: GrantKey, opener: Arc<dyn Opener>) -> Result<Opened, Refusal> {
@@ -355,7 +356,9 @@ impl Drop for InFlight {
             if !inner.in_flight.is_empty() {
                 return;
             }
-            self.state.none_in_flight.notify_all();
+            if inner.awaited {
+                self.state.none_in_flight.notify_all();
+            }
             (inner.waker.take(), inner.settle())
         };
         drop(uses);

@@ -47,13 +47,16 @@ mod config;
 mod engine;
 mod error;
 mod segment;
+mod settings;
 
 mod batch;
 mod gate;
 mod grant;
 mod plan;
 
+mod copier;
 mod local;
+mod shm;
 mod tcp;
 mod transport;
 
@@ -87,6 +90,7 @@ pub use memory::{Allocation, HugePages, Memory};
 pub use notice::{MAX_NOTICE_BYTES, NextNotice, Notice, Notices};
 pub use peers::PeerStats;
 pub use segment::{Directory, Lookup, Published, Segment};
+pub use settings::{Pages, Settings, ShmSettings, UcxSettings};
 pub use space::Unregister;
 pub use stats::{Refused, Side, Stats, Traffic};
 pub use topology::Topology;

@@ -1,36 +1,27 @@
 //! The local transport: segments of the same process, moved by memcpy.
 //!
 //! Small batches (up to [`INLINE_BYTES`]) are copied by the submitting thread: 128 KiB take about 10 µs, no more than waking
-//! another thread would. Larger ones go to the engine's one copying thread, because `submit` must not hold up its caller
+//! another thread would. Larger ones go to the engine's copying threads, because `submit` must not hold up its caller
 //! (the engine's step loop) for milliseconds. Keys, bounds and incarnation are checked as over tcp. A fence needs no
 //! force here: the owner waits for the memcpy of one frame.
 
 use std::{
     collections::HashMap,
-    fmt,
-    sync::{
-        Arc, Mutex, MutexGuard, PoisonError, Weak,
-        atomic::{AtomicBool, Ordering},
-    },
+    fmt, ptr,
+    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
 };
-
-use crossbeam_channel::{Receiver, Sender, unbounded};
-use std::ptr;
 
 use kvasir_types::{SegmentDescriptor, SegmentId, TransportAddress, TransportKind};
 
 use crate::{
-    batch::{Frame, Op},
+    batch::{Frame, Op, Priority},
+    copier::{Copier, INLINE_BYTES},
     counters::Counters,
     error::Error,
     grant::Cut,
     owner::{Owner, random_u64},
-    threads::Threads,
     transport::{Target, Transport},
 };
-
-/// Largest batch that is copied on the submitting thread.
-const INLINE_BYTES: u64 = 256 << 10;
 
 /// The segments of this process that can be reached by memcpy. Hand the same one to every engine of the process that
 /// shall see the others; an engine with a net of its own is reached by nobody locally.
@@ -63,31 +54,20 @@ impl LocalNet {
     }
 }
 
-struct Job {
-    frame: Frame,
-    owner: Arc<Owner>,
-}
-
 /// One engine's end of a [`LocalNet`].
 pub(crate) struct LocalTransport {
     net: LocalNet,
     own: SegmentId,
     counters: Arc<Counters>,
-    stopping: Arc<AtomicBool>,
-    // `None` after shutdown, which ends the thread.
-    jobs: Mutex<Option<Sender<Job>>>,
+    copier: Copier<Priority>,
+    memcpy: Arc<Memcpy>,
 }
 
 impl LocalTransport {
-    /// Makes `owner` reachable in `net` and starts the copying thread.
-    pub(crate) fn new(net: LocalNet, owner: &Arc<Owner>, threads: &Threads) -> Result<Self, Error> {
-        let (sender, receiver) = unbounded();
-        let counters = Arc::clone(&owner.counters);
-        let stopping = Arc::<AtomicBool>::default();
-        let (stop, copying) = (Arc::clone(&stopping), Arc::clone(&counters));
-        threads.spawn("transfer-local", move || copy_all(&receiver, &copying, &stop))?;
+    /// Makes `owner` reachable in `net`.
+    pub(crate) fn new(net: LocalNet, owner: &Arc<Owner>, copier: Copier<Priority>) -> Self {
         net.lock().insert(owner.segment, Arc::downgrade(owner));
-        Ok(Self { net, own: owner.segment, counters, stopping, jobs: Mutex::new(Some(sender)) })
+        Self { net, own: owner.segment, counters: Arc::clone(&owner.counters), copier, memcpy: Arc::new(Memcpy) }
     }
 
     fn find(&self, target: &SegmentDescriptor) -> Option<Arc<Owner>> {
@@ -115,29 +95,21 @@ impl Transport for LocalTransport {
             frames.iter().for_each(|frame| frame.finish(Err(stale.clone())));
             return;
         };
-        if frames.iter().map(Frame::bytes).sum::<u64>() <= INLINE_BYTES {
-            frames.into_iter().for_each(|frame| copy(&Job { frame, owner: Arc::clone(&owner) }, &self.counters));
-            return;
-        }
-        let jobs = self.jobs.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let inline = frames.iter().map(Frame::bytes).sum::<u64>() <= INLINE_BYTES;
         for frame in frames {
-            if let Some(jobs) = &jobs {
-                // A closed queue gives the job back; dropping it fails its frame as shut down.
-                let _ = jobs.send(Job { frame, owner: Arc::clone(&owner) });
+            if inline {
+                copy(&frame, &owner, &self.counters, &self.memcpy);
+                continue;
             }
+            let (owner, counters, memcpy) = (Arc::clone(&owner), Arc::clone(&self.counters), Arc::clone(&self.memcpy));
+            self.copier.push(frame.batch().priority, move || copy(&frame, &owner, &counters, &memcpy));
         }
     }
 
     fn shutdown(&self) {
         self.net.lock().remove(&self.own);
-        self.stopping.store(true, Ordering::SeqCst);
-        *self.jobs.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        self.copier.stop();
     }
-}
-
-fn copy_all(jobs: &Receiver<Job>, counters: &Counters, stopping: &AtomicBool) {
-    // What is left in the queue then is dropped, and with that fails as shut down.
-    jobs.iter().take_while(|_| !stopping.load(Ordering::SeqCst)).for_each(|job| copy(&job, counters));
 }
 
 /// A copy between two arenas ends by itself, soon.
@@ -149,16 +121,16 @@ impl Cut for Memcpy {
     }
 }
 
-fn copy(Job { frame, owner }: &Job, counters: &Counters) {
-    let (batch, memcpy) = (frame.batch(), Arc::new(Memcpy));
+fn copy(frame: &Frame, owner: &Owner, counters: &Counters, memcpy: &Arc<Memcpy>) {
+    let batch = frame.batch();
     if let Some(notice) = frame.notice() {
         let delivered = owner.deliver(batch.key, notice);
         return frame.finish(delivered.map_err(|refusal| Error::Refused { segment: batch.segment, refusal }));
     }
     let remote = frame.ranges().iter().map(|range| (range.remote, range.len));
     // The touch before the grant, so that the grant is left first: leaving a touch may resolve the caller's future.
-    let Some(touch) = frame.touch(memcpy.clone()) else { return };
-    let in_flight = match owner.grants.enter(batch.key, batch.op, remote, memcpy) {
+    let Some(touch) = frame.touch(Arc::clone(memcpy) as _) else { return };
+    let in_flight = match owner.grants.enter(batch.key, batch.op, remote, Arc::clone(memcpy) as _) {
         Ok(in_flight) => in_flight,
         Err(refusal) => {
             drop(touch);

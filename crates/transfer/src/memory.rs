@@ -61,7 +61,8 @@ pub enum Memory {
     /// Somebody else's, kept alive by the handle. It can't be mapped by others, only sent.
     Borrowed(Arc<dyn HostMemory>),
     /// Bytes of a file, mapped shared: what is written lands in the file. Nobody may cut the file short while it is
-    /// registered: touching a page beyond its end would kill the process.
+    /// registered: touching a page beyond its end would kill the process. Processes of the same host can map it only if it
+    /// is sealed against that (a memfd with `F_SEAL_SHRINK`).
     File {
         /// Open for reading, and for writing if `writable`.
         file: File,
@@ -74,7 +75,6 @@ pub enum Memory {
     },
 }
 
-#[expect(dead_code, reason = "for the shm transport")]
 /// What another process can map: a file descriptor and where in it the region starts.
 #[derive(Debug)]
 pub(crate) struct Backing {
@@ -172,7 +172,16 @@ fn map_file(file: File, offset: u64, len: usize, writable: bool) -> Result<Regis
     }
     let fd = OwnedFd::from(file);
     let mapping = Mapping::new(len, libc::MAP_SHARED, Some((&fd, offset)), writable).map_err(failed)?;
-    Ok(Registered { memory: Arc::new(mapping), backing: Some(Backing { fd, offset }), writable })
+    // A file that may be cut short is not for others to map: touching it beyond its end would kill them.
+    let backing = is_sealed(&fd).then_some(Backing { fd, offset });
+    Ok(Registered { memory: Arc::new(mapping), backing, writable })
+}
+
+/// Whether a file can never become shorter: a memfd made so.
+fn is_sealed(fd: &OwnedFd) -> bool {
+    // SAFETY: a plain call on our own descriptor.
+    let seals = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GET_SEALS) };
+    seals >= 0 && seals & libc::F_SEAL_SHRINK != 0
 }
 
 /// A mapping of our own, unmapped when nobody holds it any more.

@@ -13,7 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use kvasir_types::{Incarnation, SegmentDescriptor, SegmentId, TransportKind};
+use kvasir_types::{Incarnation, PeerTraffic, SegmentDescriptor, SegmentId, TransportKind};
 
 use crate::{
     batch::{Op, Report},
@@ -58,6 +58,26 @@ pub struct PeerStats {
     pub failures_in_a_row: u32,
     /// How long it still rests; zero if it does not.
     pub resting: Duration,
+}
+
+impl PeerStats {
+    /// In short, as an operator is told.
+    pub fn traffic(&self) -> PeerTraffic {
+        PeerTraffic {
+            name: if self.name.is_empty() { self.segment.to_string() } else { self.name.clone() },
+            transport: Some(self.transport),
+            reason: self.reason.clone(),
+            read_bytes: self.read_bytes,
+            written_bytes: self.written_bytes,
+            completed: self.completed,
+            failed: self.failed,
+            in_flight_bytes: self.in_flight_bytes,
+            p50_us: self.latency.quantile_us(0.5).unwrap_or_default(),
+            p99_us: self.latency.quantile_us(0.99).unwrap_or_default(),
+            failures_in_a_row: self.failures_in_a_row,
+            resting_ms: self.resting.as_millis() as u64,
+        }
+    }
 }
 
 /// One life of one peer.

@@ -38,6 +38,8 @@ pub(crate) struct Mapped {
 struct Uses {
     count: usize,
     waker: Option<Waker>,
+    /// A thread blocks until there is none: nobody else costs a system call to wake.
+    awaited: bool,
 }
 
 impl Mapped {
@@ -99,7 +101,9 @@ impl Drop for Use {
             if uses.count > 0 {
                 return;
             }
-            self.0.unused.notify_all();
+            if uses.awaited {
+                self.0.unused.notify_all();
+            }
             uses.waker.take()
         };
         if let Some(waker) = waker {
@@ -195,6 +199,7 @@ impl Unregister {
     pub fn wait(self) {
         let mut uses = self.0.uses();
         while uses.count > 0 {
+            uses.awaited = true;
             uses = self.0.unused.wait(uses).unwrap_or_else(PoisonError::into_inner);
         }
     }

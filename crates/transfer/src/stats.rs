@@ -23,6 +23,9 @@ pub struct Stats {
     pub retries: u64,
     /// Connections cut on this side so that memory could be reused.
     pub fenced_connections: u64,
+    /// Revoked grants whose ranges stayed fenced beyond the grace because a process of this host was inside and can't be
+    /// cut (stopped, usually): until it leaves or ends.
+    pub held_fences: u64,
     /// Connections open to peers now.
     pub open_connections: u64,
     /// Connections of peers open to us now.
@@ -89,4 +92,6 @@ pub struct Refused {
     pub busy: u64,
     /// Bytes that are no frame.
     pub malformed: u64,
+    /// A process of a user that may not map our memory.
+    pub forbidden: u64,
 }

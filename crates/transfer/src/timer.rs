@@ -1,16 +1,50 @@
 //! One thread that does small things later: deadlines of batches, the end of a fence's grace.
 //!
-//! What runs here must be short and must not block: it aborts a batch or shuts a socket down.
+//! What runs here must be short and must not block: it aborts a batch or shuts a socket down. Most deadlines never come,
+//! because what they are for is over before: such entries are swept out now and then, or a busy engine would collect those
+//! of half a minute.
 
 use std::{
     cmp::Reverse,
     collections::BinaryHeap,
     fmt,
-    sync::{Arc, Condvar, Mutex, PoisonError},
+    sync::{Arc, Condvar, Mutex, PoisonError, Weak},
     time::Instant,
 };
 
-type Action = Box<dyn FnOnce() + Send>;
+/// Entries below which no sweep is worth its time.
+const SWEEP_FROM: usize = 1024;
+
+/// Something with a deadline. It is forgotten when nobody else holds it any more.
+pub(crate) trait Expire: Send + Sync {
+    /// The deadline has passed.
+    fn expire(self: Arc<Self>);
+}
+
+enum Action {
+    Run(Box<dyn FnOnce() + Send>),
+    Expire(Weak<dyn Expire>),
+}
+
+impl Action {
+    fn run(self) {
+        match self {
+            Self::Run(action) => action(),
+            Self::Expire(weak) => {
+                if let Some(expired) = weak.upgrade() {
+                    expired.expire();
+                }
+            }
+        }
+    }
+
+    fn is_pending(&self) -> bool {
+        match self {
+            Self::Run(_) => true,
+            Self::Expire(weak) => weak.strong_count() > 0,
+        }
+    }
+}
 
 struct Entry {
     at: Instant,
@@ -40,6 +74,8 @@ impl Ord for Entry {
 #[derive(Default)]
 struct Queue {
     entries: BinaryHeap<Reverse<Entry>>,
+    /// How many entries there were after the last sweep.
+    swept: usize,
     stopped: bool,
 }
 
@@ -56,13 +92,26 @@ impl fmt::Debug for Timer {
 impl Timer {
     /// Runs `action` on the timer thread once `at` has come; never, if the timer is stopped first.
     pub(crate) fn at(&self, at: Instant, action: impl FnOnce() + Send + 'static) {
+        self.add(at, Action::Run(Box::new(action)));
+    }
+
+    /// Expires `what` on the timer thread once `at` has come, if anybody holds it then.
+    pub(crate) fn deadline(&self, at: Instant, what: Weak<dyn Expire>) {
+        self.add(at, Action::Expire(what));
+    }
+
+    fn add(&self, at: Instant, action: Action) {
         let (queue, changed) = &*self.0;
         let mut queue = queue.lock().unwrap_or_else(PoisonError::into_inner);
         if queue.stopped {
             return;
         }
+        if queue.entries.len() >= SWEEP_FROM.max(2 * queue.swept) {
+            queue.entries.retain(|Reverse(entry)| entry.action.is_pending());
+            queue.swept = queue.entries.len();
+        }
         let earliest = queue.entries.peek().is_none_or(|Reverse(first)| at < first.at);
-        queue.entries.push(Reverse(Entry { at, action: Box::new(action) }));
+        queue.entries.push(Reverse(Entry { at, action }));
         if earliest {
             changed.notify_one();
         }
@@ -80,7 +129,7 @@ impl Timer {
                     let due = guard.entries.pop();
                     drop(guard); // actions take other locks
                     if let Some(Reverse(entry)) = due {
-                        (entry.action)();
+                        entry.action.run();
                     }
                     queue.lock().unwrap_or_else(PoisonError::into_inner)
                 }
@@ -108,6 +157,33 @@ mod tests {
     use std::{sync::mpsc, thread, time::Duration};
 
     use super::*;
+
+    #[test]
+    fn deadlines_of_what_is_over_are_swept_out() {
+        struct Over(mpsc::Sender<()>);
+        impl Expire for Over {
+            fn expire(self: Arc<Self>) {
+                self.0.send(()).unwrap();
+            }
+        }
+        let timer = Timer::default();
+        let (sender, receiver) = mpsc::channel();
+        let later = Instant::now() + Duration::from_secs(3600);
+        let lasting: Arc<dyn Expire> = Arc::new(Over(sender.clone()));
+        timer.deadline(Instant::now(), Arc::downgrade(&lasting));
+        for _ in 0..100 * SWEEP_FROM {
+            let over: Arc<dyn Expire> = Arc::new(Over(sender.clone()));
+            timer.deadline(later, Arc::downgrade(&over));
+        }
+        assert!(timer.0.0.lock().unwrap().entries.len() <= SWEEP_FROM);
+        let thread = thread::spawn({
+            let timer = timer.clone();
+            move || timer.run()
+        });
+        receiver.recv().unwrap();
+        timer.stop();
+        thread.join().unwrap();
+    }
 
     #[test]
     fn actions_run_in_the_order_of_their_time_not_of_their_submission() {

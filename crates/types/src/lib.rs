@@ -25,7 +25,8 @@ pub use memory::HostMemory;
 pub use retry::Retry;
 pub use sampling::{FinishReason, Sampled, Sampling, TopLogprob, Usage};
 pub use segment::{
-    GrantKey, RegionInfo, SegmentDescriptor, SegmentId, TransportAddress, TransportKind, Transports, UnknownTransport,
+    GrantKey, PeerTraffic, RegionInfo, SegmentDescriptor, SegmentId, TransportAddress, TransportKind, Transports,
+    UnknownTransport,
 };
 
 /// Version of everything that crosses a process boundary (gRPC messages, transfer frames, member records). Two

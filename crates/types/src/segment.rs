@@ -46,12 +46,7 @@ pub enum TransportKind {
 
 impl fmt::Display for TransportKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Local => "local",
-            Self::Shm => "shm",
-            Self::Ucx => "ucx",
-            Self::Tcp => "tcp",
-        })
+        f.write_str(self.name())
     }
 }
 
@@ -59,13 +54,23 @@ impl std::str::FromStr for TransportKind {
     type Err = UnknownTransport;
 
     fn from_str(name: &str) -> Result<Self, UnknownTransport> {
-        Self::ALL.into_iter().find(|kind| kind.to_string() == name).ok_or_else(|| UnknownTransport(name.to_owned()))
+        Self::ALL.into_iter().find(|kind| kind.name() == name).ok_or_else(|| UnknownTransport(name.to_owned()))
     }
 }
 
 impl TransportKind {
     /// All of them, in the order in which they are preferred when nothing else decides.
     pub const ALL: [Self; 4] = [Self::Local, Self::Shm, Self::Ucx, Self::Tcp];
+
+    /// Its name, in configurations, records and metrics.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Local => "local",
+            Self::Shm => "shm",
+            Self::Ucx => "ucx",
+            Self::Tcp => "tcp",
+        }
+    }
 }
 
 /// Which transports a process starts and uses: in a configuration, `auto` or a list of names.
@@ -172,6 +177,35 @@ fn known_transports<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<Tr
         Way::Unknown(_) => None,
     });
     Ok(known.collect())
+}
+
+/// What an engine knows of a peer it moves bytes to or from: what crosses gRPC when an operator asks.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct PeerTraffic {
+    /// The peer's segment's name.
+    pub name: String,
+    /// Over what it is reached; `None` if it is a transport that this version doesn't know.
+    pub transport: Option<TransportKind>,
+    /// Why over that.
+    pub reason: String,
+    /// Bytes read from it.
+    pub read_bytes: u64,
+    /// Bytes written to it.
+    pub written_bytes: u64,
+    /// Batches that completed.
+    pub completed: u64,
+    /// Batches that failed.
+    pub failed: u64,
+    /// Bytes of batches that are not over.
+    pub in_flight_bytes: u64,
+    /// Half of the completed batches took no longer, in microseconds; rounded up to a power of two. 0: unknown.
+    pub p50_us: u64,
+    /// 99 of 100 took no longer, likewise.
+    pub p99_us: u64,
+    /// How often in a row the way to it failed.
+    pub failures_in_a_row: u32,
+    /// For how long it is not tried again, in milliseconds.
+    pub resting_ms: u64,
 }
 
 #[cfg(test)]

@@ -36,7 +36,7 @@ pub struct Config {
     /// The KV cache.
     pub kv: KvConfig,
     /// Moving KV blocks.
-    pub transfer: TransferConfig,
+    pub transfer: kvasir_transfer::Settings,
     /// The decode role.
     pub decode: DecodeConfig,
     /// The prefill role.
@@ -84,21 +84,6 @@ pub struct KvConfig {
     /// Element type: f16, bf16 or f32; the same on all workers of a model. Default f16: as small as bf16 and eight times
     /// as fine; a value beyond its range (65,504) is kept as its largest.
     pub dtype: KvDtype,
-}
-
-/// Moving KV blocks.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct TransferConfig {
-    /// Where the tcp transport listens. Default 127.0.0.1:0.
-    pub listen: SocketAddr,
-    /// `host:port`, or a host alone, that others reach it at. Default: the address it listens on; for a wildcard, the
-    /// host at which the gRPC server is reached.
-    pub advertise: Option<String>,
-    /// Transports that may be used: `auto`, one name, or a list, best first. Default auto.
-    pub transports: Transports,
-    /// Connections to each peer. Default 2.
-    pub connections_per_peer: usize,
 }
 
 /// The decode role.
@@ -157,7 +142,7 @@ impl Default for Config {
             model: ModelConfig::default(),
             engine: EngineConfig::default(),
             kv: KvConfig::default(),
-            transfer: TransferConfig::default(),
+            transfer: kvasir_transfer::Settings::default(),
             decode: DecodeConfig::default(),
             prefill: PrefillConfig::default(),
             store: StoreConfig::default(),
@@ -181,17 +166,6 @@ impl Default for EngineConfig {
 impl Default for KvConfig {
     fn default() -> Self {
         Self { memory_bytes: 256 << 20, block_size: 16, dtype: KvDtype::F16 }
-    }
-}
-
-impl Default for TransferConfig {
-    fn default() -> Self {
-        Self {
-            listen: SocketAddr::from(([127, 0, 0, 1], 0)),
-            advertise: None,
-            transports: Transports::Auto,
-            connections_per_peer: 2,
-        }
     }
 }
 

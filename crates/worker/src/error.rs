@@ -50,6 +50,9 @@ pub(crate) enum Error {
     /// A repeated prefill chose another first token than the one the client has already.
     #[error("the repeated prefill chose token {} where {} had been sent", second.0, first.0)]
     Diverged { first: TokenId, second: TokenId },
+    /// A prefill worker stopped in the middle of a copy into this worker's memory, and can't be kept from going on with it.
+    #[error("prefill worker {member} stalled while writing into this worker's memory")]
+    Unfenced { member: String },
     /// The decode worker took its grant back: it wants this prompt no more.
     #[error("the caller has revoked its grant")]
     Revoked,
@@ -84,6 +87,7 @@ impl Error {
             | Self::Draining
             | Self::Prefill { .. }
             | Self::Protocol { .. }
+            | Self::Unfenced { .. }
             | Self::Transfer(_) => Retry::Elsewhere,
         }
     }
@@ -100,7 +104,9 @@ impl Error {
             Self::Draining => Code::Unavailable,
             Self::CallerGone | Self::Revoked => Code::Cancelled,
             Self::Deadline => Code::DeadlineExceeded,
-            Self::Prefill { .. } | Self::Protocol { .. } | Self::Transfer(_) => Code::Unavailable,
+            Self::Prefill { .. } | Self::Protocol { .. } | Self::Unfenced { .. } | Self::Transfer(_) => {
+                Code::Unavailable
+            }
             Self::Engine(_) | Self::Diverged { .. } => Code::Internal,
         };
         Status::new(code, kvasir_runtime::chain(self))

@@ -21,6 +21,7 @@ use tonic::Status;
 
 use crate::{
     config::Config,
+    directory::Members,
     error::Error,
     metrics::{Metrics, Outcome},
 };
@@ -65,8 +66,14 @@ impl Host {
         );
 
         let arena_bytes = blocks as usize * layout.block_bytes();
-        let transfer =
-            TransferEngine::new(transfer_config(&config, reachable), local, arena_bytes).context("transfer")?;
+        let transfer = TransferEngine::builder()
+            .name(id.to_string())
+            .config(config.transfer.config(reachable))
+            .local_net(local)
+            .directory(Arc::new(Members::new(registry.view())))
+            .arena(config.transfer.arena(arena_bytes))
+            .build()
+            .context("transfer")?;
         let threads = match config.engine.threads {
             0 => std::thread::available_parallelism().map_or(1, usize::from),
             threads => threads,
@@ -156,19 +163,6 @@ impl Host {
             Some(position) => Err(Error::Token { token: TokenId(ids[position]), position, vocab: self.vocab }),
             None => Ok(convert::tokens(ids).into()),
         }
-    }
-}
-
-fn transfer_config(config: &Config, reachable: &str) -> kvasir_transfer::Config {
-    let listen = config.transfer.listen;
-    // A wildcard is no address to tell others: they find it where they find the rest of this process.
-    let elsewhere = || listen.ip().is_unspecified().then(|| reachable.to_owned());
-    kvasir_transfer::Config {
-        tcp_bind: listen,
-        tcp_advertise: config.transfer.advertise.clone().or_else(elsewhere),
-        transports: config.transfer.transports.clone(),
-        connections_per_peer: config.transfer.connections_per_peer,
-        ..kvasir_transfer::Config::default()
     }
 }
 

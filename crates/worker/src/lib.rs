@@ -17,6 +17,7 @@
 mod caller;
 mod config;
 mod decode;
+mod directory;
 mod error;
 mod handoff;
 mod host;
@@ -27,8 +28,6 @@ mod sequence;
 mod serve;
 mod status;
 
-pub use config::{
-    Config, DecodeConfig, EngineConfig, KvConfig, ModelConfig, PrefillConfig, StoreConfig, TransferConfig,
-};
+pub use config::{Config, DecodeConfig, EngineConfig, KvConfig, ModelConfig, PrefillConfig, StoreConfig};
 pub use kvasir_types::Role;
 pub use serve::{run, run_with_etcd};

@@ -1,10 +1,12 @@
 //! What a worker counts. Names are promises: dashboards and alerts are built on them.
 
+mod transfer;
+
 use kvasir_engine::Handle;
 use kvasir_runtime::metrics::{
     Counter, EncodeLabelSet, EncodeLabelValue, Family, Gauge, Histogram, LATENCY_SECONDS, set_total,
 };
-use kvasir_transfer::{Stats as TransferStats, TransferEngine};
+use kvasir_transfer::TransferEngine;
 
 use crate::error::Error;
 
@@ -40,6 +42,7 @@ impl Outcome {
             | Error::Prefill { .. }
             | Error::Protocol { .. }
             | Error::Diverged { .. }
+            | Error::Unfenced { .. }
             | Error::Transfer(_) => Self::Failed,
         }
     }
@@ -119,7 +122,7 @@ impl Metrics {
             metrics.prompt_tokens(source, 0);
         }
         EnginePage::register(page, engine);
-        TransferPage::register(page, transfer);
+        transfer::TransferPage::register(page, transfer);
         metrics
     }
 
@@ -185,55 +188,5 @@ impl EnginePage {
         set_total(&self.prefilled, stats.prefilled_tokens);
         set_total(&self.sampled, stats.sampled_tokens);
         set_total(&self.preemptions, stats.preemptions);
-    }
-}
-
-/// What the transfer engine counts, copied over when somebody looks.
-struct TransferPage {
-    bytes: Family<[(&'static str, &'static str); 3], Counter>,
-    refused: Family<[(&'static str, &'static str); 1], Counter>,
-    retries: Counter,
-    fenced: Counter,
-    connections: Gauge,
-}
-
-impl TransferPage {
-    fn register(page: &kvasir_runtime::Metrics, transfer: TransferEngine) {
-        let this = Self {
-            bytes: page.counters("kvasir_transfer_bytes", "KV bytes moved, by side, direction and transport"),
-            refused: page.counters("kvasir_transfer_refused", "Peers' operations refused, by cause"),
-            retries: page.counter("kvasir_transfer_retries", "Frames sent again after their connection died"),
-            fenced: page
-                .counter("kvasir_transfer_fenced_connections", "Connections cut so that memory could be reused"),
-            connections: page.gauge("kvasir_transfer_open_connections", "Connections open to peers"),
-        };
-        page.on_scrape(move || this.refresh(&transfer.stats()));
-    }
-
-    fn refresh(&self, stats: &TransferStats) {
-        for (side, traffic) in [("client", stats.client), ("owner", stats.owner)] {
-            let kinds = [("local", traffic.local), ("shm", traffic.shm), ("ucx", traffic.ucx), ("tcp", traffic.tcp)];
-            for (transport, traffic) in kinds {
-                for (direction, bytes) in [("read", traffic.read_bytes), ("write", traffic.written_bytes)] {
-                    let labels = [("side", side), ("direction", direction), ("transport", transport)];
-                    set_total(&self.bytes.get_or_create(&labels), bytes);
-                }
-            }
-        }
-        let refused = &stats.refused;
-        for (cause, count) in [
-            ("unknown_grant", refused.unknown_grant),
-            ("access", refused.access),
-            ("bounds", refused.bounds),
-            ("stale", refused.stale),
-            ("version", refused.version),
-            ("busy", refused.busy),
-            ("malformed", refused.malformed),
-        ] {
-            set_total(&self.refused.get_or_create(&[("cause", cause)]), count);
-        }
-        set_total(&self.retries, stats.retries);
-        set_total(&self.fenced, stats.fenced_connections);
-        self.connections.set(stats.open_connections as i64);
     }
 }

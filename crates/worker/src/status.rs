@@ -39,6 +39,7 @@ impl v1::worker_server::Worker for StatusService {
             uptime_ms: host.started.elapsed().as_millis() as u64,
             requests_total: host.metrics.requests_total(),
             draining: host.draining(),
+            peers: host.transfer.peers().iter().map(|peer| (&peer.traffic()).into()).collect(),
         }))
     }
 }

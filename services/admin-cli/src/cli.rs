@@ -41,6 +41,8 @@ pub(crate) enum Command {
     Workers,
     /// Models: who serves them, and how their KV blocks are laid out
     Models,
+    /// How KV blocks move: from and to whom, over which transport and why, how fast, what fails
+    Transfers,
 }
 
 /// Form of the answer.

@@ -50,6 +50,8 @@ fn answer(cli: &Cli, etcd: kvasir_cluster::EtcdConfig) -> anyhow::Result<String>
         (Output::Table, Command::Status) => render::status(&report),
         (Output::Table, Command::Workers) => render::workers(&report),
         (Output::Table, Command::Models) => render::models(&report),
+        (Output::Table, Command::Transfers) => render::transfers(&report),
+        (Output::Json, Command::Transfers) => render::json(&report.transfers()),
         (Output::Json, Command::Status) => render::json(&report),
         (Output::Json, Command::Workers) => render::json(&report.workers()),
         (Output::Json, Command::Models) => render::json(&report.models),

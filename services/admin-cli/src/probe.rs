@@ -4,7 +4,10 @@
 
 use std::{error::Error, future::Future, time::Duration};
 
-use kvasir_proto::v1::{StatusRequest, StoreStatusRequest, store_client::StoreClient, worker_client::WorkerClient};
+use kvasir_proto::v1::{
+    StatusRequest, StoreStatusRequest, TransferPeer, store_client::StoreClient, worker_client::WorkerClient,
+};
+use kvasir_types::PeerTraffic;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
@@ -16,6 +19,9 @@ use crate::report::{Blocks, Live, StoreNumbers, WorkerNumbers};
 
 /// Most bytes read of a readiness page.
 const MAX_PAGE_BYTES: u64 = 16 << 10;
+
+/// Most peers shown of a worker: as many as one remembers.
+const MAX_PEERS: usize = 1024;
 
 /// What a member said over gRPC.
 #[derive(Debug)]
@@ -46,6 +52,7 @@ pub(crate) async fn worker(address: &str, limit: Duration) -> Result<Answer, Str
             waiting: status.waiting.into(),
             requests_total: status.requests_total,
             uptime_ms: status.uptime_ms,
+            peers: status.peers.into_iter().take(MAX_PEERS).map(peer).collect(),
         });
         Ok(Answer { live, draining: status.draining })
     })
@@ -115,6 +122,11 @@ async fn connect(address: &str) -> Result<Channel, String> {
 async fn within<T>(limit: Duration, question: impl Future<Output = Result<T, String>>) -> Result<T, String> {
     let silence = || format!("no answer within {} ms", limit.as_millis());
     timeout(limit, question).await.unwrap_or_else(|_| Err(silence()))
+}
+
+fn peer(wire: TransferPeer) -> PeerTraffic {
+    let peer = PeerTraffic::from(wire);
+    PeerTraffic { name: printable(&peer.name), reason: printable(&peer.reason), ..peer }
 }
 
 fn told(status: tonic::Status) -> String {

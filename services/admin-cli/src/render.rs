@@ -8,7 +8,7 @@ use kvasir_types::Role;
 use serde::Serialize;
 
 use self::table::Table;
-use crate::report::{Live, MemberReport, Report, RoleTotals, State};
+use crate::report::{Live, MemberReport, Report, RoleTotals, State, TransferReport};
 
 /// The answer as JSON.
 pub(crate) fn json(answer: &impl Serialize) -> String {
@@ -129,6 +129,48 @@ pub(crate) fn models(report: &Report) -> String {
         ]);
     }
     table.render()
+}
+
+/// `transfers`: a line for each pair of which one has moved something.
+pub(crate) fn transfers(report: &Report) -> String {
+    let mut table =
+        Table::new(&["MEMBER", "PEER", "TRANSPORT", "READ", "WRITTEN", "DONE", "FAILED", "P50", "P99", "STATE", "WHY"]);
+    for TransferReport { member, peers } in report.transfers() {
+        for peer in peers {
+            let state = match (peer.resting_ms, peer.failures_in_a_row) {
+                (0, 0) => "ok".to_owned(),
+                (0, failures) => format!("{failures} failures"),
+                (rest, _) => format!("rests {}", duration(rest)),
+            };
+            table.row(vec![
+                member.to_owned(),
+                peer.name.clone(),
+                peer.transport.map_or_else(|| "?".to_owned(), |kind| kind.to_string()),
+                bytes(peer.read_bytes),
+                bytes(peer.written_bytes),
+                peer.completed.to_string(),
+                peer.failed.to_string(),
+                micros(peer.p50_us),
+                micros(peer.p99_us),
+                state,
+                peer.reason.clone(),
+            ]);
+        }
+    }
+    if table.is_empty() {
+        return "no transfers: no worker has moved KV blocks yet\n".to_owned();
+    }
+    table.render() + &reasons(report.workers())
+}
+
+/// A bound that is a power of two.
+fn micros(bound: u64) -> String {
+    match bound {
+        0 => "-".to_owned(),
+        1..1000 => format!("≤{bound} µs"),
+        1000..1_000_000 => format!("≤{:.1} ms", bound as f64 / 1e3),
+        _ => format!("≤{:.1} s", bound as f64 / 1e6),
+    }
 }
 
 fn sums(totals: &RoleTotals) -> String {

@@ -2,7 +2,7 @@
 //!
 //! The field names are what `--output json` prints: a public surface.
 
-use kvasir_types::{KvLayout, Role};
+use kvasir_types::{KvLayout, PeerTraffic, Role};
 use serde::Serialize;
 
 /// Everything that `status` tells.
@@ -64,6 +64,8 @@ pub(crate) struct WorkerNumbers {
     pub(crate) waiting: u64,
     pub(crate) requests_total: u64,
     pub(crate) uptime_ms: u64,
+    /// Those it moves blocks to or from.
+    pub(crate) peers: Vec<PeerTraffic>,
 }
 
 /// Blocks by state.
@@ -120,6 +122,24 @@ impl Report {
     /// What `workers` tells: members with a gRPC server.
     pub(crate) fn workers(&self) -> Vec<&MemberReport> {
         self.members.iter().filter(|member| member.role != Role::Router).collect()
+    }
+}
+
+/// What `transfers` tells of one member.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub(crate) struct TransferReport<'a> {
+    pub(crate) member: &'a str,
+    pub(crate) peers: &'a [PeerTraffic],
+}
+
+impl Report {
+    /// What `transfers` tells: workers that move blocks, and to or from whom.
+    pub(crate) fn transfers(&self) -> Vec<TransferReport<'_>> {
+        let moving = self.members.iter().filter_map(|member| {
+            let worker = member.live.as_ref()?.worker()?;
+            Some(TransferReport { member: &member.id, peers: &worker.peers })
+        });
+        moving.collect()
     }
 }
 

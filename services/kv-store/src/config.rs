@@ -5,7 +5,7 @@ use std::{net::SocketAddr, path::PathBuf, time::Duration};
 use anyhow::{Context as _, ensure};
 use kvasir_cluster::RegistryConfig;
 use kvasir_runtime::{AdminConfig, LogConfig, ShutdownConfig};
-use kvasir_types::{MemberId, Role, Transports};
+use kvasir_types::{MemberId, Role};
 use serde::{Deserialize, Serialize};
 
 use crate::store::Settings;
@@ -48,7 +48,7 @@ pub struct Config {
     /// Limits; past them a caller is refused.
     pub limits: LimitsConfig,
     /// Moving blocks.
-    pub transfer: TransferConfig,
+    pub transfer: kvasir_transfer::Settings,
 }
 
 /// Limits of a store node.
@@ -63,18 +63,6 @@ pub struct LimitsConfig {
     pub max_calls_per_connection: usize,
     /// How long serving one call may take, in milliseconds. Default 10000.
     pub call_timeout_ms: u64,
-}
-
-/// Moving blocks.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct TransferConfig {
-    /// Where the tcp transport listens. Default 127.0.0.1:0.
-    pub listen: SocketAddr,
-    /// `host:port` that others reach it at. Default: the address it listens on.
-    pub advertise: Option<String>,
-    /// Transports that may be used: `auto`, one name, or a list, best first. Default auto.
-    pub transports: Transports,
 }
 
 impl Default for Config {
@@ -95,7 +83,7 @@ impl Default for Config {
             reservation_ms: 5_000,
             verify_on_commit: true,
             limits: LimitsConfig::default(),
-            transfer: TransferConfig::default(),
+            transfer: kvasir_transfer::Settings::default(),
         }
     }
 }
@@ -103,12 +91,6 @@ impl Default for Config {
 impl Default for LimitsConfig {
     fn default() -> Self {
         Self { max_leases: 4_096, max_reservations: 1_024, max_calls_per_connection: 256, call_timeout_ms: 10_000 }
-    }
-}
-
-impl Default for TransferConfig {
-    fn default() -> Self {
-        Self { listen: SocketAddr::from(([127, 0, 0, 1], 0)), advertise: None, transports: Transports::Auto }
     }
 }
 
@@ -153,19 +135,6 @@ impl Config {
     pub(crate) fn member_id(&self) -> anyhow::Result<MemberId> {
         let random = || format!("{}-{:08x}", Role::KvStore, kvasir_runtime::random_u64() as u32);
         self.id.clone().unwrap_or_else(random).parse().context("id")
-    }
-
-    /// The transfer engine's part; `reachable` is the host at which others find this process.
-    pub(crate) fn engine(&self, reachable: &str) -> kvasir_transfer::Config {
-        let listen = self.transfer.listen;
-        // A wildcard is no address to tell others: they find it where they find the rest of this process.
-        let elsewhere = || listen.ip().is_unspecified().then(|| reachable.to_owned());
-        kvasir_transfer::Config {
-            tcp_bind: listen,
-            tcp_advertise: self.transfer.advertise.clone().or_else(elsewhere),
-            transports: self.transfer.transports.clone(),
-            ..kvasir_transfer::Config::default()
-        }
     }
 }
 

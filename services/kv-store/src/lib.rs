@@ -27,5 +27,5 @@ mod store;
 #[cfg(test)]
 mod tests;
 
-pub use config::{Config, LimitsConfig, TransferConfig};
+pub use config::{Config, LimitsConfig};
 pub use serve::{run, run_with_etcd};

@@ -69,7 +69,13 @@ pub(crate) async fn start(
     let ports = serde_json::json!({ "grpc": listening.bound, "admin": admin });
 
     let arena_bytes = usize::try_from(settings.capacity_bytes).context("capacity_bytes")?;
-    let engine = TransferEngine::new(config.engine(listening.host()), local, arena_bytes).context("transfer")?;
+    let engine = TransferEngine::builder()
+        .name(id.to_string())
+        .config(config.transfer.config(listening.host()))
+        .local_net(local)
+        .arena(config.transfer.arena(arena_bytes))
+        .build()
+        .context("transfer")?;
     let node = Arc::new(Node::new(engine.clone(), settings, config.verify_on_commit));
     let service = StoreService {
         id: id.clone(),

@@ -5,12 +5,20 @@
 //! of this attempt can land any more, and the blocks may be used (it succeeded), offered to the next candidate, computed
 //! here, or given back.
 
+use std::time::Duration;
+
 use kvasir_proto::v1::{self, prefill_event::Event};
+use kvasir_transfer::Revoke;
 use kvasir_types::{GrantKey, PROTOCOL_VERSION, Sampled, TokenId};
+use tokio::time::timeout;
 use tonic::Status;
 
 use super::{answer::Answer, service::Checked};
 use crate::{error::Error, handoff::Landing, host::Host, peers::Peers};
+
+/// A writer that takes part in no fence (stopped in the middle of a copy into memory that both map) is waited for no longer:
+/// the request fails, and its blocks stay out of use until the writer goes on or dies.
+const FENCE_LIMIT: Duration = Duration::from_secs(5);
 
 /// Who is asked for what.
 pub(super) struct Attempt<'a> {
@@ -19,6 +27,8 @@ pub(super) struct Attempt<'a> {
     pub(super) request: &'a Checked,
     pub(super) landing: &'a Landing,
     pub(super) candidate: &'a v1::PrefillCandidate,
+    /// Where a fence goes that does not close in time: the blocks must not be used before it has.
+    pub(super) open_fences: &'a mut Vec<Revoke>,
 }
 
 /// The whole prompt is in this worker's memory.
@@ -31,8 +41,14 @@ pub(super) struct Landed {
 pub(super) async fn attempt(attempt: Attempt<'_>, answer: &mut Answer) -> Result<Landed, Error> {
     let grant = attempt.host.transfer.grant(attempt.landing.ranges.clone())?;
     let result = attempt.exchange(grant.key(), answer).await;
-    grant.revoke().await;
-    result
+    let mut fence = grant.revoke();
+    match timeout(FENCE_LIMIT, &mut fence).await {
+        Ok(()) => result,
+        Err(_) => {
+            attempt.open_fences.push(fence);
+            Err(Error::Unfenced { member: attempt.candidate.member.clone() })
+        }
+    }
 }
 
 impl Attempt<'_> {

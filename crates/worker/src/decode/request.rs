@@ -10,6 +10,7 @@ use std::{sync::Arc, time::Instant};
 
 use kvasir_engine::{Admission, Event};
 use kvasir_runtime::chain;
+use kvasir_transfer::Revoke;
 use kvasir_types::{FinishReason, TokenId};
 
 use super::{
@@ -34,7 +35,8 @@ pub(super) async fn run(
     mut sequence: Sequence,
     mut answer: Answer,
 ) {
-    match live(&host, &peers, &request, &mut sequence, &mut answer).await {
+    let mut open_fences = Vec::new();
+    match live(&host, &peers, &request, &mut sequence, &mut answer, &mut open_fences).await {
         Ok(end) => {
             tracing::info!(
                 output_tokens = end.output_tokens,
@@ -52,7 +54,12 @@ pub(super) async fn run(
             answer.fail(&error);
         }
     }
-    // Only now: every grant over its blocks has been revoked by whoever made it.
+    // The answer is out; what is left here keeps nobody waiting.
+    for fence in open_fences {
+        tracing::warn!(sequence = ?sequence.id(), "its blocks stay out of use until a stalled peer goes on or dies");
+        fence.await;
+    }
+    // Only now: every grant over its blocks has been revoked.
     drop(sequence);
 }
 
@@ -69,9 +76,10 @@ async fn live(
     request: &Checked,
     sequence: &mut Sequence,
     answer: &mut Answer,
+    open_fences: &mut Vec<Revoke>,
 ) -> Result<End, Error> {
     let admission = sequence.admitted(answer.caller()).await?;
-    let prefilled = prefill_elsewhere(host, peers, request, &admission, answer).await?;
+    let prefilled = prefill_elsewhere(host, peers, request, &admission, answer, open_fences).await?;
 
     let mut output_tokens = 0;
     // A first token that an attempt sent before it failed comes out of the engine once more and is compared, not sent.
@@ -111,6 +119,7 @@ async fn prefill_elsewhere(
     request: &Checked,
     admission: &Admission,
     answer: &mut Answer,
+    open_fences: &mut Vec<Revoke>,
 ) -> Result<Option<Prefilled>, Error> {
     let Some(landing) = plan(
         &host.model.layout,
@@ -124,9 +133,10 @@ async fn prefill_elsewhere(
     };
     let mut candidates: Vec<_> = request.candidates.iter().collect();
     candidates.sort_by_cached_key(|candidate| peers.rests(&candidate.address)); // stable: else in the router's order
-    for (attempt, candidate) in candidates.into_iter().take(host.config.decode.max_prefill_attempts).enumerate() {
+    for (number, candidate) in candidates.into_iter().take(host.config.decode.max_prefill_attempts).enumerate() {
         let started = Instant::now();
-        match remote::attempt(Attempt { host, peers, request, landing: &landing, candidate }, answer).await {
+        let attempt = Attempt { host, peers, request, landing: &landing, candidate, open_fences };
+        match remote::attempt(attempt, answer).await {
             Ok(landed) => {
                 host.metrics.handoff.observe(started.elapsed().as_secs_f64());
                 let computed = (landed.done.computed as usize).min(request.prompt.len());
@@ -136,13 +146,15 @@ async fn prefill_elsewhere(
                     member: candidate.member.clone(),
                 }));
             }
-            Err(error @ (Error::CallerGone | Error::Deadline | Error::Diverged { .. })) => return Err(error),
+            Err(error @ (Error::CallerGone | Error::Deadline | Error::Diverged { .. } | Error::Unfenced { .. })) => {
+                return Err(error);
+            }
             Err(error) => {
                 peers.rest(&candidate.address);
                 host.metrics.failed_attempt();
                 tracing::warn!(
                     prefill = candidate.member,
-                    attempt,
+                    attempt = number,
                     error = chain(&error),
                     "prefill failed, trying next"
                 );

@@ -104,7 +104,8 @@ async fn every_member_is_shown_in_the_state_it_is_in() {
     assert_eq!(report.members[1].reason, "starting");
     assert!(report.members[4].reason.ends_with("not an address"), "{}", report.members[4].reason);
     let blocks = Blocks { total: 8, free: 5, cached: 2, in_use: 1 };
-    let numbers = WorkerNumbers { blocks, running: 1, waiting: 3, requests_total: u64::MAX, uptime_ms: 10 };
+    let numbers =
+        WorkerNumbers { blocks, running: 1, waiting: 3, requests_total: u64::MAX, uptime_ms: 10, peers: vec![] };
     assert_eq!(report.members[0].live, Some(Live::Worker(numbers)));
 }
 

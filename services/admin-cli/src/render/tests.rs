@@ -1,6 +1,6 @@
 use insta::assert_snapshot;
 use kvasir_cluster::{Member, ModelInfo};
-use kvasir_types::{Incarnation, KvDtype, KvLayout, ModelFingerprint, PROTOCOL_VERSION};
+use kvasir_types::{Incarnation, KvDtype, KvLayout, ModelFingerprint, PROTOCOL_VERSION, PeerTraffic, TransportKind};
 
 use super::*;
 use crate::{
@@ -50,6 +50,7 @@ fn answered(member: &Member) -> MemberReport {
             waiting: 1,
             requests_total: 1234,
             uptime_ms: 61_500,
+            peers: vec![],
         })),
     };
     MemberReport {
@@ -155,6 +156,48 @@ fn workers_with_their_numbers() {
 }
 
 #[test]
+fn transfers_by_pair_with_the_reason_for_their_way() {
+    let report = report(|_, answers| {
+        let Some(Live::Worker(worker)) = &mut answers[1].live else { panic!("a worker") };
+        let peer = PeerTraffic {
+            name: "decode-0".into(),
+            transport: Some(TransportKind::Shm),
+            reason: "same host".into(),
+            read_bytes: 0,
+            written_bytes: 3 << 20,
+            completed: 40,
+            failed: 0,
+            in_flight_bytes: 0,
+            p50_us: 64,
+            p99_us: 2048,
+            failures_in_a_row: 0,
+            resting_ms: 0,
+        };
+        let dead = PeerTraffic {
+            name: "kv-store-0".into(),
+            transport: None,
+            reason: "always possible; shm: another host".into(),
+            p50_us: 0,
+            p99_us: 0,
+            failed: 5,
+            failures_in_a_row: 5,
+            resting_ms: 2_000,
+            ..peer.clone()
+        };
+        worker.peers = vec![peer, dead];
+    });
+    assert_eq!(
+        transfers(&report),
+        "\
+MEMBER     PEER        TRANSPORT  READ  WRITTEN  DONE  FAILED  P50     P99      STATE     WHY
+prefill-0  decode-0    shm        0 B   3.0 MiB  40    0       ≤64 µs  ≤2.0 ms  ok        same host
+prefill-0  kv-store-0  ?          0 B   3.0 MiB  40    5       -       -        rests 2s  always possible; shm: another host
+"
+    );
+    assert_eq!(transfers(&Report::default()), "no transfers: no worker has moved KV blocks yet\n");
+}
+
+#[test]
 fn models_and_who_serves_them() {
     assert_snapshot!(models(&troubled()), @r#"
     MODEL  FINGERPRINT   CONTEXT  KV DTYPE  BLOCK      BLOCK BYTES  PREFILL    DECODE
@@ -195,7 +238,8 @@ fn json_holds_everything_under_names_that_stay() {
               "running": 2,
               "waiting": 1,
               "requests_total": 1234,
-              "uptime_ms": 61500
+              "uptime_ms": 61500,
+              "peers": []
             }
           }
         },
