@@ -1,7 +1,9 @@
 //! One connection to a peer, from the submitting side: what has been sent on it, and what comes back.
 //!
 //! A frame is noted as pending before its first byte is sent and leaves that list exactly once: with its answer, or when
-//! the connection is lost. Whoever notices the loss first (sending thread, receiving thread, shutdown) takes the list.
+//! the connection is lost. Whoever notices the loss first (sending thread, receiving thread, shutdown) takes the list. But a
+//! frame that is just being sent, whose memory the sender may be reading, goes on to another lane only when the sender has
+//! left it ([`Hands`]): two threads never touch one frame.
 
 use std::{
     collections::HashMap,
@@ -27,16 +29,28 @@ use crate::{
     grant::Cut,
 };
 
+/// In whose hands a frame is.
+#[derive(Default)]
+enum Hands {
+    #[default]
+    Nobody,
+    /// A thread is sending it.
+    Sender,
+    /// A thread is sending it, in vain: the connection was lost for this reason.
+    SenderInVain(String),
+}
+
 /// A frame on its way over a lane; counts in the lane's load while it lives.
 pub(super) struct Job {
     pub(super) frame: Frame,
     retried: AtomicU32,
+    hands: Mutex<Hands>,
     load: Mutex<Option<Arc<AtomicU64>>>,
 }
 
 impl Job {
     pub(super) fn new(frame: Frame) -> Arc<Self> {
-        Arc::new(Self { frame, retried: AtomicU32::new(0), load: Mutex::default() })
+        Arc::new(Self { frame, retried: AtomicU32::new(0), hands: Mutex::default(), load: Mutex::default() })
     }
 
     /// What it weighs in a lane's load: a frame without bytes (a notice) weighs something, too.
@@ -55,6 +69,10 @@ impl Job {
         if let Some(before) = before {
             before.fetch_sub(self.weight(), Ordering::Relaxed);
         }
+    }
+
+    fn hands(&self) -> MutexGuard<'_, Hands> {
+        self.hands.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Whether it may be tried once more; counted.
@@ -114,6 +132,15 @@ impl Connection {
 
     /// Sends a frame: by whoever holds the lane's connection, one after another.
     pub(super) fn send(&self, job: &Arc<Job>) {
+        *job.hands() = Hands::Sender;
+        self.send_held(job);
+        let hands = std::mem::take(&mut *job.hands());
+        if let Hands::SenderInVain(reason) = hands {
+            self.give_back(job, &reason);
+        }
+    }
+
+    fn send_held(&self, job: &Arc<Job>) {
         let Some(id) = self.note(job) else {
             return self.give_back(job, "closed");
         };
@@ -188,8 +215,12 @@ impl Connection {
         jobs.into_iter().for_each(|(_, job)| self.give_back(&job, reason));
     }
 
-    /// A frame whose connection died under it: once more, or failed.
+    /// A frame whose connection died under it: once more, or failed. If it is being sent, by its sender when that is over.
     fn give_back(&self, job: &Arc<Job>, reason: &str) {
+        if let hands @ Hands::Sender = &mut *job.hands() {
+            *hands = Hands::SenderInVain(reason.to_owned());
+            return;
+        }
         let lost = || Error::Disconnected { peer: self.lane.address().to_owned(), reason: reason.into() };
         self.client.retry(job, &self.lane, lost);
     }
