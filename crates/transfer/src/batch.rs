@@ -29,6 +29,7 @@ use std::{
 use kvasir_types::{Deadline, GrantKey, SegmentDescriptor, SegmentId, TransportKind};
 
 use crate::{
+    copier::Copier,
     error::Error,
     grant::Cut,
     peers::Peer,
@@ -153,6 +154,7 @@ pub(crate) struct BatchState {
     plan: Plan,
     notice: Option<Box<[u8]>>,
     transport: TransportKind,
+    copier: Option<Copier<Priority>>,
     started: Instant,
     timer: Timer,
     grace: Duration,
@@ -165,6 +167,8 @@ pub(crate) struct BatchState {
 pub(crate) struct Setting {
     pub(crate) uses: Vec<Use>,
     pub(crate) transport: TransportKind,
+    /// Who copies for it, if it is moved by copying here.
+    pub(crate) copier: Option<Copier<Priority>>,
     pub(crate) timer: Timer,
     pub(crate) grace: Duration,
     /// Told when the batch is over; none for one that never began.
@@ -213,6 +217,7 @@ impl BatchState {
             plan,
             notice: batch.notice.clone(),
             transport: setting.transport,
+            copier: setting.copier,
             started: Instant::now(),
             timer: setting.timer,
             grace: setting.grace,
@@ -379,10 +384,15 @@ impl Frame {
         if self.plan().is_some() { None } else { self.batch.notice.as_deref() }
     }
 
+    /// The region that holds a range's local bytes.
+    pub(crate) fn region(&self, range: &Range) -> &Arc<Mapped> {
+        let region = self.batch.regions.iter().find(|region| region.holds(range.local, range.len));
+        region.expect("local ranges were found in regions when the batch was made")
+    }
+
     /// Address of a range's local bytes. They may be touched only under [`Frame::touch`].
     pub(crate) fn local(&self, range: &Range) -> *mut u8 {
-        let region = self.batch.regions.iter().find(|region| region.holds(range.local, range.len));
-        region.expect("local ranges were found in regions when the batch was made").at(range.local, range.len)
+        self.region(range).at(range.local, range.len)
     }
 
     /// Whether nobody waits for this frame any more.
@@ -393,14 +403,36 @@ impl Frame {
     /// Leave to touch local memory until the returned value is dropped; `None` once the frame is settled. One thread at a
     /// time: transports see to that.
     pub(crate) fn touch(&self, cut: Arc<dyn Cut>) -> Option<Touch<'_>> {
+        self.enter(cut).then(|| Touch { frame: self })
+    }
+
+    /// As [`Frame::touch`], with the frame itself in what is returned.
+    pub(crate) fn hold(self: &Arc<Self>, cut: Arc<dyn Cut>) -> Option<Held> {
+        self.enter(cut).then(|| Held(Arc::clone(self)))
+    }
+
+    fn enter(&self, cut: Arc<dyn Cut>) -> bool {
         let stage = &mut self.batch.lock().stages[self.index];
         match stage {
             Stage::Waiting => {
                 *stage = Stage::Busy { cut, result: None };
-                Some(Touch { frame: self })
+                true
             }
             Stage::Busy { .. } => unreachable!("one thread at a time touches a frame"),
-            Stage::Settled => None,
+            Stage::Settled => false,
+        }
+    }
+
+    fn leave(&self) {
+        let mut inner = self.batch.lock();
+        let aborted = inner.failure.is_some();
+        let stage = &mut inner.stages[self.index];
+        match std::mem::replace(stage, Stage::Waiting) {
+            Stage::Busy { result: Some(result), .. } => self.settle(inner, result),
+            // The failure is recorded already; which result goes with it does not matter.
+            Stage::Busy { result: None, .. } if aborted => self.settle(inner, Ok(())),
+            Stage::Busy { result: None, .. } => {}
+            Stage::Waiting | Stage::Settled => unreachable!("a touched frame is busy until its touch ends"),
         }
     }
 
@@ -452,16 +484,17 @@ pub(crate) struct Touch<'a> {
 
 impl Drop for Touch<'_> {
     fn drop(&mut self) {
-        let mut inner = self.frame.batch.lock();
-        let aborted = inner.failure.is_some();
-        let stage = &mut inner.stages[self.frame.index];
-        match std::mem::replace(stage, Stage::Waiting) {
-            Stage::Busy { result: Some(result), .. } => self.frame.settle(inner, result),
-            // The failure is recorded already; which result goes with it does not matter.
-            Stage::Busy { result: None, .. } if aborted => self.frame.settle(inner, Ok(())),
-            Stage::Busy { result: None, .. } => {}
-            Stage::Waiting | Stage::Settled => unreachable!("a touched frame is busy until its touch ends"),
-        }
+        self.frame.leave();
+    }
+}
+
+/// As [`Touch`], for a transport that hands the memory to hardware or a library and goes on: it keeps the frame alive.
+#[must_use]
+pub(crate) struct Held(Arc<Frame>);
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.0.leave();
     }
 }
 
@@ -503,6 +536,11 @@ impl Transfer {
     /// # Errors
     /// Those of the future.
     pub fn wait(self) -> Result<Report, Error> {
+        // Rather than wait for another thread to copy, copy: nobody has to be woken, and two are faster than one.
+        while let Some(copier) = &self.state.copier
+            && !self.state.is_over()
+            && copier.run_one()
+        {}
         let mut inner = self.state.lock();
         loop {
             match &inner.outcome {

@@ -32,6 +32,7 @@ use crate::{
     threads::Threads,
     timer::Timer,
     transport::Transport,
+    ucx::UcxTransport,
 };
 
 /// Settings of an engine to be made; begin with [`TransferEngine::builder`].
@@ -157,9 +158,7 @@ impl Running {
             TransportKind::Local => Arc::new(LocalTransport::new(local.clone(), owner, copier.clone())),
             TransportKind::Shm => Arc::new(ShmTransport::new(config, owner, copier.clone(), threads)?),
             TransportKind::Tcp => Arc::new(TcpTransport::new(config, owner, threads)?),
-            TransportKind::Ucx => {
-                return Err(Error::TransportUnavailable { kind, reason: "not in this version".into() });
-            }
+            TransportKind::Ucx => Arc::new(UcxTransport::new(config, owner, threads)?),
         })
     }
 

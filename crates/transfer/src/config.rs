@@ -42,8 +42,8 @@ pub struct Config {
     /// How long operations in progress may take to end by themselves when their grant is revoked, or their transfer
     /// cancelled, before their connection is cut. Default 200 ms.
     pub fence_grace: Duration,
-    /// Threads that copy for the local and shm transports (small batches are copied by whoever submits them), 1 to 64.
-    /// Default 1.
+    /// Threads that copy for the local and shm transports, 1 to 64. Small batches are copied by whoever submits them, and who
+    /// blocks in [`crate::Transfer::wait`] helps. Default 1.
     pub copy_threads: usize,
     /// Which transports may be used. Default auto.
     pub transports: Transports,
@@ -94,6 +94,10 @@ pub struct UcxConfig {
     pub tls: Option<String>,
     /// Its devices, as in `UCX_NET_DEVICES`; `None`: UCX's choice.
     pub net_devices: Option<String>,
+    /// Whether memory is reached by RMA, without the owner's part; else bytes travel in messages that the owner checks. `None`:
+    /// if this machine has an RDMA device. Both sides must agree, or messages are used. Without a device UCX only emulates RMA: slower
+    /// than messages, open to every peer that can connect, and in UCX 1.13 a peer's death then may abort the process.
+    pub rma: Option<bool>,
     /// Most writes handed to libucp at once for a peer. Default 2: over tcp, UCX 1.13 slows down to a crawl with many.
     pub max_outstanding_puts: usize,
     /// Most reads handed to libucp at once for a peer. Default 16.
@@ -107,6 +111,7 @@ impl Default for UcxConfig {
             advertise: None,
             tls: None,
             net_devices: None,
+            rma: None,
             max_outstanding_puts: 2,
             max_outstanding_gets: 16,
         }

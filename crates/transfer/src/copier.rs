@@ -2,7 +2,8 @@
 //!
 //! `submit` must not hold up its caller (the engine's step loop) for milliseconds, so a frame above the inline size becomes
 //! a job here. One queue for all: what is more urgent goes first, among equals what came first. A frame is at most a slice,
-//! so an urgent one waits for at most one slice of another on each thread.
+//! so an urgent one waits for at most one slice of another on each thread. A thread that blocks for a transfer helps
+//! meanwhile ([`Copier::run_one`]).
 
 use std::{
     cmp::Reverse,
@@ -46,6 +47,8 @@ impl<P: Ord> Eq for Job<P> {}
 struct Queue<P> {
     jobs: BinaryHeap<Job<P>>,
     next_turn: u64,
+    /// Threads that wait for a job: waking nobody costs a system call, too.
+    asleep: usize,
     stopped: bool,
 }
 
@@ -72,7 +75,7 @@ impl<P> Shared<P> {
 impl<P: Ord + Send + 'static> Copier<P> {
     /// Starts `count` threads.
     pub(crate) fn start(threads: &Threads, count: usize) -> Result<Self, Error> {
-        let queue = Queue { jobs: BinaryHeap::new(), next_turn: 0, stopped: false };
+        let queue = Queue { jobs: BinaryHeap::new(), next_turn: 0, asleep: 0, stopped: false };
         let copier = Self(Arc::new(Shared { queue: Mutex::new(queue), changed: Condvar::new() }));
         for _ in 0..count {
             let copying = copier.clone();
@@ -91,8 +94,11 @@ impl<P: Ord + Send + 'static> Copier<P> {
         let turn = Reverse(queue.next_turn);
         queue.next_turn += 1;
         queue.jobs.push(Job { priority, turn, work: Box::new(work) });
+        let asleep = queue.asleep > 0;
         drop(queue);
-        self.0.changed.notify_one();
+        if asleep {
+            self.0.changed.notify_one();
+        }
     }
 
     /// Ends the threads after the copies they are at, and drops what waits.
@@ -106,6 +112,16 @@ impl<P: Ord + Send + 'static> Copier<P> {
         self.0.changed.notify_all();
     }
 
+    /// Runs the job whose turn it is, on the calling thread; whether there was one.
+    pub(crate) fn run_one(&self) -> bool {
+        let job = self.0.lock().jobs.pop();
+        let found = job.is_some();
+        if let Some(job) = job {
+            (job.work)();
+        }
+        found
+    }
+
     fn run(&self) {
         let mut queue = self.0.lock();
         while !queue.stopped {
@@ -115,7 +131,12 @@ impl<P: Ord + Send + 'static> Copier<P> {
                     (job.work)();
                     self.0.lock()
                 }
-                None => self.0.changed.wait(queue).unwrap_or_else(PoisonError::into_inner),
+                None => {
+                    queue.asleep += 1;
+                    let mut queue = self.0.changed.wait(queue).unwrap_or_else(PoisonError::into_inner);
+                    queue.asleep -= 1;
+                    queue
+                }
             };
         }
     }

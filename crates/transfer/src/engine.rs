@@ -305,7 +305,9 @@ impl TransferEngine {
     }
 
     fn setting(&self, transport: TransportKind, uses: Vec<Use>, peer: Option<Arc<Peer>>) -> Setting {
-        Setting { uses, transport, timer: self.0.timer.clone(), grace: self.0.config.fence_grace, peer }
+        let copies = matches!(transport, TransportKind::Local | TransportKind::Shm);
+        let copier = copies.then(|| self.0.copier.clone());
+        Setting { uses, transport, copier, timer: self.0.timer.clone(), grace: self.0.config.fence_grace, peer }
     }
 
     fn check_running(&self) -> Result<(), Error> {

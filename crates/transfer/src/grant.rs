@@ -71,6 +71,10 @@ pub(crate) trait Opener: Cut {
     /// The grant has been revoked, on the revoking thread: must not block. `in_flight` is to be kept until the peer can't
     /// touch the ranges any more. After the fence grace, `cut` is called if that has not happened.
     fn revoked(&self, key: GrantKey, in_flight: InFlight);
+    /// Whether the peer has gone for good: it need not be told any more.
+    fn is_gone(&self) -> bool {
+        false
+    }
 }
 
 /// What a peer may touch under a grant it has opened.
@@ -281,6 +285,10 @@ impl GrantTable {
             let mut inner = state.lock();
             if inner.revoked {
                 return Err(Refusal::UnknownGrant);
+            }
+            // Peers come and go under a grant that lasts: now and then those that went are forgotten.
+            if inner.openers.len() >= 16 && inner.openers.len().is_power_of_two() {
+                inner.openers.retain(|opener| !opener.is_gone());
             }
             inner.openers.push(opener);
         }

@@ -59,6 +59,7 @@ mod local;
 mod shm;
 mod tcp;
 mod transport;
+mod ucx;
 
 mod counters;
 mod histogram;

@@ -1,17 +1,31 @@
 //! libucp, looked up at run time: UCX's transports (RDMA, CUDA) where they are installed, a clear word where not.
 //!
-//! Nothing links against UCX, so one binary starts on every machine. This crate holds no logic: it finds the library and
-//! the symbols. The `ucx` transport of `kvasir-transfer` will be built on it; until then it can say which version is there.
+//! Nothing links against UCX, so one binary starts on every machine. This crate holds no logic: it finds the library, checks
+//! that it is new enough, and hands out its functions as [`Ucp`], a struct of pointers. What they mean is written in UCX's
+//! `ucp.h`; the `ucx` transport of `kvasir-transfer` is their one caller. `bindings.rs` is written by `scripts/ucx-bindings`.
 
 #![expect(unsafe_code, reason = "loads a C library and calls it")]
 
-use std::{
-    ffi::{CStr, c_char},
-    fmt,
-};
+#[expect(
+    missing_docs,
+    non_camel_case_types,
+    clippy::missing_safety_doc,
+    clippy::too_many_arguments,
+    clippy::undocumented_unsafe_blocks,
+    reason = "generated; ucp.h documents it"
+)]
+mod bindings;
+
+use std::{ffi::CStr, fmt};
+
+pub use bindings::*;
 
 /// File names under which libucp is looked for, in order, by the dynamic linker's rules (`LD_LIBRARY_PATH` first).
 const NAMES: [&str; 2] = ["libucp.so.0", "libucp.so"];
+
+/// The version whose headers the bindings were made from: what `ucp_init_version` is told, and the oldest that will do.
+/// Later ones know every structure of it, by the field masks.
+pub const API_VERSION: (u32, u32) = (1, 13);
 
 /// Why there is no libucp.
 #[derive(Debug, thiserror::Error)]
@@ -25,25 +39,34 @@ pub enum Error {
         #[source]
         source: libloading::Error,
     },
-    /// The library is there, but is not the one expected.
-    #[error("{name} has no symbol {symbol}")]
+    /// The library is there, but lacks a function.
+    #[error("{name} is no libucp of version {} or newer", version(API_VERSION))]
     MissingSymbol {
         /// Which file.
         name: &'static str,
-        /// Which symbol.
-        symbol: &'static str,
-        /// The linker's word.
+        /// The linker's word, which names the symbol.
         #[source]
         source: libloading::Error,
     },
+    /// An older libucp than the bindings are for.
+    #[error("{name} is libucp {}, but {} or newer is needed", version(*found), version(API_VERSION))]
+    TooOld {
+        /// Which file.
+        name: &'static str,
+        /// Its version.
+        found: (u32, u32),
+    },
+}
+
+fn version((major, minor): (u32, u32)) -> String {
+    format!("{major}.{minor}")
 }
 
 /// libucp, loaded and kept loaded while this lives.
 pub struct Library {
     name: &'static str,
-    get_version_string: unsafe extern "C" fn() -> *const c_char,
-    // The functions above are valid while this is.
-    _library: libloading::Library,
+    /// Its functions; they stay valid as long as the library value does.
+    ucp: Ucp,
 }
 
 impl fmt::Debug for Library {
@@ -53,10 +76,10 @@ impl fmt::Debug for Library {
 }
 
 impl Library {
-    /// Finds libucp and the symbols used here.
+    /// Finds libucp, its functions and its version.
     ///
     /// # Errors
-    /// See [`Error`]; both say what was looked for.
+    /// See [`Error`]; all say what was looked for.
     pub fn load() -> Result<Self, Error> {
         Self::load_any(&NAMES)
     }
@@ -75,23 +98,29 @@ impl Library {
     }
 
     fn resolve(name: &'static str, library: libloading::Library) -> Result<Self, Error> {
-        const VERSION: &str = "ucp_get_version_string";
-        type GetVersionString = unsafe extern "C" fn() -> *const c_char;
-        // SAFETY: the type is the declaration in ucp_api.h: `const char *ucp_get_version_string(void)`.
-        let get_version_string = unsafe { library.get::<GetVersionString>(VERSION.as_bytes()) }
-            .map(|symbol| *symbol)
-            .map_err(|source| Error::MissingSymbol { name, symbol: VERSION, source })?;
-        Ok(Self { name, get_version_string, _library: library })
+        // SAFETY: the types are the declarations in ucp.h; a library with all these symbols is a libucp, which keeps its
+        // interface within a major version.
+        let ucp = unsafe { Ucp::from_library(library) }.map_err(|source| Error::MissingSymbol { name, source })?;
+        let (mut major, mut minor, mut release) = (0, 0, 0);
+        // SAFETY: writes three numbers, may be called at any time.
+        unsafe { ucp.ucp_get_version(&raw mut major, &raw mut minor, &raw mut release) };
+        let found = (major, minor);
+        if found < API_VERSION { Err(Error::TooOld { name, found }) } else { Ok(Self { name, ucp }) }
+    }
+
+    /// The functions.
+    pub fn ucp(&self) -> &Ucp {
+        &self.ucp
     }
 
     /// The library's version, e.g. `1.13.1`.
     pub fn version(&self) -> String {
         // SAFETY: takes nothing, may be called at any time, and the library is loaded while `self` lives.
-        let text = unsafe { (self.get_version_string)() };
+        let text = unsafe { self.ucp.ucp_get_version_string() };
         if text.is_null() {
             return "unknown".into();
         }
-        // SAFETY: ucp_api.h: returns a constant, null-terminated string of the library.
+        // SAFETY: ucp.h: returns a constant, null-terminated string of the library.
         unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned()
     }
 }
@@ -124,6 +153,8 @@ mod tests {
     #[test]
     fn another_library_under_the_name_is_refused_by_the_symbol_it_lacks() {
         let error = Library::load_any(&["libc.so.6"]).unwrap_err();
-        assert_eq!(error.to_string(), "libc.so.6 has no symbol ucp_get_version_string");
+        assert_eq!(error.to_string(), "libc.so.6 is no libucp of version 1.13 or newer");
+        // Which symbol is looked up first is the generator's business; the linker names it.
+        assert!(format!("{error:?}").contains("undefined symbol: uc"), "{error:?}");
     }
 }

@@ -35,6 +35,8 @@ mod peer;
 mod poller;
 mod server;
 mod socket;
+#[cfg(test)]
+mod tests;
 
 use std::sync::Arc;
 

@@ -338,7 +338,10 @@ impl Peer {
                 })?;
                 state.regions.insert(base, Arc::new(Remote { base, mapping, writable }));
             }
-            ToClient::Gone { base } => drop(state.regions.remove(&base)),
+            ToClient::Gone { base } => {
+                state.regions.remove(&base);
+                self.sweep(&mut state); // grants over it hold it mapped
+            }
             ToClient::Opened { key, nonce, slot, readable, writable } => {
                 if slot >= SLOTS || nonce == 0 || state.arriving.is_some() || !state.opening.contains_key(&key.0) {
                     return Err(malformed(Malformed::Unexpected("a grant")));
@@ -410,20 +413,29 @@ impl Peer {
 
     /// Remembers an open grant. Those that were revoked meanwhile are forgotten when the list has grown long.
     fn enter_grant(&self, state: &mut State, key: GrantKey, grant: &Arc<OpenGrant>) {
-        let Some(control) = self.control.get() else { return };
-        let mut grants = self.grants.write().unwrap_or_else(PoisonError::into_inner);
-        let crowded = grants.len() >= SLOTS as usize || state.cached_ranges + grant.ranges() > MAX_CACHED_RANGES;
-        if crowded {
-            grants.retain(|_, known| control.is_open(known.slot, known.nonce));
-            state.cached_ranges = grants.values().map(|known| known.ranges()).sum();
+        let crowded = |state: &State| {
+            let known = self.grants.read().unwrap_or_else(PoisonError::into_inner).len();
+            known >= SLOTS as usize || state.cached_ranges + grant.ranges() > MAX_CACHED_RANGES
+        };
+        if crowded(state) {
+            self.sweep(state);
         }
-        // Still too many: it serves who waits for it now, and is asked for again.
-        if grants.len() < SLOTS as usize && state.cached_ranges + grant.ranges() <= MAX_CACHED_RANGES {
+        // If it is still crowded, this one serves who waits for it now, and is asked for again.
+        if !crowded(state) {
+            let mut grants = self.grants.write().unwrap_or_else(PoisonError::into_inner);
             state.cached_ranges += grant.ranges();
             if let Some(before) = grants.insert(key.0, Arc::clone(grant)) {
                 state.cached_ranges -= before.ranges();
             }
         }
+    }
+
+    /// Forgets the grants that have been revoked.
+    fn sweep(&self, state: &mut State) {
+        let Some(control) = self.control.get() else { return };
+        let mut grants = self.grants.write().unwrap_or_else(PoisonError::into_inner);
+        grants.retain(|_, known| control.is_open(known.slot, known.nonce));
+        state.cached_ranges = grants.values().map(|known| known.ranges()).sum();
     }
 
     fn decline(&self, job: Job, why: Declined) {

@@ -50,9 +50,16 @@ pub(super) trait Handler: Send + Sync {
 pub(super) struct Poller {
     epoll: OwnedFd,
     wake: OwnedFd,
-    handlers: Mutex<HashMap<u64, Arc<dyn Handler>>>,
+    handlers: Mutex<Handlers>,
     next_token: AtomicU64,
     stopping: AtomicBool,
+}
+
+#[derive(Default)]
+struct Handlers {
+    by_token: HashMap<u64, Arc<dyn Handler>>,
+    /// The thread has ended: nobody would call another one.
+    closed: bool,
 }
 
 fn owned(fd: RawFd) -> io::Result<OwnedFd> {
@@ -75,7 +82,7 @@ impl Poller {
         Ok(Arc::new(poller))
     }
 
-    fn handlers(&self) -> MutexGuard<'_, HashMap<u64, Arc<dyn Handler>>> {
+    fn handlers(&self) -> MutexGuard<'_, Handlers> {
         self.handlers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -93,9 +100,15 @@ impl Poller {
 
     /// Begins to call `handler` for what happens on `wire`.
     pub(super) fn add(&self, wire: &Wire, handler: Arc<dyn Handler>) -> io::Result<()> {
-        self.handlers().insert(wire.token, handler);
+        {
+            let mut handlers = self.handlers();
+            if handlers.closed {
+                return Err(ErrorKind::NotConnected.into());
+            }
+            handlers.by_token.insert(wire.token, handler);
+        }
         if let Err(error) = self.control(libc::EPOLL_CTL_ADD, wire.socket.as_raw_fd(), wire.token, libc::EPOLLIN) {
-            self.handlers().remove(&wire.token);
+            self.handlers().by_token.remove(&wire.token);
             return Err(error);
         }
         self.wake(); // it may be waiting without a tick
@@ -104,7 +117,7 @@ impl Poller {
 
     /// Stops calling the wire's handler; whether it still did.
     pub(super) fn remove(&self, wire: &Wire) -> bool {
-        let handler = self.handlers().remove(&wire.token);
+        let handler = self.handlers().by_token.remove(&wire.token);
         if handler.is_some() {
             // Fails only if the socket is gone from it already.
             let _ = self.control(libc::EPOLL_CTL_DEL, wire.socket.as_raw_fd(), wire.token, 0);
@@ -131,12 +144,12 @@ impl Poller {
         loop {
             if self.stopping.load(Ordering::SeqCst) {
                 let at = *stop_at.get_or_insert_with(|| Instant::now() + grace);
-                let handlers: Vec<_> = self.handlers().values().cloned().collect();
+                let handlers: Vec<_> = self.handlers().by_token.values().cloned().collect();
                 if Instant::now() >= at || !handlers.iter().any(|handler| handler.holds_memory()) {
                     break;
                 }
             }
-            let wait = match (stop_at, self.handlers().values().any(|handler| handler.wants_ticks())) {
+            let wait = match (stop_at, self.handlers().by_token.values().any(|handler| handler.wants_ticks())) {
                 (Some(_), _) => Some(Duration::from_millis(5)),
                 (None, false) => None,
                 (None, true) => Some(TICK.saturating_sub(ticked.elapsed())),
@@ -145,11 +158,15 @@ impl Poller {
             if ticked.elapsed() >= TICK {
                 ticked = Instant::now();
                 let handlers: Vec<_> =
-                    self.handlers().iter().map(|(token, handler)| (*token, Arc::clone(handler))).collect();
+                    self.handlers().by_token.iter().map(|(token, handler)| (*token, Arc::clone(handler))).collect();
                 handlers.iter().for_each(|(token, handler)| self.after(*token, handler.tick(ticked)));
             }
         }
-        let handlers = std::mem::take(&mut *self.handlers());
+        let handlers = {
+            let mut handlers = self.handlers();
+            handlers.closed = true;
+            std::mem::take(&mut handlers.by_token)
+        };
         handlers.values().for_each(|handler| handler.ended());
     }
 
@@ -168,7 +185,7 @@ impl Poller {
                 unsafe { libc::read(self.wake.as_raw_fd(), count.as_mut_ptr().cast(), count.len()) };
                 continue;
             }
-            let handler = self.handlers().get(&token).cloned();
+            let handler = self.handlers().by_token.get(&token).cloned();
             if let Some(handler) = handler {
                 self.after(token, handler.ready());
             }
@@ -177,7 +194,7 @@ impl Poller {
 
     fn after(&self, token: u64, next: Next) {
         if next == Next::Leave {
-            let handler = self.handlers().remove(&token);
+            let handler = self.handlers().by_token.remove(&token);
             if let Some(handler) = handler {
                 handler.ended();
             }

@@ -52,14 +52,14 @@ const TURN: usize = 64;
 pub(super) struct Server {
     owner: Arc<Owner>,
     poller: Arc<Poller>,
-    listener: Wire,
+    /// The poller has it, and closes it: what connects to a socket that nobody listens to waits in vain.
+    listener: Weak<Wire>,
     limit: usize,
     io_timeout: Duration,
     allowed_uids: Vec<u32>,
     connections: Mutex<HashMap<u64, Arc<Connection>>>,
     next_connection: AtomicU64,
     next_nonce: AtomicU64,
-    paused: AtomicBool,
 }
 
 impl Server {
@@ -71,9 +71,10 @@ impl Server {
         io_timeout: Duration,
         allowed_uids: Vec<u32>,
     ) -> io::Result<Arc<Self>> {
+        let listener = Arc::new(Wire::new(listener, &poller, End::Owner));
         let server = Arc::new(Self {
             owner,
-            listener: Wire::new(listener, &poller, End::Owner),
+            listener: Arc::downgrade(&listener),
             poller,
             limit,
             io_timeout,
@@ -81,30 +82,20 @@ impl Server {
             connections: Mutex::default(),
             next_connection: AtomicU64::new(0),
             next_nonce: AtomicU64::new(1),
-            paused: AtomicBool::new(false),
         });
-        server.poller.add(&server.listener, Arc::new(Listening(Arc::clone(&server))))?;
+        server.poller.add(
+            &listener,
+            Arc::new(Listening {
+                server: Arc::clone(&server),
+                wire: Arc::clone(&listener),
+                paused: AtomicBool::new(false),
+            }),
+        )?;
         Ok(server)
     }
 
     fn connections(&self) -> MutexGuard<'_, HashMap<u64, Arc<Connection>>> {
         self.connections.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn accept_all(self: &Arc<Self>) {
-        loop {
-            match self.listener.socket.accept() {
-                Ok(socket) => self.admit(socket),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
-                Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
-                Err(error) => {
-                    // Out of descriptors, usually: those in use will be closed; look again at the next tick.
-                    tracing::warn!(%error, "cannot accept an shm connection");
-                    self.paused.store(self.listener.pause().is_ok(), Ordering::Relaxed);
-                    return;
-                }
-            }
-        }
     }
 
     fn admit(self: &Arc<Self>, socket: Socket) {
@@ -156,26 +147,52 @@ impl Server {
 
     /// Nobody new is let in.
     pub(super) fn shutdown(&self) {
-        self.poller.remove(&self.listener);
+        if let Some(listener) = self.listener.upgrade() {
+            self.poller.remove(&listener);
+        }
     }
 }
 
-struct Listening(Arc<Server>);
+struct Listening {
+    server: Arc<Server>,
+    wire: Arc<Wire>,
+    /// Set while there are no descriptors to accept with.
+    paused: AtomicBool,
+}
+
+impl Listening {
+    fn accept_all(&self) {
+        loop {
+            match self.wire.socket.accept() {
+                Ok(socket) => self.server.admit(socket),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
+                Err(error) => {
+                    // Out of descriptors, usually: those in use will be closed; look again at the next tick.
+                    tracing::warn!(%error, "cannot accept an shm connection");
+                    self.paused.store(self.wire.pause().is_ok(), Ordering::Relaxed);
+                    return;
+                }
+            }
+        }
+    }
+}
 
 impl Handler for Listening {
     fn ready(&self) -> Next {
-        self.0.accept_all();
+        self.accept_all();
         Next::Stay
     }
 
     fn tick(&self, _now: Instant) -> Next {
-        let _ = self.0.listener.resume();
-        self.0.paused.store(false, Ordering::Relaxed);
+        if self.paused.swap(false, Ordering::Relaxed) {
+            let _ = self.wire.resume(); // fails only once the poller has let go of it
+        }
         Next::Stay
     }
 
     fn wants_ticks(&self) -> bool {
-        self.0.paused.load(Ordering::Relaxed)
+        self.paused.load(Ordering::Relaxed)
     }
 
     fn holds_memory(&self) -> bool {
@@ -655,5 +672,9 @@ impl Opener for SlotOpener {
             Some(connection) => connection.revoked(self.slot, self.nonce, in_flight),
             None => drop(in_flight),
         }
+    }
+
+    fn is_gone(&self) -> bool {
+        self.connection.strong_count() == 0
     }
 }

@@ -56,7 +56,7 @@ impl TcpTransport {
 }
 
 /// What peers are told: the bound address, unless the operator names others (separated by commas), with or without a port.
-fn advertised(wanted: Option<&str>, bound: SocketAddr) -> Vec<String> {
+pub(crate) fn advertised(wanted: Option<&str>, bound: SocketAddr) -> Vec<String> {
     let full = |wanted: &str| match (wanted.parse::<SocketAddr>(), wanted.parse::<std::net::IpAddr>()) {
         (Ok(_), _) => wanted.to_owned(),
         (_, Ok(ip)) => SocketAddr::new(ip, bound.port()).to_string(),

@@ -7,3 +7,4 @@ mod contract;
 mod faults;
 mod support;
 mod tls;
+mod ucx;

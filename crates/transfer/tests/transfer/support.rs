@@ -1,6 +1,7 @@
 //! Engines in pairs, short batches, a hand-driven peer, and waiting with a limit.
 
 use std::{
+    cell::Cell,
     io::{Read, Write},
     net::TcpStream,
     pin::pin,
@@ -10,18 +11,32 @@ use std::{
     time::{Duration, Instant},
 };
 
-use kvasir_transfer::{Access, Batch, Config, Grant, GrantRange, LocalNet, Op, Range, TransferEngine, Transports};
+use kvasir_transfer::{
+    Access, Batch, Config, Grant, GrantRange, LocalNet, Op, Range, TransferEngine, Transports, UcxConfig,
+};
 use kvasir_types::{Deadline, GrantKey, PROTOCOL_VERSION, SegmentDescriptor, TransportKind};
 
 pub const MIB: usize = 1 << 20;
 /// Longer than anything here takes on a busy machine.
 pub const LONG: Duration = Duration::from_secs(30);
 
+thread_local! {
+    /// Whether engines made with [`config`] on this thread use RMA, where they are of the ucx transport.
+    pub static RMA: Cell<bool> = const { Cell::new(false) };
+}
+
 pub fn config(transport: TransportKind) -> Config {
     Config {
         transports: Transports::Named(vec![transport]),
         fence_grace: Duration::from_millis(50),
         tls: crate::tls::wanted(),
+        // On a machine of any kind: loopback sockets, which also are lanes that can be fenced.
+        ucx: UcxConfig {
+            tls: Some("tcp".into()),
+            net_devices: Some("lo".into()),
+            rma: Some(RMA.get()),
+            ..UcxConfig::default()
+        },
         ..Config::default()
     }
 }
