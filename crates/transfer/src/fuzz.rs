@@ -20,10 +20,10 @@ use crate::{
 };
 
 /// No message makes this side allocate more than this in one piece (frames go straight from and into registered memory).
-pub const LARGEST_ALLOCATION: usize = 64 << 10;
+pub const LARGEST_ALLOCATION: usize = 128 << 10;
 
 /// One for each role in each transport's protocol; an input's first byte, modulo their number, is an index.
-const CONVERSATIONS: &[fn(&[u8])] = &[tcp_owner, tcp_client];
+const CONVERSATIONS: &[fn(&[u8])] = &[tcp_owner, tcp_client, shm_owner, shm_client, ucx_peer];
 
 /// Plays the conversation that `input` is.
 pub fn decode(input: &[u8]) {
@@ -51,7 +51,21 @@ pub fn seeds() -> Vec<Vec<u8>> {
         client.extend(0..payload as u8);
     }
     let refused = [&[1][..], &Verdict::Stale.encode(PROTOCOL_VERSION)].concat();
-    vec![owner, client, refused]
+    let mut seeds = vec![owner, client, refused];
+    // The transports whose messages keep their borders: one after another, each behind its length.
+    for (first, messages) in [
+        (2, crate::shm::messages::seeds_to_owner()),
+        (3, crate::shm::messages::seeds_to_client()),
+        (4, crate::ucx::messages::seeds()),
+    ] {
+        let mut seed = vec![first];
+        for message in messages {
+            seed.extend((message.len() as u16).to_le_bytes());
+            seed.extend(message);
+        }
+        seeds.push(seed);
+    }
+    seeds
 }
 
 /// What is left of a peer's bytes.
@@ -109,6 +123,29 @@ fn tcp_client(bytes: &[u8]) {
         assert!(answer.payload <= MAX_PAYLOAD);
         assert_eq!(Answer::decode(&answer.encode()), Ok(answer));
         if peer.take(answer.payload as usize).is_none() {
+            return;
+        }
+    }
+}
+
+fn shm_owner(bytes: &[u8]) {
+    each_message(bytes, crate::shm::messages::fuzz_to_owner);
+}
+
+fn shm_client(bytes: &[u8]) {
+    each_message(bytes, crate::shm::messages::fuzz_to_client);
+}
+
+fn ucx_peer(bytes: &[u8]) {
+    each_message(bytes, crate::ucx::messages::fuzz);
+}
+
+/// Hands message after message to a decoder, until it refuses one.
+fn each_message(bytes: &[u8], decode: fn(&[u8]) -> bool) {
+    let mut peer = Peer(bytes);
+    while let Some(len) = peer.head::<2>() {
+        let Some(message) = peer.take(u16::from_le_bytes(*len).into()) else { return };
+        if !decode(message) {
             return;
         }
     }

@@ -315,6 +315,49 @@ fn flag(value: u64) -> Result<bool, Malformed> {
     }
 }
 
+/// For [`crate::fuzz`]: whether the owner understands a message; what it understands has one form.
+pub(crate) fn fuzz_to_owner(message: &[u8]) -> bool {
+    let Ok(said) = ToOwner::decode(message) else { return false };
+    assert_eq!(said.encode(), message, "a message has one form");
+    true
+}
+
+/// For [`crate::fuzz`]: whether a client understands a message.
+pub(crate) fn fuzz_to_client(message: &[u8]) -> bool {
+    let Ok(said) = ToClient::decode(message) else { return false };
+    assert_eq!(said.encode(), message, "a message has one form");
+    if let ToClient::Ranges(ranges) = said {
+        assert!(ranges.iter().all(|(start, end)| start < end));
+    }
+    true
+}
+
+/// For [`crate::fuzz`]: what a client says, to start from.
+pub(crate) fn seeds_to_owner() -> Vec<Vec<u8>> {
+    let (key, incarnation) = (GrantKey(4), Incarnation(2));
+    vec![
+        ToOwner::Hello { version: 1, segment: SegmentId(1), incarnation }.encode(),
+        ToOwner::Open { key }.encode(),
+        ToOwner::Left { slot: 3 }.encode(),
+        ToOwner::Notice { id: 5, key, bytes: b"done" }.encode(),
+    ]
+}
+
+/// For [`crate::fuzz`]: what an owner says, to start from.
+pub(crate) fn seeds_to_client() -> Vec<Vec<u8>> {
+    let key = GrantKey(4);
+    let mut seeds = vec![
+        ToClient::Welcome { version: 1, verdict: Verdict::Welcome }.encode(),
+        ToClient::Region { base: 0, len: 4096, fd_offset: 0, writable: true }.encode(),
+        ToClient::Opened { key, nonce: 6, slot: 1, readable: 2, writable: 0 }.encode(),
+        ToClient::Declined { key, why: Declined::Busy }.encode(),
+        ToClient::Gone { base: 0 }.encode(),
+        ToClient::Noticed { id: 5, result: Err(Refusal::Full) }.encode(),
+    ];
+    seeds.extend(encode_ranges(&[(0, 10), (20, 30)]));
+    seeds
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;

@@ -30,7 +30,7 @@ mod client;
 mod control;
 mod granted;
 mod mapping;
-mod messages;
+pub(crate) mod messages;
 mod peer;
 mod poller;
 mod server;

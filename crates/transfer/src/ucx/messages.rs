@@ -509,6 +509,47 @@ impl<'a> Reader<'a> {
     }
 }
 
+/// For [`crate::fuzz`]: whether a message is understood; ranges in it are neither empty nor beyond 64 bits.
+pub(crate) fn fuzz(message: &[u8]) -> bool {
+    let Ok(said) = Message::decode(message) else { return false };
+    match &said {
+        Message::Write { spans, .. } | Message::Read { spans, .. } => {
+            assert!(spans.len() <= MAX_RANGES);
+            assert!(spans.iter().all(|span| span.len > 0 && span.offset.checked_add(span.len.into()).is_some()));
+        }
+        Message::Ranges { ranges, .. } => assert!(ranges.iter().all(|(start, end)| start < end)),
+        _ => {}
+    }
+    true
+}
+
+/// For [`crate::fuzz`]: a message of most kinds, to start from.
+pub(crate) fn seeds() -> Vec<Vec<u8>> {
+    let (request, key, grant) = (RequestId(1), GrantKey(4), OpenId(7));
+    let spans = || vec![Span { offset: 4096, len: 3 }];
+    let messages = [
+        Message::Hello { version: 1, segment: SegmentId(1), incarnation: Incarnation(2) },
+        Message::Welcome { version: 1, verdict: Verdict::Welcome, rma: true },
+        Message::Open { request, key },
+        Message::Opened { request, grant, readable: 1, writable: 1, regions: 1 },
+        Message::Ranges { request, writable: true, first: 0, ranges: vec![(0, 10), (20, 30)] },
+        Message::Region { request, index: 0, base: 0, len: 4096, address: 1 << 40, key: b"packed key" },
+        Message::Refused { request, refusal: Refusal::Bounds },
+        Message::Write { request, key, spans: spans(), bytes: b"abc" },
+        Message::Read { request, key, spans: spans() },
+        Message::Data { request, bytes: b"abc" },
+        Message::Notice { request, key, bytes: b"done" },
+        Message::Revoke { grant },
+        Message::Left { grant },
+    ];
+    let encoded = |message: &Message<'_>| {
+        let mut bytes = Vec::new();
+        message.encode(&mut bytes);
+        bytes
+    };
+    messages.iter().map(encoded).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;

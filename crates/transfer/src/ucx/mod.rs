@@ -33,7 +33,7 @@ mod driver;
 mod endpoint;
 mod flow;
 mod mailbox;
-mod messages;
+pub(crate) mod messages;
 mod opening;
 mod registry;
 mod server;
