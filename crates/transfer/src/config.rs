@@ -86,21 +86,26 @@ pub struct ShmConfig {
 /// Settings of the ucx transport. UCX's own environment variables apply where nothing is set here.
 #[derive(Clone, Debug)]
 pub struct UcxConfig {
-    /// Where it listens for peers; port 0 takes a free one. Default `127.0.0.1:0`.
+    /// Where it listens for peers; port 0 takes a free one. Default `127.0.0.1:0`. With UCX 1.13 a port that was just
+    /// in use can't be had again for up to a minute.
     pub bind: SocketAddr,
     /// `host` or `host:port` that peers are told to connect to; `None`: the address bound.
     pub advertise: Option<String>,
-    /// UCX's transports, as in `UCX_TLS`; `None`: UCX's choice.
+    /// UCX's transports, as in `UCX_TLS`. `None`: all from whose lanes a peer can be kept away by closing its endpoint,
+    /// that is not shared memory, `dc` and `cuda_ipc`. Where one of those is named, a peer that is stopped in the
+    /// middle of an RMA write keeps a revoked grant's ranges reserved until it goes on or dies.
     pub tls: Option<String>,
     /// Its devices, as in `UCX_NET_DEVICES`; `None`: UCX's choice.
     pub net_devices: Option<String>,
-    /// Whether memory is reached by RMA, without the owner's part; else bytes travel in messages that the owner checks. `None`:
-    /// if this machine has an RDMA device. Both sides must agree, or messages are used. Without a device UCX only emulates RMA: slower
-    /// than messages, open to every peer that can connect, and in UCX 1.13 a peer's death then may abort the process.
+    /// Whether memory is reached by RMA, without the owner's part; else bytes travel in messages that the owner checks.
+    /// `None`: if this machine has an RDMA device and UCX is newer than 1.13. Both sides must agree, or messages are used.
+    /// Without a device UCX only emulates RMA: slower than messages, open to every peer that can connect, and with UCX
+    /// 1.13 (where it is refused) a peer's death aborts the process.
     pub rma: Option<bool>,
-    /// Most writes handed to libucp at once for a peer. Default 2: over tcp, UCX 1.13 slows down to a crawl with many.
+    /// Most writes handed to libucp at once for a peer: puts, or pieces of 64 KiB where messages are used. Default 8.
+    /// What waits behind them can still be overtaken by a higher priority.
     pub max_outstanding_puts: usize,
-    /// Most reads handed to libucp at once for a peer. Default 16.
+    /// As `max_outstanding_puts`, for reads. Default 8.
     pub max_outstanding_gets: usize,
 }
 
@@ -112,8 +117,8 @@ impl Default for UcxConfig {
             tls: None,
             net_devices: None,
             rma: None,
-            max_outstanding_puts: 2,
-            max_outstanding_gets: 16,
+            max_outstanding_puts: 8,
+            max_outstanding_gets: 8,
         }
     }
 }

@@ -18,13 +18,14 @@ use crate::{
         ANSWER_BYTES, Answer, HELLO_BYTES, Hello, MAX_PAYLOAD, RANGE_BYTES, REQUEST_BYTES, Request, Span, Verb,
         Verdict, WELCOME_BYTES,
     },
+    ucx,
 };
 
 /// No message makes this side allocate more than this in one piece (frames go straight from and into registered memory).
 pub const LARGEST_ALLOCATION: usize = 64 << 10;
 
 /// One for each role in each transport's protocol; an input's first byte, modulo their number, is an index.
-const CONVERSATIONS: &[fn(&[u8])] = &[tcp_owner, tcp_client, shm::fuzz::owner, shm::fuzz::client];
+const CONVERSATIONS: &[fn(&[u8])] = &[tcp_owner, tcp_client, shm::fuzz::owner, shm::fuzz::client, ucx::fuzz::message];
 
 /// Plays the conversation that `input` is.
 pub fn decode(input: &[u8]) {
@@ -53,7 +54,9 @@ pub fn seeds() -> Vec<Vec<u8>> {
     }
     let refused = [&[1][..], &Verdict::Stale.encode(PROTOCOL_VERSION)].concat();
     let [shm_owner, shm_client] = shm::fuzz::seeds();
-    vec![owner, client, refused, [&[2][..], &shm_owner].concat(), [&[3][..], &shm_client].concat()]
+    let shm = [[&[2][..], &shm_owner].concat(), [&[3][..], &shm_client].concat()];
+    let ucx = ucx::fuzz::seeds().into_iter().map(|message| [&[4][..], &message].concat());
+    [owner, client, refused].into_iter().chain(shm).chain(ucx).collect()
 }
 
 /// What is left of a peer's bytes.

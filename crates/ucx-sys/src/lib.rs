@@ -1,8 +1,9 @@
 //! libucp, looked up at run time: UCX's transports (RDMA, CUDA) where they are installed, a clear word where not.
 //!
-//! Nothing links against UCX, so one binary starts on every machine. This crate holds no logic: it finds the library, checks
-//! that it is new enough, and hands out its functions as [`Ucp`], a struct of pointers. What they mean is written in UCX's
-//! `ucp.h`; the `ucx` transport of `kvasir-transfer` is their one caller. `bindings.rs` is written by `scripts/ucx-bindings`.
+//! Nothing links against UCX, so one binary starts on every machine. This crate holds no logic: it finds the library,
+//! checks that it is new enough, and hands out its functions as [`Ucp`], a struct of pointers. What they mean is
+//! written in UCX's `ucp.h`; the `ucx` transport of `kvasir-transfer` is their one caller. `bindings.rs` is written by
+//! `scripts/ucx-bindings`.
 
 #![expect(unsafe_code, reason = "loads a C library and calls it")]
 
@@ -87,7 +88,8 @@ impl Library {
     fn load_any(names: &[&'static str]) -> Result<Self, Error> {
         let mut first_error = None;
         for &name in names {
-            // SAFETY: libucp's initialisers only read the environment and register its modules; they may run at any time.
+            // SAFETY: libucp's initialisers only read the environment and register its modules; they may run at any
+            // time.
             match unsafe { libloading::Library::new(name) } {
                 Ok(library) => return Self::resolve(name, library),
                 Err(error) => _ = first_error.get_or_insert(error),
@@ -98,14 +100,20 @@ impl Library {
     }
 
     fn resolve(name: &'static str, library: libloading::Library) -> Result<Self, Error> {
-        // SAFETY: the types are the declarations in ucp.h; a library with all these symbols is a libucp, which keeps its
-        // interface within a major version.
+        // SAFETY: the types are the declarations in ucp.h; a library with all these symbols is a libucp, which keeps
+        // its interface within a major version.
         let ucp = unsafe { Ucp::from_library(library) }.map_err(|source| Error::MissingSymbol { name, source })?;
+        let library = Self { name, ucp };
+        let found = library.number();
+        if found < API_VERSION { Err(Error::TooOld { name, found }) } else { Ok(library) }
+    }
+
+    /// The library's version as numbers: major, minor.
+    pub fn number(&self) -> (u32, u32) {
         let (mut major, mut minor, mut release) = (0, 0, 0);
-        // SAFETY: writes three numbers, may be called at any time.
-        unsafe { ucp.ucp_get_version(&raw mut major, &raw mut minor, &raw mut release) };
-        let found = (major, minor);
-        if found < API_VERSION { Err(Error::TooOld { name, found }) } else { Ok(Self { name, ucp }) }
+        // SAFETY: writes three numbers, may be called at any time, and the library is loaded while `self` lives.
+        unsafe { self.ucp.ucp_get_version(&raw mut major, &raw mut minor, &raw mut release) };
+        (major, minor)
     }
 
     /// The functions.

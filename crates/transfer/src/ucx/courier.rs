@@ -1,7 +1,7 @@
 //! Frames on one connection where there is no RMA: cut into pieces, each a message that the owner checks and answers.
 //!
-//! Local memory is touched only while a piece's bytes are copied into a message or out of one, on this thread: nothing of a
-//! frame is ever in UCX's hands, so a deadline or a cancellation ends it at once.
+//! Local memory is touched only while a piece's bytes are copied into a message or out of one, on this thread: nothing
+//! of a frame is ever in UCX's hands, so a deadline or a cancellation ends it at once.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -23,6 +23,9 @@ use crate::{
     error::{Error, Refusal},
     grant::Cut,
 };
+
+/// Most pieces under way to one peer in each direction, whatever is configured.
+pub(super) const MAX_WINDOW: usize = 64;
 
 /// A frame on its way.
 struct Job {

@@ -1,8 +1,8 @@
 //! Endpoints: what is sent to a peer, put into and got from its memory, and how that is stopped.
 //!
-//! Each operation carries a token and ends in exactly one [`Event::Done`] with it, whether it ended at once, later, or by
-//! [`Endpoint::close`], which is always by force: every operation still under way is ended (with an error) before the close
-//! itself is done, and from then on the endpoint's lanes are gone.
+//! Each operation carries a token and ends in exactly one [`Event::Done`] with it, whether it ended at once, later, or
+//! by [`Endpoint::close`], which is always by force: every operation still under way is ended (with an error) before
+//! the close itself is done, and from then on the endpoint's lanes are gone.
 
 use std::{ffi::c_void, net::SocketAddr, ptr};
 
@@ -109,8 +109,8 @@ impl Endpoint {
         }
     }
 
-    /// Writes into the peer's memory. `Done` says that the local bytes are no longer needed; only a [`Self::flush`] begun
-    /// afterwards says that they have arrived.
+    /// Writes into the peer's memory. `Done` says that the local bytes are no longer needed; only a [`Self::flush`]
+    /// begun afterwards says that they have arrived.
     ///
     /// # Safety
     /// The local bytes lie in `memory` and stay mapped until `Done`.
@@ -206,8 +206,8 @@ pub(super) struct RemoteKey {
 }
 
 impl RemoteKey {
-    /// Takes what the owner's [`Memory::pack_key`] gave. UCX trusts these bytes to be of its own making, beyond a check of
-    /// their form: see the module `ucx` on whom to connect.
+    /// Takes what the owner's [`Memory::pack_key`] gave. UCX trusts these bytes to be of its own making, beyond a check
+    /// of their form: see the module `ucx` on whom to connect.
     pub(super) fn unpack(endpoint: &Endpoint, packed: &[u8]) -> Result<Self, Status> {
         // UCX reads the key's length out of the key; spare zeros end every list in it that claims to be longer.
         let mut padded = packed.to_vec();

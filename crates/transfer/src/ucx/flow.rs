@@ -7,9 +7,9 @@
 //!            finished                                                              finished ◀────────────┘ a time
 //! ```
 //!
-//! Few operations are outstanding at once: UCX 1.13 emulates puts over tcp, and with many of them under way its throughput
-//! falls by ten; and a higher priority overtakes all that has not been handed over. A write is finished only when a flush
-//! that was begun after its last put has ended; writes that end meanwhile share the next one.
+//! Few operations are outstanding at once: UCX 1.13 emulates puts over tcp, and with many of them under way its
+//! throughput falls by ten; and a higher priority overtakes all that has not been handed over. A write is finished only
+//! when a flush that was begun after its last put has ended; writes that end meanwhile share the next one.
 
 use std::{
     collections::{BTreeMap, HashMap, VecDeque},
@@ -20,7 +20,7 @@ use std::{
 use kvasir_types::{GrantKey, TransportKind};
 
 use super::{
-    client::RemoteRegion,
+    connection::RemoteRegion,
     driver::{Core, Pending, unavailable},
     endpoint::{Endpoint, Local, Remote},
     messages::OpenId,
@@ -271,8 +271,8 @@ fn start(op: Op, job: &Job, range: &Range, regions: &BTreeMap<u64, RemoteRegion>
         Local { address: job.work.frame.local(range), len: range.len as usize, memory: &job.local[job.next].memory };
     let remote = Remote { address: region.address + from, key: &region.key };
     match op {
-        // SAFETY: the bytes lie in their registered region, which the frame's batch keeps in use; the job holds the frame
-        // until every operation of it has ended.
+        // SAFETY: the bytes lie in their registered region, which the frame's batch keeps in use; the job holds the
+        // frame until every operation of it has ended.
         Op::Read => unsafe { endpoint.get(local, remote, token) },
         // SAFETY: as above.
         Op::Write => unsafe { endpoint.put(local, remote, token) },

@@ -1,7 +1,7 @@
 //! What other threads tell the progress thread, and how they wake it.
 //!
-//! The thread sleeps in poll(2) on UCX's event descriptor and on this mailbox's eventfd. A sender writes the eventfd only
-//! if the thread has said that it is about to sleep, so a busy thread costs its callers no system call.
+//! The thread sleeps in poll(2) on UCX's event descriptor and on this mailbox's eventfd. A sender writes the eventfd
+//! only if the thread has said that it is about to sleep, so a busy thread costs its callers no system call.
 
 use std::{
     collections::VecDeque,
@@ -59,8 +59,8 @@ impl Mailbox {
         Ok(Self { queue: Mutex::default(), asleep: AtomicBool::new(false), event })
     }
 
-    /// Queues a command and sees that the thread wakes. Once the thread has ended, the command is dropped, which fails the
-    /// frames in it and lets go what is in flight.
+    /// Queues a command and sees that the thread wakes. Once the thread has ended, the command is dropped, which fails
+    /// the frames in it and lets go what is in flight.
     pub(super) fn send(&self, command: Command) {
         {
             let mut queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);

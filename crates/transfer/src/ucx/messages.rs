@@ -1,9 +1,9 @@
 //! The control protocol: active messages between two engines, the only place where a peer's bytes become values.
 //!
-//! Where RMA is used, the bytes of batches never travel here: they are put and got straight between registered memories, and
-//! these messages ask for the right to do so and take it back. Elsewhere they travel in pieces, each of which the owner
-//! checks. All numbers little-endian; every message fits [`MAX_MESSAGE`] bytes; a message is
-//! refused as a whole if any byte of it is not understood. UCX does not promise that active messages arrive in the order they were
+//! Where RMA is used, the bytes of batches never travel here: they are put and got straight between registered
+//! memories, and these messages ask for the right to do so and take it back. Elsewhere they travel in pieces, each of
+//! which the owner checks. All numbers little-endian; every message fits [`MAX_MESSAGE`] bytes; a message is refused as
+//! a whole if any byte of it is not understood. UCX does not promise that active messages arrive in the order they were
 //! sent, so nothing here relies on it.
 //!
 //! ```text
@@ -30,10 +30,10 @@
 //!
 //! `refused` answers a write, a read and an open. `rma`: whether the owner's memory may be reached without its part.
 //!
-//! `grant` is the owner's number for one opening of a grant by one peer, never used twice. `left` says that nothing of the
-//! client's touches the ranges any more, nor will: it answers `revoke`, also for a grant the client does not know (yet).
-//! `unable`: the grant is good, but UCX can't reach its memory, or it has more ranges than this transport carries.
-//! Hello and welcome keep this form in every protocol version; everything else may change with it.
+//! `grant` is the owner's number for one opening of a grant by one peer, never used twice. `left` says that nothing of
+//! the client's touches the ranges any more, nor will: it answers `revoke`, also for a grant the client does not know
+//! (yet). `unable`: the grant is good, but UCX can't reach its memory, or it has more ranges than this transport
+//! carries. Hello and welcome keep this form in every protocol version; everything else may change with it.
 
 use kvasir_types::{GrantKey, Incarnation, SegmentId};
 

@@ -1,5 +1,5 @@
-//! A grant as its opener sees it: being put together from the owner's messages, in whatever order they come, then checked
-//! against on every operation, because the owner's processor will not.
+//! A grant as its opener sees it: being put together from the owner's messages, in whatever order they come, then
+//! checked against on every operation, because the owner's processor will not.
 
 use std::collections::BTreeSet;
 

@@ -22,8 +22,8 @@ pub(super) struct Registered {
 pub(super) struct Registry(HashMap<u64, Rc<Registered>>);
 
 impl Registry {
-    /// The region's registration; made if this is its first use. Whoever starts an operation with it keeps the region in
-    /// use until that has ended, as batches and grants do.
+    /// The region's registration; made if this is its first use. Whoever starts an operation with it keeps the region
+    /// in use until that has ended, as batches and grants do.
     pub(super) fn get(&mut self, worker: &Worker, region: &Arc<Mapped>) -> Result<Rc<Registered>, Status> {
         if let Some(registered) = self.0.get(&region.base) {
             return Ok(Rc::clone(registered));

@@ -44,8 +44,9 @@ use crate::{
 /// Most grants that one peer may have open at once: bounds what it can make us remember.
 const MAX_OPEN: usize = 64 << 10;
 
-/// Most reads of one peer that are answered at once: what one that takes nothing can make us hold.
-const MAX_REPLIES: usize = 1024;
+/// Most bytes of answers that one peer has not taken yet: beyond it, it is not an engine of ours that reads what it
+/// asked for, and is disconnected. Ours have at most [`super::courier::MAX_WINDOW`] pieces under way each way.
+const MAX_UNTAKEN: usize = 16 << 20;
 
 /// The peers that are connected to us.
 #[derive(Default)]
@@ -60,11 +61,26 @@ struct Peer {
     stage: Stage,
     /// When it came to that stage.
     since: Instant,
-    /// Reads whose bytes UCX still needs.
-    replies: usize,
+    /// Bytes of answers that UCX has not got rid of yet.
+    untaken: usize,
     fence: Arc<Fence>,
     /// The grants it has opened; with what is kept in flight once they are revoked.
     open: HashMap<OpenId, Option<InFlight>>,
+}
+
+impl Peer {
+    fn send(&mut self, core: &mut Core, message: &Message<'_>) {
+        let mut bytes = Vec::with_capacity(64);
+        message.encode(&mut bytes);
+        self.send_bytes(core, bytes);
+    }
+
+    fn send_bytes(&mut self, core: &mut Core, message: Vec<u8>) {
+        let Some(endpoint) = &self.endpoint else { return };
+        self.untaken += message.len();
+        let token = core.token(Pending::Answer { peer: self.fence.peer, bytes: message.len() });
+        endpoint.send_tracked(message, token);
+    }
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -147,7 +163,7 @@ impl Server {
             endpoint: Some(endpoint),
             stage: Stage::Accepted,
             since: Instant::now(),
-            replies: 0,
+            untaken: 0,
             fence: Arc::new(Fence { peer: id, mailbox, by_close, cut: AtomicBool::new(false) }),
             open: HashMap::new(),
         };
@@ -157,7 +173,13 @@ impl Server {
     /// Takes a peer's message; whether it was one that a peer may send now.
     pub(super) fn receive(&mut self, core: &mut Core, id: u64, message: Message<'_>) -> bool {
         let Some(peer) = self.peers.get_mut(&id) else { return true };
-        let Some(endpoint) = &peer.endpoint else { return true };
+        if peer.endpoint.is_none() {
+            return true;
+        }
+        if peer.untaken > MAX_UNTAKEN {
+            tracing::warn!(bytes = peer.untaken, "ucx: closed a connection that takes no answers");
+            return false;
+        }
         match (message, peer.stage) {
             (Message::Hello { version, segment, incarnation }, Stage::Accepted) => {
                 let counters = &core.owner.counters;
@@ -172,7 +194,7 @@ impl Server {
                 };
                 peer.stage = if verdict == Verdict::Welcome { Stage::Greeted } else { Stage::Refused };
                 let rma = core.limits.rma;
-                core.send(endpoint, &Message::Welcome { version: PROTOCOL_VERSION, verdict, rma });
+                peer.send(core, &Message::Welcome { version: PROTOCOL_VERSION, verdict, rma });
             }
             (Message::Write { request, key, spans, bytes }, Stage::Greeted) => {
                 let answer = match write(core, key, &spans, bytes) {
@@ -185,20 +207,12 @@ impl Server {
                         Message::Refused { request, refusal }
                     }
                 };
-                core.send(endpoint, &answer);
+                peer.send(core, &answer);
             }
-            (Message::Read { request, key, spans }, Stage::Greeted) => {
-                if peer.replies >= MAX_REPLIES {
-                    return false;
-                }
-                match read(core, request, key, &spans) {
-                    Ok(message) => {
-                        peer.replies += 1;
-                        endpoint.send_tracked(message, core.token(Pending::Reply { peer: id }));
-                    }
-                    Err(refusal) => core.send(endpoint, &Message::Refused { request, refusal }),
-                }
-            }
+            (Message::Read { request, key, spans }, Stage::Greeted) => match read(core, request, key, &spans) {
+                Ok(message) => peer.send_bytes(core, message),
+                Err(refusal) => peer.send(core, &Message::Refused { request, refusal }),
+            },
             (Message::Open { request, key }, Stage::Greeted) if core.limits.rma => {
                 self.next_open += 1;
                 open(core, peer, request, (key, OpenId(self.next_open)));
@@ -210,7 +224,7 @@ impl Server {
             },
             (Message::Notice { request, key, bytes }, Stage::Greeted) => {
                 let result = core.owner.deliver(key, bytes);
-                core.send(endpoint, &Message::Noticed { request, result });
+                peer.send(core, &Message::Noticed { request, result });
             }
             (_, Stage::Refused) => {}
             _ => return false,
@@ -218,10 +232,10 @@ impl Server {
         true
     }
 
-    /// Bytes that a peer asked for are on their way.
-    pub(super) fn replied(&mut self, id: u64) {
+    /// UCX has got rid of an answer.
+    pub(super) fn taken(&mut self, id: u64, bytes: usize) {
         if let Some(peer) = self.peers.get_mut(&id) {
-            peer.replies -= 1;
+            peer.untaken -= bytes;
         }
     }
 
@@ -231,9 +245,7 @@ impl Server {
         let Some(peer) = self.peers.get_mut(&id) else { return };
         let Some(kept) = peer.open.get_mut(&grant) else { return };
         *kept = Some(in_flight);
-        if let Some(endpoint) = &peer.endpoint {
-            core.send(endpoint, &Message::Revoke { grant });
-        }
+        peer.send(core, &Message::Revoke { grant });
     }
 
     /// Closes a peer's endpoint by force.
@@ -324,25 +336,24 @@ fn read(core: &Core, request: RequestId, key: GrantKey, spans: &[Span]) -> Resul
 
 /// Opens a grant for a peer and tells it all it needs.
 fn open(core: &mut Core, peer: &mut Peer, request: RequestId, (key, grant): (GrantKey, OpenId)) {
-    let Some(endpoint) = &peer.endpoint else { return };
     if peer.open.len() >= MAX_OPEN {
-        return core.send(endpoint, &Message::Unable { request });
+        return peer.send(core, &Message::Unable { request });
     }
     let opening = Arc::new(PeerOpening { fence: Arc::clone(&peer.fence), grant });
     let opened = match core.owner.grants.open_remote(key, opening) {
         Ok(opened) => opened,
-        Err(refusal) => return core.send(endpoint, &Message::Refused { request, refusal }),
+        Err(refusal) => return peer.send(core, &Message::Refused { request, refusal }),
     };
-    if let Err(reason) = describe(core, endpoint, request, grant, &opened) {
+    if let Err(reason) = describe(core, peer, request, grant, &opened) {
         tracing::warn!(reason, "ucx: a grant cannot be opened over this transport");
-        return core.send(endpoint, &Message::Unable { request });
+        return peer.send(core, &Message::Unable { request });
     }
     peer.open.insert(grant, None);
 }
 
 fn describe(
     core: &mut Core,
-    endpoint: &Endpoint,
+    peer: &mut Peer,
     request: RequestId,
     grant: OpenId,
     opened: &Opened,
@@ -363,20 +374,20 @@ fn describe(
     let (readable_count, writable_count) = (readable.len() as u32, writable.len() as u32);
     let count = regions.len() as u16;
     let head = Message::Opened { request, grant, readable: readable_count, writable: writable_count, regions: count };
-    core.send(endpoint, &head);
+    peer.send(core, &head);
     for (index, (region, registered)) in registered.iter().enumerate() {
         let (base, len) = (region.base, region.len);
         let (index, address) = (index as u16, region.at(base, len).addr() as u64);
-        core.send(endpoint, &Message::Region { request, index, base, len, address, key: &registered.key });
+        peer.send(core, &Message::Region { request, index, base, len, address, key: &registered.key });
     }
-    send_ranges(core, endpoint, request, false, readable);
-    send_ranges(core, endpoint, request, true, writable);
+    send_ranges(core, peer, request, false, readable);
+    send_ranges(core, peer, request, true, writable);
     Ok(())
 }
 
-fn send_ranges(core: &mut Core, endpoint: &Endpoint, request: RequestId, writable: bool, ranges: &[Bytes]) {
+fn send_ranges(core: &mut Core, peer: &mut Peer, request: RequestId, writable: bool, ranges: &[Bytes]) {
     for (index, run) in ranges.chunks(RANGES_PER_MESSAGE).enumerate() {
         let first = (index * RANGES_PER_MESSAGE) as u32;
-        core.send(endpoint, &Message::Ranges { request, writable, first, ranges: run.to_vec() });
+        peer.send(core, &Message::Ranges { request, writable, first, ranges: run.to_vec() });
     }
 }

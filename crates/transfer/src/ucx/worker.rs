@@ -1,9 +1,9 @@
 //! UCX's objects with Rust's manners: what is created is destroyed, in the right order, on the thread that created it.
 //!
-//! Nothing here is `Send`: context, worker and all that hangs on them belong to one thread, which is why UCX can run in its
-//! single-threaded mode. Callbacks of UCX run inside [`Worker::progress`] (or inside a call that starts something) and do one
-//! thing: they note an [`Event`] in a list of that thread, which the thread's loop takes with [`take_events`]. So no code of
-//! ours runs inside UCX.
+//! Nothing here is `Send`: context, worker and all that hangs on them belong to one thread, which is why UCX can run in
+//! its single-threaded mode. Callbacks of UCX run inside [`Worker::progress`] (or inside a call that starts something)
+//! and do one thing: they note an [`Event`] in a list of that thread, which the thread's loop takes with
+//! [`take_events`]. So no code of ours runs inside UCX.
 
 use std::{
     cell::RefCell,
@@ -27,7 +27,8 @@ pub(super) const MESSAGE_ID: u32 = 0;
 /// Longest active message: a piece of a batch and its head. No more than this is ever copied out of UCX.
 pub(super) const MAX_MESSAGE: usize = (64 << 10) + 4096;
 
-/// libucp, once loaded, stays: it starts a thread and patches allocators, so taking it out of a running process is unsafe.
+/// libucp, once loaded, stays: it starts a thread and patches allocators, so taking it out of a running process is
+/// unsafe.
 static LIBRARY: OnceLock<sys::Library> = OnceLock::new();
 
 /// Finds libucp, or says what to install.
@@ -105,6 +106,11 @@ pub(super) fn take_events(into: &mut Vec<Event>) {
     EVENTS.with_borrow_mut(|events| std::mem::swap(events, into));
 }
 
+/// Whether something has been noted since.
+pub(super) fn has_events() -> bool {
+    EVENTS.with_borrow(|events| !events.is_empty())
+}
+
 /// What a context is made of.
 pub(super) struct Settings {
     /// UCX's `TLS`: which of its transports.
@@ -152,8 +158,14 @@ impl Worker {
         let ucp = library.ucp();
         let config = UcxConfiguration::read(ucp)?;
         config.set(c"TLS", &settings.tls)?;
-        // A restarted process takes its port again at once, as the tcp transport does.
-        config.set(c"TCP_CM_REUSEADDR", "y")?;
+        // 1.13 takes these from the environment only.
+        if library.number() > (1, 13) {
+            // Over sockets a piece then is one segment: 8 KiB ones, UCX's default, took twice the processor time.
+            config.set(c"TCP_TX_SEG_SIZE", "80k")?;
+            config.set(c"TCP_RX_SEG_SIZE", "80k")?;
+            // A restarted process takes its port again at once, as the tcp transport does.
+            config.set(c"TCP_CM_REUSEADDR", "y")?;
+        }
         if let Some(devices) = &settings.net_devices {
             config.set(c"NET_DEVICES", devices)?;
         }
