@@ -234,6 +234,8 @@ impl Connection {
             Err(error) => error.to_string(),
         };
         self.lost(&reason);
+        // What was pending waits in a lane again. If none of it does in this one, it has no reason to stay.
+        self.lane.queue.look();
     }
 
     fn receive_answers(&self) -> io::Result<()> {

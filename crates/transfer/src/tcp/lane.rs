@@ -34,8 +34,9 @@ use crate::{batch::Op, error::Error, grant::Cut};
 
 /// The longest pause between attempts.
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
-/// How long a lane without connection and work stays.
-const LANE_IDLE: Duration = Duration::from_secs(30);
+/// How long a lane that could not connect stays when it has no work: as long as it may have to pause before the next
+/// attempt. One that has lost its connection leaves at once: a thread and a socket for every peer that ever was add up.
+const LANE_IDLE: Duration = Duration::from_secs(2);
 /// How often a connect in progress looks whether it is still wanted.
 const CONNECT_TICK: Duration = Duration::from_millis(50);
 

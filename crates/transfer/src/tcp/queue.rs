@@ -13,12 +13,14 @@ use crate::batch::Priority;
 struct Inner {
     waiting: [VecDeque<Arc<Job>>; Priority::COUNT],
     closed: bool,
+    /// The lane's thread is to look whether its connection is alive.
+    look: bool,
 }
 
 /// What came out of a queue.
 pub(super) enum Next {
     Job(Arc<Job>),
-    /// Nothing came in time.
+    /// Nothing came in time, or nothing is there and the connection was lost.
     Idle,
     Closed,
 }
@@ -60,11 +62,17 @@ impl Queue {
                 return Next::Job(job);
             }
             let left = until.saturating_duration_since(Instant::now());
-            if left.is_zero() {
+            if std::mem::take(&mut inner.look) || left.is_zero() {
                 return Next::Idle;
             }
             inner = self.changed.wait_timeout(inner, left).unwrap_or_else(PoisonError::into_inner).0;
         }
+    }
+
+    /// Has the lane's thread, when nothing waits, look at its connection.
+    pub(super) fn look(&self) {
+        self.lock().look = true;
+        self.changed.notify_one();
     }
 
     /// Everything that waits.

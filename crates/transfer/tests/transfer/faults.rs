@@ -3,6 +3,7 @@
 use std::{
     io::{Read, Write},
     net::{Shutdown, TcpListener, TcpStream},
+    sync::atomic::{AtomicBool, Ordering},
     thread,
     time::{Duration, Instant},
 };
@@ -317,6 +318,48 @@ fn a_lying_answer_is_not_believed() {
         assert!(matches!(result, Err(Error::Disconnected { .. })), "{what}: {result:?}");
         assert_eq!(bytes(&client, 0, 100), [0; 100], "{what}");
     }
+}
+
+#[test]
+fn a_frame_whose_connection_dies_while_it_is_sent_goes_over_another_that_is_idle() {
+    // Its sender must have left it before the other lane sends it; the spinning threads make the sender slow to leave.
+    const SLICE: usize = 16 * MIB;
+    struct Stop<'a>(&'a AtomicBool);
+    impl Drop for Stop<'_> {
+        fn drop(&mut self) {
+            self.0.store(true, Ordering::Relaxed);
+        }
+    }
+    let done = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let _stop = Stop(&done); // also when an assertion fails
+        for _ in 0..3 {
+            scope.spawn(|| {
+                while !done.load(Ordering::Relaxed) {
+                    std::hint::spin_loop()
+                }
+            });
+        }
+        for _ in 0..5 {
+            let (listener, target) = fake_owner();
+            let client = engine(Config { slice_bytes: SLICE, ..config(Tcp) }, 2 * SLICE);
+            let mut request = batch(Op::Write, &target, GrantKey(1), &[(0, 0, 2 * SLICE as u64)]);
+            request.deadline = Deadline::after(Duration::from_secs(10));
+            let transfer = client.submit(request);
+            let (mut dying, mut good) = (welcome(&listener), welcome(&listener));
+            let mut take = |id: u8| {
+                good.read_exact(&mut [0; 36]).unwrap();
+                std::io::copy(&mut Read::by_ref(&mut good).take(SLICE as u64), &mut std::io::sink()).unwrap();
+                good.write_all(&[0, 0, 0, 0, 0, 0, 0, 0, id, 0, 0, 0, 0, 0, 0, 0]).unwrap();
+            };
+            take(0);
+            wait_until("that lane is idle", || client.stats().client.tcp.written_bytes == SLICE as u64);
+            dying.write_all(&[77; 16]).unwrap(); // no answer of ours
+            take(1);
+            let result = transfer.wait();
+            assert!(result.is_ok(), "{result:?}");
+        }
+    });
 }
 
 #[test]

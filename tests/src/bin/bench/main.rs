@@ -7,6 +7,7 @@
 
 mod first_light;
 mod report;
+mod transfer;
 
 use std::process::ExitCode;
 
@@ -40,7 +41,8 @@ async fn run() -> Result<()> {
     let options = Options { repetitions: if quick { 2 } else { 9 } };
     let report: Report = match name {
         "first-light" => first_light::run(&options).await?,
-        _ => bail!("there is no benchmark '{name}'; there is: first-light"),
+        "transfer" => transfer::run(&options)?,
+        _ => bail!("there is no benchmark '{name}'; there are: first-light, transfer"),
     };
     report.finish()
 }

@@ -34,6 +34,12 @@ pub struct Row {
     pub goal: Option<String>,
     /// Whether we did.
     pub met: Option<bool>,
+    /// Lowest and highest of our repetitions.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ours_range: Option<[f64; 2]>,
+    /// Lowest and highest of the rival's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub theirs_range: Option<[f64; 2]>,
 }
 
 impl Row {
@@ -47,6 +53,44 @@ impl Row {
         self.rival = rival.to_owned();
         self.theirs = Some(theirs);
         self.ratio = Some(self.ours / theirs);
+        self
+    }
+
+    /// The repetitions of ours beside the rival's, measured in turn. The ratio is the median of those within one
+    /// repetition: the machine's moods cancel out.
+    pub fn repeated(what: impl Into<String>, unit: &'static str, ours: &[f64], rival: &str, theirs: &[f64]) -> Self {
+        let ratios = ours.iter().zip(theirs).map(|(ours, theirs)| ours / theirs).collect();
+        Self {
+            rival: rival.to_owned(),
+            theirs: Some(median(theirs.to_vec())),
+            ratio: Some(median(ratios)),
+            theirs_range: Some(range(theirs)),
+            ..Self::alone(what, unit, ours)
+        }
+    }
+
+    /// The repetitions of ours, without a rival.
+    pub fn alone(what: impl Into<String>, unit: &'static str, ours: &[f64]) -> Self {
+        Self { ours_range: Some(range(ours)), ..Self::new(what, median(ours.to_vec()), unit) }
+    }
+
+    /// A rival that should stand beside it could not be measured; why.
+    pub fn without(mut self, rival: &str, reason: &str) -> Self {
+        self.rival = format!("{rival}: {reason}");
+        self
+    }
+
+    /// The goal: at least so many times the rival's.
+    pub fn at_least(mut self, times: f64) -> Self {
+        self.goal = Some(format!("≥ {times} ×"));
+        self.met = self.ratio.map(|ratio| ratio >= times);
+        self
+    }
+
+    /// The goal: at most so many times the rival's.
+    pub fn at_most(mut self, times: f64) -> Self {
+        self.goal = Some(format!("≤ {times} ×"));
+        self.met = self.ratio.map(|ratio| ratio <= times);
         self
     }
 
@@ -73,6 +117,9 @@ impl Report {
     pub fn finish(self) -> Result<()> {
         println!("\n{} at {} on {}\n", self.name, self.commit, self.machine);
         print!("{}", self.table());
+        let goals = self.rows.iter().filter(|row| row.goal.is_some()).count();
+        let met = self.rows.iter().filter(|row| row.met == Some(true)).count();
+        println!("\n{met} of {goals} goals met");
         let path = workspace::target_dir().join("bench").join(format!("{}.json", self.name));
         fs::create_dir_all(path.parent().expect("joined above"))?;
         fs::write(&path, serde_json::to_string_pretty(&self)? + "\n")?;
@@ -85,9 +132,9 @@ impl Report {
         let cells = self.rows.iter().map(|row| {
             [
                 row.what.clone(),
-                number(row.ours),
+                with_range(row.ours, row.ours_range),
                 row.unit.to_owned(),
-                row.theirs.map(number).unwrap_or_default(),
+                row.theirs.map(|theirs| with_range(theirs, row.theirs_range)).unwrap_or_default(),
                 row.rival.clone(),
                 row.ratio.map(number).unwrap_or_default(),
                 row.goal.clone().unwrap_or_default(),
@@ -103,6 +150,16 @@ impl Report {
         };
         rows.iter().map(line).collect()
     }
+}
+
+fn with_range(value: f64, range: Option<[f64; 2]>) -> String {
+    let range = range.map(|[low, high]| format!(" ({}–{})", number(low), number(high)));
+    number(value) + &range.unwrap_or_default()
+}
+
+/// The lowest and the highest of the figures.
+fn range(figures: &[f64]) -> [f64; 2] {
+    [figures.iter().copied().fold(f64::INFINITY, f64::min), figures.iter().copied().fold(f64::NEG_INFINITY, f64::max)]
 }
 
 /// Three digits that mean something.
@@ -157,5 +214,16 @@ mod tests {
         let table = report.table();
         assert!(table.contains("latency  2.00  ms    1.00    memcpy  2.00   < 3 ms    yes"), "{table}");
         assert!(table.contains("NO"), "{table}");
+    }
+
+    #[test]
+    fn ratios_are_taken_within_a_repetition_and_a_missing_rival_meets_nothing() {
+        // The machine slowed down by half in the second of three repetitions: we were twice as fast all along.
+        let row = Row::repeated("copy", "GB/s", &[4.0, 2.0, 4.4], "cp", &[2.0, 1.0, 2.2]).at_least(2.0);
+        assert_eq!((row.ours, row.theirs, row.ratio, row.met), (4.0, Some(2.0), Some(2.0), Some(true)));
+        assert_eq!(row.ours_range, Some([2.0, 4.4]));
+        assert_eq!(Row::repeated("copy", "GB/s", &[1.0], "cp", &[2.0]).at_most(0.4).met, Some(false));
+        let row = Row::alone("copy", "GB/s", &[4.0]).without("cp", "not installed").at_least(2.0);
+        assert_eq!((row.theirs, row.met, row.rival.as_str()), (None, None, "cp: not installed"));
     }
 }
