@@ -45,7 +45,7 @@ fn quiet(command: &mut Command) -> Result<()> {
     let output = command.output().with_context(|| format!("{command:?}"))?;
     if !output.status.success() {
         let said = String::from_utf8_lossy(&output.stderr);
-        let reason = said.lines().rev().find(|line| line.starts_with("ERROR")).unwrap_or(said.trim());
+        let reason = said.lines().rev().find(|line| line.starts_with("ERROR")).unwrap_or_else(|| said.trim());
         bail!("it could not be installed: {reason}");
     }
     Ok(())
