@@ -2,7 +2,6 @@
 
 use std::{
     fmt,
-    path::Path,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -31,6 +30,7 @@ use crate::{
     tcp::TcpTransport,
     threads::Threads,
     timer::Timer,
+    topology::Topology,
     transport::Transport,
     ucx::UcxTransport,
 };
@@ -88,8 +88,15 @@ impl Builder {
     /// # Errors
     /// A setting out of range, a transport asked for by name that can't be had here, no memory, no port or no thread.
     pub fn build(self) -> Result<TransferEngine, Error> {
-        let Self { name, config, local, arena, directory } = self;
+        let Self { name, mut config, local, arena, directory } = self;
         config.check()?;
+        let topology = match &config.topology {
+            Some(path) => Topology::from_file(path)?,
+            None => Topology::detect(),
+        };
+        if config.ucx.net_devices.is_none() {
+            config.ucx.net_devices = topology.ucx_devices(arena.and_then(|arena| arena.numa_node));
+        }
         let (timer, threads, counters) = (Timer::default(), Arc::new(Threads::default()), Arc::<Counters>::default());
         let owner = Arc::new(Owner {
             name,
@@ -107,7 +114,7 @@ impl Builder {
         let gate = Gate::new(config.max_inflight_bytes as u64);
         let stopped = AtomicBool::new(false);
         let copier = Copier::start(&threads, config.copy_threads)?;
-        let rdma = has_rdma(Path::new("/sys/class/infiniband"));
+        let rdma = topology.has_rdma();
         let kinds = match config.transports.clone() {
             Transports::Auto => TransportKind::ALL.to_vec(),
             Transports::Named(kinds) => kinds,
@@ -135,11 +142,6 @@ impl Builder {
         }
         Ok(TransferEngine::from_running(running))
     }
-}
-
-/// Whether the kernel knows an RDMA device.
-fn has_rdma(class: &Path) -> bool {
-    std::fs::read_dir(class).is_ok_and(|mut devices| devices.next().is_some())
 }
 
 impl Running {

@@ -2,7 +2,7 @@
 //!
 //! Of the transports of this engine, in order of preference, the first that the peer offers and that can reach it. With
 //! `auto` the order is local, shm, ucx, tcp, and ucx is taken only where it is the better way: to memory of this host that
-//! can't be mapped, or between RDMA devices. (Over plain Ethernet our own sockets are several times faster than UCX's.)
+//! can't be mapped, or between RDMA devices, and not where connections are to be encrypted. (Over plain Ethernet our own sockets are several times faster than UCX's.)
 //! Every transport that was passed over leaves its reason, for metrics, `kvasirctl` and the error if none is left.
 
 use std::sync::{Arc, OnceLock};
@@ -46,6 +46,8 @@ pub(crate) struct Circumstances<'a> {
     pub(crate) mappable: bool,
     /// Whether this machine has an RDMA device.
     pub(crate) rdma: bool,
+    /// Whether connections are to be encrypted.
+    pub(crate) encrypted: bool,
 }
 
 /// Chooses the way to `target`; `start` starts a transport that was left for later.
@@ -68,6 +70,10 @@ pub(crate) fn choose(
         let worthwhile = circumstances.rdma || (same_host && !circumstances.mappable);
         if auto && kind == TransportKind::Ucx && !worthwhile {
             passed.push((kind, "no RDMA device here".to_owned()));
+            continue;
+        }
+        if auto && kind == TransportKind::Ucx && circumstances.encrypted {
+            passed.push((kind, "certificates are set, and it does not encrypt".to_owned()));
             continue;
         }
         let transport = match start(slot) {
@@ -180,7 +186,7 @@ mod tests {
             regions: vec![],
             transports: transports_offered,
         };
-        let circumstances = Circumstances { transports, mappable, rdma };
+        let circumstances = Circumstances { transports, mappable, rdma, encrypted: false };
         let way = choose(&slots, &target, &circumstances, |slot| Ok(Arc::new(Fake(slot.kind)) as Arc<dyn Transport>))?;
         Ok((way.transport.kind(), way.reason.to_string()))
     }

@@ -47,6 +47,9 @@ pub struct Config {
     pub copy_threads: usize,
     /// Which transports may be used. Default auto.
     pub transports: Transports,
+    /// A description of this machine's devices ([`crate::Topology`], JSON) in place of the detected one: says which RDMA
+    /// devices the ucx transport takes, where `ucx.net_devices` doesn't.
+    pub topology: Option<PathBuf>,
     /// The shm transport.
     pub shm: ShmConfig,
     /// The ucx transport.
@@ -139,6 +142,7 @@ impl Default for Config {
             fence_grace: Duration::from_millis(200),
             copy_threads: 1,
             transports: Transports::Auto,
+            topology: None,
             shm: ShmConfig::default(),
             ucx: UcxConfig::default(),
             tls: None,

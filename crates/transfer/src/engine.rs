@@ -16,7 +16,7 @@ use std::{
 use kvasir_types::{GrantKey, HostMemory, SegmentDescriptor, TransportKind};
 
 use crate::{
-    batch::{Batch, BatchState, Op, Priority, Setting, Transfer, Transfers},
+    batch::{Batch, BatchState, Op, Priority, Setting, Transfer},
     builder::Builder,
     choice::{Circumstances, Slot, Way, choose},
     config::Config,
@@ -35,6 +35,7 @@ use crate::{
     stats::Stats,
     threads::Threads,
     timer::Timer,
+    transfers::Transfers,
 };
 
 /// Most ranges in one batch or grant: bounds what a caller's mistake can cost.
@@ -130,6 +131,20 @@ impl TransferEngine {
 
     /// Registers memory: it gets a place in this engine's segment.
     ///
+    /// ```
+    /// use kvasir_transfer::{Access, Allocation, GrantRange, HugePages, Memory, TransferEngine};
+    ///
+    /// # fn main() -> Result<(), kvasir_transfer::Error> {
+    /// let engine = TransferEngine::builder().name("decode-0").build()?;
+    /// let blocks = Allocation { huge_pages: HugePages::Try, ..Allocation::new(1 << 20) };
+    /// let region = engine.register(Memory::Allocate(blocks))?;
+    /// let range = GrantRange { offset: region.base(), len: 4096, access: Access::Read };
+    /// let grant = engine.grant(vec![range])?; // its key opens these 4096 bytes to a peer
+    /// region.unregister().wait(); // ends the grant, too, and waits for who is using it
+    /// # drop(grant);
+    /// # Ok(()) }
+    /// ```
+    ///
     /// # Errors
     /// Memory that can't be had, or the engine is shut down.
     pub fn register(&self, memory: Memory) -> Result<Region, Error> {
@@ -217,6 +232,38 @@ impl TransferEngine {
     }
 
     /// Submits batches to any number of peers at once; each resolves by itself, and one's failure is not another's.
+    ///
+    /// ```
+    /// use std::time::Duration;
+    ///
+    /// use kvasir_transfer::{
+    ///     Access, Allocation, Batch, GrantRange, LocalNet, Op, Priority, Range, TransferEngine,
+    /// };
+    /// use kvasir_types::Deadline;
+    ///
+    /// # fn main() -> Result<(), kvasir_transfer::Error> {
+    /// let net = LocalNet::new();
+    /// let new = || TransferEngine::builder().local_net(net.clone()).arena(Allocation::new(1 << 20)).build();
+    /// let (prefill, decode, store) = (new()?, new()?, new()?);
+    /// let open = |engine: &TransferEngine| engine.grant(vec![GrantRange { offset: 0, len: 4096, access: Access::Write }]);
+    /// let (to_decode, to_store) = (open(&decode)?, open(&store)?);
+    ///
+    /// let block = || vec![Range { local: 0, remote: 0, len: 4096 }];
+    /// let deadline = Deadline::after(Duration::from_secs(5));
+    /// let push = Batch {
+    ///     priority: Priority::High,
+    ///     notice: Some(b"layer 0".as_slice().into()),
+    ///     ..Batch::new(Op::Write, decode.descriptor(), to_decode.key(), block(), deadline)
+    /// };
+    /// let write_back = Batch {
+    ///     priority: Priority::Low,
+    ///     ..Batch::new(Op::Write, store.descriptor(), to_store.key(), block(), deadline)
+    /// };
+    /// let outcomes = prefill.submit_all([push, write_back]).wait();
+    /// assert!(outcomes.iter().all(Result::is_ok));
+    /// assert_eq!(&*decode.notices().next_within(Duration::from_secs(5)).unwrap().bytes, b"layer 0");
+    /// # Ok(()) }
+    /// ```
     pub fn submit_all(&self, batches: impl IntoIterator<Item = Batch>) -> Transfers {
         Transfers::new(batches.into_iter().map(|batch| self.submit(batch)).collect())
     }
@@ -352,7 +399,8 @@ impl TransferEngine {
         }
         self.check_running()?;
         let Running { config, transports, rdma, owner, peers, .. } = &*self.0;
-        let circumstances = Circumstances { transports: &config.transports, mappable, rdma: *rdma };
+        let circumstances =
+            Circumstances { transports: &config.transports, mappable, rdma: *rdma, encrypted: config.tls.is_some() };
         let way = choose(transports, &batch.target, &circumstances, |slot| self.0.started(slot))?;
         let peer = peers.get(&batch.target, &owner.counters);
         peer.begin(way.transport.kind(), Arc::clone(&way.reason))?;

@@ -1,6 +1,6 @@
 //! A peer's bytes through everything that makes values of them: for the fuzzer (`fuzz/`, `scripts/fuzz`) and nothing else.
 //!
-//! The first byte of an input chooses a conversation of [`CONVERSATIONS`], the rest is what the peer sends in it. A
+//! The first byte of an input chooses a conversation of `CONVERSATIONS`, the rest is what the peer sends in it. A
 //! conversation reads as the transport's own threads do, but from memory; it stops where they would close the connection.
 //! What has to hold: no panic, and no allocation larger than [`LARGEST_ALLOCATION`], which [`Bounded`] checks in the
 //! fuzzer's process.

@@ -53,6 +53,7 @@ mod batch;
 mod gate;
 mod grant;
 mod plan;
+mod transfers;
 
 mod copier;
 mod local;
@@ -79,7 +80,7 @@ pub mod topology;
 
 pub use kvasir_types::Transports;
 
-pub use batch::{Batch, Op, Priority, Range, Report, Transfer, Transfers};
+pub use batch::{Batch, Op, Priority, Range, Report, Transfer};
 pub use builder::Builder;
 pub use config::{Config, ShmConfig, TlsConfig, UcxConfig};
 pub use engine::{Region, TransferEngine};
@@ -95,3 +96,4 @@ pub use settings::{Pages, Settings, ShmSettings, TlsSettings, UcxSettings};
 pub use space::Unregister;
 pub use stats::{Refused, Side, Stats, Traffic};
 pub use topology::Topology;
+pub use transfers::Transfers;

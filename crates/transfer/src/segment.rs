@@ -37,6 +37,47 @@ pub trait Directory: Send + Sync {
 }
 
 /// A segment opened by name: a handle that outlives its owner's restarts. Clones share what is known of it.
+///
+/// ```
+/// use std::{sync::Arc, time::Duration};
+///
+/// use kvasir_transfer::{
+///     Access, Allocation, Directory, Error, GrantRange, Lookup, Op, Priority, Published, Range, TransferEngine,
+/// };
+/// use kvasir_types::Deadline;
+///
+/// /// Knows one owner; a real one asks the cluster's metadata.
+/// struct One(Published);
+///
+/// impl Directory for One {
+///     fn find<'a>(&'a self, name: &'a str) -> Lookup<'a> {
+///         Box::pin(async move {
+///             let unknown = || Error::UnknownSegment { name: name.into(), reason: "not here".into() };
+///             (name == self.0.descriptor.name).then(|| self.0.clone()).ok_or_else(unknown)
+///         })
+///     }
+/// }
+///
+/// # fn main() -> Result<(), Error> {
+/// let owner = TransferEngine::builder().name("weights").arena(Allocation::new(4096)).build()?;
+/// owner.write_bytes(0, b"bytes for everybody")?;
+/// let grant = owner.grant(vec![GrantRange { offset: 0, len: 4096, access: Access::Read }])?;
+/// let published = Published { descriptor: owner.descriptor(), grant: Some(grant.key()) };
+///
+/// let engine = TransferEngine::builder().arena(Allocation::new(4096)).directory(Arc::new(One(published))).build()?;
+/// let read = async {
+///     let segment = engine.open("weights").await?;
+///     let range = Range { local: 0, remote: 0, len: 19 };
+///     segment.transfer(Op::Read, vec![range], Deadline::after(Duration::from_secs(5)), Priority::Normal).await
+/// };
+/// # let mut read = std::pin::pin!(read);
+/// # let mut context = std::task::Context::from_waker(std::task::Waker::noop());
+/// # while read.as_mut().poll(&mut context).is_pending() { std::thread::yield_now() }
+/// # let mut bytes = [0; 19];
+/// # engine.read_bytes(0, &mut bytes)?;
+/// # assert_eq!(&bytes, b"bytes for everybody");
+/// # Ok(()) }
+/// ```
 #[derive(Clone)]
 pub struct Segment(Arc<Inner>);
 

@@ -46,6 +46,9 @@ pub struct Settings {
     /// Certificates, if connections of the tcp transport are to be encrypted and both ends to prove who they are. Default
     /// none: plain connections, to a network that is trusted.
     pub tls: Option<TlsSettings>,
+    /// A file that describes this machine's network devices and which memory prefers which, as `kvasir-transfer-bench
+    /// topology --output json` prints it. Default: what is detected.
+    pub topology: Option<PathBuf>,
     /// Copies within the host.
     pub shm: ShmSettings,
     /// libucp.
@@ -125,6 +128,7 @@ impl Default for Settings {
             huge_pages: Pages::default(),
             numa_node: None,
             tls: None,
+            topology: None,
             shm: ShmSettings::default(),
             ucx: UcxSettings::default(),
         }
@@ -157,6 +161,7 @@ impl Settings {
                 authority: tls.authority.clone(),
                 server_name: tls.server_name.clone(),
             }),
+            topology: self.topology.clone(),
             shm: ShmConfig { dir: self.shm.dir.clone(), allowed_uids: self.shm.allowed_uids.clone() },
             ucx: UcxConfig {
                 bind: ucx_listen,

@@ -132,7 +132,7 @@ fn by_transport(stats: &Stats) -> Vec<Distribution> {
 }
 
 fn distribution(labels: PeerLabels, latency: &Histogram) -> Distribution {
-    let bound = |bucket| Histogram::bound(bucket).unwrap_or(f64::MAX); // the page's word for infinity
+    let bound = |bucket| Histogram::bound(bucket).unwrap_or(f64::INFINITY);
     let buckets = latency.buckets.iter().enumerate().map(|(bucket, &count)| (bound(bucket), count)).collect();
     Distribution { labels, buckets, sum: latency.sum_us as f64 / 1e6 }
 }
