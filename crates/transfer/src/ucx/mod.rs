@@ -55,6 +55,7 @@ mod worker;
 
 use std::{
     net::SocketAddr,
+    path::Path,
     sync::{Arc, mpsc},
 };
 
@@ -75,8 +76,6 @@ use crate::{
     transport::{Target, Transport},
 };
 
-/// UCX's transports that are used where the configuration names none: those that a close fences.
-const FENCEABLE: &str = "^sm,dc,cuda_ipc";
 /// Transports over which a close does not keep the peer away; UCX's aliases with them.
 const UNFENCEABLE: [&str; 13] =
     ["all", "sm", "shm", "mm", "posix", "sysv", "cma", "knem", "xpmem", "dc", "dc_x", "dc_mlx5", "cuda_ipc"];
@@ -92,7 +91,7 @@ impl UcxTransport {
     pub(crate) fn new(config: &Config, owner: &Arc<Owner>, threads: &Arc<Threads>) -> Result<Self, Error> {
         let ucx = &config.ucx;
         let mailbox = Arc::new(Mailbox::new().map_err(|error| no_descriptor(&error))?);
-        let tls = ucx.tls.clone().unwrap_or_else(|| FENCEABLE.into());
+        let tls = ucx.tls.clone().unwrap_or_else(fenceable);
         let limits = Limits {
             io_timeout: config.io_timeout,
             retries: config.retries,
@@ -102,7 +101,7 @@ impl UcxTransport {
             max_puts: ucx.max_outstanding_puts,
             max_gets: ucx.max_outstanding_gets,
             rma: false, // until the library is known
-            close_fences: close_fences(&tls),
+            close_fences: ucx.tls.as_deref().is_none_or(close_fences),
         };
         let setup = Setup {
             settings: Settings { tls, net_devices: ucx.net_devices.clone(), rma: false },
@@ -138,6 +137,19 @@ fn use_rma(wanted: Option<bool>, version: (u32, u32), rdma: bool) -> Result<bool
         )),
         Some(wanted) => Ok(wanted),
     }
+}
+
+/// UCX's transports where the configuration names none: those that a close fences. What this machine can't have needs no
+/// excluding, and libucp complains when it is excluded.
+fn fenceable() -> String {
+    let mut without = vec!["sm"];
+    if has_rdma() {
+        without.push("dc");
+    }
+    if Path::new("/dev/nvidiactl").exists() {
+        without.push("cuda_ipc");
+    }
+    format!("^{}", without.join(","))
 }
 
 /// Whether the kernel knows an RDMA device.
@@ -198,7 +210,7 @@ mod tests {
 
     #[test]
     fn lanes_that_a_close_does_not_fence_are_known() {
-        for tls in [FENCEABLE, "tcp", "rc,tcp", "rc_mlx5,ud", "ib,tcp,self"] {
+        for tls in ["^sm,dc,cuda_ipc", "tcp", "rc,tcp", "rc_mlx5,ud", "ib,tcp,self"] {
             assert!(close_fences(tls), "{tls}");
         }
         for tls in ["all", "tcp,sm", "posix,cma", "rc,dc", "^tcp", "^sm", "^dc,sm", "tcp,cuda", " shm"] {

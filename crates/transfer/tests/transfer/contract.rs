@@ -3,7 +3,7 @@
 use std::{collections::HashSet, thread, time::Duration};
 
 use futures_util::future::join_all;
-use kvasir_transfer::{Access, Config, Error, GrantRange, LocalNet, Op, Refusal, TransferEngine, Transports};
+use kvasir_transfer::{Access, Config, Error, GrantRange, LocalNet, Memory, Op, Refusal, TransferEngine, Transports};
 use kvasir_types::{Deadline, GrantKey, Incarnation, SegmentId, TransportKind};
 
 mod parts;
@@ -61,6 +61,7 @@ contract! {
     every_region_is_reached_and_none_after_it_was_unregistered
     unregistering_ends_the_grants_over_a_region_and_waits_for_writers
     a_read_only_file_is_read_and_never_written
+    borrowed_memory_is_reached_where_nothing_need_be_mapped
     a_notice_arrives_after_the_bytes_it_follows
     a_notice_needs_a_grant_and_no_bytes
     many_destinations_in_one_submit_fail_each_by_itself
@@ -387,6 +388,31 @@ fn local_is_chosen_within_a_net_shm_within_the_host_and_tcp_across() {
     }
     let kinds: Vec<_> = client.descriptor().transports.iter().map(|t| t.kind).collect();
     assert_eq!(kinds, [TransportKind::Local, TransportKind::Shm, TransportKind::Tcp]);
+}
+
+#[test]
+fn memory_of_this_host_that_cannot_be_mapped_is_reached_by_ucx() {
+    let quiet = || Config {
+        ucx: kvasir_transfer::UcxConfig {
+            net_devices: Some("lo".into()),
+            tls: Some("tcp".into()),
+            ..Default::default()
+        },
+        ..Config::default()
+    };
+    let (client, owner, lender) = (engine(quiet(), MIB), engine(quiet(), MIB), engine(quiet(), MIB));
+    let offered = |engine: &TransferEngine| engine.descriptor().transports.iter().any(|t| t.kind == TransportKind::Ucx);
+    assert!(!offered(&owner), "not started before it is wanted");
+    let region = owner.register(Memory::Borrowed(lender.memory())).unwrap();
+    assert!(offered(&owner));
+    lender.write_bytes(0, &pattern(4, 5000)).unwrap();
+    let read = grant(&owner, region.base(), 5000, Access::Read);
+    let ranges = [(100, region.base(), 5000)];
+    let report = client.submit(batch(Op::Read, &owner.descriptor(), read.key(), &ranges)).wait().unwrap();
+    assert_eq!(report.transport, TransportKind::Ucx);
+    assert_eq!(bytes(&client, 100, 5000), pattern(4, 5000));
+    let why = &client.peers()[0].reason;
+    assert!(why.starts_with("same host, memory that can't be mapped"), "{why}");
 }
 
 #[test]

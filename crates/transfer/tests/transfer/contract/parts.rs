@@ -183,3 +183,22 @@ pub(super) fn what_is_known_of_a_peer_is_counted(transport: TransportKind) {
     assert_eq!(stats.latency[transport as usize].count(), 3);
     assert_eq!(stats.failures.iter().find(|(cause, _)| *cause == "refused"), Some(&("refused", 1)));
 }
+
+pub(super) fn borrowed_memory_is_reached_where_nothing_need_be_mapped(transport: TransportKind) {
+    let (client, owner) = pair(transport, MIB);
+    let lender = engine(config(TransportKind::Local), MIB);
+    let region = owner.register(Memory::Borrowed(lender.memory())).unwrap();
+    client.write_bytes(0, &pattern(7, 9000)).unwrap();
+    let write = grant(&owner, region.base() + 10, 9000, Access::Write);
+    let ranges = [(0, region.base() + 10, 9000)];
+    let written = client.submit(batch(Op::Write, &owner.descriptor(), write.key(), &ranges)).wait();
+    if transport == TransportKind::Shm {
+        let error = written.unwrap_err();
+        assert!(error.to_string().contains("shm: the memory can't be mapped"), "{error}");
+        return;
+    }
+    written.unwrap();
+    assert_eq!(bytes(&lender, 10, 9000), pattern(7, 9000));
+    region.unregister().wait();
+    assert!(owner.grant(vec![GrantRange { offset: 0, len: 1, access: Access::Read }]).is_ok());
+}
