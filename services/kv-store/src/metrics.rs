@@ -16,6 +16,7 @@
 use std::{sync::Arc, time::Instant};
 
 use kvasir_runtime::metrics::{Histograms, set_total};
+use kvasir_types::TransportKind;
 use prometheus_client::metrics::histogram::Histogram;
 
 use crate::node::Node;
@@ -120,7 +121,8 @@ fn copy_at_scrape(page: &kvasir_runtime::Metrics, node: Arc<Node>) {
             set_total(&expired.get_or_create(&[("hold", hold)]), count);
         }
         let owner = stats.owner;
-        for (transport, traffic) in [("local", owner.local), ("tcp", owner.tcp)] {
+        for transport in TransportKind::ALL {
+            let (traffic, transport) = (owner.of(transport), transport.name());
             for (direction, bytes) in [("read", traffic.read_bytes), ("written", traffic.written_bytes)] {
                 set_total(&moved.get_or_create(&[("transport", transport), ("direction", direction)]), bytes);
             }

@@ -84,6 +84,9 @@ async fn over(transport: &str) -> Result<()> {
             ensure!(used == [("decode-0", transport), ("kv-store-0", transport)], "{used:?}");
             ensure!(peers.iter().all(|peer| peer.completed > 0 && peer.failed == 0), "{peers:?}");
             ensure!(peers[1].read_bytes > 0 && peers[0].written_bytes > 0, "{peers:?}");
+            let store = cluster.node(Service::KvStore, 0).metrics().await?;
+            let moved = store.sum_where("kvasir_kv_store_moved_bytes_total", &[("transport", transport)]);
+            ensure!(moved > 0.0, "the store counts what peers move: {store:?}");
             Ok(())
         })
         .await

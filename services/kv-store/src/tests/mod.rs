@@ -13,7 +13,7 @@ use tonic::Code;
 
 #[tokio::test]
 async fn what_is_written_is_read_back_bit_for_bit_over_every_transport() {
-    for transport in [TransportKind::Local, TransportKind::Tcp] {
+    for transport in [TransportKind::Local, TransportKind::Shm, TransportKind::Tcp] {
         let cluster = Cluster::with(&[transport]);
         let node = cluster.node("kv-0", |_| {}).await;
         let (writer, reader) = (cluster.client(100), cluster.client(100));
@@ -27,7 +27,7 @@ async fn what_is_written_is_read_back_bit_for_bit_over_every_transport() {
         assert_eq!((report.blocks, report.bytes), (100, 100 * BLOCK));
         assert!(reader.has(&blocks));
         let owner = node.node.engine().stats().owner;
-        let moved = if transport == TransportKind::Local { owner.local } else { owner.tcp };
+        let moved = owner.of(transport);
         assert_eq!((moved.read_bytes, moved.written_bytes), (100 * BLOCK, 100 * BLOCK));
         eventually("the lease is given back", || node.node.usage().pinned == 0).await;
     }
