@@ -41,6 +41,11 @@ use crate::{
 #[cfg(doc)]
 use crate::plan::MAX_RANGES;
 
+/// A batch of at most so many bytes is a small one.
+const SMALL_BATCH: u64 = 16 << 10;
+/// For how long, counted from its submission, its end is looked out for before its waiter sleeps.
+const LOOK_OUT: Duration = Duration::from_micros(60);
+
 /// Which way the bytes go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Op {
@@ -273,6 +278,14 @@ impl BatchState {
 
     pub(crate) fn is_over(&self) -> bool {
         self.lock().outcome.is_some()
+    }
+
+    /// Looks for a moment whether a small batch ends: going to sleep and being woken takes longer than it does.
+    fn look_out(&self) {
+        let until = self.started + LOOK_OUT;
+        while self.plan.bytes <= SMALL_BATCH && Instant::now() < until && !self.is_over() {
+            std::thread::yield_now();
+        }
     }
 
     /// The frames with data, to be handed to a transport; each fails as shut down if it is dropped unfinished.
@@ -541,6 +554,7 @@ impl Transfer {
             && !self.state.is_over()
             && copier.run_one()
         {}
+        self.state.look_out();
         let mut inner = self.state.lock();
         loop {
             match &inner.outcome {

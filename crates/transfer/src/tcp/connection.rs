@@ -288,6 +288,7 @@ impl Connection {
             drop(touch);
             received?;
         }
+        self.link.note_exchange(frame.bytes());
         let ops = frame.ranges().len() as u64;
         self.client.counters.client_moved(TransportKind::Tcp, batch.op, frame.bytes(), ops);
         frame.finish(Ok(()));

@@ -235,6 +235,7 @@ impl<'a> Connection<'a> {
             self.link.receive_bytes(&mut self.table)?;
             request.decode_table(&self.table, &mut self.spans)?;
             self.handle(request)?;
+            self.link.note_exchange(request.payload.into());
         }
         Ok(())
     }
