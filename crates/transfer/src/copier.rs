@@ -16,6 +16,10 @@ use crate::{error::Error, threads::Threads};
 /// Copies smaller than this are done by the submitting thread: 128 KiB take about 10 µs, no more than waking another one.
 pub(crate) const INLINE_BYTES: u64 = 256 << 10;
 
+/// The same for memory of another process: a page touched for the first time costs a fault, and a decode worker's blocks are
+/// mostly such pages, so that a layer's push would hold up the engine's step by more than waking a thread does.
+pub(crate) const SHM_INLINE_BYTES: u64 = 32 << 10;
+
 type Work = Box<dyn FnOnce() + Send>;
 
 struct Job<P> {

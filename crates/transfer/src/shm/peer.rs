@@ -26,7 +26,7 @@ use super::{
 };
 use crate::{
     batch::{Frame, Op},
-    copier::INLINE_BYTES,
+    copier::SHM_INLINE_BYTES,
     counters::sub_one,
     error::{Error, Refusal},
     grant::Cut,
@@ -199,7 +199,7 @@ impl Peer {
         let bytes: u64 = jobs.iter().map(|job| job.frame.bytes()).sum();
         let Some(client) = self.client.upgrade() else { return };
         for job in jobs {
-            if bytes <= INLINE_BYTES {
+            if bytes <= SHM_INLINE_BYTES {
                 self.copy(job, grant, &client);
                 continue;
             }
