@@ -131,17 +131,7 @@ impl State {
     }
 
     fn check(&self, op: Op, offset: u64, len: u64) -> Result<(), Refusal> {
-        let (wanted, other) = match op {
-            Op::Read => (&self.readable, &self.writable),
-            Op::Write => (&self.writable, &self.readable),
-        };
-        if covers(wanted, offset, len) {
-            Ok(())
-        } else if covers(other, offset, len) {
-            Err(Refusal::Access)
-        } else {
-            Err(Refusal::Bounds)
-        }
+        check_granted(&self.readable, &self.writable, op, offset, len)
     }
 
     /// Lets nobody in any more, and has everybody told who comes without asking.
@@ -186,8 +176,30 @@ impl State {
     }
 }
 
+/// Whether ranges granted for reading and for writing, each sorted and merged, allow an operation: the one check, made by the
+/// owner, and by a peer's engine where the owner takes no part.
+pub(crate) fn check_granted(
+    readable: &[Bytes],
+    writable: &[Bytes],
+    op: Op,
+    offset: u64,
+    len: u64,
+) -> Result<(), Refusal> {
+    let (wanted, other) = match op {
+        Op::Read => (readable, writable),
+        Op::Write => (writable, readable),
+    };
+    if covers(wanted, offset, len) {
+        Ok(())
+    } else if covers(other, offset, len) {
+        Err(Refusal::Access)
+    } else {
+        Err(Refusal::Bounds)
+    }
+}
+
 /// Whether the sorted, merged ranges hold all of `[offset, offset + len)`.
-pub(crate) fn covers(ranges: &[Bytes], offset: u64, len: u64) -> bool {
+fn covers(ranges: &[Bytes], offset: u64, len: u64) -> bool {
     let Some(end) = offset.checked_add(len) else { return false };
     let after = ranges.partition_point(|&(start, _)| start <= offset);
     after.checked_sub(1).is_some_and(|at| end <= ranges[at].1)

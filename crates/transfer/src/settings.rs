@@ -108,6 +108,9 @@ pub struct UcxSettings {
     pub tls: Option<String>,
     /// Its devices, as in UCX_NET_DEVICES. Default: UCX's choice.
     pub net_devices: Option<String>,
+    /// Whether memory is reached by RMA; else blocks travel in messages that their owner checks. Default: where this
+    /// machine has an RDMA device and libucp is newer than 1.13.
+    pub rma: Option<bool>,
 }
 
 impl Default for Settings {
@@ -168,6 +171,7 @@ impl Settings {
                 advertise: self.ucx.advertise.clone().or_else(|| elsewhere(ucx_listen)),
                 tls: self.ucx.tls.clone(),
                 net_devices: self.ucx.net_devices.clone(),
+                rma: self.ucx.rma,
                 ..defaults.ucx
             },
             ..defaults

@@ -131,11 +131,6 @@ impl Snapshot {
         region.holds(offset, len).then_some(region)
     }
 
-    #[expect(dead_code, reason = "for the shm and ucx transports")]
-    pub(crate) fn iter(&self) -> impl Iterator<Item = &Arc<Mapped>> {
-        self.0.iter()
-    }
-
     /// Where the last region ends.
     pub(crate) fn end(&self) -> u64 {
         self.0.last().map_or(0, |region| region.end())

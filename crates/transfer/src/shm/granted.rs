@@ -12,7 +12,7 @@ use super::{
 use crate::{
     batch::Op,
     error::Refusal,
-    grant::{Bytes, covers},
+    grant::{Bytes, check_granted},
 };
 
 /// A region of the owner's segment, mapped here.
@@ -102,13 +102,7 @@ impl OpenGrant {
 
     /// Address of a range, if all of it is granted for `op`.
     pub(super) fn at(&self, op: Op, offset: u64, len: u64) -> Result<*mut u8, Refusal> {
-        let (wanted, other) = match op {
-            Op::Read => (&self.readable, &self.writable),
-            Op::Write => (&self.writable, &self.readable),
-        };
-        if !covers(wanted, offset, len) {
-            return Err(if covers(other, offset, len) { Refusal::Access } else { Refusal::Bounds });
-        }
+        check_granted(&self.readable, &self.writable, op, offset, len)?;
         let region = self.regions.iter().find(|region| region.at(offset, len).is_some()).ok_or(Refusal::Bounds)?;
         if op == Op::Write && !region.writable {
             return Err(Refusal::Access); // the owner grants what it doesn't let us map

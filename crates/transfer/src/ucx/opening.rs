@@ -4,7 +4,7 @@
 use std::collections::BTreeSet;
 
 use super::messages::{Bytes, MAX_GRANT_RANGES, MAX_GRANT_REGIONS, OpenId};
-use crate::{batch::Op, error::Refusal};
+use crate::{batch::Op, error::Refusal, grant::check_granted};
 
 /// The owner's answers contradict one another.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -116,25 +116,8 @@ pub(super) struct OpenGrant {
 
 impl OpenGrant {
     pub(super) fn check(&self, op: Op, offset: u64, len: u64) -> Result<(), Refusal> {
-        let (wanted, other) = match op {
-            Op::Read => (&self.readable, &self.writable),
-            Op::Write => (&self.writable, &self.readable),
-        };
-        if covers(wanted, offset, len) {
-            Ok(())
-        } else if covers(other, offset, len) {
-            Err(Refusal::Access)
-        } else {
-            Err(Refusal::Bounds)
-        }
+        check_granted(&self.readable, &self.writable, op, offset, len)
     }
-}
-
-/// Whether one of the sorted ranges holds all of `[offset, offset + len)`.
-fn covers(ranges: &[Bytes], offset: u64, len: u64) -> bool {
-    let Some(end) = offset.checked_add(len) else { return false };
-    let after = ranges.partition_point(|&(start, _)| start <= offset);
-    after.checked_sub(1).is_some_and(|at| end <= ranges[at].1)
 }
 
 #[cfg(test)]
