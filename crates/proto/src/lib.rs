@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 pub mod convert;
+mod sampling;
 #[cfg(test)]
 mod tests;
 
