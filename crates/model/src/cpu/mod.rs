@@ -21,6 +21,7 @@ mod attention;
 mod exec;
 mod kernels;
 mod kv;
+pub mod limits;
 mod linear;
 
 use attention::{Heads, Span, attend};
