@@ -104,7 +104,7 @@ impl Asked {
         }
         let room = (MAX_LEN - prompt).min((blocks * BLOCK + 1).saturating_sub(prompt));
         let limit = match self.mode {
-            Mode::Generate => room.min(self.sampling.max_tokens as usize),
+            Mode::Generate => room.min((self.sampling.max_tokens - self.sampling.continued) as usize),
             Mode::PrefillOnly => 1,
         };
         let mut answer = rig.script.answer(&self.prompt, &self.sampling, limit);
