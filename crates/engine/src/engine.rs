@@ -10,7 +10,9 @@ use kvasir_model::{Logits, SeqInput};
 use kvasir_types::{KvLayout, TokenId};
 
 use crate::{
-    Config, Error, Event, Intake, LayerDone, LayerSink, Mode, NewSequence, Runner, RunnerSpec, Sampler, SeqId, Stats,
+    Config, Constraints, Error, Event, Intake, LayerDone, LayerSink, Mode, NewSequence, Runner, RunnerSpec, Sampler,
+    SeqId, Stats,
+    constrain::{Constrained, MaskThreads},
     scheduler::{Scheduler, Work},
     sequence::State,
 };
@@ -43,6 +45,20 @@ pub enum Progress {
     Idle,
 }
 
+/// What an engine is made of besides its settings.
+pub struct Parts {
+    /// Computes.
+    pub runner: Box<dyn Runner>,
+    /// Compiles grammars; without it, requests for answers of a form are refused.
+    pub constraints: Option<Arc<dyn Constraints>>,
+}
+
+impl<R: Runner + 'static> From<Box<R>> for Parts {
+    fn from(runner: Box<R>) -> Self {
+        Self { runner, constraints: None }
+    }
+}
+
 /// Continuous batching over one [`Runner`] and one pool of blocks.
 pub struct Engine {
     runner: Box<dyn Runner>,
@@ -51,17 +67,29 @@ pub struct Engine {
     intake: Intake,
     scheduler: Scheduler,
     sampler: Sampler,
+    mask_threads: MaskThreads,
 }
 
 impl Engine {
     /// An engine for a pool of `blocks` blocks of the given layout.
-    pub fn new(config: Config, layout: KvLayout, blocks: usize, runner: Box<dyn Runner>) -> Self {
+    pub fn new(config: Config, layout: KvLayout, blocks: usize, parts: impl Into<Parts>) -> Self {
+        let Parts { runner, constraints } = parts.into();
         let block_size = layout.block_size as usize;
         let config = config.effective(block_size);
         let spec = runner.spec().clone();
-        let intake = Intake::new(&config, layout, blocks, &spec);
+        let mask_threads = if constraints.is_some() { config.mask_threads } else { 0 };
+        let mask_threads = MaskThreads::new(mask_threads, config.max_running);
+        let intake = Intake::new(&config, layout, blocks, &spec, constraints);
         let scheduler = Scheduler::new(config, block_size, blocks);
-        Self { runner, spec, layers: layout.layers as usize, intake, scheduler, sampler: Sampler::default() }
+        Self {
+            runner,
+            spec,
+            layers: layout.layers as usize,
+            intake,
+            scheduler,
+            sampler: Sampler::default(),
+            mask_threads,
+        }
     }
 
     /// Where requests are checked and become commands.
@@ -143,7 +171,10 @@ impl Engine {
             return self.scheduler.end(seq, Event::Failed(error));
         }
         let (computed, prompt) = (table.computed, sequence.request.prompt.len());
-        let finished = sequence.push(first, &self.spec.eos);
+        let finished = match sequence.push(first, &self.spec.eos) {
+            Ok(finished) => finished,
+            Err(error) => return self.scheduler.end(seq, Event::Failed(error)),
+        };
         if let Some(table) = sequence.take_table() {
             // What did not land after all is computed here, with the first token behind it.
             sequence.state =
@@ -174,6 +205,11 @@ impl Engine {
 
     /// Computes the batch. Sequences whose layer sink panicked are ended here.
     fn run(&mut self, work: &[Work]) -> Result<Logits, Error> {
+        for item in work.iter().filter(|item| item.last) {
+            if let Some(constrained) = self.scheduler.live_mut(item.seq).and_then(|s| s.constrained.as_mut()) {
+                constrained.send(&[], &self.mask_threads);
+            }
+        }
         // Sinks leave their sequences for the run: the batch borrows these, the callback writes to those.
         let mut watchers: Vec<(&Work, Box<dyn LayerSink>)> = Vec::new();
         for item in work {
@@ -250,11 +286,16 @@ impl Engine {
 
     fn next_token(&mut self, seq: SeqId, row: &mut [f32]) {
         let Some(sequence) = self.scheduler.live_mut(seq) else { return };
-        let sampled = match self.sampler.sample(row, sequence.ask(&self.spec.eos)) {
-            Ok(sampled) => sampled,
+        let masks = sequence.constrained.as_mut().map(Constrained::receive).transpose();
+        let chosen = masks.and_then(|masks| {
+            let mask = masks.as_ref().and_then(|masks| masks.first());
+            let sampled = self.sampler.sample(row, sequence.ask(&self.spec.eos, mask))?;
+            Ok((sequence.push(sampled.token, &self.spec.eos)?, sampled))
+        });
+        let (finished, sampled) = match chosen {
+            Ok(chosen) => chosen,
             Err(error) => return self.scheduler.end(seq, Event::Failed(error)),
         };
-        let finished = sequence.push(sampled.token, &self.spec.eos);
         let told = sequence.tell(Event::Token(sampled));
         let mode = sequence.request.mode;
         sequence.after_sampling();

@@ -11,7 +11,7 @@
 //!
 //! Reading order: what callers say and hear ([`Request`], [`Event`], [`LayerSink`]); the thread and its [`Handle`]; the
 //! [`Engine`] itself, which is pure (no clock, no thread, no I/O: commands in, events out, one `step` at a time) and made
-//! of the sequences' states, the scheduler and the sampler; the [`Runner`] it drives, with [`ScriptedRunner`] as the test
+//! of the sequences' states, the scheduler and the sampler, with the grammars that answers must follow; the [`Runner`] it drives, with [`ScriptedRunner`] as the test
 //! double for everything above the model.
 //!
 //! What holds at all times:
@@ -29,6 +29,7 @@ mod request;
 
 mod thread;
 
+mod constrain;
 mod engine;
 mod sampler;
 mod scheduler;
@@ -39,7 +40,8 @@ mod runner;
 mod scripted;
 
 pub use config::Config;
-pub use engine::{Command, Engine, Progress};
+pub use constrain::{BadGrammar, Constraint, Constraints};
+pub use engine::{Command, Engine, Parts, Progress};
 pub use error::Error;
 pub use event::{Admission, Event, EventSink, LayerDone, LayerSink};
 pub use request::{Intake, Mode, NewSequence, Rejected, Request, SeqId};

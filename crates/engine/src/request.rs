@@ -13,7 +13,10 @@ use std::{
 
 use kvasir_types::{BlockHash, KvLayout, RequestId, Sampling, TokenId, chain};
 
-use crate::{Config, Error, EventSink, RunnerSpec, engine::Command, sequence::Sequence};
+use crate::{
+    BadGrammar, Config, Constraints, Error, EventSink, RunnerSpec, constrain::Constrained, engine::Command,
+    sequence::Sequence,
+};
 
 /// A sequence of one engine. Numbers grow in the order of admission and are never used again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -66,7 +69,6 @@ pub struct Rejected {
 #[derive(Clone, Debug)]
 pub struct Intake(Arc<Shared>);
 
-#[derive(Debug)]
 struct Shared {
     layout: KvLayout,
     blocks: usize,
@@ -76,10 +78,23 @@ struct Shared {
     next_seq: AtomicU64,
     waiting: Arc<AtomicUsize>,
     closed: AtomicBool,
+    constraints: Option<Arc<dyn Constraints>>,
+}
+
+impl fmt::Debug for Shared {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Shared").field("waiting", &self.waiting).field("closed", &self.closed).finish_non_exhaustive()
+    }
 }
 
 impl Intake {
-    pub(crate) fn new(config: &Config, layout: KvLayout, blocks: usize, spec: &RunnerSpec) -> Self {
+    pub(crate) fn new(
+        config: &Config,
+        layout: KvLayout,
+        blocks: usize,
+        spec: &RunnerSpec,
+        constraints: Option<Arc<dyn Constraints>>,
+    ) -> Self {
         Self(Arc::new(Shared {
             layout,
             blocks,
@@ -89,18 +104,20 @@ impl Intake {
             next_seq: AtomicU64::new(0),
             waiting: Arc::default(),
             closed: AtomicBool::new(false),
+            constraints,
         }))
     }
 
-    /// Checks a request and makes the command that starts it. Does the expensive part (hashing the prompt) here, on the
-    /// caller's thread.
+    /// Checks a request and makes the command that starts it. Does the expensive parts (hashing the prompt, compiling the
+    /// grammar) here, on the caller's thread.
     pub fn admit(&self, request: Request, events: Box<dyn EventSink>) -> Result<(SeqId, Command), Rejected> {
-        match self.check(&request).and_then(|()| self.enqueue()) {
-            Ok(place) => {
+        let checked = self.check(&request).and_then(|()| self.constrained(&request));
+        match checked.and_then(|constrained| Ok((constrained, self.enqueue()?))) {
+            Ok((constrained, place)) => {
                 let hashes = chain(request.root, &request.prompt, self.0.layout.block_size as usize);
                 let seq = SeqId(self.0.next_seq.fetch_add(1, Ordering::Relaxed));
                 let limit = self.output_limit(&request);
-                let sequence = Sequence::new(seq, request, hashes.into(), limit, events, place);
+                let sequence = Sequence::new(seq, request, constrained, hashes.into(), limit, events, place);
                 Ok((seq, Command::Admit(NewSequence(Box::new(sequence)))))
             }
             Err(error) => Err(Rejected { error, request: Box::new(request) }),
@@ -145,6 +162,21 @@ impl Intake {
             Some(&token) => Err(Error::UnknownToken { token, vocab: shared.vocab }),
             None => Ok(()),
         }
+    }
+
+    /// The constraint that the answer's form makes, after as much of the answer as there is.
+    fn constrained(&self, request: &Request) -> Result<Option<Constrained>, Error> {
+        let Some(grammar) = &request.sampling.grammar else { return Ok(None) };
+        let no_tokenizer = || BadGrammar::new("this worker's model has no tokenizer that grammars can be made for");
+        let constraints = self.0.constraints.as_ref().ok_or_else(|| Error::Grammar(no_tokenizer()))?;
+        let mut constrained = Constrained::new(constraints.compile(grammar).map_err(Error::Grammar)?);
+        let written = request.prompt.len() - request.sampling.continued as usize;
+        for &token in &request.prompt[written..] {
+            if constrained.advance(token)? {
+                return Err(Error::Grammar(BadGrammar::new("the answer to go on with is complete")));
+            }
+        }
+        Ok(Some(constrained))
     }
 
     fn enqueue(&self) -> Result<QueuePlace, Error> {

@@ -23,7 +23,10 @@ use std::{
 use kvasir_kv_cache::{BlockPool, Filling, Sealed};
 use kvasir_types::{BlockHash, BlockId, FinishReason, TokenId};
 
-use crate::{Ask, Event, EventSink, History, LayerSink, Mode, Request, SeqId, request::QueuePlace};
+use crate::{
+    Ask, Error, Event, EventSink, History, LayerSink, Mask, Mode, Request, SeqId, constrain::Constrained,
+    request::QueuePlace,
+};
 
 /// Who watches a prompt being computed, if anybody.
 pub(crate) type Watcher = Option<Box<dyn LayerSink>>;
@@ -36,6 +39,8 @@ pub(crate) struct Sequence {
     pub tokens: Vec<TokenId>,
     /// What penalties and `min_tokens` must know of the tokens.
     history: History,
+    /// The form that the answer must have.
+    pub constrained: Option<Constrained>,
     /// Hashes of the prompt's full blocks.
     pub prompt_hashes: Arc<[BlockHash]>,
     /// Hashes of the full blocks of `tokens`, as far as they were needed.
@@ -136,6 +141,7 @@ impl Sequence {
     pub fn new(
         id: SeqId,
         request: Request,
+        constrained: Option<Constrained>,
         prompt_hashes: Arc<[BlockHash]>,
         output_limit: usize,
         events: Box<dyn EventSink>,
@@ -146,6 +152,7 @@ impl Sequence {
             tokens: request.prompt.to_vec(),
             history: History::new(&request.sampling, &request.prompt),
             request,
+            constrained,
             hashes: prompt_hashes.to_vec(),
             prompt_hashes,
             output_limit,
@@ -229,24 +236,29 @@ impl Sequence {
     }
 
     /// The question what the next token is.
-    pub fn ask<'a>(&'a self, eos: &'a [TokenId]) -> Ask<'a> {
+    pub fn ask<'a>(&'a self, eos: &'a [TokenId], mask: Option<&'a Mask>) -> Ask<'a> {
         let sampling = &self.request.sampling;
-        Ask { sampling, position: self.tokens.len(), history: &self.history, eos, mask: None }
+        Ask { sampling, position: self.tokens.len(), history: &self.history, eos, mask }
     }
 
     /// One more token of the answer. `Some`: it was the last one, and why.
-    pub fn push(&mut self, token: TokenId, eos: &[TokenId]) -> Option<FinishReason> {
+    ///
+    /// # Errors
+    /// If the grammar does not allow it.
+    pub fn push(&mut self, token: TokenId, eos: &[TokenId]) -> Result<Option<FinishReason>, Error> {
         self.tokens.push(token);
         self.history.push(token);
         let sampling = &self.request.sampling;
         let ends_model = !sampling.ignore_eos && eos.contains(&token);
         if ends_model || sampling.stop_token_ids.contains(&token) {
-            Some(FinishReason::Stop)
-        } else if self.history.answered() >= self.output_limit {
-            Some(FinishReason::Length)
-        } else {
-            None
+            return Ok(Some(FinishReason::Stop));
         }
+        if let Some(constrained) = &mut self.constrained
+            && constrained.advance(token)?
+        {
+            return Ok(Some(FinishReason::Stop));
+        }
+        Ok(if self.history.answered() >= self.output_limit { Some(FinishReason::Length) } else { None })
     }
 
     /// Tells the caller. False: the sink panicked, and there is nobody left to work for.

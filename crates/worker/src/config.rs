@@ -71,6 +71,8 @@ pub struct EngineConfig {
     pub max_waiting: usize,
     /// Whether finished blocks are kept for later prompts. Default true.
     pub prefix_cache: bool,
+    /// Threads that compute which tokens a grammar allows, beside the model. Default 1.
+    pub mask_threads: usize,
 }
 
 /// The KV cache.
@@ -159,6 +161,7 @@ impl Default for EngineConfig {
             max_running: 64,
             max_waiting: 256,
             prefix_cache: true,
+            mask_threads: 1,
         }
     }
 }

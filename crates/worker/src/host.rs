@@ -10,7 +10,8 @@ use std::{
 
 use anyhow::{Context as _, ensure};
 use kvasir_cluster::{ModelInfo, Registry};
-use kvasir_engine::{Handle, ModelRunner};
+use kvasir_engine::{Constraints, Handle, ModelRunner, Parts};
+use kvasir_grammar::Grammars;
 use kvasir_model::{Folder, cpu::CpuBackend};
 use kvasir_proto::convert;
 use kvasir_runtime::{Context, Tasks, chain};
@@ -88,8 +89,8 @@ impl Host {
             tokenizer: tokenizer_id(path)?,
         };
         let vocab = folder.config().vocab;
-        let (engine, _thread) =
-            kvasir_engine::spawn(engine_config(&config), layout, blocks as usize, Box::new(ModelRunner::new(backend)));
+        let parts = Parts { runner: Box::new(ModelRunner::new(backend)), constraints: grammars(&folder, path)? };
+        let (engine, _thread) = kvasir_engine::spawn(engine_config(&config), layout, blocks as usize, parts);
         let store = config.store.enabled.then(|| {
             let store = kvasir_store_client::Config { group_blocks: config.store.group_blocks, ..Default::default() };
             StoreClient::new(store, registry.view(), transfer.clone())
@@ -174,6 +175,19 @@ fn engine_config(config: &Config) -> kvasir_engine::Config {
         max_running: engine.max_running,
         max_waiting: engine.max_waiting,
         prefix_cache: engine.prefix_cache,
+        mask_threads: engine.mask_threads,
+    }
+}
+
+/// What makes answers follow grammars, if the folder's tokenizer allows it: it is not needed for anything else.
+fn grammars(folder: &Folder, path: &std::path::Path) -> anyhow::Result<Option<Arc<dyn Constraints>>> {
+    let Some(tokenizer) = tokenizer_json(path)? else { return Ok(None) };
+    match Grammars::new(&tokenizer, folder.config().vocab, &folder.config().eos) {
+        Ok(grammars) => Ok(Some(Arc::new(grammars))),
+        Err(error) => {
+            tracing::warn!(error = chain(&error), "answers can't be given a form");
+            Ok(None)
+        }
     }
 }
 
@@ -190,10 +204,14 @@ fn model_name(config: &Config) -> anyhow::Result<String> {
 
 /// What tells routers whether they speak this model's token ids: BLAKE3 of tokenizer.json, or empty without one.
 fn tokenizer_id(folder: &std::path::Path) -> anyhow::Result<String> {
+    Ok(tokenizer_json(folder)?.map(|bytes| blake3::hash(&bytes).to_hex().to_string()).unwrap_or_default())
+}
+
+fn tokenizer_json(folder: &std::path::Path) -> anyhow::Result<Option<Vec<u8>>> {
     let path = folder.join("tokenizer.json");
     match std::fs::read(&path) {
-        Ok(bytes) => Ok(blake3::hash(&bytes).to_hex().to_string()),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(String::new()),
+        Ok(bytes) => Ok(Some(bytes)),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(error).with_context(|| format!("cannot read {}", path.display())),
     }
 }
