@@ -77,7 +77,7 @@ impl Job<'_> {
 
         let present = self.writes.destination().present;
         if present < found {
-            self.writes.push_blocks(&admission.blocks, present..found);
+            self.writes.push_blocks(&admission.tables[0], present..found);
         }
         let sink = self.writes.sink(self.prompt_tokens, found.max(present));
         self.host.engine.compute(sequence.id(), Some(sink));
@@ -152,7 +152,7 @@ impl Job<'_> {
         let destination = self.writes.destination();
         let ranges = blocks
             .map(|i| Range {
-                local: layout.block_offset(admission.blocks[i]) as u64,
+                local: layout.block_offset(admission.tables[0][i]) as u64,
                 remote: destination.offsets[i],
                 len: layout.block_bytes() as u64,
             })
@@ -197,5 +197,5 @@ fn told(error: &kvasir_store_client::Error, what: &'static str) {
 
 /// Full blocks of the prompt with their hashes and where they are in this worker's arena.
 fn located(host: &Host, admission: &Admission, blocks: std::ops::Range<usize>) -> Vec<(BlockHash, u64)> {
-    blocks.map(|i| (admission.hashes[i], host.model.layout.block_offset(admission.blocks[i]) as u64)).collect()
+    blocks.map(|i| (admission.hashes[i], host.model.layout.block_offset(admission.tables[0][i]) as u64)).collect()
 }

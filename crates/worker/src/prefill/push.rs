@@ -132,8 +132,8 @@ impl LayerSink for Sink {
             .zip(done.first_block..)
             .filter(|&(_, index)| (self.pushed..complete).contains(&index))
             .map(|(&block, index)| Range {
-                local: layout.layer_offset(block, done.layer) as u64,
-                remote: destination.offsets[index] + done.layer as u64 * len,
+                local: layout.layer_offset(block, done.place) as u64,
+                remote: destination.offsets[index] + done.place as u64 * len,
                 len,
             })
             .collect();
