@@ -17,6 +17,7 @@ use crate::{
     weights::{EMBEDDING, FINAL_NORM, LM_HEAD, Tensor},
 };
 
+mod arena;
 mod attention;
 mod exec;
 mod kernels;
@@ -24,6 +25,7 @@ mod kv;
 pub mod limits;
 mod linear;
 
+pub use arena::HostArena;
 use attention::{Heads, Span, attend};
 use exec::Exec;
 use kernels::Isa;
