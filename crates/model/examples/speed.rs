@@ -1,48 +1,27 @@
 //! Times prefill and decode of a model folder on the CPU backend.
 //!
 //! `cargo run --release -p kvasir-model --example speed -- MODEL_DIR [THREADS [PROMPT_TOKENS [exact|fast]]]`
-#![expect(unsafe_code, reason = "brings its own arena")]
 
 use std::{
-    alloc::{Layout, alloc_zeroed},
     error::Error,
     path::Path,
-    sync::Arc,
     time::{Duration, Instant},
 };
 
 use kvasir_model::{
     Backend, Folder, SeqInput,
-    cpu::{Compute, CpuBackend},
+    cpu::{Compute, CpuBackend, HostArena},
 };
-use kvasir_types::{BlockId, HostMemory, KvDtype, TokenId};
+use kvasir_types::{BlockId, KvDtype, TokenId};
 
 /// Sequences of the batched step.
 const BATCH: usize = 16;
-
-/// Memory that lives as long as the process.
-struct Arena(*mut u8, usize);
-
-// SAFETY: plain memory; only the backend of this program touches it.
-unsafe impl Send for Arena {}
-// SAFETY: as for `Send`.
-unsafe impl Sync for Arena {}
-
-impl HostMemory for Arena {
-    fn base(&self) -> *mut u8 {
-        self.0
-    }
-    fn len(&self) -> usize {
-        self.1
-    }
-}
 
 fn main() -> Result<(), Box<dyn Error>> {
     let mut args = std::env::args().skip(1);
     let dir = args.next().ok_or("which model folder?")?;
     let threads = args.next().map_or(Ok(2), |text| text.parse())?;
     let prompt_len: usize = args.next().map_or(Ok(512), |text| text.parse())?;
-
     let compute = match args.next().as_deref() {
         None | Some("exact") => Compute::Exact,
         Some("fast") => Compute::Fast,
@@ -55,11 +34,8 @@ fn main() -> Result<(), Box<dyn Error>> {
 
     let layout = folder.kv_layout(16, KvDtype::Bf16);
     let blocks = layout.blocks_for(prompt_len + 64) as u32;
-    let bytes = (blocks as usize + BATCH) * layout.block_bytes();
-    // SAFETY: the size is not zero.
-    let base = unsafe { alloc_zeroed(Layout::from_size_align(bytes, 64)?) };
-    let mut backend = CpuBackend::with_compute(&folder, layout, Arc::new(Arena(base, bytes)), threads, compute)?;
-    let table: Vec<_> = (0..blocks).map(BlockId).collect();
+    let arena = HostArena::new((blocks as usize + BATCH) * layout.block_bytes())?;
+    let mut backend = CpuBackend::with_compute(&folder, layout, arena, threads, compute)?;
     let prompt: Vec<_> = (0..prompt_len).map(|i| TokenId((i * 7919 % folder.config().vocab) as u32)).collect();
 
     let mut time = |batch: &[SeqInput<'_>], repeats: usize| -> Result<Duration, kvasir_model::Error> {
@@ -71,10 +47,11 @@ fn main() -> Result<(), Box<dyn Error>> {
         }
         Ok(best)
     };
-    let step = SeqInput { tokens: &prompt[..1], start: 0, table: &table, logits: true };
+    let table = [(0..blocks).map(BlockId).collect()];
+    let step = SeqInput { tokens: &prompt[..1], start: 0, tables: &table, rows: 1 };
     // Each sequence of the batch has a block of its own beyond the long one's.
-    let tables: Vec<_> = (0..BATCH as u32).map(|i| [BlockId(blocks + i)]).collect();
-    let batch: Vec<_> = tables.iter().map(|table| SeqInput { start: 5, table, ..step }).collect();
+    let tables: Vec<_> = (0..BATCH as u32).map(|i| [vec![BlockId(blocks + i)]]).collect();
+    let batch: Vec<_> = tables.iter().map(|tables| SeqInput { start: 5, tables, ..step }).collect();
     let prefill = time(&[SeqInput { tokens: &prompt, ..step }], 5)?;
     println!("prefill of {prompt_len} tokens {prefill:.2?}, {:.0} tok/s", prompt_len as f64 / prefill.as_secs_f64());
     println!("decode step, empty context {:.2?}", time(&[step], 21)?);

@@ -10,7 +10,7 @@
 
 use std::path::Path;
 
-use kvasir_types::{KvDtype, KvLayout, TokenId};
+use kvasir_types::{KvDtype, KvGroups, KvLayout, TokenId};
 
 use crate::{Error, Rope};
 
@@ -99,14 +99,20 @@ impl ModelConfig {
         raw::read(dir)
     }
 
+    /// Which layers share a block, and how long their keys and values are looked at.
+    pub fn kv_groups(&self) -> KvGroups {
+        KvGroups::full(self.layers)
+    }
+
     /// The KV layout of this model, whole (no tensor parallelism).
     pub fn kv_layout(&self, block_size: u32, dtype: KvDtype) -> KvLayout {
         let dim = |n: usize| u32::try_from(n).unwrap_or(u32::MAX); // bounded far below when read
         KvLayout {
             block_size,
-            layers: dim(self.layers),
+            layers: dim(self.kv_groups().layers_per_block()),
             kv_heads: dim(self.kv_heads),
-            head_dim: dim(self.head_dim),
+            k_dim: dim(self.head_dim),
+            v_dim: dim(self.head_dim),
             dtype,
         }
     }

@@ -15,6 +15,7 @@ mod error;
 mod fingerprint;
 mod folder;
 mod rope;
+pub mod shapes;
 mod weights;
 
 pub use backend::{Backend, Logits, SeqInput};

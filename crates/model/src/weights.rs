@@ -21,7 +21,7 @@ use serde::Deserialize;
 
 use crate::{Error, ModelConfig, config::read_json};
 
-mod expected;
+pub(crate) mod expected;
 mod header;
 mod mapped;
 

@@ -8,7 +8,7 @@
 
 use std::{fmt, sync::Arc};
 
-use kvasir_types::{HostMemory, KvLayout};
+use kvasir_types::{BlockId, HostMemory, KvGroups, KvLayout};
 
 use crate::{
     Backend, Error, Folder, Logits, ModelConfig, SeqInput,
@@ -17,6 +17,7 @@ use crate::{
     weights::{EMBEDDING, FINAL_NORM, LM_HEAD, Tensor},
 };
 
+mod arena;
 mod attention;
 mod exec;
 mod kernels;
@@ -25,6 +26,7 @@ pub mod limits;
 mod linear;
 mod pool;
 
+pub use arena::HostArena;
 use attention::{Heads, Span, attend};
 pub use exec::Compute;
 use exec::Exec;
@@ -35,6 +37,7 @@ use linear::{Linear, RmsNorm};
 /// Computes a model with the processor's vector units.
 pub struct CpuBackend {
     config: ModelConfig,
+    groups: KvGroups,
     exec: Exec,
     kv: KvArena,
     frequencies: Vec<f32>,
@@ -105,6 +108,7 @@ impl CpuBackend {
             final_norm: RmsNorm::load(weights, FINAL_NORM, config.rms_eps),
             output: Linear::of(output),
             embedding,
+            groups: config.kv_groups(),
             config,
         };
         tracing::info!(isa = isa.as_str(), ?compute, threads, blocks = backend.kv.blocks(), "cpu backend ready");
@@ -130,11 +134,13 @@ impl CpuBackend {
     /// Writes K and V of every token of the batch for one layer.
     fn write_kv(&mut self, layer: usize, batch: &[SeqInput<'_>], k: &[f32], v: &[f32]) {
         let (width, size) = (self.config.kv_width(), self.kv.layout().block_size as usize);
-        let tokens = batch.iter().flat_map(|seq| (seq.start..seq.start + seq.tokens.len()).map(|at| (seq.table, at)));
+        let (group, place) = self.groups.place(layer);
+        let positions = |seq: &SeqInput<'_>| seq.start..seq.start + seq.tokens.len();
+        let tokens = batch.iter().flat_map(|seq| positions(seq).map(|at| (&seq.tables[group], at)));
         for ((table, at), (k, v)) in tokens.zip(k.chunks_exact(width).zip(v.chunks_exact(width))) {
             let (block, slot) = (table[at / size], at % size);
-            self.kv.write(block, layer, Half::Keys, slot, k);
-            self.kv.write(block, layer, Half::Values, slot, v);
+            self.kv.write(block, place, Half::Keys, slot, k);
+            self.kv.write(block, place, Half::Values, slot, v);
         }
     }
 }
@@ -165,8 +171,16 @@ impl Backend for CpuBackend {
         &self.config
     }
 
+    fn groups(&self) -> &KvGroups {
+        &self.groups
+    }
+
+    fn copy_blocks(&mut self, copies: &[(BlockId, BlockId)]) -> Result<(), Error> {
+        self.kv.copy(copies)
+    }
+
     fn forward(&mut self, batch: &[SeqInput<'_>], after_layer: &mut dyn FnMut(usize)) -> Result<Logits, Error> {
-        check_batch(&self.config, self.kv.layout(), self.kv.blocks(), batch)?;
+        check_batch(&self.config, self.kv.layout(), &self.groups, self.kv.blocks(), batch)?;
         let (hidden, kv_heads) = (self.config.hidden, self.config.kv_heads);
         let heads = Heads { heads: self.config.heads, kv_heads, head_dim: self.config.head_dim };
 
@@ -208,7 +222,9 @@ impl Backend for CpuBackend {
             let layer = &self.layers[index];
             let norms = layer.qk_norms.as_ref();
             self.rotate(&mut q, heads.heads, norms.map(|(q, _)| q), &rotations, &rows.original);
-            attend(&self.exec, &self.kv, index, heads, &rows.spans, &q, &mut attended);
+            let (group, place) = self.groups.place(index);
+            let spans: Vec<Span<'_>> = rows.spans(batch, group);
+            attend(&self.exec, &self.kv, place, heads, &spans, &q, &mut attended);
             layer.o.apply(&self.exec, &attended, rows.len(), &mut change);
             self.add(&mut x, &change);
 
@@ -246,36 +262,58 @@ impl fmt::Debug for CpuBackend {
 }
 
 /// The rows a step computes with: where each came from in the whole batch, and how they group into sequences.
-struct Rows<'a> {
+struct Rows {
     original: Vec<usize>,
-    spans: Vec<Span<'a>>,
+    runs: Vec<Run>,
 }
 
-impl<'a> Rows<'a> {
+/// Neighbouring tokens of one sequence.
+struct Run {
+    /// Which input of the batch.
+    input: usize,
+    /// Its first row among the rows of the step.
+    first_row: usize,
+    /// Position of its first token.
+    start: usize,
+    count: usize,
+}
+
+impl Rows {
     /// Every token of the batch.
-    fn of(batch: &[SeqInput<'a>]) -> Self {
-        let mut rows = Self { original: Vec::new(), spans: Vec::new() };
-        for seq in batch {
-            let first_row = rows.len();
-            rows.original.extend(first_row..first_row + seq.tokens.len());
-            rows.spans.push(Span { table: seq.table, first_row, start: seq.start, count: seq.tokens.len() });
+    fn of(batch: &[SeqInput<'_>]) -> Self {
+        Self::last(batch, |seq| seq.tokens.len())
+    }
+
+    /// The tokens whose logits are wanted.
+    fn wanted(batch: &[SeqInput<'_>]) -> Self {
+        Self::last(batch, |seq| seq.rows)
+    }
+
+    /// The last tokens of each input, as many as `count` says.
+    fn last(batch: &[SeqInput<'_>], count: impl Fn(&SeqInput<'_>) -> usize) -> Self {
+        let mut rows = Self { original: Vec::new(), runs: Vec::new() };
+        let mut end = 0;
+        for (input, seq) in batch.iter().enumerate() {
+            end += seq.tokens.len();
+            let count = count(seq);
+            if count > 0 {
+                let start = seq.start + seq.tokens.len() - count;
+                rows.runs.push(Run { input, first_row: rows.original.len(), start, count });
+                rows.original.extend(end - count..end);
+            }
         }
         rows
     }
 
-    /// The last token of each input whose logits are wanted.
-    fn wanted(batch: &[SeqInput<'a>]) -> Self {
-        let mut rows = Self { original: Vec::new(), spans: Vec::new() };
-        let mut end = 0;
-        for seq in batch {
-            end += seq.tokens.len();
-            if seq.logits {
-                let start = seq.start + seq.tokens.len() - 1;
-                rows.spans.push(Span { table: seq.table, first_row: rows.len(), start, count: 1 });
-                rows.original.push(end - 1);
-            }
-        }
-        rows
+    /// The same as attention wants it for the layers of one group.
+    fn spans<'a>(&self, batch: &[SeqInput<'a>], group: usize) -> Vec<Span<'a>> {
+        let span = |run: &Run| Span {
+            table: &batch[run.input].tables[group],
+            first_row: run.first_row,
+            start: run.start,
+            count: run.count,
+        };
+        self.runs.iter().map(span).collect()
     }
 
     fn len(&self) -> usize {

@@ -6,23 +6,6 @@ use kvasir_types::{BlockId, KvDtype, TokenId};
 
 use super::*;
 
-/// Memory of 64-byte lines, zeroed.
-struct Arena(Box<[std::cell::UnsafeCell<[u64; 8]>]>);
-
-// SAFETY: plain memory; each test's one backend is all that touches it.
-unsafe impl Send for Arena {}
-// SAFETY: as for `Send`.
-unsafe impl Sync for Arena {}
-
-impl HostMemory for Arena {
-    fn base(&self) -> *mut u8 {
-        self.0.as_ptr().cast_mut().cast()
-    }
-    fn len(&self) -> usize {
-        self.0.len() * 64
-    }
-}
-
 #[test]
 fn every_instruction_set_returns_the_same_logits() {
     for (name, compute) in [
@@ -38,12 +21,12 @@ fn every_instruction_set_returns_the_same_logits() {
         let all: Vec<Logits> = Isa::available()
             .into_iter()
             .map(|isa| {
-                let lines = (0..layout.block_bytes() * 3 / 64).map(|_| Default::default()).collect();
-                let mut backend =
-                    CpuBackend::with_isa(&folder, layout, Arc::new(Arena(lines)), 1, compute, isa).unwrap();
-                let prompt = SeqInput { tokens: &tokens[..40], start: 0, table: &table, logits: true };
+                let arena = HostArena::new(layout.block_bytes() * 3).unwrap();
+                let mut backend = CpuBackend::with_isa(&folder, layout, arena, 1, compute, isa).unwrap();
+                let prompt =
+                    SeqInput { tokens: &tokens[..40], start: 0, tables: std::slice::from_ref(&table), rows: 1 };
                 let first = backend.forward(&[prompt], &mut |_| {}).unwrap();
-                let next = SeqInput { tokens: &tokens[40..], start: 40, table: &table, logits: true };
+                let next = SeqInput { tokens: &tokens[40..], start: 40, tables: std::slice::from_ref(&table), rows: 1 };
                 let second = backend.forward(&[next], &mut |_| {}).unwrap();
                 Logits { vocab: first.vocab, rows: [first.rows, second.rows].concat() }
             })
