@@ -11,7 +11,8 @@ use std::{
     },
 };
 
-use kvasir_types::{BlockHash, KvLayout, RequestId, Sampling, TokenId, chain};
+use kvasir_kv_cache::Geometry;
+use kvasir_types::{BlockHash, RequestId, Sampling, TokenId, chain};
 
 use crate::{
     BadGrammar, Config, Constraints, Error, EventSink, RunnerSpec, constrain::Constrained, engine::Command,
@@ -70,7 +71,8 @@ pub struct Rejected {
 pub struct Intake(Arc<Shared>);
 
 struct Shared {
-    layout: KvLayout,
+    geometry: Geometry,
+    chunk_tokens: usize,
     blocks: usize,
     vocab: usize,
     max_len: usize,
@@ -90,13 +92,14 @@ impl fmt::Debug for Shared {
 impl Intake {
     pub(crate) fn new(
         config: &Config,
-        layout: KvLayout,
+        geometry: Geometry,
         blocks: usize,
         spec: &RunnerSpec,
         constraints: Option<Arc<dyn Constraints>>,
     ) -> Self {
         Self(Arc::new(Shared {
-            layout,
+            geometry,
+            chunk_tokens: config.chunk_tokens,
             blocks,
             vocab: spec.vocab,
             max_len: spec.max_len,
@@ -114,7 +117,7 @@ impl Intake {
         let checked = self.check(&request).and_then(|()| self.constrained(&request));
         match checked.and_then(|constrained| Ok((constrained, self.enqueue()?))) {
             Ok((constrained, place)) => {
-                let hashes = chain(request.root, &request.prompt, self.0.layout.block_size as usize);
+                let hashes = chain(request.root, &request.prompt, self.0.geometry.block_size());
                 let seq = SeqId(self.0.next_seq.fetch_add(1, Ordering::Relaxed));
                 let limit = self.output_limit(&request);
                 let sequence = Sequence::new(seq, request, constrained, hashes.into(), limit, events, place);
@@ -147,7 +150,7 @@ impl Intake {
         if tokens >= shared.max_len {
             return Err(Error::PromptTooLong { tokens, max_len: shared.max_len });
         }
-        let needed = shared.layout.blocks_for(tokens + usize::from(request.mode == Mode::Generate));
+        let needed = shared.geometry.needed(tokens + usize::from(request.mode == Mode::Generate), shared.chunk_tokens);
         if needed > shared.blocks {
             return Err(Error::PromptExceedsPool { tokens, needed, blocks: shared.blocks });
         }

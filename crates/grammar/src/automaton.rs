@@ -56,8 +56,13 @@ impl Constraint for Automaton {
     }
 }
 
-/// The first line of llguidance's words, cut: what follows is its state.
+/// llguidance's words on one line, cut; from a line in angle brackets on it is its state.
 fn told(error: &str) -> BadGrammar {
-    let line = error.lines().find(|line| !line.trim().is_empty()).unwrap_or("no reason given");
-    BadGrammar::new(line.chars().take(300).collect::<String>())
+    let lines = error.lines().map(str::trim).take_while(|line| !line.starts_with('<'));
+    let words = lines.filter(|line| !line.is_empty()).collect::<Vec<_>>().join("; ");
+    BadGrammar::new(if words.is_empty() {
+        "no reason given".into()
+    } else {
+        words.chars().take(300).collect::<String>()
+    })
 }

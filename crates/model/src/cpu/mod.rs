@@ -24,9 +24,11 @@ mod kernels;
 mod kv;
 pub mod limits;
 mod linear;
+mod pool;
 
 pub use arena::HostArena;
 use attention::{Heads, Span, attend};
+pub use exec::Compute;
 use exec::Exec;
 use kernels::Isa;
 use kv::{Half, KvArena};
@@ -65,7 +67,21 @@ impl CpuBackend {
     /// # Errors
     /// A layout that is not the model's, an arena that holds no block, threads that cannot be started.
     pub fn new(folder: &Folder, layout: KvLayout, memory: Arc<dyn HostMemory>, threads: usize) -> Result<Self, Error> {
-        Self::with_isa(folder, layout, memory, threads, Isa::detect())
+        Self::with_compute(folder, layout, memory, threads, Compute::default())
+    }
+
+    /// The same with a choice of arithmetic.
+    ///
+    /// # Errors
+    /// As for [`CpuBackend::new`].
+    pub fn with_compute(
+        folder: &Folder,
+        layout: KvLayout,
+        memory: Arc<dyn HostMemory>,
+        threads: usize,
+        compute: Compute,
+    ) -> Result<Self, Error> {
+        Self::with_isa(folder, layout, memory, threads, compute, Isa::detect())
     }
 
     fn with_isa(
@@ -73,6 +89,7 @@ impl CpuBackend {
         layout: KvLayout,
         memory: Arc<dyn HostMemory>,
         threads: usize,
+        compute: Compute,
         isa: Isa,
     ) -> Result<Self, Error> {
         let config = folder.config().clone();
@@ -84,7 +101,7 @@ impl CpuBackend {
         let embedding = weights.get(EMBEDDING).clone();
         let output = if config.tied_embeddings { embedding.clone() } else { weights.get(LM_HEAD).clone() };
         let backend = Self {
-            exec: Exec::new(isa, threads)?,
+            exec: Exec::new(isa, compute, threads)?,
             kv: KvArena::new(memory, layout)?,
             frequencies: config.rope.frequencies(config.head_dim),
             layers: (0..config.layers).map(|layer| Layer::load(folder, layer)).collect(),
@@ -94,7 +111,7 @@ impl CpuBackend {
             groups: config.kv_groups(),
             config,
         };
-        tracing::info!(isa = isa.as_str(), threads, blocks = backend.kv.blocks(), "cpu backend ready");
+        tracing::info!(isa = isa.as_str(), ?compute, threads, blocks = backend.kv.blocks(), "cpu backend ready");
         Ok(backend)
     }
 
@@ -182,22 +199,28 @@ impl Backend for CpuBackend {
             let layer = &self.layers[index];
             let norms = layer.qk_norms.as_ref();
             layer.input_norm.apply(&self.exec, &x, &mut normed);
-            layer.k.apply(&self.exec, &normed, rows.len(), &mut k);
-            layer.v.apply(&self.exec, &normed, rows.len(), &mut v);
+            // The last layer's queries are needed for fewer rows: below.
+            let last = index + 1 == self.layers.len();
+            if last {
+                Linear::apply_all(&self.exec, &normed, rows.len(), [(&layer.k, &mut k), (&layer.v, &mut v)]);
+            } else {
+                let maps = [(&layer.q, &mut q), (&layer.k, &mut k), (&layer.v, &mut v)];
+                Linear::apply_all(&self.exec, &normed, rows.len(), maps);
+            }
             self.rotate(&mut k, kv_heads, norms.map(|(_, k)| k), &rotations, &rows.original);
             self.write_kv(index, batch, &k, &v);
             after_layer(index);
 
-            if index + 1 == self.layers.len() {
+            if last {
                 // Beyond this point only rows whose logits are wanted matter to anyone.
                 let wanted = Rows::wanted(batch);
                 keep(&mut x, hidden, &wanted.original);
                 keep(&mut normed, hidden, &wanted.original);
                 rows = wanted;
+                self.layers[index].q.apply(&self.exec, &normed, rows.len(), &mut q);
             }
             let layer = &self.layers[index];
             let norms = layer.qk_norms.as_ref();
-            layer.q.apply(&self.exec, &normed, rows.len(), &mut q);
             self.rotate(&mut q, heads.heads, norms.map(|(q, _)| q), &rotations, &rows.original);
             let (group, place) = self.groups.place(index);
             let spans: Vec<Span<'_>> = rows.spans(batch, group);
@@ -206,8 +229,7 @@ impl Backend for CpuBackend {
             self.add(&mut x, &change);
 
             layer.mlp_norm.apply(&self.exec, &x, &mut normed);
-            layer.gate.apply(&self.exec, &normed, rows.len(), &mut gate);
-            layer.up.apply(&self.exec, &normed, rows.len(), &mut up);
+            Linear::apply_all(&self.exec, &normed, rows.len(), [(&layer.gate, &mut gate), (&layer.up, &mut up)]);
             let width = layer.gate.width();
             self.exec.rows(&mut gate, width, 20 * up.len(), |first, part| {
                 kernels::silu_mul(self.exec.isa, part, &up[first * width..]);
