@@ -11,7 +11,8 @@
 //!
 //! Reading order: what callers say and hear ([`Request`], [`Event`], [`LayerSink`]); the thread and its [`Handle`]; the
 //! [`Engine`] itself, which is pure (no clock, no thread, no I/O: commands in, events out, one `step` at a time) and made
-//! of the sequences' states, the scheduler and the sampler, with the grammars that answers must follow; the [`Runner`] it drives, with [`ScriptedRunner`] as the test
+//! of the sequences' states, the scheduler and the sampler, with the grammars that answers must follow and
+//! the proposers that guess how they go on; the [`Runner`] it drives, with [`ScriptedRunner`] as the test
 //! double for everything above the model.
 //!
 //! What holds at all times:
@@ -34,6 +35,7 @@ mod engine;
 mod sampler;
 mod scheduler;
 mod sequence;
+mod speculate;
 mod stats;
 
 mod runner;
@@ -48,6 +50,7 @@ pub use request::{Intake, Mode, NewSequence, Rejected, Request, SeqId};
 pub use runner::{ModelRunner, Runner, RunnerSpec};
 pub use sampler::{Ask, History, Mask, Sampler, choice_seed, sample};
 pub use scripted::{Script, ScriptedRunner};
+pub use speculate::{DraftModel, Guess, NGrams, Proposer};
 pub use stats::Stats;
 pub use thread::{Handle, spawn};
 

@@ -23,8 +23,8 @@ use kvasir_kv_cache::{KvCache, Table};
 use kvasir_types::{BlockHash, FinishReason, TokenId};
 
 use crate::{
-    Ask, Error, Event, EventSink, History, LayerSink, Mask, Mode, Request, SeqId, constrain::Constrained,
-    request::QueuePlace,
+    Ask, Error, Event, EventSink, Guess, History, LayerSink, Mask, Mode, Request, SeqId, constrain::Constrained,
+    request::QueuePlace, speculate::Pace,
 };
 
 /// Who watches a prompt being computed, if anybody.
@@ -40,6 +40,8 @@ pub(crate) struct Sequence {
     history: History,
     /// The form that the answer must have.
     pub constrained: Option<Constrained>,
+    /// How well its tokens are guessed.
+    pub pace: Pace,
     /// Hashes of the prompt's full blocks.
     pub prompt_hashes: Arc<[BlockHash]>,
     /// Hashes of the full blocks of `tokens`, as far as they were needed.
@@ -94,6 +96,7 @@ impl Sequence {
             history: History::new(&request.sampling, &request.prompt),
             request,
             constrained,
+            pace: Pace::default(),
             hashes: prompt_hashes.to_vec(),
             prompt_hashes,
             output_limit,
@@ -181,6 +184,17 @@ impl Sequence {
     pub fn ask<'a>(&'a self, eos: &'a [TokenId], mask: Option<&'a Mask>) -> Ask<'a> {
         let sampling = &self.request.sampling;
         Ask { sampling, position: self.tokens.len(), history: &self.history, eos, mask }
+    }
+
+    /// What a proposer is told.
+    pub fn guess(&self, limit: usize) -> Guess<'_> {
+        let sampling = &self.request.sampling;
+        Guess { seq: self.id, tokens: &self.tokens, sampling, history: &self.history, limit }
+    }
+
+    /// Tokens that may still be written.
+    pub fn output_left(&self) -> usize {
+        self.output_limit.saturating_sub(self.history.answered())
     }
 
     /// One more token of the answer. `Some`: it was the last one, and why.

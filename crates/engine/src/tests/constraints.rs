@@ -31,7 +31,7 @@ impl Cycle {
     fn mask(&self, ahead: usize) -> Mask {
         let written = self.written + ahead;
         let follow = (1..self.vocab as u32).filter(|token| *token as usize % 3 == written % 3).map(TokenId);
-        Mask::of(self.vocab, follow.chain((written % 3 == 0).then_some(EOS)))
+        Mask::of(self.vocab, follow.chain(written.is_multiple_of(3).then_some(EOS)))
     }
 }
 
@@ -74,7 +74,7 @@ impl Constraints for Cycles {
 fn rig(mask_threads: usize, breaks: Breaks) -> Rig {
     let runner = runner();
     let script = runner.script();
-    let parts = Parts { runner: Box::new(runner), constraints: Some(Arc::new(Cycles(breaks))) };
+    let parts = Parts { runner: Box::new(runner), constraints: Some(Arc::new(Cycles(breaks))), proposer: None };
     Rig { engine: Engine::new(Config { mask_threads, ..config() }, layout(), 64, parts), script }
 }
 

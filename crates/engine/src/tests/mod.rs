@@ -1,5 +1,5 @@
 //! The engine's laws: one by one (`laws`, and `sampling` and `constraints` for what
-//! requests may ask), all at once under random schedules
+//! requests may ask, `speculation`), all at once under random schedules
 //! (`schedules`), and with a real thread (`threads`). `rig` is what they share.
 
 mod constraints;
@@ -7,4 +7,5 @@ mod laws;
 mod rig;
 mod sampling;
 mod schedules;
+mod speculation;
 mod threads;

@@ -38,6 +38,7 @@ pub fn config() -> Config {
         max_waiting: 4,
         prefix_cache: true,
         mask_threads: 0,
+        draft_tokens: 4,
     }
 }
 

@@ -248,7 +248,7 @@ proptest! {
         prefix_cache in prop::bool::weighted(0.8),
         ops in prop::collection::vec(op(), 1..100),
     ) {
-        let config = Config { max_batch_tokens: 16, chunk_tokens, max_running, max_waiting: 6, prefix_cache, mask_threads: 0 };
+        let config = Config { max_batch_tokens: 16, chunk_tokens, max_running, max_waiting: 6, prefix_cache, mask_threads: 0, draft_tokens: 3 };
         let mut rig = Rig::new(blocks, config);
         let mut asked = Vec::new();
         for op in &ops {
