@@ -4,7 +4,10 @@ use super::{
     exec::Exec,
     kernels::{self, Matrix, Output, Rows},
 };
-use crate::weights::{Tensor, Weights};
+use crate::{
+    graph::{LinearSpec, NormSpec},
+    weights::{Tensor, Weights},
+};
 
 /// Activations of one task: about half a second-level cache, so they stay there while the weights pass by.
 const BLOCK_BYTES: usize = 384 << 10;
@@ -22,10 +25,10 @@ pub(super) struct Linear {
 }
 
 impl Linear {
-    /// The map called `name`, with a bias if the model has one there.
-    pub(super) fn load(weights: &Weights, name: &str, bias: bool) -> Self {
-        let bias = bias.then(|| weights.get(&format!("{name}.bias")).to_f32());
-        Self { weight: weights.get(&format!("{name}.weight")).clone(), bias }
+    /// The map that `spec` describes.
+    pub(super) fn load(weights: &Weights, spec: &LinearSpec) -> Self {
+        let bias = spec.bias.then(|| weights.get(&format!("{}.bias", spec.name)).to_f32());
+        Self { weight: weights.get(&format!("{}.weight", spec.name)).clone(), bias }
     }
 
     /// A map without a bias.
@@ -76,9 +79,11 @@ pub(super) struct RmsNorm {
 }
 
 impl RmsNorm {
-    /// The norm whose weight is called `name`.
-    pub(super) fn load(weights: &Weights, name: &str, eps: f32) -> Self {
-        Self { weight: weights.get(name).to_f32(), eps }
+    /// The norm that `spec` describes.
+    pub(super) fn load(weights: &Weights, spec: &NormSpec) -> Self {
+        let mut weight = weights.get(&format!("{}.weight", spec.name)).to_f32();
+        weight.iter_mut().for_each(|weight| *weight += spec.offset);
+        Self { weight, eps: spec.eps }
     }
 
     /// Normalises every row of `x` into `out`.

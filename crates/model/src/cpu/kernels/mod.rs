@@ -26,7 +26,7 @@ mod portable;
 #[cfg(test)]
 mod tests;
 
-pub(crate) use elementwise::{add, rms_norm, silu_mul, softmax_step};
+pub(crate) use elementwise::{add, add_scaled, gelu_mul, rms_norm, sigmoid, silu_mul, soft_cap, softmax_step};
 
 /// Lanes of every dot product.
 const LANES: usize = 16;
