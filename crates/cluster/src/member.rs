@@ -138,8 +138,9 @@ fn same<T: PartialEq>(what: &'static str, ours: &T, theirs: &T, text: impl Fn(&T
 }
 
 fn layout_text(layout: &KvLayout) -> String {
-    let KvLayout { block_size, layers, kv_heads, head_dim, dtype } = layout;
-    format!("{block_size} tokens × {layers} layers × {kv_heads} heads × {head_dim} {dtype:?}").to_lowercase()
+    let KvLayout { block_size, layers, kv_heads, k_dim, v_dim, dtype } = layout;
+    let dims = if k_dim == v_dim { k_dim.to_string() } else { format!("({k_dim} + {v_dim})") };
+    format!("{block_size} tokens × {layers} layers × {kv_heads} heads × {dims} {dtype:?}").to_lowercase()
 }
 
 #[cfg(test)]
@@ -162,7 +163,7 @@ pub(crate) mod tests {
             model: Some(ModelInfo {
                 name: "demo".into(),
                 fingerprint: ModelFingerprint([3; 16]),
-                layout: KvLayout { block_size: 16, layers: 2, kv_heads: 2, head_dim: 8, dtype: KvDtype::Bf16 },
+                layout: KvLayout { block_size: 16, layers: 2, kv_heads: 2, k_dim: 8, v_dim: 8, dtype: KvDtype::Bf16 },
                 max_model_len: 1024,
                 tokenizer: String::new(),
             }),

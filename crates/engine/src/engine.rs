@@ -186,12 +186,12 @@ impl Engine {
         let block_size = scheduler.block_size;
         let input = |item: &Work| {
             let sequence = scheduler.live(item.seq).expect("work is planned for live sequences");
-            let table = sequence.table().expect("live sequences have a table").ids();
+            let tables = sequence.table().expect("live sequences have a table").tables();
             SeqInput {
                 tokens: &sequence.tokens[item.tokens.clone()],
                 start: item.tokens.start,
-                table: &table[..item.tokens.end.div_ceil(block_size)],
-                logits: item.last,
+                tables,
+                rows: usize::from(item.last),
             }
         };
         let batch: Vec<SeqInput<'_>> = work.iter().map(input).collect();
@@ -202,7 +202,7 @@ impl Engine {
                     layer,
                     layers: self.layers,
                     first_block,
-                    blocks: &input(item).table[first_block..],
+                    blocks: &input(item).tables[0][first_block..item.tokens.end.div_ceil(block_size)],
                     tokens: item.tokens.clone(),
                 };
                 if !broken.contains(&item.seq) && catch_unwind(AssertUnwindSafe(|| sink.layer_done(done))).is_err() {

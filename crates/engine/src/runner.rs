@@ -1,7 +1,7 @@
 //! The seam between scheduling and computing: a [`Runner`] turns a batch into logits.
 
 use kvasir_model::{Backend, Error, Logits, SeqInput};
-use kvasir_types::TokenId;
+use kvasir_types::{BlockId, KvGroups, TokenId};
 
 /// What the engine must know of a model.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -12,6 +12,8 @@ pub struct RunnerSpec {
     pub max_len: usize,
     /// Tokens that end an answer.
     pub eos: Vec<TokenId>,
+    /// Which layers share a block: a sequence has one block table for each group.
+    pub groups: KvGroups,
 }
 
 /// Computes one step of many sequences. Implemented by [`ModelRunner`] and, for tests, [`crate::ScriptedRunner`].
@@ -20,9 +22,12 @@ pub trait Runner: Send {
     fn spec(&self) -> &RunnerSpec;
 
     /// Computes K and V of every input's tokens into the blocks of its table, calls `after_layer(l)` once they are
-    /// complete for layer `l`, and returns one row of logits per input that asked for one, in order. On an error or a
+    /// complete for layer `l`, and returns the rows of logits that were asked for, in order. On an error or a
     /// panic nothing that it wrote is used.
     fn run(&mut self, batch: &[SeqInput<'_>], after_layer: &mut dyn FnMut(usize)) -> Result<Logits, Error>;
+
+    /// Copies whole blocks, `(from, to)`, before the next run.
+    fn copy_blocks(&mut self, copies: &[(BlockId, BlockId)]) -> Result<(), Error>;
 }
 
 /// A model backend as a runner.
@@ -36,7 +41,8 @@ impl<B: Backend> ModelRunner<B> {
     /// Drives `backend`.
     pub fn new(backend: B) -> Self {
         let config = backend.spec();
-        let spec = RunnerSpec { vocab: config.vocab, max_len: config.max_len, eos: config.eos.clone() };
+        let (vocab, max_len, eos) = (config.vocab, config.max_len, config.eos.clone());
+        let spec = RunnerSpec { vocab, max_len, eos, groups: backend.groups().clone() };
         Self { backend, spec }
     }
 }
@@ -48,5 +54,9 @@ impl<B: Backend> Runner for ModelRunner<B> {
 
     fn run(&mut self, batch: &[SeqInput<'_>], after_layer: &mut dyn FnMut(usize)) -> Result<Logits, Error> {
         self.backend.forward(batch, after_layer)
+    }
+
+    fn copy_blocks(&mut self, copies: &[(BlockId, BlockId)]) -> Result<(), Error> {
+        self.backend.copy_blocks(copies)
     }
 }

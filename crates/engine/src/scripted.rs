@@ -89,18 +89,22 @@ impl Runner for ScriptedRunner {
         }
         let script = &self.script;
         for input in batch {
-            script.write(&mut memory, input.table, input.start, input.tokens);
+            script.write(&mut memory, &input.tables[0], input.start, input.tokens);
         }
-        let wanted = batch.iter().filter(|input| input.logits);
-        let rows = wanted.flat_map(|input| {
-            let read = script.read(&memory, input.table, input.start + input.tokens.len());
-            script.row(read)
+        let rows = batch.iter().flat_map(|input| {
+            let end = input.start + input.tokens.len();
+            (end - input.rows + 1..=end).flat_map(|end| script.row(script.read(&memory, &input.tables[0], end)))
         });
         let logits = Logits { vocab: self.spec.vocab, rows: rows.collect() };
         // Sinks may look at the memory.
         drop(memory);
         (0..self.layers).for_each(after_layer);
         Ok(logits)
+    }
+
+    fn copy_blocks(&mut self, copies: &[(BlockId, BlockId)]) -> Result<(), Error> {
+        copies.iter().for_each(|&(from, to)| self.script.copy_block(&self.script, from, to));
+        Ok(())
     }
 }
 

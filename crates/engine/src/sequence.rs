@@ -77,7 +77,8 @@ impl State {
 /// Sealed blocks come first: `sealed` and `filling` together are `ids`, in order.
 #[derive(Debug)]
 pub(crate) struct Table {
-    ids: Vec<BlockId>,
+    /// One table; a place for more, see [`kvasir_types::KvGroups`].
+    ids: [Vec<BlockId>; 1],
     sealed: Vec<Sealed>,
     filling: VecDeque<Filling>,
     /// KV of so many tokens, from the first one on, is there.
@@ -89,23 +90,28 @@ impl Table {
     pub fn new(sealed: Vec<Sealed>, fresh: Vec<Filling>, block_size: usize) -> Self {
         let ids = sealed.iter().map(Sealed::id).chain(fresh.iter().map(Filling::id)).collect();
         let computed = sealed.len() * block_size;
-        Self { ids, sealed, filling: fresh.into(), computed }
+        Self { ids: [ids], sealed, filling: fresh.into(), computed }
     }
 
     /// All blocks in order.
     pub fn ids(&self) -> &[BlockId] {
+        &self.ids[0]
+    }
+
+    /// All tables, as the model wants them.
+    pub fn tables(&self) -> &[Vec<BlockId>] {
         &self.ids
     }
 
     /// Blocks that may still be written.
     #[cfg(test)]
     pub fn open_ids(&self) -> &[BlockId] {
-        &self.ids[self.sealed.len()..]
+        &self.ids()[self.sealed.len()..]
     }
 
     /// One more block at the end.
     pub fn push(&mut self, block: Filling) {
-        self.ids.push(block.id());
+        self.ids[0].push(block.id());
         self.filling.push_back(block);
     }
 

@@ -59,7 +59,8 @@ fn main() -> Result<(), Box<dyn Error>> {
         let mut times = Vec::new();
         for _ in 0..repeats {
             let now = Instant::now();
-            backend.forward(&[SeqInput { tokens, start, table: &table, logits: true }], &mut |_| {})?;
+            backend
+                .forward(&[SeqInput { tokens, start, tables: std::slice::from_ref(&table), rows: 1 }], &mut |_| {})?;
             times.push(now.elapsed());
         }
         Ok(median(times))

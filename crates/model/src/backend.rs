@@ -6,13 +6,13 @@
 //! 1. computes K and V of its tokens, layer by layer, and writes them into the blocks its table names;
 //! 2. attends over all positions `0..start + tokens.len()`, reading K and V **back from the arena**, its own included,
 //!    so that what was computed here, landed from a peer or came out of a cache is the same to the bit;
-//! 3. if asked, returns the logits that follow its last token.
+//! 3. returns the logits that follow its last tokens, as many as are asked for.
 //!
 //! The law every backend keeps: the result for a token does not depend on what else is in the batch, on how the prompt
 //! was cut into chunks, or on the number of threads. Not "nearly": to the bit. A prompt computed on a prefill worker in
 //! one cut and resumed on a decode worker in another must continue with the same tokens.
 
-use kvasir_types::{BlockId, KvLayout, TokenId};
+use kvasir_types::{BlockId, GroupKind, KvGroups, KvLayout, TokenId};
 
 use crate::{Error, ModelConfig};
 
@@ -23,13 +23,16 @@ pub struct SeqInput<'a> {
     pub tokens: &'a [TokenId],
     /// Position of `tokens[0]` in the sequence.
     pub start: usize,
-    /// Blocks of the sequence, in order, from position 0 on; at least as many as `start + tokens.len()` tokens need.
-    pub table: &'a [BlockId],
-    /// Whether the logits after the last of `tokens` are wanted.
-    pub logits: bool,
+    /// One block table per group of the model's layers ([`KvGroups`]): blocks in order, from position 0 on, at least as many
+    /// as `start + tokens.len()` tokens need. In a sliding group, blocks that none of the tokens looks at may be
+    /// [`BlockId::GONE`].
+    pub tables: &'a [Vec<BlockId>],
+    /// For how many of the last `tokens` the logits after them are wanted: none; 1 to go on; all of a run of drafted
+    /// tokens to check them.
+    pub rows: usize,
 }
 
-/// One row of logits per input that asked for them, in the batch's order.
+/// The rows of logits that were asked for: input by input in the batch's order, and position by position.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Logits {
     /// Length of a row.
@@ -63,6 +66,15 @@ pub trait Backend: Send {
     /// The model: vocabulary, context length, end tokens, shapes.
     fn spec(&self) -> &ModelConfig;
 
+    /// Which layers share a block: how many tables a [`SeqInput`] has, and what they must hold.
+    fn groups(&self) -> &KvGroups;
+
+    /// Copies whole blocks, `(from, to)`, before the next `forward`: a sequence goes on from another one's unfinished block.
+    ///
+    /// # Errors
+    /// A block that the arena does not have; nothing was copied then.
+    fn copy_blocks(&mut self, copies: &[(BlockId, BlockId)]) -> Result<(), Error>;
+
     /// Computes one step: K and V of every input's tokens into the blocks of its table, and the logits asked for. Attention
     /// reads K and V back from the arena, those of this very step too.
     ///
@@ -79,6 +91,7 @@ pub trait Backend: Send {
 pub(crate) fn check_batch(
     config: &ModelConfig,
     layout: &KvLayout,
+    groups: &KvGroups,
     blocks: usize,
     batch: &[SeqInput<'_>],
 ) -> Result<(), Error> {
@@ -93,12 +106,28 @@ pub(crate) fn check_batch(
         if end > config.max_len {
             return Err(Error::TooLong { input, start: seq.start, end, max_len: config.max_len });
         }
-        let needed = layout.blocks_for(end);
-        let Some(used) = seq.table.get(..needed) else {
-            return Err(Error::TableTooShort { input, blocks: seq.table.len(), tokens: end, needed });
-        };
-        if let Some(&block) = used.iter().find(|block| block.0 as usize >= blocks) {
-            return Err(Error::BlockOutOfArena { input, block, blocks });
+        if seq.rows > seq.tokens.len() {
+            return Err(Error::TooManyRows { input, rows: seq.rows, tokens: seq.tokens.len() });
+        }
+        if seq.tables.len() != groups.len() {
+            return Err(Error::WrongTables { input, tables: seq.tables.len(), groups: groups.len() });
+        }
+        for (group, table) in groups.iter().zip(seq.tables) {
+            // The first block that a token of this step looks at, and the end of those.
+            let (first, needed) = match group.kind {
+                GroupKind::Full => (0, layout.blocks_for(end)),
+                GroupKind::Sliding { window } => {
+                    let seen_from = (seq.start + 1).saturating_sub(window as usize);
+                    (seen_from / layout.block_size as usize, layout.blocks_for(end))
+                }
+                GroupKind::Recurrent => (0, 1),
+            };
+            let Some(used) = table.get(first..needed) else {
+                return Err(Error::TableTooShort { input, blocks: table.len(), tokens: end, needed });
+            };
+            if let Some(&block) = used.iter().find(|block| block.0 as usize >= blocks) {
+                return Err(Error::BlockOutOfArena { input, block, blocks });
+            }
         }
     }
     Ok(())

@@ -11,7 +11,7 @@
 
 use std::path::Path;
 
-use kvasir_types::{KvDtype, KvLayout, TokenId};
+use kvasir_types::{GroupKind, KvDtype, KvGroups, KvLayout, TokenId};
 use serde::Serialize;
 
 use crate::{
@@ -77,15 +77,25 @@ impl ModelConfig {
         Ok(config)
     }
 
+    /// Which layers share a block, and how long their keys and values are looked at.
+    pub fn kv_groups(&self) -> KvGroups {
+        let kind = |layer: &LayerSpec| match layer.attention.window {
+            None => GroupKind::Full,
+            Some(window) => GroupKind::Sliding { window: u32::try_from(window).unwrap_or(u32::MAX) },
+        };
+        KvGroups::of_layers(&self.layers.iter().map(kind).collect::<Vec<_>>())
+    }
+
     /// The KV layout of this model, whole (no tensor parallelism).
     pub fn kv_layout(&self, block_size: u32, dtype: KvDtype) -> KvLayout {
         let dim = |n: usize| u32::try_from(n).unwrap_or(u32::MAX); // bounded far below when read
         let shape = self.kv_shape();
         KvLayout {
             block_size,
-            layers: dim(self.layers.len()),
+            layers: dim(self.kv_groups().layers_per_block()),
             kv_heads: dim(shape.heads),
-            head_dim: dim(shape.k_dim),
+            k_dim: dim(shape.k_dim),
+            v_dim: dim(shape.v_dim),
             dtype,
         }
     }

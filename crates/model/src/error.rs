@@ -6,7 +6,7 @@
 
 use std::path::PathBuf;
 
-use kvasir_types::{BlockId, KvLayout, Retry, TokenId};
+use kvasir_types::{BlockId, KvDtype, KvLayout, Retry, TokenId};
 
 /// Why a model cannot be loaded or a batch not be computed.
 #[derive(Debug, thiserror::Error)]
@@ -124,6 +124,32 @@ pub enum Error {
         layout: KvLayout,
         /// One that fits.
         expected: KvLayout,
+    },
+    /// Keys and values of a type that the backend does not compute with.
+    #[error("kv dtype {dtype:?} is not supported by this backend")]
+    KvDtype {
+        /// The type.
+        dtype: KvDtype,
+    },
+    /// More rows of logits are asked for than there are tokens.
+    #[error("input {input}: {rows} rows of logits wanted of {tokens} tokens")]
+    TooManyRows {
+        /// Which input of the batch.
+        input: usize,
+        /// Rows asked for.
+        rows: usize,
+        /// Tokens of the input.
+        tokens: usize,
+    },
+    /// Not one block table per group of layers.
+    #[error("input {input}: {tables} block tables for {groups} groups of layers")]
+    WrongTables {
+        /// Which input of the batch.
+        input: usize,
+        /// Its tables.
+        tables: usize,
+        /// The model's groups.
+        groups: usize,
     },
     /// The arena cannot hold a single block.
     #[error("an arena of {bytes} bytes holds no block of {block_bytes} bytes")]

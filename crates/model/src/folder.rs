@@ -2,7 +2,7 @@
 
 use std::{path::Path, sync::Arc};
 
-use kvasir_types::{KvDtype, KvLayout, ModelFingerprint};
+use kvasir_types::{KvDtype, KvGroups, KvLayout, ModelFingerprint};
 
 use crate::{Error, ModelConfig, fingerprint, weights::Weights};
 
@@ -45,6 +45,11 @@ impl Folder {
     /// The KV layout of the model with the given block size and element type.
     pub fn kv_layout(&self, block_size: u32, dtype: KvDtype) -> KvLayout {
         self.0.config.kv_layout(block_size, dtype)
+    }
+
+    /// Which layers of the model share a block.
+    pub fn kv_groups(&self) -> KvGroups {
+        self.0.config.kv_groups()
     }
 
     pub(crate) fn weights(&self) -> &Weights {

@@ -25,6 +25,8 @@ mod expected;
 mod header;
 mod mapped;
 
+#[cfg(test)]
+pub(crate) use expected::tensors as expected_tensors;
 pub(crate) use expected::{EMBEDDING, LM_HEAD};
 use header::Entry;
 use mapped::MappedFile;

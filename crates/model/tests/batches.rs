@@ -17,18 +17,21 @@ fn folder(name: &str) -> Folder {
 fn a_bad_input_is_refused_before_anything_is_written() {
     let folder = folder("qwen3-f32");
     let mut bench = Bench::new(&folder, 4, KvDtype::Bf16, 1);
-    let good = SeqInput { tokens: &[TokenId(5); 6], start: 0, table: &[BlockId(0), BlockId(1)], logits: true };
-    let outside = [BlockId(0), BlockId(BLOCKS)];
-    let wide = vec![BlockId(0); 300];
+    let good = SeqInput { tokens: &[TokenId(5); 6], start: 0, tables: &[vec![BlockId(0), BlockId(1)]], rows: 1 };
+    let outside = [vec![BlockId(0), BlockId(BLOCKS)]];
+    let empty = [vec![]];
+    let wide = [vec![BlockId(0); 300]];
     type Expected = fn(&Error) -> bool;
     let cases: Vec<(SeqInput<'_>, Expected)> = vec![
         (SeqInput { tokens: &[], ..good }, |e| matches!(e, Error::NoTokens { input: 1 })),
         (SeqInput { tokens: &[TokenId(1532)], ..good }, |e| matches!(e, Error::TokenOutOfVocabulary { input: 1, .. })),
         (SeqInput { tokens: &[TokenId(u32::MAX)], ..good }, |e| matches!(e, Error::TokenOutOfVocabulary { .. })),
         (SeqInput { start: 3, ..good }, |e| matches!(e, Error::TableTooShort { needed: 3, blocks: 2, .. })),
-        (SeqInput { table: &[], ..good }, |e| matches!(e, Error::TableTooShort { .. })),
-        (SeqInput { table: &outside, ..good }, |e| matches!(e, Error::BlockOutOfArena { blocks: 256, .. })),
-        (SeqInput { start: 1019, table: &wide, ..good }, |e| matches!(e, Error::TooLong { max_len: 1024, .. })),
+        (SeqInput { tables: &empty, ..good }, |e| matches!(e, Error::TableTooShort { .. })),
+        (SeqInput { tables: &[], ..good }, |e| matches!(e, Error::WrongTables { input: 1, tables: 0, groups: 1 })),
+        (SeqInput { rows: 7, ..good }, |e| matches!(e, Error::TooManyRows { rows: 7, tokens: 6, .. })),
+        (SeqInput { tables: &outside, ..good }, |e| matches!(e, Error::BlockOutOfArena { blocks: 256, .. })),
+        (SeqInput { start: 1019, tables: &wide, ..good }, |e| matches!(e, Error::TooLong { max_len: 1024, .. })),
         (SeqInput { start: usize::MAX, ..good }, |e| matches!(e, Error::TooLong { .. })),
     ];
     for (bad, expected) in cases {
@@ -58,7 +61,7 @@ fn a_layout_or_an_arena_that_does_not_fit_is_refused() {
     for bad in [
         KvLayout { layers: 3, ..layout },
         KvLayout { kv_heads: 2, ..layout },
-        KvLayout { head_dim: 32, ..layout },
+        KvLayout { k_dim: 32, v_dim: 32, ..layout },
         KvLayout { block_size: 0, ..layout },
         KvLayout { block_size: u32::MAX, ..layout },
     ] {
@@ -85,13 +88,46 @@ fn a_step_writes_its_own_tokens_and_nothing_else() {
     bench.step(&tokens(&[3, 4, 5]), 0, &[BlockId(7)]);
     let before = bench.memory.bytes().to_vec();
     bench.step(&tokens(&[9]), 3, &[BlockId(7)]);
-    let row = bench.layout.head_dim as usize * 4;
+    let row = bench.layout.k_dim as usize * 4;
     let block = bench.layout.block_offset(BlockId(7));
     for (at, (old, new)) in before.iter().zip(bench.memory.bytes()).enumerate() {
         let inside = at >= block && at < block + bench.layout.block_bytes();
-        let slot = (at - block.min(at)) % bench.layout.head_bytes() / row;
+        let slot = (at - block.min(at)) % bench.layout.key_bytes() / row;
         assert!(old == new || (inside && slot == 3), "byte {at}");
     }
+}
+
+/// Rows for several tokens of one input are what each of them would have got as the last one.
+#[test]
+fn many_rows_are_the_rows_of_shorter_runs() {
+    let folder = folder("llama3-untied");
+    let mut bench = Bench::new(&folder, 4, KvDtype::F16, 2);
+    let prompt = tokens(&(0..21).map(|i| i * 37 % 1532).collect::<Vec<_>>());
+    let tables = [bench.table(prompt.len())];
+    let whole = SeqInput { tokens: &prompt, start: 0, tables: &tables, rows: 5 };
+    let logits = bench.backend.forward(&[whole], &mut |_| {}).unwrap();
+    assert_eq!(logits.len(), 5);
+    for (row, end) in logits.iter().zip(prompt.len() - 4..) {
+        let tables = [bench.table(end)];
+        let alone = SeqInput { tokens: &prompt[..end], start: 0, tables: &tables, rows: 1 };
+        let expected = bench.backend.forward(&[alone], &mut |_| {}).unwrap();
+        assert_same_bits(row, &expected.rows, &format!("after {end} tokens"));
+    }
+}
+
+#[test]
+fn a_sequence_goes_on_from_copied_blocks_as_from_its_own() {
+    let folder = folder("qwen2-tied");
+    let mut bench = Bench::new(&folder, 4, KvDtype::Bf16, 1);
+    let prompt = tokens(&(0..11).map(|i| i * 53 % 1532).collect::<Vec<_>>());
+    let (own, copy) = (bench.table(12), bench.table(12));
+    bench.prefill(&prompt, &own, prompt.len());
+    let copies: Vec<_> = own.iter().copied().zip(copy.iter().copied()).collect();
+    bench.backend.copy_blocks(&copies).unwrap();
+    let [a, b] = [own, copy].map(|table| bench.step(&tokens(&[7]), 11, &table));
+    assert_same_bits(&a.rows, &b.rows, "after the copy");
+    let outside = bench.backend.copy_blocks(&[(BlockId(0), BlockId(BLOCKS))]);
+    assert!(matches!(outside, Err(Error::BlockOutOfArena { .. })));
 }
 
 proptest! {
@@ -118,8 +154,8 @@ proptest! {
         let (mut start, mut last) = (0, Vec::new());
         for length in cuts.into_iter().cycle() {
             let end = (start + length).min(prompt.len());
-            let company = SeqInput { tokens: &prompt[..length.min(prompt.len())], start: 0, table: &neighbour, logits: false };
-            let own = SeqInput { tokens: &prompt[start..end], start, table: &table, logits: end == prompt.len() };
+            let company = SeqInput { tokens: &prompt[..length.min(prompt.len())], start: 0, tables: std::slice::from_ref(&neighbour), rows: 0 };
+            let own = SeqInput { tokens: &prompt[start..end], start, tables: std::slice::from_ref(&table), rows: usize::from(end == prompt.len()) };
             last = cut.backend.forward(&[company, own], &mut |_| {}).unwrap().rows;
             start = end;
             if start == prompt.len() {

@@ -124,12 +124,14 @@ impl From<KvLayout> for v1::KvLayout {
             KvDtype::Bf16 => v1::kv_layout::Dtype::Bf16,
             KvDtype::F16 => v1::kv_layout::Dtype::F16,
             KvDtype::F32 => v1::kv_layout::Dtype::F32,
+            KvDtype::Fp8 => v1::kv_layout::Dtype::Fp8,
         };
         Self {
             block_size: layout.block_size,
             layers: layout.layers,
             kv_heads: layout.kv_heads,
-            head_dim: layout.head_dim,
+            head_dim: layout.k_dim,
+            v_dim: (layout.v_dim != layout.k_dim).then_some(layout.v_dim),
             dtype: dtype.into(),
         }
     }
@@ -142,12 +144,13 @@ impl TryFrom<&v1::KvLayout> for KvLayout {
             v1::kv_layout::Dtype::Bf16 => KvDtype::Bf16,
             v1::kv_layout::Dtype::F16 => KvDtype::F16,
             v1::kv_layout::Dtype::F32 => KvDtype::F32,
+            v1::kv_layout::Dtype::Fp8 => KvDtype::Fp8,
             v1::kv_layout::Dtype::Unspecified => {
-                return Err(out_of_range("layout.dtype", wire.dtype, "bf16, f16 or f32"));
+                return Err(out_of_range("layout.dtype", wire.dtype, "bf16, f16, f32 or fp8"));
             }
         };
-        let &v1::KvLayout { block_size, layers, kv_heads, head_dim, .. } = wire;
-        Ok(Self { block_size, layers, kv_heads, head_dim, dtype }.check()?)
+        let &v1::KvLayout { block_size, layers, kv_heads, head_dim: k_dim, v_dim, .. } = wire;
+        Ok(Self { block_size, layers, kv_heads, k_dim, v_dim: v_dim.unwrap_or(k_dim), dtype }.check()?)
     }
 }
 

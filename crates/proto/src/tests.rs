@@ -9,9 +9,10 @@ use proptest::prelude::*;
 use crate::{Error, check_protocol, convert, v1};
 
 fn layouts() -> impl Strategy<Value = KvLayout> {
-    let dtype = prop_oneof![Just(KvDtype::Bf16), Just(KvDtype::F16), Just(KvDtype::F32)];
-    (1u32..64, 1u32..100, 1u32..64, 1u32..256, dtype).prop_map(|(block_size, layers, kv_heads, head_dim, dtype)| {
-        KvLayout { block_size, layers, kv_heads, head_dim, dtype }
+    let dtype = prop_oneof![Just(KvDtype::Bf16), Just(KvDtype::F16), Just(KvDtype::F32), Just(KvDtype::Fp8)];
+    let dims = (1u32..256, 0u32..256);
+    (1u32..64, 1u32..100, 1u32..64, dims, dtype).prop_map(|(block_size, layers, kv_heads, (k_dim, v_dim), dtype)| {
+        KvLayout { block_size, layers, kv_heads, k_dim, v_dim, dtype }
     })
 }
 

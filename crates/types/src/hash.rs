@@ -29,14 +29,21 @@ impl BlockHash {
     pub fn root(fingerprint: ModelFingerprint, layout: &KvLayout, salt: &str) -> Self {
         let mut hasher = blake3::Hasher::new_derive_key(ROOT_CONTEXT);
         hasher.update(&fingerprint.0);
-        let &KvLayout { block_size, layers, kv_heads, head_dim, dtype } = layout;
+        let &KvLayout { block_size, layers, kv_heads, k_dim, v_dim, dtype } = layout;
         let dtype = match dtype {
             KvDtype::Bf16 => 1,
             KvDtype::F16 => 2,
             KvDtype::F32 => 3,
+            KvDtype::Fp8 => 4,
         };
-        for number in [block_size, layers, kv_heads, head_dim, dtype] {
+        for number in [block_size, layers, kv_heads, k_dim, dtype] {
             hasher.update(&number.to_le_bytes());
+        }
+        // Only where it says something new, so that the blocks of ordinary models keep the names they always had. The
+        // marker cannot be mistaken for the length of a salt.
+        if v_dim != k_dim {
+            hasher.update(&[0xff; 4]);
+            hasher.update(&v_dim.to_le_bytes());
         }
         hasher.update(&(salt.len() as u64).to_le_bytes());
         hasher.update(salt.as_bytes());
@@ -132,7 +139,8 @@ mod tests {
     }
 
     const MODEL: ModelFingerprint = ModelFingerprint([7; 16]);
-    const LAYOUT: KvLayout = KvLayout { block_size: 4, layers: 1, kv_heads: 1, head_dim: 8, dtype: KvDtype::Bf16 };
+    const LAYOUT: KvLayout =
+        KvLayout { block_size: 4, layers: 1, kv_heads: 1, k_dim: 8, v_dim: 8, dtype: KvDtype::Bf16 };
 
     proptest! {
         #[test]
@@ -159,6 +167,7 @@ mod tests {
             BlockHash::root(ModelFingerprint([8; 16]), &LAYOUT, ""),
             BlockHash::root(MODEL, &KvLayout { dtype: KvDtype::F16, ..LAYOUT }, ""),
             BlockHash::root(MODEL, &KvLayout { block_size: 8, ..LAYOUT }, ""),
+            BlockHash::root(MODEL, &KvLayout { v_dim: 0, ..LAYOUT }, ""),
         ];
         for (i, a) in roots.iter().enumerate() {
             assert!(roots[i + 1..].iter().all(|b| a != b));

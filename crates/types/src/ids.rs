@@ -13,6 +13,12 @@ pub struct TokenId(pub u32);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct BlockId(pub u32);
 
+impl BlockId {
+    /// Stands in a block table for a block that was given back because no later token looks at it (before a sliding
+    /// window). No arena has a block of this number.
+    pub const GONE: Self = Self(u32::MAX);
+}
+
 impl fmt::Display for BlockId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "b{}", self.0)

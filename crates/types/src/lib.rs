@@ -8,6 +8,7 @@
 
 mod deadline;
 mod fingerprint;
+mod groups;
 mod hash;
 mod ids;
 mod layout;
@@ -18,6 +19,7 @@ mod segment;
 
 pub use deadline::Deadline;
 pub use fingerprint::ModelFingerprint;
+pub use groups::{GroupKind, KvGroup, KvGroups};
 pub use hash::{BlockHash, chain};
 pub use ids::{BadId, BlockId, Incarnation, MemberId, RequestId, Role, TokenId};
 pub use layout::{BadLayout, KvDtype, KvLayout};

@@ -78,7 +78,7 @@ pub(crate) fn member(id: &str, incarnation: u64) -> Member {
         model: Some(ModelInfo {
             name: "demo".into(),
             fingerprint: ModelFingerprint([1; 16]),
-            layout: KvLayout { block_size: 16, layers: 2, kv_heads: 1, head_dim: 8, dtype: KvDtype::Bf16 },
+            layout: KvLayout { block_size: 16, layers: 2, kv_heads: 1, k_dim: 8, v_dim: 8, dtype: KvDtype::Bf16 },
             max_model_len: 512,
             tokenizer: String::new(),
         }),

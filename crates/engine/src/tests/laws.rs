@@ -527,12 +527,16 @@ impl Runner for Rows {
     fn run(&mut self, _: &[SeqInput<'_>], _: &mut dyn FnMut(usize)) -> Result<Logits, kvasir_model::Error> {
         Ok(Logits { vocab: self.0.vocab, rows: self.1.lock().unwrap().clone() })
     }
+
+    fn copy_blocks(&mut self, _: &[(kvasir_types::BlockId, kvasir_types::BlockId)]) -> Result<(), kvasir_model::Error> {
+        unreachable!("nothing is forked here")
+    }
 }
 
 #[test]
 fn logits_that_make_no_sense_fail_the_sequence() {
     for rows in [vec![0.0, f32::NAN], vec![f32::NEG_INFINITY; 2], vec![0.0, f32::INFINITY], vec![], vec![0.0; 4]] {
-        let spec = RunnerSpec { vocab: 2, max_len: 16, eos: vec![] };
+        let spec = RunnerSpec { vocab: 2, max_len: 16, eos: vec![], groups: kvasir_types::KvGroups::full(1) };
         let length = rows.len();
         let runner = Rows(spec, Arc::new(Mutex::new(rows)));
         let mut engine = Engine::new(config(), layout(), 8, Box::new(runner));

@@ -20,11 +20,14 @@ pub const MAX_LEN: usize = 48;
 pub const EOS: TokenId = TokenId(0);
 
 pub fn layout() -> KvLayout {
-    KvLayout { block_size: BLOCK as u32, layers: LAYERS as u32, kv_heads: 1, head_dim: 2, dtype: KvDtype::Bf16 }
+    KvLayout { block_size: BLOCK as u32, layers: LAYERS as u32, kv_heads: 1, k_dim: 2, v_dim: 2, dtype: KvDtype::Bf16 }
 }
 
 pub fn runner() -> ScriptedRunner {
-    ScriptedRunner::new(RunnerSpec { vocab: 61, max_len: MAX_LEN, eos: vec![EOS] }, &layout())
+    ScriptedRunner::new(
+        RunnerSpec { vocab: 61, max_len: MAX_LEN, eos: vec![EOS], groups: kvasir_types::KvGroups::full(LAYERS) },
+        &layout(),
+    )
 }
 
 pub fn config() -> Config {

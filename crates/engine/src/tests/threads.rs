@@ -142,6 +142,10 @@ impl Runner for Stuck {
         let _ = self.1.recv();
         self.0.run(batch, layer)
     }
+
+    fn copy_blocks(&mut self, _: &[(kvasir_types::BlockId, kvasir_types::BlockId)]) -> Result<(), kvasir_model::Error> {
+        unreachable!("nothing is forked here")
+    }
 }
 
 #[test]

@@ -24,6 +24,7 @@ use super::{
     kernels::{self, Output, Rows},
     kv::{Half, KvArena},
 };
+use crate::graph::{AttentionKind, AttentionSpec};
 
 /// Positions of one softmax step: scores of a unit stay in the first-level cache.
 const TILE: usize = 128;
@@ -63,6 +64,15 @@ pub(super) struct Heads {
 }
 
 impl Heads {
+    pub(super) fn of(spec: &AttentionSpec) -> Self {
+        let AttentionSpec { heads, scale, soft_cap, window, .. } = *spec;
+        let (kv_heads, k_dim, values, v_dim) = match &spec.kind {
+            AttentionKind::Grouped(grouped) => (grouped.kv_heads, grouped.head_dim, Half::Values, grouped.head_dim),
+            AttentionKind::Latent(latent) => (1, latent.rank + latent.rope, Half::Keys, latent.rank),
+        };
+        Self { heads, kv_heads, k_dim, values, v_dim, scale, soft_cap, window }
+    }
+
     /// Query heads that share a KV head.
     fn group(self) -> usize {
         self.heads / self.kv_heads

@@ -15,6 +15,7 @@ use crate::{Error, weights::Dtype};
 pub(super) struct KvArena {
     memory: Arc<dyn HostMemory>,
     layout: KvLayout,
+    dtype: Dtype,
     blocks: usize,
 }
 
@@ -33,7 +34,43 @@ impl KvArena {
         if blocks == 0 {
             return Err(Error::ArenaTooSmall { bytes: memory.len(), block_bytes: layout.block_bytes() });
         }
-        Ok(Self { memory, layout, blocks })
+        let dtype = match layout.dtype {
+            KvDtype::Bf16 => Dtype::Bf16,
+            KvDtype::F16 => Dtype::F16,
+            KvDtype::F32 => Dtype::F32,
+            dtype @ KvDtype::Fp8 => return Err(Error::KvDtype { dtype }),
+        };
+        Ok(Self { memory, layout, dtype, blocks })
+    }
+
+    /// Copies whole blocks, in order.
+    ///
+    /// # Errors
+    /// A block outside the arena; nothing was copied then.
+    pub(super) fn copy(&mut self, copies: &[(BlockId, BlockId)]) -> Result<(), Error> {
+        let outside = copies.iter().flat_map(|&(from, to)| [from, to]).find(|block| block.0 as usize >= self.blocks);
+        if let Some(block) = outside {
+            return Err(Error::BlockOutOfArena { input: 0, block, blocks: self.blocks });
+        }
+        for &(from, to) in copies {
+            // SAFETY: both blocks are inside the arena (checked above). `from` is complete as far as its sequence goes, and
+            // `to` belongs to one who computes: nobody else touches either meanwhile (the arena's contract). `copy` allows
+            // for overlap, should they be one block.
+            unsafe {
+                let (from, to) = (self.layout.block_offset(from), self.layout.block_offset(to));
+                let base = self.memory.base();
+                std::ptr::copy(base.add(from).cast_const(), base.add(to), self.layout.block_bytes());
+            }
+        }
+        Ok(())
+    }
+
+    /// Elements of one head's row.
+    fn dim(&self, half: Half) -> usize {
+        match half {
+            Half::Keys => self.layout.k_dim as usize,
+            Half::Values => self.layout.v_dim as usize,
+        }
     }
 
     pub(super) fn layout(&self) -> &KvLayout {
@@ -48,7 +85,7 @@ impl KvArena {
     /// Writes one half of one token: `values` are all KV heads', one after the other. In f16 a value beyond the range is kept
     /// as the largest there is: an infinite key would make its whole row of attention NaN.
     pub(super) fn write(&mut self, block: BlockId, layer: usize, half: Half, slot: usize, values: &[f32]) {
-        let dim = self.layout.head_dim as usize;
+        let dim = self.dim(half);
         assert_eq!(values.len(), dim * self.layout.kv_heads as usize, "one row of all heads");
         for (head, values) in values.chunks_exact(dim).enumerate() {
             let offset = self.offset(block, layer, half, head, slot, 1);
@@ -56,10 +93,10 @@ impl KvArena {
             // gives a block that is being computed to the one who computes it: nobody reads or writes it meanwhile.
             unsafe {
                 let to = self.memory.base().add(offset);
-                match self.layout.dtype {
-                    KvDtype::Bf16 => store(to, values, |v| half::bf16::from_f32(v).to_bits().to_le()),
-                    KvDtype::F16 => store(to, values, |v| saturating_f16(v).to_bits().to_le()),
-                    KvDtype::F32 => store(to, values, |v| v.to_bits().to_le()),
+                match self.dtype {
+                    Dtype::Bf16 => store(to, values, |v| half::bf16::from_f32(v).to_bits().to_le()),
+                    Dtype::F16 => store(to, values, |v| saturating_f16(v).to_bits().to_le()),
+                    Dtype::F32 => store(to, values, |v| v.to_bits().to_le()),
                 }
             }
         }
@@ -74,12 +111,8 @@ impl KvArena {
         head: usize,
         slots: Range<usize>,
     ) -> Matrix<'_> {
-        let dim = self.layout.head_dim as usize;
-        let dtype = match self.layout.dtype {
-            KvDtype::Bf16 => Dtype::Bf16,
-            KvDtype::F16 => Dtype::F16,
-            KvDtype::F32 => Dtype::F32,
-        };
+        let dim = self.dim(half);
+        let dtype = self.dtype;
         let len = slots.len() * dim * dtype.bytes();
         let offset = self.offset(block, layer, half, head, slots.start, slots.len());
         // SAFETY: inside the arena by `offset`; initialised (the arena was zeroed); these tokens are complete, so nobody
@@ -96,8 +129,11 @@ impl KvArena {
         let l = &self.layout;
         assert!((block.0 as usize) < self.blocks && layer < l.layers as usize, "{block} layer {layer} is in the arena");
         assert!(head < l.kv_heads as usize && slot + count <= l.block_size as usize, "head {head} slot {slot}");
-        let heads = head + if matches!(half, Half::Values) { l.kv_heads as usize } else { 0 };
-        l.layer_offset(block, layer) + heads * l.head_bytes() + slot * l.head_dim as usize * l.dtype.bytes()
+        let of_head = match half {
+            Half::Keys => head * l.key_bytes(),
+            Half::Values => l.kv_heads as usize * l.key_bytes() + head * l.value_bytes(),
+        };
+        l.layer_offset(block, layer) + of_head + slot * self.dim(half) * l.dtype.bytes()
     }
 }
 

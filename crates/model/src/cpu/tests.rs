@@ -35,9 +35,10 @@ fn every_instruction_set_returns_the_same_logits() {
             .map(|isa| {
                 let lines = (0..layout.block_bytes() * 3 / 64).map(|_| Default::default()).collect();
                 let mut backend = CpuBackend::with_isa(&folder, layout, Arc::new(Arena(lines)), 1, isa).unwrap();
-                let prompt = SeqInput { tokens: &tokens[..40], start: 0, table: &table, logits: true };
+                let prompt =
+                    SeqInput { tokens: &tokens[..40], start: 0, tables: std::slice::from_ref(&table), rows: 1 };
                 let first = backend.forward(&[prompt], &mut |_| {}).unwrap();
-                let next = SeqInput { tokens: &tokens[40..], start: 40, table: &table, logits: true };
+                let next = SeqInput { tokens: &tokens[40..], start: 40, tables: std::slice::from_ref(&table), rows: 1 };
                 let second = backend.forward(&[next], &mut |_| {}).unwrap();
                 Logits { vocab: first.vocab, rows: [first.rows, second.rows].concat() }
             })

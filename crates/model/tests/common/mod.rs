@@ -96,7 +96,7 @@ impl Bench {
     }
 
     pub fn step(&mut self, tokens: &[TokenId], start: usize, table: &[BlockId]) -> Logits {
-        let input = SeqInput { tokens, start, table, logits: true };
+        let input = SeqInput { tokens, start, tables: &[table.to_vec()], rows: 1 };
         self.backend.forward(&[input], &mut |_| {}).unwrap()
     }
 

@@ -57,7 +57,8 @@ mod tests {
 
     use super::*;
 
-    const LAYOUT: KvLayout = KvLayout { block_size: 4, layers: 1, kv_heads: 1, head_dim: 1, dtype: KvDtype::F32 };
+    const LAYOUT: KvLayout =
+        KvLayout { block_size: 4, layers: 1, kv_heads: 1, k_dim: 1, v_dim: 1, dtype: KvDtype::F32 };
 
     fn blocks(ids: &[u32]) -> Vec<BlockId> {
         ids.iter().copied().map(BlockId).collect()

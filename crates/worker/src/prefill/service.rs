@@ -114,7 +114,8 @@ mod tests {
 
     use super::*;
 
-    const LAYOUT: KvLayout = KvLayout { block_size: 4, layers: 2, kv_heads: 1, head_dim: 4, dtype: KvDtype::Bf16 };
+    const LAYOUT: KvLayout =
+        KvLayout { block_size: 4, layers: 2, kv_heads: 1, k_dim: 4, v_dim: 4, dtype: KvDtype::Bf16 };
 
     fn request(blocks: &[(u64, bool)], len: u64) -> v1::PrefillRequest {
         v1::PrefillRequest {

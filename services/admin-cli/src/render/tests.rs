@@ -22,7 +22,7 @@ fn member(role: Role, id: &str) -> Member {
         model: worker.then(|| ModelInfo {
             name: "demo".to_owned(),
             fingerprint: ModelFingerprint([0x5a; 16]),
-            layout: KvLayout { block_size: 16, layers: 4, kv_heads: 2, head_dim: 32, dtype: KvDtype::Bf16 },
+            layout: KvLayout { block_size: 16, layers: 4, kv_heads: 2, k_dim: 32, v_dim: 32, dtype: KvDtype::Bf16 },
             max_model_len: 2048,
             tokenizer: String::new(),
         }),

@@ -234,7 +234,7 @@ impl Cluster {
             model: Some(ModelInfo {
                 name: "demo".into(),
                 fingerprint: ModelFingerprint([7; 16]),
-                layout: KvLayout { block_size: 16, layers: 5, kv_heads: 2, head_dim: 32, dtype: KvDtype::Bf16 },
+                layout: KvLayout { block_size: 16, layers: 5, kv_heads: 2, k_dim: 32, v_dim: 32, dtype: KvDtype::Bf16 },
                 max_model_len: CONTEXT,
                 tokenizer: demo().tokenizer_id().into(),
             }),
