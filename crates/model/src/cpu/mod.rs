@@ -18,6 +18,7 @@ use crate::{
     weights::{EMBEDDING, LM_HEAD, Tensor},
 };
 
+mod arena;
 mod attention;
 mod exec;
 mod grouped;
@@ -25,9 +26,11 @@ mod kernels;
 mod kv;
 mod latent;
 mod layer;
+pub mod limits;
 mod linear;
 mod mlp;
 
+pub use arena::HostArena;
 use attention::{Span, attend};
 use exec::Exec;
 use kernels::Isa;

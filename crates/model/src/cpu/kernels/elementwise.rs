@@ -23,7 +23,7 @@ macro_rules! per_isa {
             match isa.0 {
                 #[cfg(target_arch = "x86_64")]
                 // SAFETY: an `Isa` proves its instructions.
-                Variant::Avx512 => unsafe { avx512($($arg),+) },
+                Variant::Avx512Bf16 | Variant::Avx512 => unsafe { avx512($($arg),+) },
                 #[cfg(target_arch = "x86_64")]
                 // SAFETY: as above.
                 Variant::Avx2 => unsafe { avx2($($arg),+) },

@@ -22,6 +22,7 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod elementwise;
+pub(crate) mod peaks;
 mod portable;
 #[cfg(test)]
 mod tests;
@@ -43,6 +44,9 @@ pub(crate) struct Isa(Variant);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Variant {
+    /// AVX-512 with `vdpbf16ps`.
+    #[cfg(target_arch = "x86_64")]
+    Avx512Bf16,
     #[cfg(target_arch = "x86_64")]
     Avx512,
     #[cfg(target_arch = "x86_64")]
@@ -64,6 +68,9 @@ impl Isa {
             use std::arch::is_x86_feature_detected as has;
             let avx2 = has!("avx2") && has!("fma") && has!("f16c");
             if avx2 && has!("avx512f") && has!("avx512bw") && has!("avx512vl") && has!("avx512dq") {
+                if has!("avx512bf16") {
+                    all.push(Self(Variant::Avx512Bf16));
+                }
                 all.push(Self(Variant::Avx512));
             }
             if avx2 {
@@ -74,9 +81,19 @@ impl Isa {
         all
     }
 
+    /// Whether it multiplies bf16 in one instruction.
+    pub(crate) fn has_bf16(self) -> bool {
+        #[cfg(target_arch = "x86_64")]
+        return self.0 == Variant::Avx512Bf16;
+        #[cfg(not(target_arch = "x86_64"))]
+        false
+    }
+
     /// Its name, for logs.
     pub(crate) fn as_str(self) -> &'static str {
         match self.0 {
+            #[cfg(target_arch = "x86_64")]
+            Variant::Avx512Bf16 => "avx512-bf16",
             #[cfg(target_arch = "x86_64")]
             Variant::Avx512 => "avx512",
             #[cfg(target_arch = "x86_64")]
@@ -221,11 +238,11 @@ pub(crate) unsafe fn matmul(isa: Isa, x: Rows<'_>, w: Matrix<'_>, out: &Output<'
     assert!(x.data.len() >= (x.count - 1) * x.stride + w.cols, "all rows of x are there");
     let kernel = match (isa.0, w.dtype) {
         #[cfg(target_arch = "x86_64")]
-        (Variant::Avx512, Dtype::Bf16) => avx512::matmul::<BF16>,
+        (Variant::Avx512Bf16 | Variant::Avx512, Dtype::Bf16) => avx512::matmul::<BF16>,
         #[cfg(target_arch = "x86_64")]
-        (Variant::Avx512, Dtype::F16) => avx512::matmul::<F16>,
+        (Variant::Avx512Bf16 | Variant::Avx512, Dtype::F16) => avx512::matmul::<F16>,
         #[cfg(target_arch = "x86_64")]
-        (Variant::Avx512, Dtype::F32) => avx512::matmul::<F32>,
+        (Variant::Avx512Bf16 | Variant::Avx512, Dtype::F32) => avx512::matmul::<F32>,
         #[cfg(target_arch = "x86_64")]
         (Variant::Avx2, Dtype::Bf16) => avx2::matmul::<BF16>,
         #[cfg(target_arch = "x86_64")]
@@ -252,11 +269,11 @@ pub(crate) fn accumulate(isa: Isa, p: Rows<'_>, v: Matrix<'_>, acc: &mut [f32]) 
     assert!(acc.len() >= p.count * v.cols, "all rows of acc are there");
     let kernel = match (isa.0, v.dtype) {
         #[cfg(target_arch = "x86_64")]
-        (Variant::Avx512, Dtype::Bf16) => avx512::accumulate::<BF16>,
+        (Variant::Avx512Bf16 | Variant::Avx512, Dtype::Bf16) => avx512::accumulate::<BF16>,
         #[cfg(target_arch = "x86_64")]
-        (Variant::Avx512, Dtype::F16) => avx512::accumulate::<F16>,
+        (Variant::Avx512Bf16 | Variant::Avx512, Dtype::F16) => avx512::accumulate::<F16>,
         #[cfg(target_arch = "x86_64")]
-        (Variant::Avx512, Dtype::F32) => avx512::accumulate::<F32>,
+        (Variant::Avx512Bf16 | Variant::Avx512, Dtype::F32) => avx512::accumulate::<F32>,
         #[cfg(target_arch = "x86_64")]
         (Variant::Avx2, Dtype::Bf16) => avx2::accumulate::<BF16>,
         #[cfg(target_arch = "x86_64")]
