@@ -1,35 +1,18 @@
 //! Times prefill and decode of a model folder on the CPU backend.
 //!
 //! `cargo run --release -p kvasir-model --example speed -- MODEL_DIR [THREADS [PROMPT_TOKENS]]`
-#![expect(unsafe_code, reason = "brings its own arena")]
 
 use std::{
-    alloc::{Layout, alloc_zeroed},
     error::Error,
     path::Path,
-    sync::Arc,
     time::{Duration, Instant},
 };
 
-use kvasir_model::{Backend, Folder, SeqInput, cpu::CpuBackend};
-use kvasir_types::{BlockId, HostMemory, KvDtype, TokenId};
-
-/// Memory that lives as long as the process.
-struct Arena(*mut u8, usize);
-
-// SAFETY: plain memory; only the backend of this program touches it.
-unsafe impl Send for Arena {}
-// SAFETY: as for `Send`.
-unsafe impl Sync for Arena {}
-
-impl HostMemory for Arena {
-    fn base(&self) -> *mut u8 {
-        self.0
-    }
-    fn len(&self) -> usize {
-        self.1
-    }
-}
+use kvasir_model::{
+    Backend, Folder, SeqInput,
+    cpu::{CpuBackend, HostArena},
+};
+use kvasir_types::{BlockId, KvDtype, TokenId};
 
 fn median(mut times: Vec<Duration>) -> Duration {
     times.sort_unstable();
@@ -48,10 +31,8 @@ fn main() -> Result<(), Box<dyn Error>> {
 
     let layout = folder.kv_layout(16, KvDtype::F16);
     let blocks = layout.blocks_for(prompt_len + 64) as u32;
-    let bytes = blocks as usize * layout.block_bytes();
-    // SAFETY: the size is not zero.
-    let base = unsafe { alloc_zeroed(Layout::from_size_align(bytes, 64)?) };
-    let mut backend = CpuBackend::new(&folder, layout, Arc::new(Arena(base, bytes)), threads)?;
+    let arena = HostArena::new(blocks as usize * layout.block_bytes())?;
+    let mut backend = CpuBackend::new(&folder, layout, arena, threads)?;
     let table: Vec<_> = (0..blocks).map(BlockId).collect();
     let prompt: Vec<_> = (0..prompt_len).map(|i| TokenId((i * 7919 % folder.config().vocab) as u32)).collect();
 

@@ -20,6 +20,15 @@ pub enum Error {
         #[source]
         source: std::io::Error,
     },
+    /// A file could not be written.
+    #[error("{}: cannot be written", path.display())]
+    Write {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        source: std::io::Error,
+    },
     /// A JSON file is larger than any sane one.
     #[error("{}: {bytes} bytes, more than the {limit} expected at most of such a file", path.display())]
     TooLarge {

@@ -18,6 +18,7 @@ mod fingerprint;
 mod folder;
 pub mod graph;
 mod rope;
+pub mod shapes;
 mod weights;
 
 pub use backend::{Backend, Logits, SeqInput};

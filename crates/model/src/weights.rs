@@ -21,12 +21,10 @@ use serde::Deserialize;
 
 use crate::{Error, ModelConfig, config::read_json};
 
-mod expected;
+pub(crate) mod expected;
 mod header;
 mod mapped;
 
-#[cfg(test)]
-pub(crate) use expected::tensors as expected_tensors;
 pub(crate) use expected::{EMBEDDING, LM_HEAD};
 use header::Entry;
 use mapped::MappedFile;

@@ -167,7 +167,7 @@ proptest! {
     ) {
         let changes: serde_json::Map<String, Value> = keys.into_iter().map(|(k, v)| (k.to_owned(), v)).collect();
         if let Ok(config) = read_with(Value::Object(changes)) {
-            for (name, shape) in crate::weights::expected_tensors(&config) {
+            for (name, shape) in crate::weights::expected::tensors(&config) {
                 let elements = shape.iter().try_fold(4usize * 1024, |product, &dim| product.checked_mul(dim));
                 prop_assert!(elements.is_some(), "{name} {shape:?}");
             }

@@ -6,23 +6,6 @@ use kvasir_types::{BlockId, KvDtype, TokenId};
 
 use super::*;
 
-/// Memory of 64-byte lines, zeroed.
-struct Arena(Box<[std::cell::UnsafeCell<[u64; 8]>]>);
-
-// SAFETY: plain memory; each test's one backend is all that touches it.
-unsafe impl Send for Arena {}
-// SAFETY: as for `Send`.
-unsafe impl Sync for Arena {}
-
-impl HostMemory for Arena {
-    fn base(&self) -> *mut u8 {
-        self.0.as_ptr().cast_mut().cast()
-    }
-    fn len(&self) -> usize {
-        self.0.len() * 64
-    }
-}
-
 #[test]
 fn every_instruction_set_returns_the_same_logits() {
     for name in ["demo", "tiny/qwen3-f32", "tiny/llama-linear-f16"] {
@@ -33,8 +16,8 @@ fn every_instruction_set_returns_the_same_logits() {
         let all: Vec<Logits> = Isa::available()
             .into_iter()
             .map(|isa| {
-                let lines = (0..layout.block_bytes() * 3 / 64).map(|_| Default::default()).collect();
-                let mut backend = CpuBackend::with_isa(&folder, layout, Arc::new(Arena(lines)), 1, isa).unwrap();
+                let arena = HostArena::new(layout.block_bytes() * 3).unwrap();
+                let mut backend = CpuBackend::with_isa(&folder, layout, arena, 1, isa).unwrap();
                 let prompt =
                     SeqInput { tokens: &tokens[..40], start: 0, tables: std::slice::from_ref(&table), rows: 1 };
                 let first = backend.forward(&[prompt], &mut |_| {}).unwrap();

@@ -7,54 +7,34 @@
     reason = "every test binary uses its own part of this module"
 )]
 
-use std::{
-    alloc::{Layout, alloc_zeroed, dealloc},
-    path::PathBuf,
-    sync::Arc,
-};
+use std::{path::PathBuf, sync::Arc};
 
-use kvasir_model::{Backend, Folder, Logits, SeqInput, cpu::CpuBackend};
+use kvasir_model::{
+    Backend, Folder, Logits, SeqInput,
+    cpu::{CpuBackend, HostArena},
+};
 use kvasir_types::{BlockId, HostMemory, KvDtype, KvLayout, TokenId};
 
-/// Zeroed, aligned memory.
-pub struct TestMemory {
-    base: *mut u8,
-    layout: Layout,
-}
-
-// SAFETY: it is owned memory; who touches which bytes is the users' affair (see `HostMemory`).
-unsafe impl Send for TestMemory {}
-// SAFETY: as for `Send`.
-unsafe impl Sync for TestMemory {}
+/// An arena whose bytes can be looked at.
+pub struct TestMemory(Arc<HostArena>);
 
 impl TestMemory {
     pub fn new(bytes: usize) -> Arc<Self> {
-        let layout = Layout::from_size_align(bytes, 64).unwrap();
-        // SAFETY: the size is not zero in any test.
-        let base = unsafe { alloc_zeroed(layout) };
-        assert!(!base.is_null());
-        Arc::new(Self { base, layout })
+        Arc::new(Self(HostArena::new(bytes).unwrap()))
     }
 
     pub fn bytes(&self) -> &[u8] {
-        // SAFETY: allocated and zeroed; tests call this only while no backend computes.
-        unsafe { std::slice::from_raw_parts(self.base, self.layout.size()) }
-    }
-}
-
-impl Drop for TestMemory {
-    fn drop(&mut self) {
-        // SAFETY: allocated with this layout.
-        unsafe { dealloc(self.base, self.layout) }
+        // SAFETY: an arena is zeroed memory of that length; tests call this only while no backend computes.
+        unsafe { std::slice::from_raw_parts(self.0.base(), self.0.len()) }
     }
 }
 
 impl HostMemory for TestMemory {
     fn base(&self) -> *mut u8 {
-        self.base
+        self.0.base()
     }
     fn len(&self) -> usize {
-        self.layout.size()
+        self.0.len()
     }
 }
 
