@@ -114,8 +114,7 @@ impl Raw {
 
     fn positive(&self, key: &'static str, value: &Value, limit: f64) -> Result<f64, Error> {
         let number = value.as_f64().filter(|number| *number > 0.0 && *number <= limit);
-        number
-            .ok_or_else(|| self.bad(key, format!("{} is not a number above 0 and at most {limit}", quoted(value))))
+        number.ok_or_else(|| self.bad(key, format!("{} is not a number above 0 and at most {limit}", quoted(value))))
     }
 
     /// A yes or no, if there is one.
@@ -228,15 +227,15 @@ impl Raw {
                     (None, Some(mscale), Some(all)) => by_factor(mscale) / by_factor(all),
                     (None, _, _) => by_factor(1.0),
                 };
-                let (beta_fast, beta_slow) = (optional("beta_fast")?.unwrap_or(32.0), optional("beta_slow")?.unwrap_or(1.0));
+                let (beta_fast, beta_slow) =
+                    (optional("beta_fast")?.unwrap_or(32.0), optional("beta_slow")?.unwrap_or(1.0));
                 RopeScaling::Yarn { factor, beta_fast, beta_slow, magnitude, original_max_len: original_max_len()? }
             }
             Some(other) => {
                 let other: String = other.chars().take(QUOTED).collect();
-                return Err(self.bad(
-                    key,
-                    format!("rope type `{other}` is not supported (default, linear, llama3, yarn)"),
-                ));
+                return Err(
+                    self.bad(key, format!("rope type `{other}` is not supported (default, linear, llama3, yarn)"))
+                );
             }
         };
         Ok(Rope { theta, scaling })

@@ -66,12 +66,7 @@ impl Attention {
             AttentionKind::Grouped(grouped) => Projections::Grouped(Grouped::load(weights, grouped)),
             AttentionKind::Latent(latent) => Projections::Latent(Latent::load(weights, latent, spec.heads)),
         };
-        Self {
-            heads: Heads::of(spec),
-            rope: spec.rope,
-            projections,
-            output: Linear::load(weights, &spec.output),
-        }
+        Self { heads: Heads::of(spec), rope: spec.rope, projections, output: Linear::load(weights, &spec.output) }
     }
 
     /// What is cached of every row: keys into `k` and, where they are kept apart, values into `v`.

@@ -63,12 +63,7 @@ impl Mlp {
 impl Gated {
     fn load(weights: &Weights, spec: &GatedSpec) -> Self {
         let linear = |spec| Linear::load(weights, spec);
-        Self {
-            gate: linear(&spec.gate),
-            up: linear(&spec.up),
-            down: linear(&spec.down),
-            activation: spec.activation,
-        }
+        Self { gate: linear(&spec.gate), up: linear(&spec.up), down: linear(&spec.down), activation: spec.activation }
     }
 
     fn apply(&self, exec: &Exec, x: &[f32], rows: usize, gate: &mut Vec<f32>, up: &mut Vec<f32>, out: &mut Vec<f32>) {
@@ -187,14 +182,8 @@ mod tests {
     use super::*;
     use crate::cpu::kernels::Isa;
 
-    const PLAIN: GateSpec = GateSpec {
-        top_k: 2,
-        scoring: Scoring::Sigmoid,
-        correction: None,
-        groups: None,
-        normalise: false,
-        scale: 1.0,
-    };
+    const PLAIN: GateSpec =
+        GateSpec { top_k: 2, scoring: Scoring::Sigmoid, correction: None, groups: None, normalise: false, scale: 1.0 };
 
     fn chosen(gate: &GateSpec, correction: Option<&[f32]>, scores: &[f32]) -> Vec<(usize, f32)> {
         let exec = Exec::new(Isa::detect(), 1).unwrap();

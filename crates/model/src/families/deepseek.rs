@@ -43,19 +43,24 @@ pub(super) fn read(
     let experts = decoder.experts("n_routed_experts")?;
     let expert_width = raw.dimension("moe_intermediate_size", MAX_WIDTH)?;
     let shared = raw.dimension("n_shared_experts", MAX_SHARED)?;
-    let groups = match (raw.dimension_if_any("n_group", experts as u64)?, raw.dimension_if_any("topk_group", experts as u64)?) {
-        (Some(count), Some(kept)) => {
-            if experts % count != 0 || kept > count {
-                return Err(raw.bad("n_group", format!("{count} groups, {kept} kept, of {experts} experts")));
+    let groups =
+        match (raw.dimension_if_any("n_group", experts as u64)?, raw.dimension_if_any("topk_group", experts as u64)?) {
+            (Some(count), Some(kept)) => {
+                if experts % count != 0 || kept > count {
+                    return Err(raw.bad("n_group", format!("{count} groups, {kept} kept, of {experts} experts")));
+                }
+                Some((count, kept))
             }
-            Some((count, kept))
-        }
-        _ => None,
-    };
+            _ => None,
+        };
     let top_k = decoder.top_k("num_experts_per_tok", experts)?;
     let gate = gate(top_k, groups)?;
     let per_group = |groups: &ExpertGroups| experts / groups.count;
-    if gate.groups.as_ref().is_some_and(|groups| top_k > groups.kept * per_group(groups) || groups.best > per_group(groups)) {
+    if gate
+        .groups
+        .as_ref()
+        .is_some_and(|groups| top_k > groups.kept * per_group(groups) || groups.best > per_group(groups))
+    {
         return Err(raw.bad("topk_group", "the groups kept have too few experts"));
     }
     let layer = |layer| {

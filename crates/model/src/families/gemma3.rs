@@ -63,7 +63,9 @@ fn ropes(raw: &Raw) -> Result<Vec<Rope>, Error> {
             }
             Some(by_kind) => match by_kind.get(kind) {
                 None | Some(serde_json::Value::Null) => raw.rope_of("rope_parameters", None, theta)?,
-                Some(serde_json::Value::Object(parameters)) => raw.rope_of("rope_parameters", Some(parameters), theta)?,
+                Some(serde_json::Value::Object(parameters)) => {
+                    raw.rope_of("rope_parameters", Some(parameters), theta)?
+                }
                 Some(_) => return Err(raw.bad("rope_parameters", format!("`{kind}` is not an object"))),
             },
         };

@@ -4,10 +4,7 @@
 //! three questions: which keys change the arithmetic and how (an unsupported one is refused by name), what the tensors
 //! are called, and where the family departs from the common decoder of [`parts`].
 
-use crate::{
-    Error, ModelConfig,
-    config::raw::Raw,
-};
+use crate::{Error, ModelConfig, config::raw::Raw};
 
 mod deepseek;
 mod deepseek_v2;

@@ -1,5 +1,6 @@
 //! What nearly all families share: the sizes of a decoder, Hugging Face's names for its tensors, windows and biases.
 
+use super::Family;
 use crate::{
     Error, ModelConfig,
     config::raw::{MAX_HEAD_DIM, MAX_HEADS, MAX_LAYERS, MAX_POSITIONS, MAX_VOCAB, MAX_WIDTH, Raw},
@@ -49,13 +50,13 @@ impl<'a> Decoder<'a> {
     pub(super) fn grouped_heads(&self, default_head_dim: Option<usize>) -> Result<GroupedHeads, Error> {
         let raw = self.raw;
         let kv_heads = raw.dimension_if_any("num_key_value_heads", MAX_HEADS)?.unwrap_or(self.heads);
-        if self.heads % kv_heads != 0 {
+        if !self.heads.is_multiple_of(kv_heads) {
             let reason = format!("{kv_heads} does not divide the {} query heads", self.heads);
             return Err(raw.bad("num_key_value_heads", reason));
         }
         let head_dim = match raw.dimension_if_any("head_dim", MAX_HEAD_DIM)?.or(default_head_dim) {
             Some(head_dim) => head_dim,
-            None if self.hidden % self.heads != 0 => {
+            None if !self.hidden.is_multiple_of(self.heads) => {
                 let reason = format!("absent, and {} heads do not divide {}", self.heads, self.hidden);
                 return Err(raw.bad("head_dim", reason));
             }
@@ -77,7 +78,9 @@ impl<'a> Decoder<'a> {
         let experts = self.raw.dimension(key, MAX_EXPERTS)?;
         if experts * self.layers > MAX_EXPERTS_IN_ALL {
             let layers = self.layers;
-            return Err(self.raw.bad(key, format!("{experts} in each of {layers} layers are more than {MAX_EXPERTS_IN_ALL}")));
+            return Err(self
+                .raw
+                .bad(key, format!("{experts} in each of {layers} layers are more than {MAX_EXPERTS_IN_ALL}")));
         }
         Ok(experts)
     }
@@ -116,7 +119,7 @@ impl<'a> Decoder<'a> {
     pub(super) fn one_window(&self, window: Option<usize>) -> Result<Option<usize>, Error> {
         // Refuses `layer_types` that say otherwise: the reference does not look at the key in these families.
         let by_layer = self.windows(
-            || window.ok_or_else(|| self.raw.bad("sliding_window", "absent, and a layer is to slide")),
+            || window.ok_or_else(|| self.raw.bad("layer_types", "a layer slides, but there is no window")),
             |_| window.is_some(),
         )?;
         if by_layer.iter().any(|layer| *layer != window) {
@@ -174,11 +177,22 @@ impl<'a> Decoder<'a> {
 
     /// An MLP by the common names below `part`, through SiLU.
     pub(super) fn mlp(&self, layer: usize, part: &str, intermediate: usize, bias: bool) -> GatedSpec {
-        self.gated(layer, [&format!("{part}.gate_proj"), &format!("{part}.up_proj"), &format!("{part}.down_proj")], intermediate, bias)
+        self.gated(
+            layer,
+            [&format!("{part}.gate_proj"), &format!("{part}.up_proj"), &format!("{part}.down_proj")],
+            intermediate,
+            bias,
+        )
     }
 
     /// An MLP by the names of its gate, up and down projections, through SiLU.
-    pub(super) fn gated(&self, layer: usize, [gate, up, down]: [&str; 3], intermediate: usize, bias: bool) -> GatedSpec {
+    pub(super) fn gated(
+        &self,
+        layer: usize,
+        [gate, up, down]: [&str; 3],
+        intermediate: usize,
+        bias: bool,
+    ) -> GatedSpec {
         GatedSpec {
             gate: linear(layer, gate, self.hidden, intermediate, bias),
             up: linear(layer, up, self.hidden, intermediate, bias),
@@ -242,8 +256,6 @@ impl<'a> Decoder<'a> {
         })
     }
 }
-
-use super::Family;
 
 /// KV heads, and the width of each head.
 #[derive(Clone, Copy)]

@@ -32,7 +32,11 @@ pub(super) fn windows(decoder: &Decoder<'_>) -> Result<Vec<Option<usize>>, Error
     let used = raw.flag("use_sliding_window", false)? && !raw.is_null("sliding_window");
     let first = raw.count_if_any("max_window_layers", MAX_LAYERS)?.unwrap_or(28);
     let window = || {
-        if used { decoder.sliding_window() } else { Err(raw.bad("layer_types", "a layer slides, but `use_sliding_window` is not set")) }
+        if used {
+            decoder.sliding_window()
+        } else {
+            Err(raw.bad("layer_types", "a layer slides, but `use_sliding_window` is not set"))
+        }
     };
     decoder.windows(window, |layer| used && layer >= first)
 }

@@ -29,9 +29,11 @@ fn read(raw: &Raw) -> Result<ModelConfig, Error> {
     let experts = decoder.experts("num_experts")?;
     let expert_width = raw.dimension("moe_intermediate_size", MAX_WIDTH)?;
     let step = raw.dimension_if_any("decoder_sparse_step", MAX_LAYERS)?.unwrap_or(1);
-    let dense = raw.list("mlp_only_layers")?.unwrap_or_default().iter().map(|layer| {
-        layer.as_u64().ok_or_else(|| raw.bad("mlp_only_layers", "not a list of layers"))
-    });
+    let dense = raw
+        .list("mlp_only_layers")?
+        .unwrap_or_default()
+        .iter()
+        .map(|layer| layer.as_u64().ok_or_else(|| raw.bad("mlp_only_layers", "not a list of layers")));
     let dense = dense.collect::<Result<Vec<u64>, _>>()?;
     let is_dense = |layer: usize| dense.contains(&(layer as u64)) || !(layer + 1).is_multiple_of(step);
     // Read only where a layer has one: a configuration without dense layers may lack it.

@@ -27,7 +27,8 @@ fn read_as(model_type: &str, changes: Value) -> Result<ModelConfig, Error> {
         }),
         _ => json!({}),
     };
-    let experts = if more.get("n_routed_experts").or(more.get("num_experts")).is_some() { experts } else { json!({}) };
+    let experts =
+        if more.get("n_routed_experts").or_else(|| more.get("num_experts")).is_some() { experts } else { json!({}) };
     for (key, value) in [&experts, &more, &changes].into_iter().flat_map(|keys| keys.as_object().unwrap()) {
         config[key] = value.clone();
     }
@@ -104,7 +105,10 @@ fn windows_follow_each_familys_rule() {
     assert_eq!(all("mixtral", json!({})), [full; 6]);
     assert_eq!(all("gemma2", json!({"sliding_window": 32})), [w, full, w, full, w, full]);
     assert_eq!(all("gemma3_text", json!({"sliding_window": 32})), [w, w, w, w, w, full]);
-    assert_eq!(all("gemma3_text", json!({"sliding_window": 32, "sliding_window_pattern": 3})), [w, w, full, w, w, full]);
+    assert_eq!(
+        all("gemma3_text", json!({"sliding_window": 32, "sliding_window_pattern": 3})),
+        [w, w, full, w, w, full]
+    );
     let qwen = json!({"use_sliding_window": true, "sliding_window": 32, "max_window_layers": 4});
     assert_eq!(all("qwen2", qwen.clone()), [full, full, full, full, w, w]);
     assert_eq!(all("qwen3", qwen.clone()), [full, full, full, full, w, w]);
@@ -114,10 +118,10 @@ fn windows_follow_each_familys_rule() {
     kinds[1] = "sliding_attention";
     let by_layer = json!({"layer_types": kinds, "use_sliding_window": true, "sliding_window": 32});
     assert_eq!(all("qwen2", by_layer.clone()), [full, w, full, full, full, full]);
-    // A window that nothing says the size of, and families in which layers cannot differ.
+    // A window whose size nothing says, and families whose layers cannot differ.
     assert_eq!(refused("qwen2", json!({"layer_types": kinds})), "layer_types");
     assert_eq!(refused("mistral", json!({"layer_types": kinds})), "layer_types");
-    assert_eq!(refused("llama", json!({"layer_types": kinds})), "sliding_window");
+    assert_eq!(refused("llama", json!({"layer_types": kinds})), "layer_types");
 }
 
 #[test]
@@ -139,7 +143,8 @@ fn a_latent_is_all_that_is_cached_of_a_token() {
 
 #[test]
 fn gemma_has_a_rotation_for_each_kind_of_layer_in_both_forms_of_the_keys() {
-    let old = json!({"rope_theta": 2e6, "rope_local_base_freq": 3e4, "rope_scaling": {"rope_type": "linear", "factor": 8.0}});
+    let old =
+        json!({"rope_theta": 2e6, "rope_local_base_freq": 3e4, "rope_scaling": {"rope_type": "linear", "factor": 8.0}});
     let new = json!({"rope_parameters": {
         "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 2e6},
         "sliding_attention": {"rope_type": "default", "rope_theta": 3e4},
@@ -169,7 +174,9 @@ fn experts_are_where_each_family_has_them() {
 
 #[test]
 fn numbers_of_experts_are_bounded() {
-    for (model_type, key) in [("mixtral", "num_local_experts"), ("qwen3_moe", "num_experts"), ("deepseek_v3", "n_routed_experts")] {
+    for (model_type, key) in
+        [("mixtral", "num_local_experts"), ("qwen3_moe", "num_experts"), ("deepseek_v3", "n_routed_experts")]
+    {
         assert_eq!(refused(model_type, json!({key: 1u64 << 40})), key);
         assert_eq!(refused(model_type, json!({key: 4096, "num_hidden_layers": 1024})), key);
         assert_eq!(refused(model_type, json!({"num_experts_per_tok": 9})), "num_experts_per_tok");

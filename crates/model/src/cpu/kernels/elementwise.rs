@@ -107,7 +107,7 @@ mod body {
         for (gate, &up) in gate.iter_mut().zip(up) {
             // x/2 · (1 + tanh z) = x · sigmoid(2 z) with z = √(2/π) · (x + 0.044715 x³)
             let x = *gate;
-            let two_z = 1.595_769_1 * (x + 0.044_715 * x * x * x);
+            let two_z = 1.595_769 * (x + 0.044_715 * x * x * x);
             *gate = x / (1.0 + exp(-two_z)) * up;
         }
     }
