@@ -27,22 +27,33 @@ impl Grouped {
         }
     }
 
-    pub(super) fn keys_and_values(
+    /// Keys and values, and queries if they are wanted of the same rows: one section of products for all.
+    pub(super) fn project(
         &self,
         exec: &Exec,
         x: &[f32],
         rotated: Rotated<'_>,
+        q: Option<&mut Vec<f32>>,
         k: &mut Vec<f32>,
         v: &mut Vec<f32>,
     ) {
         let rows = rotated.row_of.len();
-        self.k.apply(exec, x, rows, k);
-        self.v.apply(exec, x, rows, v);
+        match q {
+            None => Linear::apply_all(exec, x, rows, [(&self.k, &mut *k), (&self.v, v)]),
+            Some(q) => {
+                Linear::apply_all(exec, x, rows, [(&self.q, &mut *q), (&self.k, &mut *k), (&self.v, v)]);
+                self.rotate_queries(exec, q, rotated);
+            }
+        }
         self.rotate(exec, k, self.k.width(), self.qk_norms.as_ref().map(|(_, k)| k), rotated);
     }
 
     pub(super) fn queries(&self, exec: &Exec, x: &[f32], rotated: Rotated<'_>, q: &mut Vec<f32>) {
         self.q.apply(exec, x, rotated.row_of.len(), q);
+        self.rotate_queries(exec, q, rotated);
+    }
+
+    fn rotate_queries(&self, exec: &Exec, q: &mut [f32], rotated: Rotated<'_>) {
         self.rotate(exec, q, self.q.width(), self.qk_norms.as_ref().map(|(q, _)| q), rotated);
     }
 

@@ -125,7 +125,7 @@ impl Latent {
     }
 
     /// Calls `task(head, first row, rows)` for every head and every few rows; `flops` are those of one row and head.
-    fn per_head(&self, exec: &Exec, rows: usize, flops: usize, task: impl Fn(usize, usize, usize) + Sync + Send) {
+    fn per_head(&self, exec: &Exec, rows: usize, flops: usize, task: impl Fn(usize, usize, usize) + Sync) {
         let blocks = rows.div_ceil(TOKENS);
         exec.each(self.heads * blocks, self.heads * rows * flops, |i| {
             let first = i % blocks * TOKENS;

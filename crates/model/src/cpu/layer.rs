@@ -69,18 +69,25 @@ impl Attention {
         Self { heads: Heads::of(spec), rope: spec.rope, projections, output: Linear::load(weights, &spec.output) }
     }
 
-    /// What is cached of every row: keys into `k` and, where they are kept apart, values into `v`.
-    pub(super) fn keys_and_values(
+    /// What is cached of every row: keys into `k` and, where they are kept apart, values into `v`; and the queries of the
+    /// same rows, if they are wanted.
+    pub(super) fn project(
         &self,
         exec: &Exec,
         x: &[f32],
         rotated: Rotated<'_>,
+        q: Option<&mut Vec<f32>>,
         k: &mut Vec<f32>,
         v: &mut Vec<f32>,
     ) {
         match &self.projections {
-            Projections::Grouped(grouped) => grouped.keys_and_values(exec, x, rotated, k, v),
-            Projections::Latent(latent) => latent.keys(exec, x, rotated, k),
+            Projections::Grouped(grouped) => grouped.project(exec, x, rotated, q, k, v),
+            Projections::Latent(latent) => {
+                latent.keys(exec, x, rotated, k);
+                if let Some(q) = q {
+                    latent.queries(exec, x, rotated, q);
+                }
+            }
         }
     }
 

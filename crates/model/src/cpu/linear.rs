@@ -1,39 +1,53 @@
 //! The layers that are a weight and little else: linear maps and norms.
+//!
+//! A product is a grid of tasks: blocks of tokens × panels of weight rows. A block's activations stay in the second-level
+//! cache while a panel's weights pass by once; neighbouring tasks share the block, so a thread reads activations rarely and
+//! weights from the cache they share. With one token the same grid is a walk through the weights at the memory's speed.
+//! A token's neighbours in a block never change its bits.
 
 use super::{
-    exec::Exec,
-    kernels::{self, Matrix, Output, Rows},
+    exec::{Compute, Exec},
+    kernels::{self, Matrix, Output, Rows, fast},
 };
 use crate::{
     graph::{LinearSpec, NormSpec},
     weights::{Tensor, Weights},
 };
 
-/// Activations of one task: about half a second-level cache, so they stay there while the weights pass by.
-const BLOCK_BYTES: usize = 384 << 10;
+/// Activations of one task: half a second-level cache.
+const BLOCK_BYTES: usize = 512 << 10;
 /// Tokens of one task at most and at least; multiples of every tile's tokens (6, 4, 3) so that few are left over.
-const MAX_BLOCK: usize = 192;
+const MAX_BLOCK: usize = 252;
 const MIN_BLOCK: usize = 24;
-/// Weight rows of one task at least: below, the activations are loaded too often for the work done with them.
+/// Weights of one task: at the speed of memory some 5 µs, so that a section's end is not ragged by more.
+const PANEL_BYTES: usize = 128 << 10;
+/// Weight rows of one task at least and at most, in steps of a cache line of output.
 const MIN_PANEL: usize = 16;
+const MAX_PANEL: usize = 128;
 
 /// `y = W x + b`, with the weights used where they are mapped.
 #[derive(Debug)]
 pub(super) struct Linear {
     weight: Tensor,
     bias: Option<Vec<f32>>,
+    exact: bool,
 }
 
 impl Linear {
     /// The map that `spec` describes.
     pub(super) fn load(weights: &Weights, spec: &LinearSpec) -> Self {
         let bias = spec.bias.then(|| weights.get(&format!("{}.bias", spec.name)).to_f32());
-        Self { weight: weights.get(&format!("{}.weight", spec.name)).clone(), bias }
+        Self { weight: weights.get(&format!("{}.weight", spec.name)).clone(), bias, exact: false }
     }
 
     /// A map without a bias.
     pub(super) fn of(weight: Tensor) -> Self {
-        Self { weight, bias: None }
+        Self { weight, bias: None, exact: false }
+    }
+
+    /// The same, computed exactly whatever the backend's choice: where a rounding would not blur a result but flip a choice.
+    pub(super) fn exact(self) -> Self {
+        Self { exact: true, ..self }
     }
 
     /// Width of its output.
@@ -43,31 +57,69 @@ impl Linear {
 
     /// Applies it to `tokens` rows of `x`; the result replaces what `out` held.
     pub(super) fn apply(&self, exec: &Exec, x: &[f32], tokens: usize, out: &mut Vec<f32>) {
-        let Tensor { rows, cols, dtype, .. } = self.weight;
-        out.resize(tokens * rows, 0.0);
-        let matrix = Matrix::new(self.weight.bytes(), dtype, rows, cols);
-        let flops = 2 * tokens * rows * cols;
+        Self::apply_all(exec, x, tokens, [(self, out)]);
+    }
 
-        // Tasks are a grid of token blocks × panels of weight rows; a token's neighbours in a block never change its bits.
-        let block = (BLOCK_BYTES / (cols * 4) / MIN_BLOCK * MIN_BLOCK).clamp(MIN_BLOCK, MAX_BLOCK);
-        let blocks = tokens.div_ceil(block);
-        let panels = exec.pieces(flops).div_ceil(blocks.max(1)).max(rows.div_ceil(256));
-        let panel = rows.div_ceil(panels).next_multiple_of(8).max(MIN_PANEL);
-        let output = Output::new(out);
-        exec.each(blocks * rows.div_ceil(panel), flops, |task| {
-            // Neighbouring tasks share a panel: it is fetched from memory once and found in a shared cache after.
-            let (token, row) = (task % blocks * block, task / blocks * panel);
-            let count = block.min(tokens - token);
-            let x = Rows::new(&x[token * cols..], cols, count);
-            let part = matrix.slice(row, panel.min(rows - row));
-            // SAFETY: each task writes the elements of its own block and panel.
-            unsafe { kernels::matmul(exec.isa, x, part, &output, token * rows + row, rows) };
+    /// Applies several to the same rows, as one section of tasks.
+    ///
+    /// # Panics
+    /// If they do not take rows of one width.
+    pub(super) fn apply_all<const N: usize>(exec: &Exec, x: &[f32], tokens: usize, maps: [(&Self, &mut Vec<f32>); N]) {
+        if tokens == 0 {
+            maps.into_iter().for_each(|(_, out)| out.clear());
+            return;
+        }
+        let cols = x.len() / tokens;
+        let fast =
+            exec.compute == Compute::Fast && maps.iter().all(|(map, _)| !map.exact && fast::takes(map.weight.dtype));
+        let mut flops = 0;
+        let maps = maps.map(|(map, out)| {
+            assert_eq!(map.weight.cols, cols, "activations are of the map's width");
+            flops += 2 * tokens * map.weight.rows * cols;
+            out.resize(tokens * map.weight.rows, 0.0);
+            (map.matrix(), Output::new(out))
         });
-        if let Some(bias) = &self.bias {
-            exec.rows(out, rows, tokens * rows, |_, part| {
-                part.chunks_exact_mut(rows).for_each(|row| kernels::add(exec.isa, row, bias));
+
+        let mut packed = exec.scratch();
+        if fast {
+            packed.resize(tokens * fast::padded(cols), 0);
+            let (from, to) = (fast::GROUP * cols, fast::GROUP * fast::padded(cols));
+            let groups = tokens.div_ceil(fast::GROUP).div_ceil(exec.pieces(4 * x.len()));
+            exec.chunks(&mut packed, groups * to, 4 * x.len(), |i, out| {
+                let x = &x[i * groups * from..];
+                kernels::pack(exec.isa, &x[..x.len().min(groups * from)], cols, out);
             });
         }
+        let row_bytes = cols * if fast { 2 } else { 4 };
+        let block = (BLOCK_BYTES / row_bytes / MIN_BLOCK * MIN_BLOCK).clamp(MIN_BLOCK, MAX_BLOCK);
+        let blocks = tokens.div_ceil(block);
+        let panels: Vec<_> = (maps.iter())
+            .flat_map(|(matrix, out)| {
+                let height = (PANEL_BYTES / matrix.row_bytes() / MIN_PANEL * MIN_PANEL).clamp(MIN_PANEL, MAX_PANEL);
+                (0..matrix.rows()).step_by(height).map(move |row| (matrix, out, row, height.min(matrix.rows() - row)))
+            })
+            .collect();
+        exec.each(blocks * panels.len(), flops, |task| {
+            let (token, (matrix, out, row, height)) = (task / panels.len() * block, panels[task % panels.len()]);
+            let (count, rows) = (block.min(tokens - token), matrix.rows());
+            let (part, first) = (matrix.slice(row, height), token * rows + row);
+            // SAFETY: each task writes the elements of its own block and panel.
+            unsafe {
+                if fast {
+                    let width = fast::padded(cols);
+                    let x = fast::Packed::new(&packed[token * width..(token + count) * width], count, cols);
+                    fast::matmul(exec.isa, x, part, out, first, rows);
+                } else {
+                    kernels::matmul(exec.isa, Rows::new(&x[token * cols..], cols, count), part, out, first, rows);
+                }
+            }
+        });
+    }
+
+    fn matrix(&self) -> Matrix<'_> {
+        let Tensor { rows, cols, dtype, .. } = self.weight;
+        let matrix = Matrix::new(self.weight.bytes(), dtype, rows, cols);
+        self.bias.as_ref().map_or(matrix, |bias| matrix.with_bias(bias))
     }
 }
 

@@ -67,8 +67,7 @@ impl Gated {
     }
 
     fn apply(&self, exec: &Exec, x: &[f32], rows: usize, gate: &mut Vec<f32>, up: &mut Vec<f32>, out: &mut Vec<f32>) {
-        self.gate.apply(exec, x, rows, gate);
-        self.up.apply(exec, x, rows, up);
+        Linear::apply_all(exec, x, rows, [(&self.gate, &mut *gate), (&self.up, &mut *up)]);
         let width = self.gate.width();
         exec.rows(gate, width, 20 * up.len(), |first, part| {
             let up = &up[first * width..];
@@ -84,7 +83,7 @@ impl Gated {
 impl Routed {
     fn load(weights: &Weights, spec: &RoutedSpec) -> Self {
         Self {
-            router: Linear::load(weights, &spec.router),
+            router: Linear::load(weights, &spec.router).exact(),
             correction: spec.gate.correction.as_ref().map(|name| weights.get(name).to_f32()),
             gate: spec.gate.clone(),
             experts: spec.experts.iter().map(|expert| Gated::load(weights, expert)).collect(),
@@ -180,13 +179,13 @@ fn best(values: &[f32], count: usize) -> Vec<usize> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cpu::kernels::Isa;
+    use crate::cpu::{Compute, kernels::Isa};
 
     const PLAIN: GateSpec =
         GateSpec { top_k: 2, scoring: Scoring::Sigmoid, correction: None, groups: None, normalise: false, scale: 1.0 };
 
     fn chosen(gate: &GateSpec, correction: Option<&[f32]>, scores: &[f32]) -> Vec<(usize, f32)> {
-        let exec = Exec::new(Isa::detect(), 1).unwrap();
+        let exec = Exec::new(Isa::detect(), Compute::Exact, 1).unwrap();
         choose(&exec, gate, correction, &mut scores.to_vec())
     }
 

@@ -29,9 +29,11 @@ mod layer;
 pub mod limits;
 mod linear;
 mod mlp;
+mod pool;
 
 pub use arena::HostArena;
 use attention::{Span, attend};
+pub use exec::Compute;
 use exec::Exec;
 use kernels::Isa;
 use kv::{Half, KvArena};
@@ -64,7 +66,21 @@ impl CpuBackend {
     /// # Errors
     /// A layout that is not the model's, an arena that holds no block, threads that cannot be started.
     pub fn new(folder: &Folder, layout: KvLayout, memory: Arc<dyn HostMemory>, threads: usize) -> Result<Self, Error> {
-        Self::with_isa(folder, layout, memory, threads, Isa::detect())
+        Self::with_compute(folder, layout, memory, threads, Compute::default())
+    }
+
+    /// The same with a choice of arithmetic.
+    ///
+    /// # Errors
+    /// As for [`CpuBackend::new`].
+    pub fn with_compute(
+        folder: &Folder,
+        layout: KvLayout,
+        memory: Arc<dyn HostMemory>,
+        threads: usize,
+        compute: Compute,
+    ) -> Result<Self, Error> {
+        Self::with_isa(folder, layout, memory, threads, compute, Isa::detect())
     }
 
     fn with_isa(
@@ -72,6 +88,7 @@ impl CpuBackend {
         layout: KvLayout,
         memory: Arc<dyn HostMemory>,
         threads: usize,
+        compute: Compute,
         isa: Isa,
     ) -> Result<Self, Error> {
         let config = folder.config().clone();
@@ -89,7 +106,7 @@ impl CpuBackend {
         let frequencies =
             |rope: &crate::Rope| Frequencies { of_pairs: rope.frequencies(rotated), magnitude: rope.magnitude() };
         let backend = Self {
-            exec: Exec::new(isa, threads)?,
+            exec: Exec::new(isa, compute, threads)?,
             kv: KvArena::new(memory, layout)?,
             ropes: config.ropes.iter().map(frequencies).collect(),
             layers: config.layers.iter().map(|layer| Layer::load(weights, layer)).collect(),
@@ -99,7 +116,7 @@ impl CpuBackend {
             groups: config.kv_groups(),
             config,
         };
-        tracing::info!(isa = isa.as_str(), threads, blocks = backend.kv.blocks(), "cpu backend ready");
+        tracing::info!(isa = isa.as_str(), ?compute, threads, blocks = backend.kv.blocks(), "cpu backend ready");
         Ok(backend)
     }
 
@@ -188,20 +205,21 @@ impl Backend for CpuBackend {
             let rotations = &rotations[attention.rope];
             attention_norm.apply(&self.exec, &x, &mut normed);
             let rotated = Rotated { rotations, row_of: &rows.original };
-            attention.keys_and_values(&self.exec, &normed, rotated, &mut k, &mut v);
+            // The last layer's queries are needed for fewer rows: below.
+            let last = index + 1 == self.layers.len();
+            attention.project(&self.exec, &normed, rotated, (!last).then_some(&mut q), &mut k, &mut v);
             self.write_kv(index, batch, &k, &v);
             after_layer(index);
 
-            if index + 1 == self.layers.len() {
+            let Layer { attention, attention_post_norm, mlp_norm, mlp, mlp_post_norm, .. } = &self.layers[index];
+            if last {
                 // Beyond this point only rows whose logits are wanted matter to anyone.
                 let wanted = Rows::wanted(batch);
                 keep(&mut x, hidden, &wanted.original);
                 keep(&mut normed, hidden, &wanted.original);
                 rows = wanted;
+                attention.queries(&self.exec, &normed, Rotated { rotations, row_of: &rows.original }, &mut q);
             }
-            let Layer { attention, attention_post_norm, mlp_norm, mlp, mlp_post_norm, .. } = &self.layers[index];
-            let rotated = Rotated { rotations, row_of: &rows.original };
-            attention.queries(&self.exec, &normed, rotated, &mut q);
             let (group, place) = self.groups.place(index);
             let spans = rows.spans(batch, group);
             attend(&self.exec, &self.kv, place, attention.heads, &spans, &q, &mut attended);

@@ -8,7 +8,12 @@ use super::*;
 
 #[test]
 fn every_instruction_set_returns_the_same_logits() {
-    for name in ["demo", "tiny/qwen3-f32", "tiny/llama-linear-f16"] {
+    for (name, compute) in [
+        ("demo", Compute::Exact),
+        ("demo", Compute::Fast),
+        ("tiny/qwen3-f32", Compute::Exact),
+        ("tiny/llama-linear-f16", Compute::Exact),
+    ] {
         let folder = Folder::open(&Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models").join(name)).unwrap();
         let layout = folder.kv_layout(16, KvDtype::Bf16);
         let tokens: Vec<_> = (0..41).map(|i| TokenId(i * 37 % 1532)).collect();
@@ -17,7 +22,7 @@ fn every_instruction_set_returns_the_same_logits() {
             .into_iter()
             .map(|isa| {
                 let arena = HostArena::new(layout.block_bytes() * 3).unwrap();
-                let mut backend = CpuBackend::with_isa(&folder, layout, arena, 1, isa).unwrap();
+                let mut backend = CpuBackend::with_isa(&folder, layout, arena, 1, compute, isa).unwrap();
                 let prompt =
                     SeqInput { tokens: &tokens[..40], start: 0, tables: std::slice::from_ref(&table), rows: 1 };
                 let first = backend.forward(&[prompt], &mut |_| {}).unwrap();
@@ -26,7 +31,7 @@ fn every_instruction_set_returns_the_same_logits() {
                 Logits { vocab: first.vocab, rows: [first.rows, second.rows].concat() }
             })
             .collect();
-        assert!(all.windows(2).all(|pair| pair[0] == pair[1]), "{name}");
+        assert!(all.windows(2).all(|pair| pair[0] == pair[1]), "{name} {compute:?}");
         assert!(all[0].rows.iter().all(|value| value.is_finite()));
     }
 }

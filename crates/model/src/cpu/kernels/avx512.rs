@@ -80,7 +80,7 @@ unsafe fn tile<const D: u8, const T: usize, const R: usize>(
 /// The tree of four sums at once: lane i + lane i+8, then + i+4, + i+2, + i+1.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
-fn reduce4(a: __m512, b: __m512, c: __m512, d: __m512) -> [f32; 4] {
+pub(super) fn reduce4(a: __m512, b: __m512, c: __m512, d: __m512) -> [f32; 4] {
     // Quarters of a register, lowest first, a0 a1 a2 a3: [a0 a1 b0 b1] + [a2 a3 b2 b3].
     let ab = _mm512_add_ps(_mm512_shuffle_f32x4::<0b01_00_01_00>(a, b), _mm512_shuffle_f32x4::<0b11_10_11_10>(a, b));
     let cd = _mm512_add_ps(_mm512_shuffle_f32x4::<0b01_00_01_00>(c, d), _mm512_shuffle_f32x4::<0b11_10_11_10>(c, d));

@@ -3,7 +3,11 @@
 //! The bodies are plain Rust without branches on data, so the compiler vectorises them for whatever the wrapper allows.
 //! Rust neither reorders nor fuses floating-point operations on its own, so all copies return the same bits.
 
-use super::{Isa, LANES, Variant, portable::reduce};
+use super::{
+    Isa, LANES, Variant,
+    fast::{GROUP, STEP, padded},
+    portable::reduce,
+};
 
 /// Compiles `body::$name` for each instruction set and dispatches.
 macro_rules! per_isa {
@@ -61,6 +65,11 @@ per_isa! {
 per_isa! {
     /// `x += weight · y`, element by element.
     fn add_scaled(x: &mut [f32], y: &[f32], weight: f32)
+}
+
+per_isa! {
+    /// Rounds rows of `cols` to bf16 and packs them for [`fast`](super::fast): whole groups, the last one perhaps smaller.
+    fn pack(x: &[f32], cols: usize, out: &mut [u16])
 }
 
 per_isa! {
@@ -131,6 +140,37 @@ mod body {
         for (x, &y) in x.iter_mut().zip(y) {
             *x += weight * y;
         }
+    }
+
+    #[inline(always)]
+    pub(super) fn pack(x: &[f32], cols: usize, out: &mut [u16]) {
+        let padded = padded(cols);
+        for (x, out) in x.chunks(GROUP * cols).zip(out.chunks_mut(GROUP * padded)) {
+            let size = x.len() / cols;
+            for (token, row) in x.chunks_exact(cols).enumerate() {
+                let (steps, rest) = row.as_chunks::<STEP>();
+                for (k, step) in steps.iter().enumerate() {
+                    let to = &mut out[(k * size + token) * STEP..][..STEP];
+                    to.iter_mut().zip(step).for_each(|(to, &x)| *to = round_to_bf16(x));
+                }
+                if !rest.is_empty() {
+                    let to = &mut out[(steps.len() * size + token) * STEP..][..STEP];
+                    to.fill(0);
+                    to.iter_mut().zip(rest).for_each(|(to, &x)| *to = round_to_bf16(x));
+                }
+            }
+        }
+    }
+
+    /// To nearest, ties to even; subnormal numbers to zero, as the instruction would take them; a NaN stays one.
+    #[inline(always)]
+    fn round_to_bf16(x: f32) -> u16 {
+        let bits = x.to_bits();
+        let size = bits & 0x7fff_ffff;
+        let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1));
+        let rounded = if size > 0x7f80_0000 { bits | 0x0040_0000 } else { rounded };
+        let rounded = if size < 0x0080_0000 { bits & 0x8000_0000 } else { rounded };
+        (rounded >> 16) as u16
     }
 
     #[inline(always)]

@@ -22,12 +22,15 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod elementwise;
+pub(crate) mod fast;
 pub(crate) mod peaks;
 mod portable;
 #[cfg(test)]
 mod tests;
 
-pub(crate) use elementwise::{add, add_scaled, gelu_mul, rms_norm, sigmoid, silu_mul, soft_cap, softmax_step};
+#[cfg(target_arch = "x86_64")]
+use avx512::reduce4;
+pub(crate) use elementwise::{add, add_scaled, gelu_mul, pack, rms_norm, sigmoid, silu_mul, soft_cap, softmax_step};
 
 /// Lanes of every dot product.
 const LANES: usize = 16;
@@ -36,6 +39,14 @@ const LANES: usize = 16;
 const BF16: u8 = 0;
 const F16: u8 = 1;
 const F32: u8 = 2;
+
+/// Bytes of an element of such a type.
+const fn bytes(dtype: u8) -> usize {
+    match dtype {
+        BF16 | F16 => 2,
+        _ => 4,
+    }
+}
 
 /// Which variant of the kernels this machine runs. A value other than `Portable` proves that the instructions are there:
 /// it is made by [`Isa::detect`] and [`Isa::available`] only.
@@ -110,6 +121,8 @@ pub(crate) struct Matrix<'a> {
     dtype: Dtype,
     rows: usize,
     cols: usize,
+    /// Added to each row's product; empty for none.
+    bias: &'a [f32],
 }
 
 impl<'a> Matrix<'a> {
@@ -119,13 +132,40 @@ impl<'a> Matrix<'a> {
     /// If `bytes` are not exactly the matrix.
     pub(crate) fn new(bytes: &'a [u8], dtype: Dtype, rows: usize, cols: usize) -> Self {
         assert_eq!(bytes.len(), rows * cols * dtype.bytes(), "a {rows} x {cols} matrix of {dtype:?}");
-        Self { bytes, dtype, rows, cols }
+        Self { bytes, dtype, rows, cols, bias: &[] }
+    }
+
+    /// The same with an element per row that is added to the row's products.
+    ///
+    /// # Panics
+    /// If there are not as many as rows.
+    pub(crate) fn with_bias(self, bias: &'a [f32]) -> Self {
+        assert_eq!(bias.len(), self.rows, "a bias per row");
+        Self { bias, ..self }
+    }
+
+    pub(crate) fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Bytes of one row.
+    pub(crate) fn row_bytes(&self) -> usize {
+        self.cols * self.dtype.bytes()
     }
 
     /// The rows from `first` on, `count` of them.
     pub(crate) fn slice(&self, first: usize, count: usize) -> Self {
         let width = self.cols * self.dtype.bytes();
-        Self { bytes: &self.bytes[first * width..(first + count) * width], rows: count, ..*self }
+        let bias = if self.bias.is_empty() { self.bias } else { &self.bias[first..first + count] };
+        Self { bytes: &self.bytes[first * width..(first + count) * width], rows: count, bias, ..*self }
+    }
+
+    /// What is left to do to one token's products with the rows from `row` on.
+    #[inline(always)]
+    fn finish(&self, row: usize, values: &mut [f32]) {
+        if !self.bias.is_empty() {
+            values.iter_mut().zip(&self.bias[row..]).for_each(|(value, bias)| *value += bias);
+        }
     }
 }
 
@@ -213,9 +253,10 @@ macro_rules! tiled {
                     let weights = w.bytes.as_ptr().add($row * w.cols * w.dtype.bytes());
                     $tile::<$d, $t, $r>(x.data.as_ptr().add(token * x.stride), x.stride, weights, w.cols)
                 };
-                for (i, values) in tile.iter().enumerate() {
+                for (i, mut values) in tile.into_iter().enumerate() {
+                    w.finish($row, &mut values);
                     // SAFETY: nobody else writes there, as the caller of `matmul` promised.
-                    unsafe { out.write(first + (token + i) * stride + $row, values) };
+                    unsafe { out.write(first + (token + i) * stride + $row, &values) };
                 }
                 token += $t;
             }

@@ -7,13 +7,13 @@ use super::{elementwise::exp, *};
 
 /// A matrix of one dtype with its exact values.
 #[derive(Debug, Clone)]
-struct Stored {
-    bytes: Vec<u8>,
-    values: Vec<f32>,
-    dtype: Dtype,
+pub(super) struct Stored {
+    pub(super) bytes: Vec<u8>,
+    pub(super) values: Vec<f32>,
+    pub(super) dtype: Dtype,
 }
 
-fn stored(values: &[f32], dtype: Dtype) -> Stored {
+pub(super) fn stored(values: &[f32], dtype: Dtype) -> Stored {
     let mut bytes = Vec::new();
     for &value in values {
         match dtype {
@@ -31,7 +31,7 @@ fn dtypes() -> impl Strategy<Value = Dtype> {
     prop::sample::select(vec![Dtype::Bf16, Dtype::F16, Dtype::F32])
 }
 
-fn floats(len: usize) -> impl Strategy<Value = Vec<f32>> {
+pub(super) fn floats(len: usize) -> impl Strategy<Value = Vec<f32>> {
     prop::collection::vec(-4.0f32..4.0, len)
 }
 
@@ -50,7 +50,7 @@ fn run(isa: Isa, x: &[f32], w: &Stored, tokens: usize, rows: usize, cols: usize)
     out
 }
 
-fn bits(values: &[f32]) -> Vec<u32> {
+pub(super) fn bits(values: &[f32]) -> Vec<u32> {
     values.iter().map(|value| value.to_bits()).collect()
 }
 

@@ -1,0 +1,120 @@
+//! The law of the fast products: right within bf16's rounding of activations, and the same bits from every variant, in
+//! every group.
+
+use proptest::prelude::*;
+
+use super::{emulated, *};
+use crate::cpu::kernels::{
+    elementwise::pack,
+    tests::{Stored, bits, floats, stored},
+};
+
+/// Activations, matrix, tokens, rows, columns.
+fn products() -> impl Strategy<Value = (Vec<f32>, Stored, usize, usize, usize)> {
+    (1usize..14, 1usize..40, 1usize..140).prop_flat_map(|(tokens, rows, cols)| {
+        (floats(tokens * cols), floats(rows * cols))
+            .prop_map(move |(x, w)| (x, stored(&w, Dtype::Bf16), tokens, rows, cols))
+    })
+}
+
+fn run(isa: Isa, x: &[f32], w: &Stored, tokens: usize, rows: usize, cols: usize) -> Vec<f32> {
+    // Everything that is to be written holds something else first.
+    let mut packed = vec![0x7fc1; tokens * padded(cols)];
+    pack(isa, x, cols, &mut packed);
+    let mut out = vec![f32::NAN; tokens * rows];
+    let matrix = Matrix::new(&w.bytes, w.dtype, rows, cols);
+    // SAFETY: one thread.
+    unsafe { matmul(isa, Packed::new(&packed, tokens, cols), matrix, &Output::new(&mut out), 0, rows) };
+    out
+}
+
+proptest! {
+    #[test]
+    fn a_fast_product_is_the_exact_one_of_rounded_activations((x, w, tokens, rows, cols) in products()) {
+        for isa in Isa::available() {
+            let out = run(isa, &x, &w, tokens, rows, cols);
+            for t in 0..tokens {
+                for r in 0..rows {
+                    let rounded = |k: usize| half::bf16::from_f32(x[t * cols + k]).to_f64();
+                    let terms = (0..cols).map(|k| rounded(k) * f64::from(w.values[r * cols + k]));
+                    let (sum, magnitude) = terms.fold((0.0, 0.0), |(sum, size), term| (sum + term, size + term.abs()));
+                    let error = (f64::from(out[t * rows + r]) - sum).abs();
+                    prop_assert!(error <= magnitude * 1e-6 + 1e-12, "{isa:?} [{t}][{r}]: off by {error:e} of {magnitude}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn every_variant_and_every_group_returns_the_same_bits((x, w, tokens, rows, cols) in products()) {
+        let expected = bits(&run(Isa::detect(), &x, &w, tokens, rows, cols));
+        for isa in Isa::available() {
+            prop_assert_eq!(&bits(&run(isa, &x, &w, tokens, rows, cols)), &expected, "{:?}", isa);
+            for t in 0..tokens {
+                let alone = run(isa, &x[t * cols..(t + 1) * cols], &w, 1, rows, cols);
+                prop_assert_eq!(&bits(&alone), &expected[t * rows..(t + 1) * rows], "{:?}, token {} alone", isa, t);
+            }
+        }
+    }
+
+    /// Numbers of every exponent, subnormal ones included: what the hardware flushes, we flush.
+    #[test]
+    fn numbers_of_every_size_agree(x in prop::collection::vec(any::<u32>(), 64), w in prop::collection::vec(any::<u16>(), 64)) {
+        let x: Vec<f32> = x.into_iter().map(f32::from_bits).map(|x| if x.is_finite() { x } else { 1e-40 }).collect();
+        let w: Vec<f32> = w.into_iter().map(emulated::widen).map(|w| if w.is_finite() { w } else { 1e-39 }).collect();
+        let w = stored(&w, Dtype::Bf16);
+        let expected = run(Isa::available().pop().unwrap(), &x, &w, 1, 1, 64);
+        for isa in Isa::available() {
+            let out = run(isa, &x, &w, 1, 1, 64);
+            prop_assert!(bits(&out) == bits(&expected) || (out[0].is_nan() && expected[0].is_nan()), "{isa:?} {out:?} {expected:?}");
+        }
+    }
+}
+
+/// Lane by lane against the instruction, operands of all exponents and of tiny ones.
+#[test]
+#[cfg(target_arch = "x86_64")]
+fn the_instruction_is_what_we_emulate() {
+    if !Isa::detect().has_bf16() {
+        return;
+    }
+    let mut state = 0x2545_f491_4f6c_dd1du64;
+    let mut random = move || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state
+    };
+    for round in 0..60_000 {
+        // A third: ordinary sizes; a third: any; a third: products around the smallest normal number.
+        let (low, span) = [(117u64, 20u64), (0, 255), (50, 30)][round % 3];
+        let mut operand = || {
+            let r = random();
+            ((r as u16) & 0x807f) | (((low + (r >> 32) % span) as u16) << 7)
+        };
+        let (x, w): ([u16; STEP], [u16; STEP]) =
+            (std::array::from_fn(|_| operand()), std::array::from_fn(|_| operand()));
+        let mut lanes: [f32; 16] = std::array::from_fn(|_| emulated::flush(emulated::widen(operand())));
+        if round % 3 == 2 {
+            lanes.iter_mut().for_each(|lane| *lane *= 1e-18);
+            lanes = lanes.map(emulated::flush);
+        }
+        // Packing has flushed the activations; the weights are flushed when they are widened.
+        let flushed = x.map(|x| if x & 0x7f80 == 0 { x & 0x8000 } else { x });
+        let ours = emulated::step(lanes, &flushed, &w.map(|w| emulated::flush(emulated::widen(w))));
+        // SAFETY: `has_bf16` proves the instruction.
+        let theirs = unsafe { avx512::step_once(lanes, &x, &w) };
+        for i in 0..16 {
+            let same = ours[i].to_bits() == theirs[i].to_bits() || (ours[i].is_nan() && theirs[i].is_nan());
+            assert!(
+                same,
+                "{:?} + {:?} · {:?}: {} here, {} there",
+                lanes[i],
+                &x[2 * i..2 * i + 2],
+                &w[2 * i..2 * i + 2],
+                ours[i],
+                theirs[i]
+            );
+        }
+    }
+}
