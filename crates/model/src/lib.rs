@@ -10,6 +10,7 @@
 
 mod backend;
 mod config;
+mod cost;
 pub mod cpu;
 mod error;
 mod fingerprint;
@@ -20,6 +21,7 @@ mod weights;
 
 pub use backend::{Backend, Logits, SeqInput};
 pub use config::{Family, ModelConfig};
+pub use cost::Cost;
 pub use error::Error;
 pub use folder::Folder;
 pub use rope::{Rope, RopeScaling};
