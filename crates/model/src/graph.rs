@@ -264,7 +264,7 @@ impl LayerSpec {
 }
 
 impl GatedSpec {
-    fn tensors(&self, take: &mut impl FnMut(String, Vec<usize>)) {
+    pub(crate) fn tensors(&self, take: &mut impl FnMut(String, Vec<usize>)) {
         [&self.gate, &self.up, &self.down].into_iter().for_each(|linear| linear.tensors(take));
     }
 }

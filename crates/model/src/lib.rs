@@ -11,6 +11,7 @@
 
 mod backend;
 mod config;
+mod cost;
 pub mod cpu;
 mod error;
 mod families;
@@ -23,6 +24,7 @@ mod weights;
 
 pub use backend::{Backend, Logits, SeqInput};
 pub use config::ModelConfig;
+pub use cost::Cost;
 pub use error::Error;
 pub use families::supported as supported_families;
 pub use folder::Folder;
