@@ -10,8 +10,7 @@ use std::{
 
 use anyhow::{Context as _, ensure};
 use kvasir_cluster::{ModelInfo, Registry};
-use kvasir_engine::{Constraints, Handle, ModelRunner, Parts};
-use kvasir_grammar::Grammars;
+use kvasir_engine::{Handle, ModelRunner, Parts};
 use kvasir_model::{Folder, cpu::CpuBackend};
 use kvasir_proto::convert;
 use kvasir_runtime::{Context, Tasks, chain};
@@ -25,6 +24,7 @@ use crate::{
     directory::Members,
     error::Error,
     metrics::{Metrics, Outcome},
+    parts,
 };
 
 /// One worker. Shared by all request tasks; everything in it is either immutable or its own lock.
@@ -87,10 +87,15 @@ impl Host {
             fingerprint: folder.fingerprint(),
             layout,
             max_model_len: folder.config().max_len as u32,
-            tokenizer: tokenizer_id(path)?,
+            tokenizer: parts::tokenizer_id(path)?,
         };
         let vocab = folder.config().vocab;
-        let parts = Parts { runner: Box::new(ModelRunner::new(backend)), constraints: grammars(&folder, path)? };
+        let parts = Parts {
+            runner: Box::new(ModelRunner::new(backend)),
+            constraints: parts::grammars(&folder, path)?,
+            // Prefill workers write one token of each answer.
+            proposer: if role == Role::Decode { parts::proposer(&config, &folder, threads)? } else { None },
+        };
         let (engine, _thread) = kvasir_engine::spawn(engine_config(&config), layout, blocks as usize, parts);
         let store = config.store.enabled.then(|| {
             let store = kvasir_store_client::Config { group_blocks: config.store.group_blocks, ..Default::default() };
@@ -184,18 +189,7 @@ fn engine_config(config: &Config) -> kvasir_engine::Config {
         max_waiting: engine.max_waiting,
         prefix_cache: engine.prefix_cache,
         mask_threads: engine.mask_threads,
-    }
-}
-
-/// What makes answers follow grammars, if the folder's tokenizer allows it: it is not needed for anything else.
-fn grammars(folder: &Folder, path: &std::path::Path) -> anyhow::Result<Option<Arc<dyn Constraints>>> {
-    let Some(tokenizer) = tokenizer_json(path)? else { return Ok(None) };
-    match Grammars::new(&tokenizer, folder.config().vocab, &folder.config().eos) {
-        Ok(grammars) => Ok(Some(Arc::new(grammars))),
-        Err(error) => {
-            tracing::warn!(error = chain(&error), "answers can't be given a form");
-            Ok(None)
-        }
+        draft_tokens: engine.speculation.tokens,
     }
 }
 
@@ -208,18 +202,4 @@ fn model_name(config: &Config) -> anyhow::Result<String> {
         .clone()
         .or_else(folder)
         .context("model.name: not set, and model.path has no last component to take it from")
-}
-
-/// What tells routers whether they speak this model's token ids: BLAKE3 of tokenizer.json, or empty without one.
-fn tokenizer_id(folder: &std::path::Path) -> anyhow::Result<String> {
-    Ok(tokenizer_json(folder)?.map(|bytes| blake3::hash(&bytes).to_hex().to_string()).unwrap_or_default())
-}
-
-fn tokenizer_json(folder: &std::path::Path) -> anyhow::Result<Option<Vec<u8>>> {
-    let path = folder.join("tokenizer.json");
-    match std::fs::read(&path) {
-        Ok(bytes) => Ok(Some(bytes)),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(error).with_context(|| format!("cannot read {}", path.display())),
-    }
 }
