@@ -48,7 +48,7 @@ pub use error::Error;
 pub use event::{Admission, Event, EventSink, LayerDone, LayerSink};
 pub use request::{Intake, Mode, NewSequence, Rejected, Request, SeqId};
 pub use runner::{ModelRunner, Runner, RunnerSpec};
-pub use sampler::{Ask, History, Mask, Sampler, choice_seed, sample};
+pub use sampler::{Ask, History, Mask, Sampler, choice_seed, sample, uniform};
 pub use scripted::{Script, ScriptedRunner};
 pub use speculate::{DraftModel, Guess, NGrams, Proposer};
 pub use stats::Stats;
