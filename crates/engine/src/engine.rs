@@ -6,6 +6,7 @@ use std::{
     sync::Arc,
 };
 
+use kvasir_kv_cache::Geometry;
 use kvasir_model::{Logits, SeqInput};
 use kvasir_types::{KvLayout, TokenId};
 
@@ -48,7 +49,6 @@ pub enum Progress {
 pub struct Engine {
     runner: Box<dyn Runner>,
     spec: RunnerSpec,
-    layers: usize,
     intake: Intake,
     scheduler: Scheduler,
 }
@@ -59,9 +59,10 @@ impl Engine {
         let block_size = layout.block_size as usize;
         let config = config.effective(block_size);
         let spec = runner.spec().clone();
-        let intake = Intake::new(&config, layout, blocks, &spec);
-        let scheduler = Scheduler::new(config, block_size, blocks);
-        Self { runner, spec, layers: layout.layers as usize, intake, scheduler }
+        let geometry = Geometry::new(block_size, &spec.groups);
+        let intake = Intake::new(&config, geometry.clone(), blocks, &spec);
+        let scheduler = Scheduler::new(config, geometry, blocks);
+        Self { runner, spec, intake, scheduler }
     }
 
     /// Where requests are checked and become commands.
@@ -83,7 +84,7 @@ impl Engine {
     pub fn apply(&mut self, command: Command) {
         match command {
             Command::Admit(new) => self.scheduler.enqueue(*new.0),
-            Command::Landed(seq, tokens) => self.landed(seq, tokens),
+            Command::Landed(seq, tokens) => self.scheduler.landed(seq, tokens),
             Command::Compute(seq, sink) => self.compute(seq, sink),
             Command::Resume(seq, first) => self.resume(seq, first),
             Command::Abort(seq) | Command::Release(seq) => drop(self.scheduler.remove(seq)),
@@ -99,21 +100,6 @@ impl Engine {
         }
     }
 
-    fn landed(&mut self, seq: SeqId, tokens: usize) {
-        let block_size = self.scheduler.block_size;
-        let Some(sequence) = self.scheduler.live_mut(seq) else { return };
-        let State::Held(table) = &sequence.state else { return };
-        let prompt = sequence.request.prompt.len();
-        let landed = if tokens >= prompt { prompt } else { tokens / block_size * block_size };
-        let before = table.computed;
-        if landed > before {
-            self.scheduler.totals.landed_tokens += (landed - before) as u64;
-            // The block of the last token stays open: if the first output token never comes, `compute` computes the last
-            // prompt token here, which writes to that block once more.
-            self.scheduler.advance(seq, landed, landed.min(prompt - 1));
-        }
-    }
-
     fn compute(&mut self, seq: SeqId, sink: Option<Box<dyn LayerSink>>) {
         if let Some(waiting) = self.scheduler.waiting_mut(seq) {
             if let State::Queued { early, .. } = &mut waiting.state {
@@ -121,13 +107,8 @@ impl Engine {
             }
             return;
         }
-        let Some(sequence) = self.scheduler.live_mut(seq) else { return };
-        if !matches!(sequence.state, State::Held(_)) {
-            return;
-        }
-        let last = sequence.tokens.len() - 1;
-        if let Some(mut table) = sequence.take_table() {
-            table.computed = table.computed.min(last);
+        let Some(last) = self.scheduler.live(seq).map(|sequence| sequence.tokens.len() - 1) else { return };
+        if let Some((sequence, table)) = self.scheduler.unhold(seq, last) {
             sequence.state = State::Prefilling(table, sink);
         }
     }
@@ -144,7 +125,7 @@ impl Engine {
         }
         let (computed, prompt) = (table.computed, sequence.request.prompt.len());
         let finished = sequence.push(first, &self.spec.eos);
-        if let Some(table) = sequence.take_table() {
+        if let Some((sequence, table)) = self.scheduler.unhold(seq, computed) {
             // What did not land after all is computed here, with the first token behind it.
             sequence.state =
                 if computed == prompt { State::Decoding(table, None) } else { State::Prefilling(table, None) };
@@ -186,7 +167,7 @@ impl Engine {
         let block_size = scheduler.block_size;
         let input = |item: &Work| {
             let sequence = scheduler.live(item.seq).expect("work is planned for live sequences");
-            let tables = sequence.table().expect("live sequences have a table").tables();
+            let tables = sequence.table().expect("live sequences have a table").ids();
             SeqInput {
                 tokens: &sequence.tokens[item.tokens.clone()],
                 start: item.tokens.start,
@@ -195,14 +176,20 @@ impl Engine {
             }
         };
         let batch: Vec<SeqInput<'_>> = work.iter().map(input).collect();
+        let groups = &self.spec.groups;
         let mut after_layer = |layer: usize| {
+            let (group, place) = groups.place(layer);
             for (item, sink) in &mut watchers {
-                let first_block = item.tokens.start / block_size;
+                let table = &input(item).tables[group];
+                let end = item.tokens.end.div_ceil(block_size).min(table.len());
+                let first_block = (item.tokens.start / block_size).min(end);
                 let done = LayerDone {
                     layer,
-                    layers: self.layers,
+                    layers: groups.layers(),
+                    group,
+                    place,
                     first_block,
-                    blocks: &input(item).tables[0][first_block..item.tokens.end.div_ceil(block_size)],
+                    blocks: &table[first_block..end],
                     tokens: item.tokens.clone(),
                 };
                 if !broken.contains(&item.seq) && catch_unwind(AssertUnwindSafe(|| sink.layer_done(done))).is_err() {
@@ -257,7 +244,7 @@ impl Engine {
         let finished = sequence.push(sampled.token, &self.spec.eos);
         let told = sequence.tell(Event::Token(sampled));
         let mode = sequence.request.mode;
-        sequence.after_sampling();
+        self.scheduler.begin_answer(seq);
         self.scheduler.totals.sampled_tokens += 1;
         match finished {
             _ if !told => drop(self.scheduler.remove(seq)),

@@ -39,9 +39,10 @@ pub enum Event {
 /// Where a prompt's KV is, or is to land.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Admission {
-    /// Blocks of the whole prompt, in order, the last one perhaps used in part. They stay this sequence's own until it
-    /// ends: a held sequence is never preempted, a peer may be writing into its blocks.
-    pub blocks: Vec<BlockId>,
+    /// Blocks of the prompt in each group of layers, in order, the last one perhaps used in part;
+    /// [`BlockId::GONE`] where a sliding group needs none. They stay this sequence's own until it ends: a held sequence is
+    /// never preempted, a peer may be writing into its blocks.
+    pub tables: Vec<Vec<BlockId>>,
     /// Hashes of the prompt's full blocks.
     pub hashes: Arc<[BlockHash]>,
     /// How many tokens at the beginning have their KV already: a multiple of the block size, less than the prompt, because
@@ -64,9 +65,14 @@ pub struct LayerDone<'a> {
     pub layer: usize,
     /// How many there are.
     pub layers: usize,
-    /// Index of `blocks[0]` in the sequence's block table.
+    /// The layer's group.
+    pub group: usize,
+    /// Which layer of that group's blocks it is.
+    pub place: usize,
+    /// Index of `blocks[0]` in the sequence's table of that group.
     pub first_block: usize,
-    /// The blocks that this chunk wrote to, in order; the first and the last perhaps in part.
+    /// The blocks that this chunk wrote to, in order; the first and the last perhaps in part. [`BlockId::GONE`] where
+    /// nothing after the chunk looks at the block any more.
     pub blocks: &'a [BlockId],
     /// Positions of the prompt in this chunk.
     pub tokens: Range<usize>,

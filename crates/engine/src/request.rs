@@ -11,7 +11,8 @@ use std::{
     },
 };
 
-use kvasir_types::{BlockHash, KvLayout, RequestId, Sampling, TokenId, chain};
+use kvasir_kv_cache::Geometry;
+use kvasir_types::{BlockHash, RequestId, Sampling, TokenId, chain};
 
 use crate::{Config, Error, EventSink, RunnerSpec, engine::Command, sequence::Sequence};
 
@@ -68,7 +69,8 @@ pub struct Intake(Arc<Shared>);
 
 #[derive(Debug)]
 struct Shared {
-    layout: KvLayout,
+    geometry: Geometry,
+    chunk_tokens: usize,
     blocks: usize,
     vocab: usize,
     max_len: usize,
@@ -79,9 +81,10 @@ struct Shared {
 }
 
 impl Intake {
-    pub(crate) fn new(config: &Config, layout: KvLayout, blocks: usize, spec: &RunnerSpec) -> Self {
+    pub(crate) fn new(config: &Config, geometry: Geometry, blocks: usize, spec: &RunnerSpec) -> Self {
         Self(Arc::new(Shared {
-            layout,
+            geometry,
+            chunk_tokens: config.chunk_tokens,
             blocks,
             vocab: spec.vocab,
             max_len: spec.max_len,
@@ -97,7 +100,7 @@ impl Intake {
     pub fn admit(&self, request: Request, events: Box<dyn EventSink>) -> Result<(SeqId, Command), Rejected> {
         match self.check(&request).and_then(|()| self.enqueue()) {
             Ok(place) => {
-                let hashes = chain(request.root, &request.prompt, self.0.layout.block_size as usize);
+                let hashes = chain(request.root, &request.prompt, self.0.geometry.block_size());
                 let seq = SeqId(self.0.next_seq.fetch_add(1, Ordering::Relaxed));
                 let limit = self.output_limit(&request);
                 let sequence = Sequence::new(seq, request, hashes.into(), limit, events, place);
@@ -130,7 +133,7 @@ impl Intake {
         if tokens >= shared.max_len {
             return Err(Error::PromptTooLong { tokens, max_len: shared.max_len });
         }
-        let needed = shared.layout.blocks_for(tokens + usize::from(request.mode == Mode::Generate));
+        let needed = shared.geometry.needed(tokens + usize::from(request.mode == Mode::Generate), shared.chunk_tokens);
         if needed > shared.blocks {
             return Err(Error::PromptExceedsPool { tokens, needed, blocks: shared.blocks });
         }

@@ -13,12 +13,12 @@
 
 use std::{collections::BTreeMap, ops::Range};
 
-use kvasir_kv_cache::BlockPool;
+use kvasir_kv_cache::{Geometry, KvCache, Table};
 use kvasir_types::FinishReason;
 
 use crate::{
     Admission, Config, Error, Event, SeqId, Stats,
-    sequence::{Sequence, State, Table},
+    sequence::{Sequence, State},
 };
 
 /// What to compute of one sequence in one step.
@@ -35,7 +35,7 @@ pub(crate) struct Work {
 pub(crate) struct Scheduler {
     config: Config,
     pub block_size: usize,
-    pool: BlockPool,
+    cache: KvCache,
     /// Without blocks, by age. Ids grow with age, so the first is the next to be admitted.
     waiting: BTreeMap<SeqId, Sequence>,
     /// With blocks, by age.
@@ -45,10 +45,11 @@ pub(crate) struct Scheduler {
 }
 
 impl Scheduler {
-    pub fn new(config: Config, block_size: usize, blocks: usize) -> Self {
-        let pool = BlockPool::new(blocks);
+    pub fn new(config: Config, geometry: Geometry, blocks: usize) -> Self {
+        let block_size = geometry.block_size();
+        let cache = KvCache::new(geometry, blocks, 0);
         let (waiting, live) = (BTreeMap::new(), BTreeMap::new());
-        Self { config, block_size, pool, waiting, live, totals: Stats::default() }
+        Self { config, block_size, cache, waiting, live, totals: Stats::default() }
     }
 
     /// Takes a sequence into the queue.
@@ -81,7 +82,7 @@ impl Scheduler {
         let Some(sequence) = self.live.get_mut(&seq) else { return };
         sequence.advance(tokens);
         if self.config.prefix_cache {
-            sequence.seal(sealable, &mut self.pool, self.block_size);
+            sequence.seal(sealable, &mut self.cache);
         }
     }
 
@@ -89,7 +90,7 @@ impl Scheduler {
     pub fn remove(&mut self, seq: SeqId) -> Option<Sequence> {
         let mut sequence = self.live.remove(&seq).or_else(|| self.waiting.remove(&seq))?;
         if let Some(table) = sequence.take_table() {
-            table.give_back(&mut self.pool);
+            self.cache.give_back(table);
         }
         Some(sequence)
     }
@@ -122,12 +123,20 @@ impl Scheduler {
         while self.admit_next() {
             changed = true;
         }
-        for sequence in self.live.values() {
-            if let Some(next) = plan_chunk(sequence, self.config.chunk_tokens.min(budget), self.block_size) {
-                budget -= next.tokens.len();
-                work.push(next);
+        let prompts: Vec<_> =
+            self.live.values().filter(|s| matches!(s.state, State::Prefilling(..))).map(|s| s.id).collect();
+        for seq in prompts {
+            let limit = self.config.chunk_tokens.min(budget);
+            match self.plan_chunk(seq, limit) {
+                Some(next) => {
+                    budget -= next.tokens.len();
+                    work.push(next);
+                }
+                None => changed |= !self.live.contains_key(&seq),
             }
         }
+        // Whoever lost its blocks to a later one in this loop has no work.
+        work.retain(|next| self.live.contains_key(&next.seq));
         (work, changed)
     }
 
@@ -136,25 +145,88 @@ impl Scheduler {
         loop {
             let State::Decoding(table, _) = &mut self.live.get_mut(&seq)?.state else { return None };
             let at = table.computed;
-            if at < table.ids().len() * self.block_size {
+            if self.cache.grow(table, at + 1) {
                 return Some(Work { seq, tokens: at..at + 1, last: true });
             }
-            match self.pool.take() {
-                Some(block) => table.push(block),
-                None => self.make_room_for(seq),
+            self.make_room_for(seq);
+        }
+    }
+
+    /// The next chunk of a sequence that is being prefilled, of at most `limit` tokens.
+    ///
+    /// Every chunk starts at a block boundary (but for a lone last token) and, unless it is the last one, ends at one: so
+    /// a layer of a chunk is a number of whole blocks to push. If the limit is less than a block, the sequence waits a
+    /// step.
+    fn plan_chunk(&mut self, seq: SeqId, limit: usize) -> Option<Work> {
+        loop {
+            let sequence = self.live.get_mut(&seq)?;
+            let total = sequence.tokens.len();
+            let State::Prefilling(table, _) = &mut sequence.state else { return None };
+            let start = table.computed;
+            let end = if total - start <= limit { total } else { (start + limit) / self.block_size * self.block_size };
+            if end <= start {
+                return None;
             }
+            if self.cache.grow(table, end) {
+                return Some(Work { seq, tokens: start..end, last: end == total });
+            }
+            self.make_room_for(seq);
+        }
+    }
+
+    /// The first `tokens` tokens of a held sequence's prompt landed.
+    pub fn landed(&mut self, seq: SeqId, tokens: usize) {
+        let Some(sequence) = self.live.get_mut(&seq) else { return };
+        let prompt = sequence.request.prompt.len();
+        let State::Held(table) = &mut sequence.state else { return };
+        let landed = if tokens >= prompt { prompt } else { tokens / self.block_size * self.block_size };
+        let before = table.computed;
+        // A sliding group's table has room for the end of the prompt only: a part that leaves out its window is no use.
+        if landed <= before || !self.cache.covers(table, landed) {
+            return;
+        }
+        self.cache.fence(table, landed.div_ceil(self.block_size));
+        self.totals.landed_tokens += (landed - before) as u64;
+        // The block of the last token stays open: if the first output token never comes, `compute` computes the last
+        // prompt token here, which writes to that block once more.
+        self.advance(seq, landed, landed.min(prompt - 1));
+    }
+
+    /// Takes the table of a held sequence that is to be computed from its first `computed` tokens on: nobody writes into
+    /// it any more.
+    pub fn unhold(&mut self, seq: SeqId, computed: usize) -> Option<(&mut Sequence, Table)> {
+        let sequence = self.live.get_mut(&seq)?;
+        if !matches!(sequence.state, State::Held(_)) {
+            return None;
+        }
+        let mut table = sequence.take_table()?;
+        self.cache.fence(&mut table, usize::MAX);
+        if computed < table.computed || table.computed < sequence.tokens.len() {
+            table.computed = table.computed.min(computed);
+            self.cache.rewind(&mut table);
+        }
+        Some((sequence, table))
+    }
+
+    /// Every token that was known is computed, and the next one sampled.
+    pub fn begin_answer(&mut self, seq: SeqId) {
+        let Some(sequence) = self.live.get_mut(&seq) else { return };
+        let prefilled = matches!(sequence.state, State::Prefilling(..));
+        sequence.after_sampling();
+        if prefilled && let Some(table) = sequence.state.table_mut() {
+            self.cache.give_back_stock(table);
         }
     }
 
     /// No block is left for the next token of `seq`: takes blocks away from somebody.
     fn make_room_for(&mut self, seq: SeqId) {
         let Some(needy) = self.live.get(&seq) else { return };
-        let (blocks, tokens) = (needy.table().map_or(0, |table| table.ids().len()), needy.tokens.len());
+        let (blocks, tokens) = (needy.table().map_or(0, Table::len), needy.tokens.len());
         // Not from older ones: they are in this step's work already, and taking in turns would get nobody to the end.
         let victim = self.live.range(seq..).rev().find(|(_, other)| other.is_preemptible()).map(|(&id, _)| id);
         match victim {
             Some(victim) if victim != seq => self.preempt(victim),
-            _ if blocks == self.pool.counts().total => self.end(seq, Event::Finished(FinishReason::Length)),
+            _ if blocks == self.cache.counts().total => self.end(seq, Event::Finished(FinishReason::Length)),
             Some(_itself) => self.preempt(seq),
             None => self.end(seq, Event::Failed(Error::OutOfBlocks { tokens })),
         }
@@ -174,26 +246,22 @@ impl Scheduler {
         }
         let Some(mut entry) = self.waiting.first_entry() else { return false };
         let sequence = entry.get_mut();
-        // Never more than there is: a preempted sequence that has grown to the pool's size gets its turn, and ends there.
-        let needed = sequence.tokens_to_reserve().div_ceil(self.block_size).min(self.pool.counts().total);
+        let tokens = sequence.tokens_to_reserve();
         let hashes = sequence.reusable_hashes(self.block_size);
-        let run = self.pool.lookup(hashes);
-        if self.pool.available() - run.idle < needed - run.blocks {
-            return false;
-        }
-        let cached = self.pool.pin_run(hashes);
-        let fresh =
-            self.pool.take_many(needed - cached.len()).expect("as many blocks are available, pinned ones apart");
-        let table = Table::new(cached, fresh, self.block_size);
+        let Some(table) = self.cache.reserve(hashes, tokens, self.config.chunk_tokens) else { return false };
         let sequence = entry.remove();
         self.start(sequence, table);
         true
     }
 
     /// A sequence has its blocks: on to the caller, or straight on computing.
-    fn start(&mut self, mut sequence: Sequence, table: Table) {
+    fn start(&mut self, mut sequence: Sequence, mut table: Table) {
+        if matches!(sequence.state, State::Queued { early: None, .. }) {
+            self.cache.open(&mut table, sequence.request.prompt.len());
+        }
+        let blocks = sequence.request.prompt.len().div_ceil(self.block_size);
         let admission = Admission {
-            blocks: table.ids()[..sequence.request.prompt.len().div_ceil(self.block_size)].to_vec(),
+            tables: table.ids().iter().map(|ids| ids[..blocks.min(ids.len())].to_vec()).collect(),
             hashes: sequence.prompt_hashes.clone(),
             cached_tokens: table.computed,
         };
@@ -218,7 +286,7 @@ impl Scheduler {
 
     /// What is going on now, and the totals so far.
     pub fn stats(&self) -> Stats {
-        let mut stats = Stats { blocks: self.pool.counts(), ..self.totals };
+        let mut stats = Stats { blocks: self.cache.counts(), ..self.totals };
         for sequence in self.waiting.values() {
             match sequence.state {
                 State::Preempted => stats.preempted += 1,
@@ -240,23 +308,13 @@ impl Scheduler {
     pub fn check(&self) {
         let tables = || self.live.values().map(|sequence| sequence.table().expect("live sequences have a table"));
         let mut uses = std::collections::HashMap::new();
-        tables().flat_map(Table::ids).for_each(|id| *uses.entry(*id).or_insert(0) += 1);
+        let all = tables().flat_map(|table| table.open_ids().chain(table.sealed_ids().map(|(.., id)| id)));
+        all.for_each(|id| *uses.entry(id).or_insert(0) += 1);
         for id in tables().flat_map(Table::open_ids) {
-            assert_eq!(uses[id], 1, "{id} may be written and is in {} tables", uses[id]);
+            assert_eq!(uses[&id], 1, "{id} may be written and is in {} tables", uses[&id]);
         }
-        let counts = self.pool.counts();
+        let counts = self.cache.counts();
         assert_eq!(counts.in_use, uses.len());
         assert_eq!(counts.free + counts.cached + counts.in_use, counts.total);
     }
-}
-
-/// The next chunk of a sequence that is being prefilled, of at most `limit` tokens.
-///
-/// Every chunk starts at a block boundary (but for a lone last token) and, unless it is the last one, ends at one: so a
-/// layer of a chunk is a number of whole blocks to push. If the limit is less than a block, the sequence waits a step.
-fn plan_chunk(sequence: &Sequence, limit: usize, block_size: usize) -> Option<Work> {
-    let State::Prefilling(table, _) = &sequence.state else { return None };
-    let (start, total) = (table.computed, sequence.tokens.len());
-    let end = if total - start <= limit { total } else { (start + limit) / block_size * block_size };
-    (end > start).then_some(Work { seq: sequence.id, tokens: start..end, last: end == total })
 }

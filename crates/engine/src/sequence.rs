@@ -14,14 +14,13 @@
 //! [`LayerSink`], or to `Parked`. None of these is ever preempted.
 
 use std::{
-    collections::VecDeque,
     fmt,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::Arc,
 };
 
-use kvasir_kv_cache::{BlockPool, Filling, Sealed};
-use kvasir_types::{BlockHash, BlockId, FinishReason, TokenId};
+use kvasir_kv_cache::{KvCache, Table};
+use kvasir_types::{BlockHash, FinishReason, TokenId};
 
 use crate::{Event, EventSink, LayerSink, Mode, Request, SeqId, request::QueuePlace};
 
@@ -62,71 +61,13 @@ pub(crate) enum State {
 }
 
 impl State {
-    fn table_mut(&mut self) -> Option<&mut Table> {
+    pub fn table_mut(&mut self) -> Option<&mut Table> {
         match self {
             Self::Queued { .. } | Self::Preempted => None,
             Self::Held(table) | Self::Prefilling(table, _) | Self::Decoding(table, _) | Self::Parked(table) => {
                 Some(table)
             }
         }
-    }
-}
-
-/// The blocks of a sequence and how many tokens in them are valid.
-///
-/// Sealed blocks come first: `sealed` and `filling` together are `ids`, in order.
-#[derive(Debug)]
-pub(crate) struct Table {
-    /// One table; a place for more, see [`kvasir_types::KvGroups`].
-    ids: [Vec<BlockId>; 1],
-    sealed: Vec<Sealed>,
-    filling: VecDeque<Filling>,
-    /// KV of so many tokens, from the first one on, is there.
-    pub computed: usize,
-}
-
-impl Table {
-    /// `sealed` blocks out of the prefix cache, `fresh` ones behind them.
-    pub fn new(sealed: Vec<Sealed>, fresh: Vec<Filling>, block_size: usize) -> Self {
-        let ids = sealed.iter().map(Sealed::id).chain(fresh.iter().map(Filling::id)).collect();
-        let computed = sealed.len() * block_size;
-        Self { ids: [ids], sealed, filling: fresh.into(), computed }
-    }
-
-    /// All blocks in order.
-    pub fn ids(&self) -> &[BlockId] {
-        &self.ids[0]
-    }
-
-    /// All tables, as the model wants them.
-    pub fn tables(&self) -> &[Vec<BlockId>] {
-        &self.ids
-    }
-
-    /// Blocks that may still be written.
-    #[cfg(test)]
-    pub fn open_ids(&self) -> &[BlockId] {
-        &self.ids()[self.sealed.len()..]
-    }
-
-    /// One more block at the end.
-    pub fn push(&mut self, block: Filling) {
-        self.ids[0].push(block.id());
-        self.filling.push_back(block);
-    }
-
-    /// Seals the blocks that `hashes` name and that are not sealed yet. Their tokens must have been computed.
-    fn seal(&mut self, pool: &mut BlockPool, hashes: &[BlockHash]) {
-        for &hash in hashes.get(self.sealed.len()..).unwrap_or_default() {
-            let block = self.filling.pop_front().expect("a table has a block for every computed token");
-            self.sealed.push(pool.seal(block, hash));
-        }
-    }
-
-    /// Gives every block back, the tail of the chain first, so that it is evicted first.
-    pub fn give_back(self, pool: &mut BlockPool) {
-        self.filling.into_iter().for_each(|block| pool.give_back(block));
-        self.sealed.into_iter().rev().for_each(|share| pool.release(share));
     }
 }
 
@@ -210,11 +151,12 @@ impl Sequence {
     }
 
     /// The full blocks among the first `tokens` tokens are complete for good: makes them findable.
-    pub fn seal(&mut self, tokens: usize, pool: &mut BlockPool, block_size: usize) {
+    pub fn seal(&mut self, tokens: usize, cache: &mut KvCache) {
+        let block_size = cache.geometry().block_size();
         let blocks = tokens / block_size;
         self.hash_blocks(blocks, block_size);
         if let Some(table) = self.state.table_mut() {
-            table.seal(pool, &self.hashes[..blocks]);
+            cache.seal(table, self.request.root, &self.hashes[..blocks]);
         }
     }
 

@@ -230,7 +230,7 @@ fn the_blocks_of_a_held_sequence_are_never_taken_away() {
     let (_, elder) = rig.generate(&elder_prompt, 30);
     rig.step();
     let (held, landing) = rig.admit(&held_prompt, greedy(4), Mode::Generate); // 4 of 8 blocks, younger
-    let blocks = landing.admission().unwrap().blocks;
+    let blocks = landing.admission().unwrap().tables[0].clone();
     rig.settle();
     // The elder one has stopped for want of blocks rather than touch those.
     assert!(elder.finished().is_none());
@@ -293,7 +293,7 @@ fn what_landed_is_not_computed_again() {
     let mut rig = Rig::new(32, config());
     let prompt = prompt(4, 18);
     let (seq, client) = rig.admit(&prompt, greedy(5), Mode::Generate);
-    let blocks = client.admission().unwrap().blocks;
+    let blocks = client.admission().unwrap().tables[0].clone();
     rig.script.land(&blocks, &prompt, 0..12);
     rig.engine.apply(Command::Landed(seq, 14)); // not a whole block more than 12
     rig.engine.apply(Command::Compute(seq, None));
@@ -309,7 +309,7 @@ fn a_landed_prompt_resumes_after_the_first_token_and_is_cached() {
         let mut rig = Rig::new(32, config());
         let prompt = prompt(4, len);
         let (seq, client) = rig.admit(&prompt, greedy(5), Mode::Generate);
-        let blocks = client.admission().unwrap().blocks;
+        let blocks = client.admission().unwrap().tables[0].clone();
         rig.script.land(&blocks, &prompt, 0..len);
         rig.engine.apply(Command::Landed(seq, len));
         let answer = rig.answer(&prompt, 5);
@@ -328,7 +328,7 @@ fn a_landed_prompt_without_a_first_token_can_still_be_computed() {
         let mut rig = Rig::new(32, config());
         let prompt = prompt(4, len);
         let (seq, client) = rig.admit(&prompt, greedy(5), Mode::Generate);
-        rig.script.land(&client.admission().unwrap().blocks, &prompt, 0..len);
+        rig.script.land(&client.admission().unwrap().tables[0], &prompt, 0..len);
         rig.engine.apply(Command::Landed(seq, len));
         // The last block will be written to once more, so nobody else may have found it.
         let (other, longer) = rig.admit(&[&prompt[..], &[EOS]].concat(), greedy(1), Mode::Generate);
@@ -347,7 +347,7 @@ fn a_first_token_before_the_whole_prompt_landed_costs_only_computing() {
     let mut rig = Rig::new(32, config());
     let prompt = prompt(4, 14);
     let (seq, client) = rig.admit(&prompt, greedy(5), Mode::Generate);
-    rig.script.land(&client.admission().unwrap().blocks, &prompt, 0..8);
+    rig.script.land(&client.admission().unwrap().tables[0], &prompt, 0..8);
     rig.engine.apply(Command::Landed(seq, 8));
     let answer = rig.answer(&prompt, 5);
     rig.engine.apply(Command::Resume(seq, answer[0]));
@@ -365,7 +365,7 @@ fn a_first_token_that_ends_the_answer_finishes_at_once() {
     for (first, sampling, reason) in cases {
         let mut rig = Rig::new(32, config());
         let (seq, client) = rig.admit(&prompt(4, 8), sampling, Mode::Generate);
-        rig.script.land(&client.admission().unwrap().blocks, &prompt(4, 8), 0..8);
+        rig.script.land(&client.admission().unwrap().tables[0], &prompt(4, 8), 0..8);
         rig.engine.apply(Command::Landed(seq, 8));
         rig.engine.apply(Command::Resume(seq, first));
         assert_eq!(client.finished(), Some(reason));
@@ -406,7 +406,7 @@ fn a_sink_sees_every_layer_of_every_chunk_and_chunks_end_at_blocks() {
     let watch = Watch::default();
     rig.engine.apply(Command::Compute(seq, Some(Box::new(watch.clone()))));
     rig.settle();
-    let blocks = client.admission().unwrap().blocks;
+    let blocks = client.admission().unwrap().tables[0].clone();
     let expected =
         [(0..8, 0, blocks[..2].to_vec()), (8..16, 2, blocks[2..4].to_vec()), (16..22, 4, blocks[4..].to_vec())];
     assert_eq!(*watch.chunks.lock().unwrap(), expected);

@@ -82,7 +82,7 @@ impl Asked {
     fn disturb(&self, rig: &Rig) {
         let admission = self.client.admission().unwrap();
         let valid = self.landed.max(admission.cached_tokens).div_ceil(BLOCK);
-        admission.blocks[valid..].iter().for_each(|&block| rig.script.scribble(block));
+        admission.tables[0][valid..].iter().for_each(|&block| rig.script.scribble(block));
     }
 
     fn land(&mut self, rig: &mut Rig, blocks: usize) {
@@ -90,7 +90,7 @@ impl Asked {
         let until = (blocks * BLOCK).min(self.prompt.len());
         let from = self.landed.max(admission.cached_tokens);
         if until > from {
-            rig.script.land(&admission.blocks, &self.prompt, from..until);
+            rig.script.land(&admission.tables[0], &self.prompt, from..until);
             self.landed = until;
         }
         rig.engine.apply(Command::Landed(self.seq, until));

@@ -61,7 +61,7 @@ pub(crate) struct Place {
 struct Class {
     by_hash: HashMap<BlockHash, BlockId>,
     /// Those present that nobody holds, in the order in which they go.
-    idle: Lru<BlockId>,
+    idle: Lru,
     /// Blocks evicted to make room for others of this size.
     evictions: u64,
 }

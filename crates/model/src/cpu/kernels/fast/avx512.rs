@@ -193,7 +193,7 @@ unsafe fn tile<const D: u8, const T: usize, const R: usize, const P: usize>(
         // SAFETY: step k of a group of T tokens.
         unsafe { step(&mut sums, x.add(k * T), &weights) };
     }
-    if w.cols % STEP != 0 {
+    if !w.cols.is_multiple_of(STEP) {
         for (r, weight) in weights.iter_mut().enumerate() {
             // SAFETY: the mask covers what remains of row r; masked elements are not touched.
             *weight = unsafe { load_masked::<D>(w.first.add(r * w.row + whole * w.step), mask(w.cols)) };
