@@ -5,7 +5,7 @@
 
 use super::{
     Isa, LANES, Variant,
-    fast::{GROUP, STEP, Step, steps},
+    fast::{GROUP, STEP, padded},
     portable::reduce,
 };
 
@@ -69,7 +69,7 @@ per_isa! {
 
 per_isa! {
     /// Rounds rows of `cols` to bf16 and packs them for [`fast`](super::fast): whole groups, the last one perhaps smaller.
-    fn pack(x: &[f32], cols: usize, out: &mut [Step])
+    fn pack(x: &[f32], cols: usize, out: &mut [u16])
 }
 
 per_isa! {
@@ -143,17 +143,18 @@ mod body {
     }
 
     #[inline(always)]
-    pub(super) fn pack(x: &[f32], cols: usize, out: &mut [Step]) {
-        for (x, out) in x.chunks(GROUP * cols).zip(out.chunks_mut(GROUP * steps(cols))) {
+    pub(super) fn pack(x: &[f32], cols: usize, out: &mut [u16]) {
+        let padded = padded(cols);
+        for (x, out) in x.chunks(GROUP * cols).zip(out.chunks_mut(GROUP * padded)) {
             let size = x.len() / cols;
             for (token, row) in x.chunks_exact(cols).enumerate() {
-                let (whole, rest) = row.as_chunks::<STEP>();
-                for (k, step) in whole.iter().enumerate() {
-                    let to = &mut out[k * size + token].0;
+                let (steps, rest) = row.as_chunks::<STEP>();
+                for (k, step) in steps.iter().enumerate() {
+                    let to = &mut out[(k * size + token) * STEP..][..STEP];
                     to.iter_mut().zip(step).for_each(|(to, &x)| *to = round_to_bf16(x));
                 }
                 if !rest.is_empty() {
-                    let to = &mut out[whole.len() * size + token].0;
+                    let to = &mut out[(steps.len() * size + token) * STEP..][..STEP];
                     to.fill(0);
                     to.iter_mut().zip(rest).for_each(|(to, &x)| *to = round_to_bf16(x));
                 }
