@@ -11,8 +11,7 @@ use kvasir_model::{Logits, SeqInput};
 use kvasir_types::{KvLayout, TokenId};
 
 use crate::{
-    Config, Error, Event, Intake, LayerDone, LayerSink, Mode, NewSequence, Runner, RunnerSpec, SeqId, Stats,
-    sampler::sample,
+    Config, Error, Event, Intake, LayerDone, LayerSink, Mode, NewSequence, Runner, RunnerSpec, Sampler, SeqId, Stats,
     scheduler::{Scheduler, Work},
     sequence::State,
 };
@@ -51,6 +50,7 @@ pub struct Engine {
     spec: RunnerSpec,
     intake: Intake,
     scheduler: Scheduler,
+    sampler: Sampler,
 }
 
 impl Engine {
@@ -62,7 +62,7 @@ impl Engine {
         let geometry = Geometry::new(block_size, &spec.groups);
         let intake = Intake::new(&config, geometry.clone(), blocks, &spec);
         let scheduler = Scheduler::new(config, geometry, blocks);
-        Self { runner, spec, intake, scheduler }
+        Self { runner, spec, intake, scheduler, sampler: Sampler::default() }
     }
 
     /// Where requests are checked and become commands.
@@ -143,7 +143,7 @@ impl Engine {
             return if changed { Progress::Busy } else { Progress::Idle };
         }
         match self.run(&work) {
-            Ok(logits) => self.settle(&work, &logits),
+            Ok(logits) => self.settle(&work, logits),
             Err(error) => {
                 for work in work {
                     self.scheduler.end(work.seq, Event::Failed(error.clone()));
@@ -219,8 +219,8 @@ impl Engine {
     }
 
     /// The batch is computed: seals blocks, chooses tokens.
-    fn settle(&mut self, work: &[Work], logits: &Logits) {
-        let mut rows = logits.iter();
+    fn settle(&mut self, work: &[Work], mut logits: Logits) {
+        let mut rows = logits.rows.chunks_exact_mut(logits.vocab.max(1));
         self.scheduler.totals.steps += 1;
         for item in work {
             let row = if item.last { rows.next() } else { None };
@@ -235,9 +235,9 @@ impl Engine {
         }
     }
 
-    fn next_token(&mut self, seq: SeqId, row: &[f32]) {
+    fn next_token(&mut self, seq: SeqId, row: &mut [f32]) {
         let Some(sequence) = self.scheduler.live_mut(seq) else { return };
-        let sampled = match sample(row, &sequence.request.sampling, sequence.tokens.len()) {
+        let sampled = match self.sampler.sample(row, sequence.ask(&self.spec.eos)) {
             Ok(sampled) => sampled,
             Err(error) => return self.scheduler.end(seq, Event::Failed(error)),
         };

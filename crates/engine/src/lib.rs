@@ -44,7 +44,7 @@ pub use error::Error;
 pub use event::{Admission, Event, EventSink, LayerDone, LayerSink};
 pub use request::{Intake, Mode, NewSequence, Rejected, Request, SeqId};
 pub use runner::{ModelRunner, Runner, RunnerSpec};
-pub use sampler::{sample, uniform};
+pub use sampler::{Ask, History, Mask, Sampler, choice_seed, sample};
 pub use scripted::{Script, ScriptedRunner};
 pub use stats::Stats;
 pub use thread::{Handle, spawn};

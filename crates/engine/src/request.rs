@@ -137,7 +137,14 @@ impl Intake {
         if needed > shared.blocks {
             return Err(Error::PromptExceedsPool { tokens, needed, blocks: shared.blocks });
         }
-        match request.prompt.iter().find(|token| token.0 as usize >= shared.vocab) {
+        let sampling = &request.sampling;
+        let continued = sampling.continued as usize;
+        let max_tokens = sampling.max_tokens as usize;
+        if continued >= tokens || (request.mode == Mode::Generate && continued >= max_tokens) {
+            return Err(Error::BadContinuation { continued, tokens, max_tokens });
+        }
+        let biased = sampling.logit_bias.iter().map(|(token, _)| token);
+        match request.prompt.iter().chain(biased).find(|token| token.0 as usize >= shared.vocab) {
             Some(&token) => Err(Error::UnknownToken { token, vocab: shared.vocab }),
             None => Ok(()),
         }
@@ -155,7 +162,7 @@ impl Intake {
     /// Most tokens the answer may have: what was asked for, or what the model's context leaves.
     fn output_limit(&self, request: &Request) -> usize {
         let asked = usize::try_from(request.sampling.max_tokens).unwrap_or(usize::MAX);
-        asked.clamp(1, self.0.max_len - request.prompt.len())
+        asked.clamp(1, self.0.max_len - request.prompt.len() + request.sampling.continued as usize)
     }
 }
 

@@ -22,7 +22,7 @@ use std::{
 use kvasir_kv_cache::{KvCache, Table};
 use kvasir_types::{BlockHash, FinishReason, TokenId};
 
-use crate::{Event, EventSink, LayerSink, Mode, Request, SeqId, request::QueuePlace};
+use crate::{Ask, Event, EventSink, History, LayerSink, Mode, Request, SeqId, request::QueuePlace};
 
 /// Who watches a prompt being computed, if anybody.
 pub(crate) type Watcher = Option<Box<dyn LayerSink>>;
@@ -33,11 +33,13 @@ pub(crate) struct Sequence {
     pub request: Request,
     /// The prompt, then the answer so far.
     pub tokens: Vec<TokenId>,
+    /// What penalties and `min_tokens` must know of the tokens.
+    history: History,
     /// Hashes of the prompt's full blocks.
     pub prompt_hashes: Arc<[BlockHash]>,
     /// Hashes of the full blocks of `tokens`, as far as they were needed.
     hashes: Vec<BlockHash>,
-    /// Most tokens the answer may have.
+    /// Most tokens the answer may have, those included that were there before.
     output_limit: usize,
     pub state: State,
     events: Box<dyn EventSink>,
@@ -83,6 +85,7 @@ impl Sequence {
         Self {
             id,
             tokens: request.prompt.to_vec(),
+            history: History::new(&request.sampling, &request.prompt),
             request,
             hashes: prompt_hashes.to_vec(),
             prompt_hashes,
@@ -167,14 +170,21 @@ impl Sequence {
         }
     }
 
+    /// The question what the next token is.
+    pub fn ask<'a>(&'a self, eos: &'a [TokenId]) -> Ask<'a> {
+        let sampling = &self.request.sampling;
+        Ask { sampling, position: self.tokens.len(), history: &self.history, eos, mask: None }
+    }
+
     /// One more token of the answer. `Some`: it was the last one, and why.
     pub fn push(&mut self, token: TokenId, eos: &[TokenId]) -> Option<FinishReason> {
         self.tokens.push(token);
+        self.history.push(token);
         let sampling = &self.request.sampling;
         let ends_model = !sampling.ignore_eos && eos.contains(&token);
         if ends_model || sampling.stop_token_ids.contains(&token) {
             Some(FinishReason::Stop)
-        } else if self.tokens.len() - self.request.prompt.len() >= self.output_limit {
+        } else if self.history.answered() >= self.output_limit {
             Some(FinishReason::Length)
         } else {
             None
