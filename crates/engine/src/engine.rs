@@ -2,18 +2,20 @@
 
 use std::{
     any::Any,
+    ops::Range,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::Arc,
 };
 
-use kvasir_kv_cache::Geometry;
+use kvasir_kv_cache::{Batch, Geometry, Snapshot};
 use kvasir_model::{Logits, SeqInput};
-use kvasir_types::{KvLayout, TokenId};
+use kvasir_types::{BlockId, KvGroups, KvLayout, TokenId};
 
 use crate::{
-    Config, Error, Event, Intake, LayerDone, LayerSink, Mode, NewSequence, Runner, RunnerSpec, Sampler, SeqId, Stats,
-    scheduler::{Scheduler, Work},
-    sequence::State,
+    Config, Duty, Error, Event, Intake, LayerDone, LayerSink, Mode, NewSequence, Runner, RunnerSpec, Sampler, SeqId,
+    Spill, Stats,
+    scheduler::{Adopted, Scheduler, Work},
+    sequence::{Key, State},
 };
 
 /// What callers can ask for. Commands for sequences that are unknown, ended, or not in the state the command is for are
@@ -27,10 +29,14 @@ pub enum Command {
     Compute(SeqId, Option<Box<dyn LayerSink>>),
     /// The whole prompt of a held sequence landed, and this is the first token of its answer.
     Resume(SeqId, TokenId),
-    /// Drop the sequence, in whatever state it is.
+    /// Drop the sequence with all its choices, in whatever state it is.
     Abort(SeqId),
     /// Give back the blocks of a finished `PrefillOnly` sequence.
     Release(SeqId),
+    /// Tell the changes of the prefix cache since the last time.
+    CacheEvents(Box<dyn FnOnce(Batch) + Send>),
+    /// Tell all that is in the prefix cache.
+    CacheSnapshot(Box<dyn FnOnce(Snapshot) + Send>),
     /// Only for the thread: end all sequences and leave.
     Shutdown,
 }
@@ -70,6 +76,16 @@ impl Engine {
         &self.intake
     }
 
+    /// From here on the blocks of preempted sequences are offered to `spill`.
+    pub fn set_spill(&mut self, spill: Box<dyn Spill>) {
+        self.scheduler.set_spill(spill);
+    }
+
+    /// Changes what the engine takes on; see [`Duty`].
+    pub fn set_duty(&self, duty: Duty) {
+        self.intake.set_duty(duty);
+    }
+
     /// What is going on now, and the totals so far.
     pub fn stats(&self) -> Stats {
         self.scheduler.stats()
@@ -83,11 +99,19 @@ impl Engine {
     /// Obeys a command. Cheap: computing is done by [`step`](Self::step).
     pub fn apply(&mut self, command: Command) {
         match command {
-            Command::Admit(new) => self.scheduler.enqueue(*new.0),
-            Command::Landed(seq, tokens) => self.scheduler.landed(seq, tokens),
-            Command::Compute(seq, sink) => self.compute(seq, sink),
-            Command::Resume(seq, first) => self.resume(seq, first),
-            Command::Abort(seq) | Command::Release(seq) => drop(self.scheduler.remove(seq)),
+            Command::Admit(new) => self.scheduler.enqueue(new),
+            Command::Landed(seq, tokens) => self.scheduler.landed(first(seq), tokens),
+            Command::Compute(seq, sink) => self.compute(first(seq), sink),
+            Command::Resume(seq, token) => self.resume(first(seq), token),
+            Command::Abort(seq) | Command::Release(seq) => self.scheduler.remove(seq),
+            Command::CacheEvents(tell) => {
+                let batch = self.scheduler.cache.drain_events();
+                let _its_own_loss = catch_unwind(AssertUnwindSafe(|| tell(batch)));
+            }
+            Command::CacheSnapshot(tell) => {
+                let snapshot = self.scheduler.cache.snapshot();
+                let _its_own_loss = catch_unwind(AssertUnwindSafe(|| tell(snapshot)));
+            }
             Command::Shutdown => self.close(),
         }
     }
@@ -96,61 +120,115 @@ impl Engine {
     pub fn close(&mut self) {
         self.intake.close();
         for seq in self.scheduler.ids() {
-            self.scheduler.end(seq, Event::Failed(Error::Closed));
+            self.scheduler.fail(seq, Error::Closed);
         }
     }
 
-    fn compute(&mut self, seq: SeqId, sink: Option<Box<dyn LayerSink>>) {
-        if let Some(waiting) = self.scheduler.waiting_mut(seq) {
-            if let State::Queued { early, .. } = &mut waiting.state {
-                early.get_or_insert(sink);
-            }
+    fn compute(&mut self, key: Key, sink: Option<Box<dyn LayerSink>>) {
+        let Some(sequence) = self.scheduler.get_mut(key) else { return };
+        if let State::Queued { early, .. } = &mut sequence.state {
+            early.get_or_insert(sink);
             return;
         }
-        let Some(last) = self.scheduler.live(seq).map(|sequence| sequence.tokens.len() - 1) else { return };
-        if let Some((sequence, table)) = self.scheduler.unhold(seq, last) {
+        let last = sequence.tokens.len() - 1;
+        if let Some((sequence, table)) = self.scheduler.unhold(key, last) {
             sequence.state = State::Prefilling(table, sink);
         }
     }
 
-    fn resume(&mut self, seq: SeqId, first: TokenId) {
-        let Some(sequence) = self.scheduler.live_mut(seq) else { return };
+    fn resume(&mut self, key: Key, token: TokenId) {
+        let Some(sequence) = self.scheduler.get(key) else { return };
         let State::Held(table) = &sequence.state else { return };
-        if sequence.request.mode != Mode::Generate {
+        // One that was brought back is computed, not resumed: its first token has been told.
+        if sequence.request.mode != Mode::Generate || !sequence.is_prompt() {
             return;
         }
-        if first.0 as usize >= self.spec.vocab {
-            let error = Error::UnknownToken { token: first, vocab: self.spec.vocab };
-            return self.scheduler.end(seq, Event::Failed(error));
+        if token.0 as usize >= self.spec.vocab {
+            let error = Error::UnknownToken { token, vocab: self.spec.vocab };
+            return self.scheduler.fail(key.seq, error);
         }
-        let (computed, prompt) = (table.computed, sequence.request.prompt.len());
-        let finished = sequence.push(first, &self.spec.eos);
-        if let Some((sequence, table)) = self.scheduler.unhold(seq, computed) {
-            // What did not land after all is computed here, with the first token behind it.
-            sequence.state =
-                if computed == prompt { State::Decoding(table, None) } else { State::Prefilling(table, None) };
+        let (computed, prompt, answers) = (table.computed, sequence.tokens.len(), sequence.request.answers());
+        // What did not land after all is computed here, with the first token behind it.
+        let landed = computed == prompt;
+        if let Some((sequence, table)) = self.scheduler.unhold(key, computed) {
+            sequence.state = if landed { State::Decoding(table, None) } else { State::Prefilling(table, None) };
         }
-        self.scheduler.advance(seq, computed, computed);
+        for choice in 1..answers {
+            // The logits after the prompt are not here: the others compute its last token once more.
+            self.fork(key, choice, prompt - 1);
+        }
+        let Some(sequence) = self.scheduler.get_mut(key) else { return };
+        let finished = sequence.push(token, &self.spec.eos);
+        self.scheduler.advance(key, computed, computed);
         if let Some(reason) = finished {
-            self.scheduler.end(seq, Event::Finished(reason));
+            self.scheduler.finish(key, reason);
+        }
+    }
+
+    /// Another choice becomes a sequence of its own, which goes on after the first `tokens` tokens.
+    fn fork(&mut self, key: Key, choice: u32, tokens: usize) -> Option<Key> {
+        let (fork, copies) = self.scheduler.fork(key, choice, tokens)?;
+        match self.copy(&copies) {
+            Ok(()) => Some(fork),
+            Err(error) => {
+                self.scheduler.fail(key.seq, error);
+                None
+            }
+        }
+    }
+
+    fn copy(&mut self, copies: &[(BlockId, BlockId)]) -> Result<(), Error> {
+        if copies.is_empty() {
+            return Ok(());
+        }
+        match catch_unwind(AssertUnwindSafe(|| self.runner.copy_blocks(copies))) {
+            Ok(copied) => copied.map_err(|error| Error::Runner(Arc::new(error))),
+            Err(panic) => Err(Error::RunnerBroken { reason: panic_text(panic.as_ref()) }),
         }
     }
 
     /// Plans a step, computes it, tells what came out.
     pub fn step(&mut self) -> Progress {
+        self.scheduler.duty = self.intake.duty();
+        let adopted = self.scheduler.adopt();
+        let took_over = !adopted.is_empty();
+        for part in adopted {
+            self.take_over(part);
+        }
         let (work, changed) = self.scheduler.plan();
         if work.is_empty() {
-            return if changed { Progress::Busy } else { Progress::Idle };
+            return if changed || took_over { Progress::Busy } else { Progress::Idle };
         }
         match self.run(&work) {
             Ok(logits) => self.settle(&work, logits),
             Err(error) => {
                 for work in work {
-                    self.scheduler.end(work.seq, Event::Failed(error.clone()));
+                    self.scheduler.fail(work.key.seq, error.clone());
                 }
             }
         }
         Progress::Busy
+    }
+
+    /// Part of a watched prompt comes from another sequence: its own blocks get the same contents, and its sink hears of them
+    /// as if they had been computed.
+    fn take_over(&mut self, Adopted { key, copies, tokens }: Adopted) {
+        if let Err(error) = self.copy(&copies) {
+            return self.scheduler.fail(key.seq, error);
+        }
+        let (groups, block_size) = (&self.spec.groups, self.scheduler.block_size);
+        let Some(State::Prefilling(table, Some(sink))) = self.scheduler.get_mut(key).map(|s| &mut s.state) else {
+            return self.scheduler.advance(key, tokens.end, tokens.end);
+        };
+        let told = catch_unwind(AssertUnwindSafe(|| {
+            for layer in 0..groups.layers() {
+                sink.layer_done(layer_done(groups, layer, table.ids(), tokens.clone(), block_size));
+            }
+        }));
+        match told {
+            Ok(()) => self.scheduler.advance(key, tokens.end, tokens.end),
+            Err(_) => self.scheduler.fail(key.seq, Error::SinkPanicked),
+        }
     }
 
     /// Computes the batch. Sequences whose layer sink panicked are ended here.
@@ -158,15 +236,14 @@ impl Engine {
         // Sinks leave their sequences for the run: the batch borrows these, the callback writes to those.
         let mut watchers: Vec<(&Work, Box<dyn LayerSink>)> = Vec::new();
         for item in work {
-            if let Some(State::Prefilling(_, sink)) = self.scheduler.live_mut(item.seq).map(|s| &mut s.state) {
+            if let Some(State::Prefilling(_, sink)) = self.scheduler.get_mut(item.key).map(|s| &mut s.state) {
                 watchers.extend(sink.take().map(|sink| (item, sink)));
             }
         }
         let mut broken: Vec<SeqId> = Vec::new();
-        let scheduler = &self.scheduler;
-        let block_size = scheduler.block_size;
+        let (scheduler, groups, block_size) = (&self.scheduler, &self.spec.groups, self.scheduler.block_size);
         let input = |item: &Work| {
-            let sequence = scheduler.live(item.seq).expect("work is planned for live sequences");
+            let sequence = scheduler.get(item.key).expect("work is planned for live sequences");
             let tables = sequence.table().expect("live sequences have a table").ids();
             SeqInput {
                 tokens: &sequence.tokens[item.tokens.clone()],
@@ -176,35 +253,23 @@ impl Engine {
             }
         };
         let batch: Vec<SeqInput<'_>> = work.iter().map(input).collect();
-        let groups = &self.spec.groups;
         let mut after_layer = |layer: usize| {
-            let (group, place) = groups.place(layer);
             for (item, sink) in &mut watchers {
-                let table = &input(item).tables[group];
-                let end = item.tokens.end.div_ceil(block_size).min(table.len());
-                let first_block = (item.tokens.start / block_size).min(end);
-                let done = LayerDone {
-                    layer,
-                    layers: groups.layers(),
-                    group,
-                    place,
-                    first_block,
-                    blocks: &table[first_block..end],
-                    tokens: item.tokens.clone(),
-                };
-                if !broken.contains(&item.seq) && catch_unwind(AssertUnwindSafe(|| sink.layer_done(done))).is_err() {
-                    broken.push(item.seq);
+                let done = layer_done(groups, layer, input(item).tables, item.tokens.clone(), block_size);
+                let seq = item.key.seq;
+                if !broken.contains(&seq) && catch_unwind(AssertUnwindSafe(|| sink.layer_done(done))).is_err() {
+                    broken.push(seq);
                 }
             }
         };
         let result = catch_unwind(AssertUnwindSafe(|| self.runner.run(&batch, &mut after_layer)));
         for (item, sink) in watchers {
-            if let Some(State::Prefilling(_, place)) = self.scheduler.live_mut(item.seq).map(|s| &mut s.state) {
+            if let Some(State::Prefilling(_, place)) = self.scheduler.get_mut(item.key).map(|s| &mut s.state) {
                 *place = Some(sink);
             }
         }
         for seq in broken {
-            self.scheduler.end(seq, Event::Failed(Error::SinkPanicked));
+            self.scheduler.fail(seq, Error::SinkPanicked);
         }
         let logits = match result {
             Ok(computed) => computed.map_err(|error| Error::Runner(Arc::new(error)))?,
@@ -224,34 +289,62 @@ impl Engine {
         self.scheduler.totals.steps += 1;
         for item in work {
             let row = if item.last { rows.next() } else { None };
-            let Some(sequence) = self.scheduler.live(item.seq) else { continue };
+            let Some(sequence) = self.scheduler.get(item.key) else { continue };
+            let is_prompt = sequence.is_prompt();
+            let answers = sequence.request.answers();
             if matches!(sequence.state, State::Prefilling(..)) {
                 self.scheduler.totals.prefilled_tokens += item.tokens.len() as u64;
             }
-            self.scheduler.advance(item.seq, item.tokens.end, item.tokens.end);
-            if let Some(row) = row {
-                self.next_token(item.seq, row);
+            self.scheduler.advance(item.key, item.tokens.end, item.tokens.end);
+            let Some(row) = row else { continue };
+            if is_prompt && item.key.choice == 0 {
+                for choice in 1..answers {
+                    if let Some(fork) = self.fork(item.key, choice, item.tokens.end) {
+                        self.next_token(fork, &mut row.to_vec());
+                    }
+                }
             }
+            self.next_token(item.key, row);
         }
     }
 
-    fn next_token(&mut self, seq: SeqId, row: &mut [f32]) {
-        let Some(sequence) = self.scheduler.live_mut(seq) else { return };
+    fn next_token(&mut self, key: Key, row: &mut [f32]) {
+        let Some(sequence) = self.scheduler.get_mut(key) else { return };
         let sampled = match self.sampler.sample(row, sequence.ask(&self.spec.eos)) {
             Ok(sampled) => sampled,
-            Err(error) => return self.scheduler.end(seq, Event::Failed(error)),
+            Err(error) => return self.scheduler.fail(key.seq, error),
         };
         let finished = sequence.push(sampled.token, &self.spec.eos);
-        let told = sequence.tell(Event::Token(sampled));
         let mode = sequence.request.mode;
-        self.scheduler.begin_answer(seq);
+        let told = self.scheduler.tell(key.seq, Event::Token { choice: key.choice, sampled });
+        self.scheduler.begin_answer(key);
         self.scheduler.totals.sampled_tokens += 1;
         match finished {
-            _ if !told => drop(self.scheduler.remove(seq)),
-            Some(reason) if mode == Mode::Generate => self.scheduler.end(seq, Event::Finished(reason)),
+            _ if !told => self.scheduler.remove(key.seq),
+            Some(reason) if mode == Mode::Generate => self.scheduler.finish(key, reason),
             _ => {}
         }
     }
+}
+
+/// The sequence that commands mean: until a prompt is computed there is no other choice than the first.
+fn first(seq: SeqId) -> Key {
+    Key { seq, choice: 0 }
+}
+
+/// What a sink is told of one layer of a chunk.
+fn layer_done<'a>(
+    groups: &KvGroups,
+    layer: usize,
+    tables: &'a [Vec<BlockId>],
+    tokens: Range<usize>,
+    block_size: usize,
+) -> LayerDone<'a> {
+    let (group, place) = groups.place(layer);
+    let end = tokens.end.div_ceil(block_size).min(tables[group].len());
+    let first_block = (tokens.start / block_size).min(end);
+    let blocks = &tables[group][first_block..end];
+    LayerDone { layer, layers: groups.layers(), group, place, first_block, blocks, tokens }
 }
 
 fn panic_text(panic: &(dyn Any + Send)) -> Arc<str> {

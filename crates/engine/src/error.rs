@@ -4,6 +4,8 @@ use std::{sync::Arc, time::Duration};
 
 use kvasir_types::{Retry, TokenId};
 
+use crate::Duty;
+
 /// What went wrong with one request.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum Error {
@@ -45,6 +47,20 @@ pub enum Error {
         needed: usize,
         /// Blocks of the pool.
         blocks: usize,
+    },
+    /// The engine's duty is another one at present.
+    #[error("the engine takes no such request: its duty is {duty:?}")]
+    WrongDuty {
+        /// What it takes.
+        duty: Duty,
+    },
+    /// No or too many choices.
+    #[error("{choices} choices: there must be 1 to {limit}")]
+    BadChoices {
+        /// How many were asked for.
+        choices: u32,
+        /// Most there may be.
+        limit: u32,
     },
     /// As many requests as may wait are waiting.
     #[error("{limit} requests are waiting already")]
@@ -88,10 +104,13 @@ impl Error {
             Self::EmptyPrompt
             | Self::UnknownToken { .. }
             | Self::BadContinuation { .. }
+            | Self::BadChoices { .. }
             | Self::PromptTooLong { .. } => Retry::Never,
             Self::QueueFull { .. } => Retry::After(Duration::from_secs(1)),
             Self::Runner(error) => error.retry(),
-            Self::PromptExceedsPool { .. } | Self::Closed | Self::OutOfBlocks { .. } => Retry::Elsewhere,
+            Self::WrongDuty { .. } | Self::PromptExceedsPool { .. } | Self::Closed | Self::OutOfBlocks { .. } => {
+                Retry::Elsewhere
+            }
             Self::RunnerBroken { .. } | Self::BadLogits { .. } | Self::SinkPanicked => Retry::Elsewhere,
         }
     }

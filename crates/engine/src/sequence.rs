@@ -1,35 +1,56 @@
 //! One sequence: its tokens, its blocks, and how far it is.
 //!
 //! ```text
-//!   Queued ──blocks──▶ Held ──compute──▶ Prefilling ──last chunk──▶ Decoding ──▶ ended
-//!                       │                  ▲      │                  │  ▲
-//!                       │ resume           │      └─ PrefillOnly ─▶ Parked
-//!                       └──────────────────┼─────────────────────────┼──┘
-//!                                          │                         │ out of blocks
-//!                                          └── blocks ── Preempted ◀─┘
+//!                     ┌───────────────── resume ─────────────────────┐
+//!                     │                                              ▼
+//!   Queued ─blocks─▶ Held ─compute─▶ Prefilling ──last chunk──▶ Decoding ──▶ ended
+//!                     ▲               │  ▲   └─ PrefillOnly ─▶ Parked │
+//!                     │ brought back  ▼  │ blocks                     │ loses its blocks
+//!                     └──────────── Preempted ◀──────────────────────┘
 //! ```
+//!
+//! A request with several choices is one sequence until its prompt is computed; then each further choice becomes one of
+//! its own (`Prefilling` with all but the last token done, or `Decoding`, or, if there are no blocks, `Preempted`).
 //!
 //! Only the states that have blocks have a [`Table`], so a sequence cannot be computed without or wait with one. The
 //! memory a peer may be writing to belongs to `Held`; the memory a peer may be reading from belongs to a sequence with a
 //! [`LayerSink`], or to `Parked`. None of these is ever preempted.
 
-use std::{
-    fmt,
-    panic::{AssertUnwindSafe, catch_unwind},
-    sync::Arc,
-};
+use std::{fmt, sync::Arc};
 
 use kvasir_kv_cache::{KvCache, Table};
 use kvasir_types::{BlockHash, FinishReason, TokenId};
 
-use crate::{Ask, Event, EventSink, History, LayerSink, Mode, Request, SeqId, request::QueuePlace};
+use crate::{Ask, History, LayerSink, Mode, Priority, Request, SeqId, choice_seed, request::QueuePlace};
 
 /// Who watches a prompt being computed, if anybody.
 pub(crate) type Watcher = Option<Box<dyn LayerSink>>;
 
-/// A request on its way through the engine.
+/// One choice of a sequence.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(crate) struct Key {
+    pub seq: SeqId,
+    pub choice: u32,
+}
+
+/// Whose turn it is: the urgent before the others, then the older, then the first choices.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Turn {
+    pub class: Priority,
+    pub key: Key,
+}
+
+/// A request, or one choice of it, on its way through the engine.
 pub(crate) struct Sequence {
-    pub id: SeqId,
+    pub key: Key,
+    /// Its request's priority, or a better one, once it has waited long enough.
+    pub class: Priority,
+    /// Steps it spent without a turn, those of the present wait apart.
+    pub waited: u64,
+    /// When the present wait for blocks began.
+    pub waits_since: u64,
+    /// Blocks, from the first on, that were moved out when it lost them.
+    pub spilled: usize,
     pub request: Request,
     /// The prompt, then the answer so far.
     pub tokens: Vec<TokenId>,
@@ -42,14 +63,13 @@ pub(crate) struct Sequence {
     /// Most tokens the answer may have, those included that were there before.
     output_limit: usize,
     pub state: State,
-    events: Box<dyn EventSink>,
 }
 
 /// Where a sequence is; see the module's page.
 pub(crate) enum State {
     /// Waits for its blocks for the first time. `early`: `compute` came before the blocks did.
     Queued { _place: QueuePlace, early: Option<Watcher> },
-    /// Lost its blocks to an older sequence; computes prompt and answer anew once it gets some.
+    /// Lost its blocks, or is a choice that found none; computes prompt and answer anew once it gets some.
     Preempted,
     /// Blocks reserved; KV may be landing in them from elsewhere.
     Held(Table),
@@ -79,11 +99,14 @@ impl Sequence {
         request: Request,
         prompt_hashes: Arc<[BlockHash]>,
         output_limit: usize,
-        events: Box<dyn EventSink>,
         place: QueuePlace,
     ) -> Self {
         Self {
-            id,
+            key: Key { seq: id, choice: 0 },
+            class: request.priority,
+            waited: 0,
+            waits_since: 0,
+            spilled: 0,
             tokens: request.prompt.to_vec(),
             history: History::new(&request.sampling, &request.prompt),
             request,
@@ -91,8 +114,42 @@ impl Sequence {
             prompt_hashes,
             output_limit,
             state: State::Queued { _place: place, early: None },
-            events,
         }
+    }
+
+    /// Another choice of the same request, as far as this one is; without blocks.
+    pub fn fork(&self, choice: u32) -> Self {
+        let mut request = self.request.clone();
+        request.sampling.seed = choice_seed(request.sampling.seed, choice);
+        Self {
+            key: Key { choice, ..self.key },
+            class: self.class,
+            waited: self.waited,
+            waits_since: self.waits_since,
+            spilled: 0,
+            tokens: self.tokens.clone(),
+            history: self.history.clone(),
+            request,
+            hashes: self.hashes.clone(),
+            prompt_hashes: self.prompt_hashes.clone(),
+            output_limit: self.output_limit,
+            state: State::Preempted,
+        }
+    }
+
+    /// Where it stands in every line.
+    pub fn turn(&self) -> Turn {
+        Turn { class: self.class, key: self.key }
+    }
+
+    /// Whether nothing of the answer is written yet (here).
+    pub fn is_prompt(&self) -> bool {
+        self.tokens.len() == self.request.prompt.len()
+    }
+
+    /// Hashes of the full blocks of its tokens, as far as they were needed.
+    pub fn hashes(&self) -> &[BlockHash] {
+        &self.hashes
     }
 
     /// Its blocks, if it has any.
@@ -146,6 +203,13 @@ impl Sequence {
         &self.hashes[..blocks]
     }
 
+    /// The same hashes once more, and the blocks.
+    pub fn reusable(&mut self, block_size: usize) -> (&[BlockHash], Option<&mut Table>) {
+        let blocks = (self.tokens.len() - 1) / block_size;
+        self.hash_blocks(blocks, block_size);
+        (&self.hashes[..blocks], self.state.table_mut())
+    }
+
     /// KV of the first `tokens` tokens is there.
     pub fn advance(&mut self, tokens: usize) {
         if let Some(table) = self.state.table_mut() {
@@ -190,12 +254,6 @@ impl Sequence {
             None
         }
     }
-
-    /// Tells the caller. False: the sink panicked, and there is nobody left to work for.
-    #[must_use]
-    pub fn tell(&mut self, event: Event) -> bool {
-        catch_unwind(AssertUnwindSafe(|| self.events.event(event))).is_ok()
-    }
 }
 
 impl fmt::Debug for Sequence {
@@ -208,6 +266,13 @@ impl fmt::Debug for Sequence {
             State::Decoding(..) => "decoding",
             State::Parked(_) => "parked",
         };
-        write!(f, "{} {state} {} of {} tokens", self.id, self.table().map_or(0, |t| t.computed), self.tokens.len())
+        write!(
+            f,
+            "{}.{} {state} {} of {} tokens",
+            self.key.seq,
+            self.key.choice,
+            self.table().map_or(0, |t| t.computed),
+            self.tokens.len()
+        )
     }
 }

@@ -174,6 +174,7 @@ fn engine_config(config: &Config) -> kvasir_engine::Config {
         max_running: engine.max_running,
         max_waiting: engine.max_waiting,
         prefix_cache: engine.prefix_cache,
+        ..kvasir_engine::Config::default()
     }
 }
 

@@ -10,8 +10,8 @@ use kvasir_types::{
 };
 
 use crate::{
-    Admission, Command, Config, Engine, Error, Event, EventSink, LayerDone, LayerSink, Mode, Progress, Rejected,
-    Request, RunnerSpec, Script, ScriptedRunner, SeqId, Stats,
+    Admission, Command, Config, Engine, Error, Event, EventSink, LayerDone, LayerSink, Mode, Priority, Progress,
+    Rejected, Request, RunnerSpec, Script, ScriptedRunner, SeqId, Stats,
 };
 
 pub const BLOCK: usize = 4;
@@ -31,7 +31,7 @@ pub fn runner() -> ScriptedRunner {
 }
 
 pub fn config() -> Config {
-    Config { max_batch_tokens: 24, chunk_tokens: 8, max_running: 8, max_waiting: 4, prefix_cache: true }
+    Config { max_batch_tokens: 24, chunk_tokens: 8, max_running: 8, max_waiting: 4, ..Config::default() }
 }
 
 /// `len` tokens that differ between names and never are the end token.
@@ -45,7 +45,15 @@ pub fn greedy(max_tokens: u32) -> Sampling {
 
 pub fn request(prompt: &[TokenId], sampling: Sampling, mode: Mode) -> Request {
     let root = BlockHash::root(ModelFingerprint([1; 16]), &layout(), "");
-    Request { id: "test".parse::<RequestId>().unwrap(), prompt: prompt.into(), root, sampling, mode }
+    Request {
+        id: "test".parse::<RequestId>().unwrap(),
+        prompt: prompt.into(),
+        root,
+        sampling,
+        mode,
+        priority: Priority::Online,
+        choices: 1,
+    }
 }
 
 /// Whoever asked: the events of one sequence.
@@ -73,7 +81,7 @@ impl Client {
 
     pub fn tokens(&self) -> Vec<TokenId> {
         let token = |event| match event {
-            Event::Token(sampled) => Some(sampled.token),
+            Event::Token { sampled, .. } => Some(sampled.token),
             _ => None,
         };
         self.events().into_iter().filter_map(token).collect()
@@ -81,7 +89,7 @@ impl Client {
 
     pub fn finished(&self) -> Option<FinishReason> {
         match self.events().last() {
-            Some(Event::Finished(reason)) => Some(*reason),
+            Some(Event::Finished { reason, left: 0, .. }) => Some(*reason),
             _ => None,
         }
     }

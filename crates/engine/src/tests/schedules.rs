@@ -90,7 +90,7 @@ impl Asked {
         let until = (blocks * BLOCK).min(self.prompt.len());
         let from = self.landed.max(admission.cached_tokens);
         if until > from {
-            rig.script.land(&admission.tables[0], &self.prompt, from..until);
+            rig.script.land(&admission.tables, &self.prompt, from..until);
             self.landed = until;
         }
         rig.engine.apply(Command::Landed(self.seq, until));
@@ -118,8 +118,8 @@ impl Asked {
         assert_eq!(tokens, expected[..tokens.len().min(expected.len())], "a wrong token");
         match self.client.events().last() {
             _ if self.aborted => {}
-            Some(Event::Finished(told)) => assert_eq!((*told, tokens.len()), (reason, expected.len())),
-            Some(Event::Token(_)) => assert_eq!((self.mode, tokens.len()), (Mode::PrefillOnly, 1)),
+            Some(Event::Finished { reason: told, .. }) => assert_eq!((*told, tokens.len()), (reason, expected.len())),
+            Some(Event::Token { .. }) => assert_eq!((self.mode, tokens.len()), (Mode::PrefillOnly, 1)),
             Some(Event::Failed(Error::Runner(_) | Error::RunnerBroken { .. })) => {}
             Some(Event::Failed(Error::OutOfBlocks { .. })) => assert!(self.watched, "could have been preempted"),
             other => panic!("{:?} ended with {other:?}", self.seq),
@@ -248,7 +248,7 @@ proptest! {
         prefix_cache in prop::bool::weighted(0.8),
         ops in prop::collection::vec(op(), 1..100),
     ) {
-        let config = Config { max_batch_tokens: 16, chunk_tokens, max_running, max_waiting: 6, prefix_cache };
+        let config = Config { max_batch_tokens: 16, chunk_tokens, max_running, max_waiting: 6, prefix_cache, ..Config::default() };
         let mut rig = Rig::new(blocks, config);
         let mut asked = Vec::new();
         for op in &ops {
