@@ -16,7 +16,7 @@ use kvasir_proto::convert;
 use kvasir_runtime::{Context, Tasks, chain};
 use kvasir_store_client::StoreClient;
 use kvasir_transfer::{LocalNet, TransferEngine};
-use kvasir_types::{BlockHash, MemberId, Role, TokenId};
+use kvasir_types::{BlockHash, GroupKind, KvGroups, MemberId, Role, TokenId};
 use tonic::Status;
 
 use crate::{
@@ -32,6 +32,7 @@ pub(crate) struct Host {
     pub(crate) role: Role,
     pub(crate) config: Config,
     pub(crate) model: ModelInfo,
+    pub(crate) groups: KvGroups,
     pub(crate) engine: Handle,
     pub(crate) transfer: TransferEngine,
     pub(crate) store: Option<StoreClient>,
@@ -107,6 +108,7 @@ impl Host {
             id,
             role,
             model,
+            groups: folder.kv_groups(),
             engine,
             transfer,
             store,
@@ -127,6 +129,12 @@ impl Host {
     /// Most tokens of prompt and answer together.
     pub(crate) fn max_len(&self) -> usize {
         self.model.max_model_len as usize
+    }
+
+    /// Whether a prompt's blocks are all there at its end, so that others can go on from any of them. Of a model with
+    /// sliding windows only the last ones are: such prompts are computed rather than fetched, and not offered to the store.
+    pub(crate) fn keeps_whole_prompts(&self) -> bool {
+        self.groups.len() == 1 && self.groups[0].kind == GroupKind::Full
     }
 
     /// Where the chain of block hashes starts for a tenant's salt.

@@ -123,7 +123,7 @@ async fn prefill_elsewhere(
 ) -> Result<Option<Prefilled>, Error> {
     let Some(landing) = plan(
         &host.model.layout,
-        &admission.tables[0],
+        &admission.tables,
         request.prompt.len(),
         admission.cached_tokens,
         request.candidates.len(),

@@ -33,7 +33,7 @@ struct Sources {
 /// Runs a prompt to its end. Never cancelled: it ends by itself soon after the caller is gone.
 pub(super) async fn run(host: Arc<Host>, request: Checked, mut sequence: Sequence, caller: Caller<PrefillEvent>) {
     let Checked { id, prompt, destination, deadline } = request;
-    let writes = Writes::new(host.transfer.clone(), host.model.layout, destination, deadline);
+    let writes = Writes::new(host.transfer.clone(), host.model.layout, host.groups.clone(), destination, deadline);
     let job = Job { host: &host, id: &id, prompt_tokens: prompt.len(), writes: &writes, caller: &caller };
     match job.live(&mut sequence).await {
         Ok(admission) => {
@@ -75,11 +75,8 @@ impl Job<'_> {
             self.host.engine.landed(sequence.id(), found * block_size);
         }
 
-        let present = self.writes.destination().present;
-        if present < found {
-            self.writes.push_blocks(&admission.tables[0], present..found);
-        }
-        let sink = self.writes.sink(self.prompt_tokens, found.max(present));
+        self.writes.push_found(&admission.tables, found);
+        let sink = self.writes.sink(self.prompt_tokens, found);
         self.host.engine.compute(sequence.id(), Some(sink));
         let first = sequence.token(self.caller).await?;
         self.caller.send(PrefillEvent { event: Some(Event::FirstToken((&first).into())) })?;
@@ -118,7 +115,10 @@ impl Job<'_> {
         let timeout = Duration::from_millis(self.host.config.prefill.fetch_timeout_ms);
         let deadline = self.caller.deadline().min(Deadline::after(timeout));
 
-        let present = self.writes.destination().present.min(wanted);
+        if !self.host.keeps_whole_prompts() {
+            return sources;
+        }
+        let present = self.writes.destination().groups[0].present.min(wanted);
         if have < present {
             match self.read_from_caller(admission, have..present, deadline).await {
                 Ok(()) => {
@@ -150,13 +150,11 @@ impl Job<'_> {
     ) -> Result<(), Error> {
         let layout = &self.host.model.layout;
         let destination = self.writes.destination();
-        let ranges = blocks
-            .map(|i| Range {
-                local: layout.block_offset(admission.tables[0][i]) as u64,
-                remote: destination.offsets[i],
-                len: layout.block_bytes() as u64,
-            })
-            .collect();
+        let range = |i: usize| {
+            let (local, len) = (layout.block_offset(admission.tables[0][i]) as u64, layout.block_bytes() as u64);
+            destination.groups[0].offsets[i].map(|remote| Range { local, remote, len })
+        };
+        let ranges = blocks.filter_map(range).collect();
         let target = destination.segment.clone();
         let batch =
             Batch { priority: Priority::High, ..Batch::new(Op::Read, target, destination.grant, ranges, deadline) };
@@ -176,7 +174,8 @@ impl Job<'_> {
 
 /// Offers the prompt's full blocks to the store, which takes those it lacks.
 async fn write_back(host: &Host, id: &kvasir_types::RequestId, admission: &Admission) {
-    let Some(store) = host.store.as_ref().filter(|_| !admission.hashes.is_empty()) else { return };
+    let worth_keeping = host.keeps_whole_prompts() && !admission.hashes.is_empty();
+    let Some(store) = host.store.as_ref().filter(|_| worth_keeping) else { return };
     let deadline = Deadline::after(Duration::from_millis(host.config.prefill.write_back_timeout_ms));
     let blocks = located(host, admission, 0..admission.hashes.len());
     let report = store.write(id, &blocks, host.model.layout.block_bytes() as u64, deadline).await;

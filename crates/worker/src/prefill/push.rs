@@ -9,9 +9,9 @@ use std::sync::{Arc, Mutex};
 
 use kvasir_engine::{LayerDone, LayerSink};
 use kvasir_transfer::{Batch, Op, Priority, Range, Transfer, TransferEngine};
-use kvasir_types::{BlockId, Deadline, KvLayout};
+use kvasir_types::{BlockId, Deadline, KvGroups, KvLayout};
 
-use super::service::Destination;
+use super::service::{Destination, Landing};
 use crate::error::Error;
 
 /// The writes of one handoff. Added to by the engine's thread (layers) and the job (cached blocks), taken by the job.
@@ -24,6 +24,7 @@ pub(super) struct Writes {
 struct Target {
     transfer: TransferEngine,
     layout: KvLayout,
+    groups: KvGroups,
     destination: Destination,
     deadline: Deadline,
 }
@@ -39,10 +40,11 @@ impl Writes {
     pub(super) fn new(
         transfer: TransferEngine,
         layout: KvLayout,
+        groups: KvGroups,
         destination: Destination,
         deadline: Deadline,
     ) -> Self {
-        let target = Target { transfer, layout, destination, deadline };
+        let target = Target { transfer, layout, groups, destination, deadline };
         Self { state: Arc::default(), target: Arc::new(target) }
     }
 
@@ -51,18 +53,24 @@ impl Writes {
         &self.target.destination
     }
 
-    /// Pushes whole blocks that were found rather than computed: those at `indexes` of the prompt.
-    pub(super) fn push_blocks(&self, table: &[BlockId], indexes: std::ops::Range<usize>) {
+    /// Pushes whole blocks that were found rather than computed: those of the first `found` that the decode worker lacks.
+    pub(super) fn push_found(&self, tables: &[Vec<BlockId>], found: usize) {
         let Target { layout, destination, .. } = &*self.target;
         let len = layout.block_bytes() as u64;
-        let ranges = indexes
-            .map(|i| Range { local: layout.block_offset(table[i]) as u64, remote: destination.offsets[i], len })
-            .collect();
+        let mut ranges = Vec::new();
+        for (table, landing) in tables.iter().zip(&destination.groups) {
+            let lacking = table.iter().enumerate().take(found).skip(landing.present);
+            ranges.extend(lacking.filter_map(|(index, &block)| {
+                let remote = wanted(landing, block, index)?;
+                Some(Range { local: layout.block_offset(block) as u64, remote, len })
+            }));
+        }
         self.submit(ranges);
     }
 
-    /// What the engine tells about finished layers. `pushed` blocks from the prompt's beginning are taken care of.
-    pub(super) fn sink(&self, prompt_tokens: usize, pushed: usize) -> Box<dyn LayerSink> {
+    /// What the engine tells about finished layers. The first `found` blocks are taken care of.
+    pub(super) fn sink(&self, prompt_tokens: usize, found: usize) -> Box<dyn LayerSink> {
+        let pushed = self.destination().groups.iter().map(|landing| found.max(landing.present)).collect();
         Box::new(Sink { writes: self.clone(), prompt_tokens, pushed })
     }
 
@@ -118,29 +126,39 @@ impl Writes {
 struct Sink {
     writes: Writes,
     prompt_tokens: usize,
-    pushed: usize,
+    /// Blocks from the prompt's beginning that are taken care of, by group.
+    pushed: Vec<usize>,
+}
+
+/// Where a block must land, if it is here and the decode worker has a place for it.
+///
+/// Blocks before a sliding window leave this worker's table while the prompt goes on, perhaps before a push of theirs has
+/// ended. None of these is ever asked for: the decode worker has places for what the prompt's last token looks at, and
+/// that stays here as long as the sequence.
+fn wanted(landing: &Landing, block: BlockId, index: usize) -> Option<u64> {
+    landing.offsets.get(index).copied().flatten().filter(|_| block != BlockId::GONE)
 }
 
 impl LayerSink for Sink {
     fn layer_done(&mut self, done: LayerDone<'_>) {
-        let Target { layout, destination, .. } = &*self.writes.target;
+        let Target { layout, groups, destination, .. } = &*self.writes.target;
+        let (landing, pushed) = (&destination.groups[done.group], &mut self.pushed[done.group]);
         let complete = completed_blocks(layout.block_size as usize, done.tokens.end, self.prompt_tokens);
         let len = layout.layer_bytes() as u64;
         let ranges = done
             .blocks
             .iter()
             .zip(done.first_block..)
-            .filter(|&(_, index)| (self.pushed..complete).contains(&index))
-            .map(|(&block, index)| Range {
-                local: layout.layer_offset(block, done.place) as u64,
-                remote: destination.offsets[index] + done.place as u64 * len,
-                len,
+            .filter(|&(_, index)| (*pushed..complete).contains(&index))
+            .filter_map(|(&block, index)| {
+                let remote = wanted(landing, block, index)? + done.place as u64 * len;
+                Some(Range { local: layout.layer_offset(block, done.place) as u64, remote, len })
             })
             .collect();
-        self.writes.submit(ranges);
-        if done.layer + 1 == done.layers {
-            self.pushed = self.pushed.max(complete);
+        if done.place + 1 == groups[done.group].layers.len() {
+            *pushed = complete.max(*pushed);
         }
+        self.writes.submit(ranges);
     }
 }
 

@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Duration};
 use kvasir_engine::Mode;
 use kvasir_proto::{check_protocol, convert, v1};
 use kvasir_runtime::Kind;
-use kvasir_types::{Deadline, GrantKey, KvLayout, RequestId, SegmentDescriptor, TokenId};
+use kvasir_types::{Deadline, GrantKey, GroupKind, KvGroups, KvLayout, RequestId, SegmentDescriptor, TokenId};
 use tonic::{Request, Response, Status};
 
 use super::job;
@@ -20,9 +20,16 @@ use crate::{
 pub(super) struct Destination {
     pub(super) segment: SegmentDescriptor,
     pub(super) grant: GrantKey,
-    /// Where each block of the prompt is or must land.
-    pub(super) offsets: Vec<u64>,
-    /// How many blocks, from the first on, the decode worker holds already.
+    /// One for every group of the model's layers.
+    pub(super) groups: Vec<Landing>,
+}
+
+/// Where the blocks of one group of layers are or must land.
+#[derive(Debug, PartialEq)]
+pub(super) struct Landing {
+    /// For each block of the prompt; `None`: the decode worker needs it no more.
+    pub(super) offsets: Vec<Option<u64>>,
+    /// How many blocks, from the first on, the decode worker has all it needs of already.
     pub(super) present: usize,
 }
 
@@ -57,7 +64,7 @@ impl PrefillService {
             return Err(Error::Layout { ours, theirs });
         }
         let prompt = self.host.check_prompt(&wire.prompt)?;
-        let destination = destination(&wire, prompt.len(), &ours)?;
+        let destination = destination(&wire, prompt.len(), &ours, &self.host.groups)?;
         let limit = Duration::from_millis(self.host.config.prefill.max_request_ms);
         let deadline = Deadline::from_wire(wire.deadline_ms, limit);
         let admitted = Prompt {
@@ -80,10 +87,16 @@ impl PrefillService {
 }
 
 /// The caller's memory, checked against what the prompt needs. Whether the grant opens it is for its owner to say.
-fn destination(wire: &v1::PrefillRequest, prompt_tokens: usize, layout: &KvLayout) -> Result<Destination, Error> {
+fn destination(
+    wire: &v1::PrefillRequest,
+    prompt_tokens: usize,
+    layout: &KvLayout,
+    groups: &KvGroups,
+) -> Result<Destination, Error> {
     let segment: SegmentDescriptor =
         wire.destination.as_ref().ok_or(kvasir_proto::Error::Missing("destination"))?.try_into()?;
-    let needed = layout.blocks_for(prompt_tokens);
+    let a_group = layout.blocks_for(prompt_tokens);
+    let needed = a_group * groups.len();
     if wire.blocks.len() != needed {
         return Err(Error::Targets(format!("{} blocks for a prompt that needs {needed}", wire.blocks.len())));
     }
@@ -91,12 +104,30 @@ fn destination(wire: &v1::PrefillRequest, prompt_tokens: usize, layout: &KvLayou
     if let Some(bad) = wire.blocks.iter().find(|block| last_offset.is_none_or(|last| block.offset > last)) {
         return Err(Error::Targets(format!("offset {:#x} is outside a segment of {} bytes", bad.offset, segment.len)));
     }
-    let present = wire.blocks.iter().take_while(|block| block.present).count();
-    if wire.blocks[present..].iter().any(|block| block.present) {
+    let rows = groups.iter().zip(wire.blocks.chunks_exact(a_group));
+    let groups = rows.map(|(group, blocks)| landing(blocks, first_seen(group.kind, prompt_tokens, layout)));
+    let groups = groups.collect::<Result<_, _>>()?;
+    Ok(Destination { segment, grant: convert::grant_key(wire.grant), groups })
+}
+
+/// The first block that a prompt's last token looks at.
+fn first_seen(kind: GroupKind, prompt_tokens: usize, layout: &KvLayout) -> usize {
+    match kind {
+        GroupKind::Sliding { window } => prompt_tokens.saturating_sub(window as usize) / layout.block_size as usize,
+        GroupKind::Full | GroupKind::Recurrent => 0,
+    }
+}
+
+/// One group's row. Blocks before `first` are not pushed whoever asks: they leave this worker's table while the prompt goes
+/// on, and another sequence's bytes may be in them by the time they are sent.
+fn landing(blocks: &[v1::BlockTarget], first: usize) -> Result<Landing, Error> {
+    let present = blocks.iter().rposition(|block| block.present).map_or(0, |last| last + 1);
+    if blocks[..present].iter().any(|block| !block.present && !block.absent) {
         return Err(Error::Targets("a present block after one that is not".into()));
     }
-    let offsets = wire.blocks.iter().map(|block| block.offset).collect();
-    Ok(Destination { segment, grant: convert::grant_key(wire.grant), offsets, present })
+    let wanted = |(index, block): (usize, &v1::BlockTarget)| (!block.absent && index >= first).then_some(block.offset);
+    let offsets = blocks.iter().enumerate().map(wanted).collect();
+    Ok(Landing { offsets, present })
 }
 
 #[tonic::async_trait]
@@ -120,7 +151,10 @@ mod tests {
     fn request(blocks: &[(u64, bool)], len: u64) -> v1::PrefillRequest {
         v1::PrefillRequest {
             destination: Some(v1::SegmentDescriptor { len, ..Default::default() }),
-            blocks: blocks.iter().map(|&(offset, present)| v1::BlockTarget { offset, present }).collect(),
+            blocks: blocks
+                .iter()
+                .map(|&(offset, present)| v1::BlockTarget { offset, present, absent: false })
+                .collect(),
             ..Default::default()
         }
     }
@@ -135,10 +169,31 @@ mod tests {
             (vec![(0, false), (0, false)], 1, "outside"),
             (vec![(0, false), (block, true)], 10 * block, "present"),
         ] {
-            let error = destination(&request(&blocks, len), 5, &LAYOUT).map(|_| ()).unwrap_err().to_string();
+            let error = destination(&request(&blocks, len), 5, &LAYOUT, &KvGroups::full(2))
+                .map(|_| ())
+                .unwrap_err()
+                .to_string();
             assert!(error.contains(word), "{error}");
         }
-        let good = destination(&request(&[(0, true), (9 * block, false)], 10 * block), 5, &LAYOUT).unwrap();
-        assert_eq!((good.present, good.offsets), (1, vec![0, 9 * block]));
+        let good = destination(&request(&[(0, true), (9 * block, false)], 10 * block), 5, &LAYOUT, &KvGroups::full(2))
+            .unwrap();
+        assert_eq!(good.groups, [Landing { offsets: vec![Some(0), Some(9 * block)], present: 1 }]);
+    }
+
+    #[test]
+    fn every_group_has_its_own_row_of_targets() {
+        let block = LAYOUT.block_bytes() as u64;
+        let mut wire = request(&[(0, true), (block, false), (0, false), (2 * block, false)], 10 * block);
+        wire.blocks[2].absent = true;
+        let kinds = [GroupKind::Full, GroupKind::Sliding { window: 1 }];
+        let two = destination(&wire, 5, &LAYOUT, &KvGroups::of_layers(&kinds)).unwrap();
+        let second = Landing { offsets: vec![None, Some(2 * block)], present: 0 };
+        assert_eq!(two.groups, [Landing { offsets: vec![Some(0), Some(block)], present: 1 }, second]);
+        let error = destination(&wire, 5, &LAYOUT, &KvGroups::full(2)).map(|_| ()).unwrap_err().to_string();
+        assert!(error.contains("needs 2"), "{error}");
+        // Asked for all the same, what lies before the window is not sent.
+        wire.blocks[2].absent = false;
+        let greedy = destination(&wire, 5, &LAYOUT, &KvGroups::of_layers(&kinds)).unwrap();
+        assert_eq!(greedy.groups, two.groups);
     }
 }
