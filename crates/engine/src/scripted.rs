@@ -42,7 +42,14 @@ struct Memory {
     slots: HashMap<(BlockId, usize), Slot>,
     fault: Option<Fault>,
     runs: Vec<usize>,
+    /// Runs that saw something else than was written for them.
+    bad_reads: usize,
 }
+
+/// What was in a block.
+#[derive(Clone)]
+#[cfg(test)]
+pub(crate) struct Saved(Vec<Option<Slot>>);
 
 /// What stands for K and V of one token.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -96,10 +103,15 @@ impl Runner for ScriptedRunner {
         for input in batch {
             script.write(&mut memory, input);
         }
+        let (groups, mut bad) = (&self.spec.groups, 0);
+        for input in batch {
+            let read = script.try_read(&memory, groups, input.tables, input.start + input.tokens.len());
+            bad += usize::from(read.is_none());
+        }
+        memory.bad_reads += bad;
         let rows = batch.iter().flat_map(|input| {
             let end = input.start + input.tokens.len();
-            (end - input.rows + 1..=end)
-                .flat_map(|end| script.row(script.read(&memory, &self.spec.groups, input.tables, end)))
+            (end - input.rows + 1..=end).flat_map(|end| script.row(script.read(&memory, groups, input.tables, end)))
         });
         let logits = Logits { vocab: self.spec.vocab, rows: rows.collect() };
         // Sinks may look at the memory.
@@ -155,6 +167,28 @@ impl Script {
             match value {
                 Some(value) => memory.slots.insert((target, slot), value),
                 None => memory.slots.remove(&(target, slot)),
+            };
+        }
+    }
+
+    /// How often a run read a slot that was not written for its position, history and group.
+    pub fn bad_reads(&self) -> usize {
+        self.lock().bad_reads
+    }
+
+    #[cfg(test)]
+    pub(crate) fn save(&self, block: BlockId) -> Saved {
+        let memory = self.lock();
+        Saved((0..self.block_size).map(|slot| memory.slots.get(&(block, slot)).copied()).collect())
+    }
+
+    #[cfg(test)]
+    pub(crate) fn restore(&self, block: BlockId, saved: &Saved) {
+        let mut memory = self.lock();
+        for (slot, &value) in saved.0.iter().enumerate() {
+            match value {
+                Some(value) => memory.slots.insert((block, slot), value),
+                None => memory.slots.remove(&(block, slot)),
             };
         }
     }
@@ -220,33 +254,32 @@ impl Script {
         }
     }
 
-    /// The hash of the first `len` tokens as they stand in the blocks of every group, as far as its last token sees them;
-    /// something else if any slot is not what was written there for this history and group.
+    /// The hash of the first `len` tokens as they stand in the blocks; something else if any slot that the last of them
+    /// sees is not what was written there for this history and group.
     fn read(&self, memory: &Memory, groups: &KvGroups, tables: &[Vec<BlockId>], len: usize) -> u64 {
+        self.try_read(memory, groups, tables, len).unwrap_or_else(|| mix(len as u64))
+    }
+
+    fn try_read(&self, memory: &Memory, groups: &KvGroups, tables: &[Vec<BlockId>], len: usize) -> Option<u64> {
         let one = |(group, table): (usize, &Vec<BlockId>)| {
             let first = match groups[group].kind {
                 GroupKind::Sliding { window } => len.saturating_sub(window as usize),
                 GroupKind::Full | GroupKind::Recurrent => 0,
             };
-            let at = |position: usize| {
-                memory.slots.get(&self.slot(table, position)).filter(|slot| slot.group == group).copied()
-            };
             // The first token that is seen tells what was before it, if anything was.
-            let mut history = match at(first) {
-                Some(slot) if first > 0 => slot.history,
-                _ => START,
-            };
-            for position in first + usize::from(first > 0)..len {
-                match at(position) {
-                    Some(slot) if slot.history == extend(history, slot.token) => history = slot.history,
-                    _ => history = mix(!history),
+            let mut history = (first == 0).then_some(START);
+            for position in first..len {
+                let slot = memory.slots.get(&self.slot(table, position)).filter(|slot| slot.group == group)?;
+                if history.is_some_and(|before| slot.history != extend(before, slot.token)) {
+                    return None;
                 }
+                history = Some(slot.history);
             }
             history
         };
         let mut read = tables.iter().enumerate().map(one);
-        let history = read.next().unwrap_or(START);
-        read.fold(history, |history, other| if other == history { history } else { mix(!other) })
+        let first = read.next()??;
+        read.all(|other| other == Some(first)).then_some(first)
     }
 
     /// Noise, with one token well above it.

@@ -33,8 +33,8 @@ impl Scheduler {
         while self.admit_next() {
             changed = true;
         }
-        // Whoever gave way to a more urgent one has no work.
-        work.retain(|next: &Work| self.is_live(next.key));
+        // Whoever gave way to a more urgent one has no work, not even if it has blocks again: others.
+        work.retain(|next: &Work| matches!(self.sequences.get(&next.key).map(|s| &s.state), Some(State::Decoding(..))));
         let mut budget = self.config.max_batch_tokens.saturating_sub(work.len());
         if self.duty == Duty::Decode && !work.is_empty() {
             budget = budget.min(self.config.remainder_tokens);
@@ -106,8 +106,12 @@ impl Scheduler {
             if end <= start {
                 return None;
             }
-            if self.cache.grow(table, end) {
-                return Some(Work { key, tokens: start..end, last: end == total });
+            // With a window, a smaller chunk needs fewer blocks at once; one block's worth is the least.
+            let least = (start + self.block_size).min(end);
+            for end in [end, least] {
+                if self.cache.grow(table, end) {
+                    return Some(Work { key, tokens: start..end, last: end == total });
+                }
             }
             self.make_room_for(key);
         }

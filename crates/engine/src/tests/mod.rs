@@ -1,8 +1,13 @@
-//! The engine's laws: one by one (`laws`, and `sampling` for what requests may ask), all at once under random schedules
-//! (`schedules`), and with a real thread (`threads`). `rig` is what they share.
+//! The engine's laws: one by one (`laws`; `scheduling` for who goes first, `sharing` for what is computed once, `groups` for
+//! sliding windows, `sampling` for what requests may ask), all at once under random schedules (`schedules`, with the
+//! `oracle`), and with a real thread (`threads`). `rig` is what they share.
 
+mod groups;
 mod laws;
+mod oracle;
 mod rig;
 mod sampling;
 mod schedules;
+mod scheduling;
+mod sharing;
 mod threads;
