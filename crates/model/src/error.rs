@@ -49,14 +49,14 @@ pub enum Error {
         source: serde_json::Error,
     },
     /// A model family nobody has taught us.
-    #[error("{}: model_type `{model_type}` is not supported (supported: {supported})", path.display())]
+    #[error("{}: model `{model}` is not supported (supported: {supported})", path.display())]
     UnsupportedModel {
         /// The configuration file.
         path: PathBuf,
-        /// What it says.
-        model_type: String,
-        /// What it may say.
-        supported: &'static str,
+        /// What it says, under `model_type` or `architectures`.
+        model: String,
+        /// The `model_type`s it may say.
+        supported: String,
     },
     /// A configuration value that is missing, out of bounds or asks for something not implemented.
     #[error("{}: `{key}`: {reason}", path.display())]

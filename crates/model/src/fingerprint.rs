@@ -3,7 +3,7 @@
 //! ```text
 //! fingerprint = first 16 bytes of BLAKE3-derive-key(context,
 //!     configuration ‖ for each tensor, ordered by name: len(name) ‖ name ‖ dtype ‖ rows ‖ cols ‖ contents)
-//! configuration = family, sizes, rms eps, RoPE, ties, norms, biases (one line of text)
+//! configuration = the description of what is computed (`graph`) as JSON
 //! contents      = all bytes of a tensor up to 4 MiB; of a larger one the first and the last 64 KiB
 //!                 and 64 pages of 4 KiB spaced evenly over it
 //! ```
@@ -16,10 +16,10 @@
 
 use kvasir_types::ModelFingerprint;
 
-use crate::{ModelConfig, RopeScaling, weights::Weights};
+use crate::{ModelConfig, weights::Weights};
 
 /// Domain separation: bump the version when what is hashed changes.
-const CONTEXT: &str = "kvasir 2026-11 model fingerprint v1";
+const CONTEXT: &str = "kvasir 2026-11 model fingerprint v2";
 const WHOLE_BYTES: usize = 4 << 20;
 const END_BYTES: usize = 64 << 10;
 const PAGE_BYTES: usize = 4 << 10;
@@ -46,37 +46,11 @@ pub(crate) fn compute(config: &ModelConfig, weights: &Weights) -> ModelFingerpri
     ModelFingerprint(short)
 }
 
-/// The configuration in one form, whatever the file's; floats by their bits so that no formatting rule matters.
-fn canonical(c: &ModelConfig) -> String {
-    let scaling = match c.rope.scaling {
-        RopeScaling::None => "none".to_owned(),
-        RopeScaling::Linear { factor } => format!("linear:{:x}", factor.to_bits()),
-        RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_len } => format!(
-            "llama3:{:x}:{:x}:{:x}:{original_max_len}",
-            factor.to_bits(),
-            low_freq_factor.to_bits(),
-            high_freq_factor.to_bits()
-        ),
-    };
-    format!(
-        "{} vocab={} hidden={} intermediate={} layers={} heads={} kv_heads={} head_dim={} eps={:x} theta={:x} \
-         scaling={scaling} tied={} qk_norm={} qkv_bias={} o_bias={} mlp_bias={}\n",
-        c.family.as_str(),
-        c.vocab,
-        c.hidden,
-        c.intermediate,
-        c.layers,
-        c.heads,
-        c.kv_heads,
-        c.head_dim,
-        c.rms_eps.to_bits(),
-        c.rope.theta.to_bits(),
-        c.tied_embeddings,
-        c.qk_norm,
-        c.qkv_bias,
-        c.o_bias,
-        c.mlp_bias,
-    )
+/// The configuration in one form, whatever the file's: all that [`ModelConfig`] serialises, so a field that changes what is
+/// computed is covered as soon as it exists. Floats are written so that they read back as the same bits. Renaming a field
+/// changes the fingerprints of all models, which costs a cold cache where versions are mixed.
+fn canonical(config: &ModelConfig) -> String {
+    serde_json::to_string(config).expect("a description is plain data")
 }
 
 /// Hands the parts of a tensor that are hashed to `take`, in order.

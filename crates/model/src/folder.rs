@@ -4,7 +4,7 @@ use std::{path::Path, sync::Arc};
 
 use kvasir_types::{KvDtype, KvGroups, KvLayout, ModelFingerprint};
 
-use crate::{Error, ModelConfig, fingerprint, weights::Weights};
+use crate::{Cost, Error, ModelConfig, fingerprint, weights::Weights};
 
 /// A Hugging Face model folder whose configuration is supported and whose weights all have the shapes it asks for.
 ///
@@ -50,6 +50,11 @@ impl Folder {
     /// Which layers of the model share a block.
     pub fn kv_groups(&self) -> KvGroups {
         self.0.config.kv_groups()
+    }
+
+    /// What computing with it comes to.
+    pub fn cost(&self) -> Cost {
+        Cost::of(self)
     }
 
     pub(crate) fn weights(&self) -> &Weights {

@@ -25,7 +25,7 @@ pub(crate) mod expected;
 mod header;
 mod mapped;
 
-pub(crate) use expected::{EMBEDDING, FINAL_NORM, LM_HEAD};
+pub(crate) use expected::{EMBEDDING, LM_HEAD};
 use header::Entry;
 use mapped::MappedFile;
 

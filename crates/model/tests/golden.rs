@@ -143,7 +143,7 @@ fn a_sequence_in_a_mixed_batch_has_the_same_bits_as_alone() {
         }
         let mut layers = Vec::new();
         let logits = batched.backend.forward(&inputs, &mut |layer| layers.push(layer)).unwrap();
-        assert_eq!(layers, (0..folder.config().layers).collect::<Vec<_>>());
+        assert_eq!(layers, (0..folder.config().layers.len()).collect::<Vec<_>>());
         assert_eq!(logits.len(), who.len());
         for (row, (i, step)) in logits.iter().zip(who) {
             assert_same_bits(row, &expected[i][step], &format!("sequence {i}, output {step}"));

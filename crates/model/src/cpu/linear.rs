@@ -9,7 +9,10 @@ use super::{
     exec::{Compute, Exec},
     kernels::{self, Matrix, Output, Rows, fast},
 };
-use crate::weights::{Tensor, Weights};
+use crate::{
+    graph::{LinearSpec, NormSpec},
+    weights::{Tensor, Weights},
+};
 
 /// Activations of one task: half a second-level cache.
 const BLOCK_BYTES: usize = 512 << 10;
@@ -27,18 +30,24 @@ const MAX_PANEL: usize = 128;
 pub(super) struct Linear {
     weight: Tensor,
     bias: Option<Vec<f32>>,
+    exact: bool,
 }
 
 impl Linear {
-    /// The map called `name`, with a bias if the model has one there.
-    pub(super) fn load(weights: &Weights, name: &str, bias: bool) -> Self {
-        let bias = bias.then(|| weights.get(&format!("{name}.bias")).to_f32());
-        Self { weight: weights.get(&format!("{name}.weight")).clone(), bias }
+    /// The map that `spec` describes.
+    pub(super) fn load(weights: &Weights, spec: &LinearSpec) -> Self {
+        let bias = spec.bias.then(|| weights.get(&format!("{}.bias", spec.name)).to_f32());
+        Self { weight: weights.get(&format!("{}.weight", spec.name)).clone(), bias, exact: false }
     }
 
     /// A map without a bias.
     pub(super) fn of(weight: Tensor) -> Self {
-        Self { weight, bias: None }
+        Self { weight, bias: None, exact: false }
+    }
+
+    /// The same, computed exactly whatever the backend's choice: where a rounding would not blur a result but flip a choice.
+    pub(super) fn exact(self) -> Self {
+        Self { exact: true, ..self }
     }
 
     /// Width of its output.
@@ -61,7 +70,8 @@ impl Linear {
             return;
         }
         let cols = x.len() / tokens;
-        let fast = exec.compute == Compute::Fast && maps.iter().all(|(map, _)| fast::takes(map.weight.dtype));
+        let fast =
+            exec.compute == Compute::Fast && maps.iter().all(|(map, _)| !map.exact && fast::takes(map.weight.dtype));
         let mut flops = 0;
         let maps = maps.map(|(map, out)| {
             assert_eq!(map.weight.cols, cols, "activations are of the map's width");
@@ -121,9 +131,11 @@ pub(super) struct RmsNorm {
 }
 
 impl RmsNorm {
-    /// The norm whose weight is called `name`.
-    pub(super) fn load(weights: &Weights, name: &str, eps: f32) -> Self {
-        Self { weight: weights.get(name).to_f32(), eps }
+    /// The norm that `spec` describes.
+    pub(super) fn load(weights: &Weights, spec: &NormSpec) -> Self {
+        let mut weight = weights.get(&format!("{}.weight", spec.name)).to_f32();
+        weight.iter_mut().for_each(|weight| *weight += spec.offset);
+        Self { weight, eps: spec.eps }
     }
 
     /// Normalises every row of `x` into `out`.

@@ -13,25 +13,31 @@ use kvasir_types::{BlockId, HostMemory, KvGroups, KvLayout};
 use crate::{
     Backend, Error, Folder, Logits, ModelConfig, SeqInput,
     backend::check_batch,
+    graph::AttentionKind,
     rope::Rotations,
-    weights::{EMBEDDING, FINAL_NORM, LM_HEAD, Tensor},
+    weights::{EMBEDDING, LM_HEAD, Tensor},
 };
 
 mod arena;
 mod attention;
 mod exec;
+mod grouped;
 mod kernels;
 mod kv;
+mod latent;
+mod layer;
 pub mod limits;
 mod linear;
+mod mlp;
 mod pool;
 
 pub use arena::HostArena;
-use attention::{Heads, Span, attend};
+use attention::{Span, attend};
 pub use exec::Compute;
 use exec::Exec;
 use kernels::Isa;
 use kv::{Half, KvArena};
+use layer::{Layer, Rotated};
 use linear::{Linear, RmsNorm};
 
 /// Computes a model with the processor's vector units.
@@ -40,24 +46,17 @@ pub struct CpuBackend {
     groups: KvGroups,
     exec: Exec,
     kv: KvArena,
-    frequencies: Vec<f32>,
+    ropes: Vec<Frequencies>,
     embedding: Tensor,
     layers: Vec<Layer>,
     final_norm: RmsNorm,
     output: Linear,
 }
 
-struct Layer {
-    input_norm: RmsNorm,
-    q: Linear,
-    k: Linear,
-    v: Linear,
-    qk_norms: Option<(RmsNorm, RmsNorm)>,
-    o: Linear,
-    mlp_norm: RmsNorm,
-    gate: Linear,
-    up: Linear,
-    down: Linear,
+/// One of the model's rotations.
+struct Frequencies {
+    of_pairs: Vec<f32>,
+    magnitude: f32,
 }
 
 impl CpuBackend {
@@ -100,12 +99,18 @@ impl CpuBackend {
         let weights = folder.weights();
         let embedding = weights.get(EMBEDDING).clone();
         let output = if config.tied_embeddings { embedding.clone() } else { weights.get(LM_HEAD).clone() };
+        let rotated = match &config.layers[0].attention.kind {
+            AttentionKind::Grouped(grouped) => grouped.head_dim,
+            AttentionKind::Latent(latent) => latent.rope,
+        };
+        let frequencies =
+            |rope: &crate::Rope| Frequencies { of_pairs: rope.frequencies(rotated), magnitude: rope.magnitude() };
         let backend = Self {
             exec: Exec::new(isa, compute, threads)?,
             kv: KvArena::new(memory, layout)?,
-            frequencies: config.rope.frequencies(config.head_dim),
-            layers: (0..config.layers).map(|layer| Layer::load(folder, layer)).collect(),
-            final_norm: RmsNorm::load(weights, FINAL_NORM, config.rms_eps),
+            ropes: config.ropes.iter().map(frequencies).collect(),
+            layers: config.layers.iter().map(|layer| Layer::load(weights, layer)).collect(),
+            final_norm: RmsNorm::load(weights, &config.final_norm),
             output: Linear::of(output),
             embedding,
             groups: config.kv_groups(),
@@ -115,54 +120,57 @@ impl CpuBackend {
         Ok(backend)
     }
 
-    /// Normalises (where the model does) and rotates every head of every row, in place.
-    fn rotate(&self, x: &mut [f32], heads: usize, norm: Option<&RmsNorm>, rotations: &Rotations, row_of: &[usize]) {
-        let width = heads * self.config.head_dim;
-        self.exec.rows(x, width, 10 * x.len(), |first, part| {
-            let mut scratch = Vec::new();
-            for (row, heads) in part.chunks_exact_mut(width).enumerate() {
-                for head in heads.chunks_exact_mut(self.config.head_dim) {
-                    if let Some(norm) = norm {
-                        norm.apply_one(&self.exec, head, &mut scratch);
-                    }
-                    rotations.apply(row_of[first + row], head);
-                }
+    /// The embeddings of the batch's tokens, a row each.
+    fn embed(&self, batch: &[SeqInput<'_>], rows: usize) -> Vec<f32> {
+        let (width, scale) = (self.config.hidden, self.config.embedding_scale);
+        let mut x = vec![0.0; rows * width];
+        for (row, token) in x.chunks_exact_mut(width).zip(batch.iter().flat_map(|seq| seq.tokens)) {
+            self.embedding.row_into(token.0 as usize, row);
+            if scale != 1.0 {
+                row.iter_mut().for_each(|value| *value *= scale);
             }
-        });
+        }
+        x
     }
 
-    /// Writes K and V of every token of the batch for one layer.
+    /// Writes what is cached of every token of the batch for one layer.
     fn write_kv(&mut self, layer: usize, batch: &[SeqInput<'_>], k: &[f32], v: &[f32]) {
-        let (width, size) = (self.config.kv_width(), self.kv.layout().block_size as usize);
+        let layout = *self.kv.layout();
+        let (heads, size) = (layout.kv_heads as usize, layout.block_size as usize);
+        let (k_width, v_width) = (heads * layout.k_dim as usize, heads * layout.v_dim as usize);
         let (group, place) = self.groups.place(layer);
         let positions = |seq: &SeqInput<'_>| seq.start..seq.start + seq.tokens.len();
         let tokens = batch.iter().flat_map(|seq| positions(seq).map(|at| (&seq.tables[group], at)));
-        for ((table, at), (k, v)) in tokens.zip(k.chunks_exact(width).zip(v.chunks_exact(width))) {
+        for (row, (table, at)) in tokens.enumerate() {
             let (block, slot) = (table[at / size], at % size);
-            self.kv.write(block, place, Half::Keys, slot, k);
-            self.kv.write(block, place, Half::Values, slot, v);
+            self.kv.write(block, place, Half::Keys, slot, &k[row * k_width..(row + 1) * k_width]);
+            if v_width > 0 {
+                self.kv.write(block, place, Half::Values, slot, &v[row * v_width..(row + 1) * v_width]);
+            }
         }
     }
-}
 
-impl Layer {
-    fn load(folder: &Folder, layer: usize) -> Self {
-        let (config, weights) = (folder.config(), folder.weights());
-        let name = |part: &str| format!("model.layers.{layer}.{part}");
-        let linear = |part: &str, bias: bool| Linear::load(weights, &name(part), bias);
-        let norm = |part: &str| RmsNorm::load(weights, &name(part), config.rms_eps);
-        Self {
-            input_norm: norm("input_layernorm.weight"),
-            q: linear("self_attn.q_proj", config.qkv_bias),
-            k: linear("self_attn.k_proj", config.qkv_bias),
-            v: linear("self_attn.v_proj", config.qkv_bias),
-            qk_norms: config.qk_norm.then(|| (norm("self_attn.q_norm.weight"), norm("self_attn.k_norm.weight"))),
-            o: linear("self_attn.o_proj", config.o_bias),
-            mlp_norm: norm("post_attention_layernorm.weight"),
-            gate: linear("mlp.gate_proj", config.mlp_bias),
-            up: linear("mlp.up_proj", config.mlp_bias),
-            down: linear("mlp.down_proj", config.mlp_bias),
+    /// Adds `change` to the residual stream `x`, normalised first where the model does so.
+    fn add(&self, x: &mut [f32], change: &mut Vec<f32>, norm: Option<&RmsNorm>, scratch: &mut Vec<f32>) {
+        if let Some(norm) = norm {
+            norm.apply(&self.exec, change, scratch);
+            std::mem::swap(change, scratch);
         }
+        let width = self.config.hidden;
+        self.exec.rows(x, width, x.len(), |first, part| kernels::add(self.exec.isa, part, &change[first * width..]));
+    }
+
+    /// The logits that follow the rows of `x`.
+    fn logits(&self, x: &[f32], rows: usize) -> Logits {
+        let mut normed = Vec::new();
+        self.final_norm.apply(&self.exec, x, &mut normed);
+        let mut logits = Logits { vocab: self.config.vocab, rows: Vec::new() };
+        self.output.apply(&self.exec, &normed, rows, &mut logits.rows);
+        if let Some(cap) = self.config.final_soft_cap {
+            let (width, flops) = (logits.vocab, 20 * logits.rows.len());
+            self.exec.rows(&mut logits.rows, width, flops, |_, part| kernels::soft_cap(self.exec.isa, part, cap));
+        }
+        logits
     }
 }
 
@@ -181,74 +189,48 @@ impl Backend for CpuBackend {
 
     fn forward(&mut self, batch: &[SeqInput<'_>], after_layer: &mut dyn FnMut(usize)) -> Result<Logits, Error> {
         check_batch(&self.config, self.kv.layout(), &self.groups, self.kv.blocks(), batch)?;
-        let (hidden, kv_heads) = (self.config.hidden, self.config.kv_heads);
-        let heads = Heads { heads: self.config.heads, kv_heads, head_dim: self.config.head_dim };
+        let hidden = self.config.hidden;
 
         // One row per token of the batch, input after input.
         let mut rows = Rows::of(batch);
-        let mut x = vec![0.0; rows.original.len() * hidden];
-        for (row, token) in x.chunks_exact_mut(hidden).zip(batch.iter().flat_map(|seq| seq.tokens)) {
-            self.embedding.row_into(token.0 as usize, row);
-        }
-        let positions = batch.iter().flat_map(|seq| seq.start..seq.start + seq.tokens.len());
-        let rotations = Rotations::new(&self.frequencies, positions);
+        let mut x = self.embed(batch, rows.len());
+        let positions = || batch.iter().flat_map(|seq| seq.start..seq.start + seq.tokens.len());
+        let rotations: Vec<Rotations> =
+            self.ropes.iter().map(|rope| Rotations::new(&rope.of_pairs, rope.magnitude, positions())).collect();
 
         let (mut normed, mut q, mut k, mut v) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-        let (mut attended, mut change, mut gate, mut up) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        let (mut attended, mut change, mut scratch) = (Vec::new(), Vec::new(), mlp::Scratch::default());
         for index in 0..self.layers.len() {
-            let layer = &self.layers[index];
-            let norms = layer.qk_norms.as_ref();
-            layer.input_norm.apply(&self.exec, &x, &mut normed);
+            let Layer { attention_norm, attention, .. } = &self.layers[index];
+            let rotations = &rotations[attention.rope];
+            attention_norm.apply(&self.exec, &x, &mut normed);
+            let rotated = Rotated { rotations, row_of: &rows.original };
             // The last layer's queries are needed for fewer rows: below.
             let last = index + 1 == self.layers.len();
-            if last {
-                Linear::apply_all(&self.exec, &normed, rows.len(), [(&layer.k, &mut k), (&layer.v, &mut v)]);
-            } else {
-                let maps = [(&layer.q, &mut q), (&layer.k, &mut k), (&layer.v, &mut v)];
-                Linear::apply_all(&self.exec, &normed, rows.len(), maps);
-            }
-            self.rotate(&mut k, kv_heads, norms.map(|(_, k)| k), &rotations, &rows.original);
+            attention.project(&self.exec, &normed, rotated, (!last).then_some(&mut q), &mut k, &mut v);
             self.write_kv(index, batch, &k, &v);
             after_layer(index);
 
+            let Layer { attention, attention_post_norm, mlp_norm, mlp, mlp_post_norm, .. } = &self.layers[index];
             if last {
                 // Beyond this point only rows whose logits are wanted matter to anyone.
                 let wanted = Rows::wanted(batch);
                 keep(&mut x, hidden, &wanted.original);
                 keep(&mut normed, hidden, &wanted.original);
                 rows = wanted;
-                self.layers[index].q.apply(&self.exec, &normed, rows.len(), &mut q);
+                attention.queries(&self.exec, &normed, Rotated { rotations, row_of: &rows.original }, &mut q);
             }
-            let layer = &self.layers[index];
-            let norms = layer.qk_norms.as_ref();
-            self.rotate(&mut q, heads.heads, norms.map(|(q, _)| q), &rotations, &rows.original);
             let (group, place) = self.groups.place(index);
-            let spans: Vec<Span<'_>> = rows.spans(batch, group);
-            attend(&self.exec, &self.kv, place, heads, &spans, &q, &mut attended);
-            layer.o.apply(&self.exec, &attended, rows.len(), &mut change);
-            self.add(&mut x, &change);
+            let spans = rows.spans(batch, group);
+            attend(&self.exec, &self.kv, place, attention.heads, &spans, &q, &mut attended);
+            attention.output(&self.exec, &mut attended, rows.len(), &mut change);
+            self.add(&mut x, &mut change, attention_post_norm.as_ref(), &mut normed);
 
-            layer.mlp_norm.apply(&self.exec, &x, &mut normed);
-            Linear::apply_all(&self.exec, &normed, rows.len(), [(&layer.gate, &mut gate), (&layer.up, &mut up)]);
-            let width = layer.gate.width();
-            self.exec.rows(&mut gate, width, 20 * up.len(), |first, part| {
-                kernels::silu_mul(self.exec.isa, part, &up[first * width..]);
-            });
-            layer.down.apply(&self.exec, &gate, rows.len(), &mut change);
-            self.add(&mut x, &change);
+            mlp_norm.apply(&self.exec, &x, &mut normed);
+            mlp.apply(&self.exec, &normed, rows.len(), &mut scratch, &mut change);
+            self.add(&mut x, &mut change, mlp_post_norm.as_ref(), &mut normed);
         }
-
-        self.final_norm.apply(&self.exec, &x, &mut normed);
-        let mut logits = Logits { vocab: self.config.vocab, rows: Vec::new() };
-        self.output.apply(&self.exec, &normed, rows.len(), &mut logits.rows);
-        Ok(logits)
-    }
-}
-
-impl CpuBackend {
-    fn add(&self, x: &mut [f32], change: &[f32]) {
-        let width = self.config.hidden;
-        self.exec.rows(x, width, x.len(), |first, part| kernels::add(self.exec.isa, part, &change[first * width..]));
+        Ok(self.logits(&x, rows.len()))
     }
 }
 

@@ -106,9 +106,11 @@ fn the_fingerprint_covers_the_arithmetic_and_not_the_context_length() {
     assert_eq!(of(|_| {}), folder.fingerprint());
     assert_eq!(of(|c| c.max_len = 32), folder.fingerprint());
     assert_eq!(of(|c| c.eos.clear()), folder.fingerprint());
-    assert_ne!(of(|c| c.rms_eps *= 2.0), folder.fingerprint());
-    assert_ne!(of(|c| c.rope.theta += 1.0), folder.fingerprint());
-    assert_ne!(of(|c| c.qk_norm = true), folder.fingerprint());
+    assert_ne!(of(|c| c.final_norm.eps *= 2.0), folder.fingerprint());
+    assert_ne!(of(|c| c.ropes[0].theta += 1.0), folder.fingerprint());
+    assert_ne!(of(|c| c.layers[0].attention.window = Some(8)), folder.fingerprint());
+    assert_ne!(of(|c| c.layers[0].attention.scale *= 1.0000001), folder.fingerprint());
+    assert_ne!(of(|c| c.final_soft_cap = Some(30.0)), folder.fingerprint());
 }
 
 #[test]

@@ -48,6 +48,26 @@ per_isa! {
 }
 
 per_isa! {
+    /// `gate = gelu(gate) · up`, element by element, by the tanh approximation.
+    fn gelu_mul(gate: &mut [f32], up: &[f32])
+}
+
+per_isa! {
+    /// `x = sigmoid(x)`, element by element.
+    fn sigmoid(x: &mut [f32])
+}
+
+per_isa! {
+    /// `x = cap · tanh(x / cap)`, element by element, exact to a millionth of the cap.
+    fn soft_cap(x: &mut [f32], cap: f32)
+}
+
+per_isa! {
+    /// `x += weight · y`, element by element.
+    fn add_scaled(x: &mut [f32], y: &[f32], weight: f32)
+}
+
+per_isa! {
     /// Rounds rows of `cols` to bf16 and packs them for [`fast`](super::fast): whole groups, the last one perhaps smaller.
     fn pack(x: &[f32], cols: usize, out: &mut [u16])
 }
@@ -88,6 +108,37 @@ mod body {
     pub(super) fn silu_mul(gate: &mut [f32], up: &[f32]) {
         for (gate, &up) in gate.iter_mut().zip(up) {
             *gate = *gate / (1.0 + exp(-*gate)) * up;
+        }
+    }
+
+    #[inline(always)]
+    pub(super) fn gelu_mul(gate: &mut [f32], up: &[f32]) {
+        for (gate, &up) in gate.iter_mut().zip(up) {
+            // x/2 · (1 + tanh z) = x · sigmoid(2 z) with z = √(2/π) · (x + 0.044715 x³)
+            let x = *gate;
+            let two_z = 1.595_769 * (x + 0.044_715 * x * x * x);
+            *gate = x / (1.0 + exp(-two_z)) * up;
+        }
+    }
+
+    #[inline(always)]
+    pub(super) fn sigmoid(x: &mut [f32]) {
+        for x in x {
+            *x = 1.0 / (1.0 + exp(-*x));
+        }
+    }
+
+    #[inline(always)]
+    pub(super) fn soft_cap(x: &mut [f32], cap: f32) {
+        for x in x {
+            *x = cap * (1.0 - 2.0 / (exp(2.0 * (*x / cap)) + 1.0));
+        }
+    }
+
+    #[inline(always)]
+    pub(super) fn add_scaled(x: &mut [f32], y: &[f32], weight: f32) {
+        for (x, &y) in x.iter_mut().zip(y) {
+            *x += weight * y;
         }
     }
 

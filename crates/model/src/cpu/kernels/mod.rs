@@ -30,7 +30,7 @@ mod tests;
 
 #[cfg(target_arch = "x86_64")]
 use avx512::reduce4;
-pub(crate) use elementwise::{add, pack, rms_norm, silu_mul, softmax_step};
+pub(crate) use elementwise::{add, add_scaled, gelu_mul, pack, rms_norm, sigmoid, silu_mul, soft_cap, softmax_step};
 
 /// Lanes of every dot product.
 const LANES: usize = 16;
