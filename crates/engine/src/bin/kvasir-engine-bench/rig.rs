@@ -190,8 +190,8 @@ impl Heard {
     fn event(&mut self, event: Event) {
         match event {
             Event::Admitted(admission) => self.cached_tokens = admission.cached_tokens,
-            Event::Token(sampled) => self.tokens.push((Instant::now(), sampled.token)),
-            Event::Finished(_) => self.finished = true,
+            Event::Token { sampled, .. } => self.tokens.push((Instant::now(), sampled.token)),
+            Event::Finished { .. } => self.finished = true,
             Event::Failed(error) => self.failed = Some(error),
         }
     }
