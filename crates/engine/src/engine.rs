@@ -12,8 +12,9 @@ use kvasir_model::{Logits, SeqInput};
 use kvasir_types::{BlockId, KvGroups, KvLayout, TokenId};
 
 use crate::{
-    Config, Duty, Error, Event, Intake, LayerDone, LayerSink, Mode, NewSequence, Runner, RunnerSpec, Sampler, SeqId,
-    Spill, Stats,
+    Config, Constraints, Duty, Error, Event, Intake, LayerDone, LayerSink, Mask, Mode, NewSequence, Proposer, Runner,
+    RunnerSpec, Sampler, SeqId, Spill, Stats,
+    constrain::{Constrained, MaskThreads},
     scheduler::{Adopted, Scheduler, Work},
     sequence::{Key, State},
 };
@@ -50,35 +51,55 @@ pub enum Progress {
     Idle,
 }
 
+/// What an engine is made of besides its settings.
+pub struct Parts {
+    /// Computes.
+    pub runner: Box<dyn Runner>,
+    /// Compiles grammars; without it, requests for answers of a form are refused.
+    pub constraints: Option<Arc<dyn Constraints>>,
+    /// Guesses how answers go on, if anything does.
+    pub proposer: Option<Box<dyn Proposer>>,
+    /// Keeps what preempted sequences have computed, if anything does.
+    pub spill: Option<Box<dyn Spill>>,
+}
+
+impl<R: Runner + 'static> From<Box<R>> for Parts {
+    fn from(runner: Box<R>) -> Self {
+        Self { runner, constraints: None, proposer: None, spill: None }
+    }
+}
+
 /// Continuous batching over one [`Runner`] and one pool of blocks.
 pub struct Engine {
     runner: Box<dyn Runner>,
-    spec: RunnerSpec,
+    pub(crate) spec: RunnerSpec,
     intake: Intake,
-    scheduler: Scheduler,
+    pub(crate) scheduler: Scheduler,
+    pub(crate) proposer: Option<Box<dyn Proposer>>,
     sampler: Sampler,
+    mask_threads: MaskThreads,
 }
 
 impl Engine {
     /// An engine for a pool of `blocks` blocks of the given layout.
-    pub fn new(config: Config, layout: KvLayout, blocks: usize, runner: Box<dyn Runner>) -> Self {
+    pub fn new(config: Config, layout: KvLayout, blocks: usize, parts: impl Into<Parts>) -> Self {
+        let Parts { runner, constraints, proposer, spill } = parts.into();
         let block_size = layout.block_size as usize;
         let config = config.effective(block_size);
         let spec = runner.spec().clone();
         let geometry = Geometry::new(block_size, &spec.groups);
-        let intake = Intake::new(&config, geometry.clone(), blocks, &spec);
-        let scheduler = Scheduler::new(config, geometry, blocks);
-        Self { runner, spec, intake, scheduler, sampler: Sampler::default() }
+        let mask_threads = if constraints.is_some() { config.mask_threads } else { 0 };
+        let mask_threads = MaskThreads::new(mask_threads, config.max_running);
+        let intake = Intake::new(&config, geometry.clone(), blocks, &spec, constraints);
+        let scheduler = Scheduler::new(config, geometry.clone(), blocks, spill);
+        // A state that sums up all that was before can't go back behind a draft that was wrong.
+        let proposer = proposer.filter(|_| geometry.has_prefixes());
+        Self { runner, spec, intake, scheduler, proposer, sampler: Sampler::default(), mask_threads }
     }
 
     /// Where requests are checked and become commands.
     pub fn intake(&self) -> &Intake {
         &self.intake
-    }
-
-    /// From here on the blocks of preempted sequences are offered to `spill`.
-    pub fn set_spill(&mut self, spill: Box<dyn Spill>) {
-        self.scheduler.set_spill(spill);
     }
 
     /// Changes what the engine takes on; see [`Duty`].
@@ -158,10 +179,14 @@ impl Engine {
             self.fork(key, choice, prompt - 1);
         }
         let Some(sequence) = self.scheduler.get_mut(key) else { return };
-        let finished = sequence.push(token, &self.spec.eos);
-        self.scheduler.advance(key, computed, computed);
-        if let Some(reason) = finished {
-            self.scheduler.finish(key, reason);
+        match sequence.push(token, &self.spec.eos) {
+            Ok(finished) => {
+                self.scheduler.advance(key, computed, computed);
+                if let Some(reason) = finished {
+                    self.scheduler.finish(key, reason);
+                }
+            }
+            Err(error) => self.scheduler.fail(key.seq, error),
         }
     }
 
@@ -195,10 +220,11 @@ impl Engine {
         for part in adopted {
             self.take_over(part);
         }
-        let (work, changed) = self.scheduler.plan();
+        let (mut work, changed) = self.scheduler.plan();
         if work.is_empty() {
             return if changed || took_over { Progress::Busy } else { Progress::Idle };
         }
+        self.speculate(&mut work);
         match self.run(&work) {
             Ok(logits) => self.settle(&work, logits),
             Err(error) => {
@@ -233,6 +259,11 @@ impl Engine {
 
     /// Computes the batch. Sequences whose layer sink panicked are ended here.
     fn run(&mut self, work: &[Work]) -> Result<Logits, Error> {
+        for item in work.iter().filter(|item| item.last) {
+            if let Some(constrained) = self.scheduler.get_mut(item.key).and_then(|s| s.constrained.as_mut()) {
+                constrained.send(&item.drafts, &self.mask_threads);
+            }
+        }
         // Sinks leave their sequences for the run: the batch borrows these, the callback writes to those.
         let mut watchers: Vec<(&Work, Box<dyn LayerSink>)> = Vec::new();
         for item in work {
@@ -242,20 +273,19 @@ impl Engine {
         }
         let mut broken: Vec<SeqId> = Vec::new();
         let (scheduler, groups, block_size) = (&self.scheduler, &self.spec.groups, self.scheduler.block_size);
-        let input = |item: &Work| {
-            let sequence = scheduler.get(item.key).expect("work is planned for live sequences");
-            let tables = sequence.table().expect("live sequences have a table").ids();
-            SeqInput {
-                tokens: &sequence.tokens[item.tokens.clone()],
-                start: item.tokens.start,
-                tables,
-                rows: usize::from(item.last),
-            }
-        };
-        let batch: Vec<SeqInput<'_>> = work.iter().map(input).collect();
+        let sequence = |item: &Work| scheduler.get(item.key).expect("work is planned for live sequences");
+        let tables = |item: &Work| sequence(item).table().expect("live sequences have a table").ids();
+        let with_drafts = |item: &Work| [&sequence(item).tokens[item.tokens.clone()], &item.drafts].concat();
+        let runs: Vec<Option<Vec<TokenId>>> =
+            work.iter().map(|item| (!item.drafts.is_empty()).then(|| with_drafts(item))).collect();
+        let mut batch: Vec<SeqInput<'_>> = Vec::with_capacity(work.len());
+        for (item, run) in work.iter().zip(&runs) {
+            let tokens = run.as_deref().unwrap_or(&sequence(item).tokens[item.tokens.clone()]);
+            batch.push(SeqInput { tokens, start: item.tokens.start, tables: tables(item), rows: item.rows() });
+        }
         let mut after_layer = |layer: usize| {
             for (item, sink) in &mut watchers {
-                let done = layer_done(groups, layer, input(item).tables, item.tokens.clone(), block_size);
+                let done = layer_done(groups, layer, tables(item), item.tokens.clone(), block_size);
                 let seq = item.key.seq;
                 if !broken.contains(&seq) && catch_unwind(AssertUnwindSafe(|| sink.layer_done(done))).is_err() {
                     broken.push(seq);
@@ -275,7 +305,7 @@ impl Engine {
             Ok(computed) => computed.map_err(|error| Error::Runner(Arc::new(error)))?,
             Err(panic) => return Err(Error::RunnerBroken { reason: panic_text(panic.as_ref()) }),
         };
-        let rows = work.iter().filter(|item| item.last).count();
+        let rows: usize = work.iter().map(Work::rows).sum();
         if logits.vocab != self.spec.vocab || logits.rows.len() != rows * logits.vocab {
             let reason = format!("{} logits where {rows} rows of {} are due", logits.rows.len(), self.spec.vocab);
             return Err(Error::RunnerBroken { reason: reason.into() });
@@ -284,46 +314,82 @@ impl Engine {
     }
 
     /// The batch is computed: seals blocks, chooses tokens.
-    fn settle(&mut self, work: &[Work], mut logits: Logits) {
-        let mut rows = logits.rows.chunks_exact_mut(logits.vocab.max(1));
+    fn settle(&mut self, work: &[Work], logits: Logits) {
+        let Logits { vocab, mut rows } = logits;
+        let mut rest = rows.as_mut_slice();
         self.scheduler.totals.steps += 1;
         for item in work {
-            let row = if item.last { rows.next() } else { None };
+            let (rows, others) = rest.split_at_mut(item.rows() * vocab);
+            rest = others;
             let Some(sequence) = self.scheduler.get(item.key) else { continue };
-            let is_prompt = sequence.is_prompt();
-            let answers = sequence.request.answers();
             if matches!(sequence.state, State::Prefilling(..)) {
                 self.scheduler.totals.prefilled_tokens += item.tokens.len() as u64;
             }
             self.scheduler.advance(item.key, item.tokens.end, item.tokens.end);
-            let Some(row) = row else { continue };
-            if is_prompt && item.key.choice == 0 {
-                for choice in 1..answers {
-                    if let Some(fork) = self.fork(item.key, choice, item.tokens.end) {
-                        self.next_token(fork, &mut row.to_vec());
-                    }
-                }
+            if item.last {
+                self.next_tokens(item, rows);
             }
-            self.next_token(item.key, row);
         }
     }
 
-    fn next_token(&mut self, key: Key, row: &mut [f32]) {
-        let Some(sequence) = self.scheduler.get_mut(key) else { return };
-        let sampled = match self.sampler.sample(row, sequence.ask(&self.spec.eos)) {
-            Ok(sampled) => sampled,
-            Err(error) => return self.scheduler.fail(key.seq, error),
+    /// Chooses the next token, and as long as it is what was drafted, the one after.
+    fn next_tokens(&mut self, item: &Work, rows: &mut [f32]) {
+        let Some(sequence) = self.scheduler.get_mut(item.key) else { return };
+        let masks = match sequence.constrained.as_mut().map(Constrained::receive).transpose() {
+            Ok(masks) => masks,
+            Err(error) => return self.scheduler.fail(item.key.seq, error),
         };
-        let finished = sequence.push(sampled.token, &self.spec.eos);
+        // A draft that its grammar does not allow has no mask after it, and is not chosen.
+        let mask = |at: usize| masks.as_ref().and_then(|masks| masks.get(at));
+        if sequence.is_prompt() && item.key.choice == 0 {
+            for choice in 1..sequence.request.answers() {
+                if let Some(fork) = self.fork(item.key, choice, item.tokens.end) {
+                    self.next_token(fork, &mut rows.to_vec(), mask(0));
+                }
+            }
+        }
+        let mut accepted = 0;
+        for (at, row) in rows.chunks_exact_mut(self.spec.vocab).enumerate() {
+            let Some(token) = self.next_token(item.key, row, mask(at)) else { break };
+            if item.drafts.get(at) != Some(&token) {
+                break;
+            }
+            accepted += 1;
+            let computed = item.tokens.end + accepted;
+            self.scheduler.advance(item.key, computed, computed);
+        }
+        if !item.drafts.is_empty() {
+            self.scheduler.totals.drafted_tokens += item.drafts.len() as u64;
+            self.scheduler.totals.accepted_tokens += accepted as u64;
+            if let Some(sequence) = self.scheduler.get_mut(item.key) {
+                sequence.pace.learn(item.drafts.len(), accepted);
+            }
+        }
+    }
+
+    /// Chooses a token and tells it. `None`: the sequence does not go on.
+    fn next_token(&mut self, key: Key, row: &mut [f32], mask: Option<&Mask>) -> Option<TokenId> {
+        let sequence = self.scheduler.get_mut(key)?;
+        let chosen = self.sampler.sample(row, sequence.ask(&self.spec.eos, mask));
+        let pushed = chosen.and_then(|sampled| Ok((sequence.push(sampled.token, &self.spec.eos)?, sampled)));
         let mode = sequence.request.mode;
+        let (finished, sampled) = match pushed {
+            Ok(pushed) => pushed,
+            Err(error) => {
+                self.scheduler.fail(key.seq, error);
+                return None;
+            }
+        };
+        let token = sampled.token;
         let told = self.scheduler.tell(key.seq, Event::Token { choice: key.choice, sampled });
         self.scheduler.begin_answer(key);
         self.scheduler.totals.sampled_tokens += 1;
         match finished {
             _ if !told => self.scheduler.remove(key.seq),
             Some(reason) if mode == Mode::Generate => self.scheduler.finish(key, reason),
-            _ => {}
+            _ => return Some(token),
         }
+        None
     }
 }
 

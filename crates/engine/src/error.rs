@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use kvasir_types::{Retry, TokenId};
 
-use crate::Duty;
+use crate::{BadGrammar, Duty};
 
 /// What went wrong with one request.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -30,6 +30,9 @@ pub enum Error {
         /// Most tokens of the answer.
         max_tokens: usize,
     },
+    /// The answer can't have the form that was asked for: no grammar, too large a one, or an answer that breaks it.
+    #[error("the form of the answer: {0}")]
+    Grammar(BadGrammar),
     /// The model's context does not hold the prompt and one more token.
     #[error("a prompt of {tokens} tokens leaves no room for an answer in a context of {max_len}")]
     PromptTooLong {
@@ -105,6 +108,7 @@ impl Error {
             | Self::UnknownToken { .. }
             | Self::BadContinuation { .. }
             | Self::BadChoices { .. }
+            | Self::Grammar(_)
             | Self::PromptTooLong { .. } => Retry::Never,
             Self::QueueFull { .. } => Retry::After(Duration::from_secs(1)),
             Self::Runner(error) => error.retry(),

@@ -14,7 +14,10 @@ use std::{
 use kvasir_kv_cache::Geometry;
 use kvasir_types::{BlockHash, RequestId, Sampling, TokenId, chain};
 
-use crate::{Config, Error, EventSink, RunnerSpec, engine::Command, sequence::Sequence};
+use crate::{
+    BadGrammar, Config, Constraints, Error, EventSink, RunnerSpec, constrain::Constrained, engine::Command,
+    sequence::Sequence,
+};
 
 /// Most choices of one request.
 pub const MAX_CHOICES: u32 = 128;
@@ -132,7 +135,6 @@ pub struct Rejected {
 #[derive(Clone, Debug)]
 pub struct Intake(Arc<Shared>);
 
-#[derive(Debug)]
 struct Shared {
     geometry: Geometry,
     chunk_tokens: usize,
@@ -147,10 +149,23 @@ struct Shared {
     /// Index in [`Duty::ALL`].
     duty: AtomicU8,
     closed: AtomicBool,
+    constraints: Option<Arc<dyn Constraints>>,
+}
+
+impl fmt::Debug for Shared {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Shared").field("waiting", &self.waiting).field("closed", &self.closed).finish_non_exhaustive()
+    }
 }
 
 impl Intake {
-    pub(crate) fn new(config: &Config, geometry: Geometry, blocks: usize, spec: &RunnerSpec) -> Self {
+    pub(crate) fn new(
+        config: &Config,
+        geometry: Geometry,
+        blocks: usize,
+        spec: &RunnerSpec,
+        constraints: Option<Arc<dyn Constraints>>,
+    ) -> Self {
         Self(Arc::new(Shared {
             geometry,
             chunk_tokens: config.chunk_tokens,
@@ -162,18 +177,20 @@ impl Intake {
             waiting: Default::default(),
             duty: AtomicU8::new(0),
             closed: AtomicBool::new(false),
+            constraints,
         }))
     }
 
-    /// Checks a request and makes the command that starts it. Does the expensive part (hashing the prompt) here, on the
-    /// caller's thread.
+    /// Checks a request and makes the command that starts it. Does the expensive parts (hashing the prompt, compiling the
+    /// grammar) here, on the caller's thread.
     pub fn admit(&self, request: Request, events: Box<dyn EventSink>) -> Result<(SeqId, Command), Rejected> {
-        match self.check(&request).and_then(|()| self.enqueue(request.priority)) {
-            Ok(place) => {
+        let checked = self.check(&request).and_then(|()| self.forms(&request));
+        match checked.and_then(|forms| Ok((forms, self.enqueue(request.priority)?))) {
+            Ok((forms, place)) => {
                 let hashes = chain(request.root, &request.prompt, self.0.geometry.block_size());
                 let seq = SeqId(self.0.next_seq.fetch_add(1, Ordering::Relaxed));
                 let limit = self.output_limit(&request);
-                let sequence = Box::new(Sequence::new(seq, request, hashes.into(), limit, place));
+                let sequence = Box::new(Sequence::new(seq, request, forms, hashes.into(), limit, place));
                 Ok((seq, Command::Admit(NewSequence { sequence, events })))
             }
             Err(error) => Err(Rejected { error, request: Box::new(request) }),
@@ -255,6 +272,25 @@ impl Intake {
             Some(&token) => Err(Error::UnknownToken { token, vocab: shared.vocab }),
             None => Ok(()),
         }
+    }
+
+    /// The constraints that the answers' form makes, one for each choice, after as much of the answer as there is.
+    fn forms(&self, request: &Request) -> Result<Vec<Constrained>, Error> {
+        let Some(grammar) = &request.sampling.grammar else { return Ok(Vec::new()) };
+        let no_tokenizer = || BadGrammar::new("this worker's model has no tokenizer that grammars can be made for");
+        let constraints = self.0.constraints.as_ref().ok_or_else(|| Error::Grammar(no_tokenizer()))?;
+        let written = request.prompt.len() - request.sampling.continued as usize;
+        let mut forms = Vec::new();
+        for _ in 0..request.answers() {
+            let mut constrained = Constrained::new(constraints.compile(grammar).map_err(Error::Grammar)?);
+            for &token in &request.prompt[written..] {
+                if constrained.advance(token)? {
+                    return Err(Error::Grammar(BadGrammar::new("the answer to go on with is complete")));
+                }
+            }
+            forms.push(constrained);
+        }
+        Ok(forms)
     }
 
     fn enqueue(&self, priority: Priority) -> Result<QueuePlace, Error> {

@@ -21,7 +21,10 @@ use std::{fmt, sync::Arc};
 use kvasir_kv_cache::{KvCache, Table};
 use kvasir_types::{BlockHash, FinishReason, TokenId};
 
-use crate::{Ask, History, LayerSink, Mode, Priority, Request, SeqId, choice_seed, request::QueuePlace};
+use crate::{
+    Ask, Error, Guess, History, LayerSink, MAX_CHOICES, Mask, Mode, Priority, Request, SeqId, choice_seed,
+    constrain::Constrained, request::QueuePlace, speculate::Pace,
+};
 
 /// Who watches a prompt being computed, if anybody.
 pub(crate) type Watcher = Option<Box<dyn LayerSink>>;
@@ -56,6 +59,12 @@ pub(crate) struct Sequence {
     pub tokens: Vec<TokenId>,
     /// What penalties and `min_tokens` must know of the tokens.
     history: History,
+    /// The form that the answer must have.
+    pub constrained: Option<Constrained>,
+    /// The same for the further choices, until they are sequences of their own.
+    forms: Vec<Constrained>,
+    /// How well its tokens are guessed.
+    pub pace: Pace,
     /// Hashes of the prompt's full blocks.
     pub prompt_hashes: Arc<[BlockHash]>,
     /// Hashes of the full blocks of `tokens`, as far as they were needed.
@@ -97,6 +106,7 @@ impl Sequence {
     pub fn new(
         id: SeqId,
         request: Request,
+        mut forms: Vec<Constrained>,
         prompt_hashes: Arc<[BlockHash]>,
         output_limit: usize,
         place: QueuePlace,
@@ -110,6 +120,9 @@ impl Sequence {
             tokens: request.prompt.to_vec(),
             history: History::new(&request.sampling, &request.prompt),
             request,
+            constrained: forms.pop(),
+            forms,
+            pace: Pace::default(),
             hashes: prompt_hashes.to_vec(),
             prompt_hashes,
             output_limit,
@@ -118,7 +131,7 @@ impl Sequence {
     }
 
     /// Another choice of the same request, as far as this one is; without blocks.
-    pub fn fork(&self, choice: u32) -> Self {
+    pub fn fork(&mut self, choice: u32) -> Self {
         let mut request = self.request.clone();
         request.sampling.seed = choice_seed(request.sampling.seed, choice);
         Self {
@@ -130,6 +143,9 @@ impl Sequence {
             tokens: self.tokens.clone(),
             history: self.history.clone(),
             request,
+            constrained: self.forms.pop(),
+            forms: Vec::new(),
+            pace: Pace::default(),
             hashes: self.hashes.clone(),
             prompt_hashes: self.prompt_hashes.clone(),
             output_limit: self.output_limit,
@@ -235,24 +251,45 @@ impl Sequence {
     }
 
     /// The question what the next token is.
-    pub fn ask<'a>(&'a self, eos: &'a [TokenId]) -> Ask<'a> {
+    pub fn ask<'a>(&'a self, eos: &'a [TokenId], mask: Option<&'a Mask>) -> Ask<'a> {
         let sampling = &self.request.sampling;
-        Ask { sampling, position: self.tokens.len(), history: &self.history, eos, mask: None }
+        Ask { sampling, position: self.tokens.len(), history: &self.history, eos, mask }
+    }
+
+    /// A number of its own for every choice.
+    fn name(&self) -> SeqId {
+        SeqId(self.key.seq.0 * u64::from(MAX_CHOICES) + u64::from(self.key.choice))
+    }
+
+    /// What a proposer is told.
+    pub fn guess(&self, limit: usize) -> Guess<'_> {
+        let sampling = &self.request.sampling;
+        Guess { seq: self.name(), tokens: &self.tokens, sampling, history: &self.history, limit }
+    }
+
+    /// Tokens that may still be written.
+    pub fn output_left(&self) -> usize {
+        self.output_limit.saturating_sub(self.history.answered())
     }
 
     /// One more token of the answer. `Some`: it was the last one, and why.
-    pub fn push(&mut self, token: TokenId, eos: &[TokenId]) -> Option<FinishReason> {
+    ///
+    /// # Errors
+    /// If the grammar does not allow it.
+    pub fn push(&mut self, token: TokenId, eos: &[TokenId]) -> Result<Option<FinishReason>, Error> {
         self.tokens.push(token);
         self.history.push(token);
         let sampling = &self.request.sampling;
         let ends_model = !sampling.ignore_eos && eos.contains(&token);
         if ends_model || sampling.stop_token_ids.contains(&token) {
-            Some(FinishReason::Stop)
-        } else if self.history.answered() >= self.output_limit {
-            Some(FinishReason::Length)
-        } else {
-            None
+            return Ok(Some(FinishReason::Stop));
         }
+        if let Some(constrained) = &mut self.constrained
+            && constrained.advance(token)?
+        {
+            return Ok(Some(FinishReason::Stop));
+        }
+        Ok(if self.history.answered() >= self.output_limit { Some(FinishReason::Length) } else { None })
     }
 }
 

@@ -19,8 +19,8 @@ use kvasir_kv_cache::{Batch, Snapshot};
 use kvasir_types::{KvLayout, TokenId};
 
 use crate::{
-    Command, Config, Duty, Engine, Error, EventSink, Intake, LayerSink, NewSequence, Progress, Rejected, Request,
-    Runner, SeqId, Spill, Stats,
+    Command, Config, Duty, Engine, Error, EventSink, Intake, LayerSink, NewSequence, Parts, Progress, Rejected,
+    Request, SeqId, Stats,
 };
 
 /// Room in the channel for each sequence that may be alive.
@@ -31,28 +31,11 @@ const COMMANDS_PER_SEQUENCE: usize = 8;
 ///
 /// # Panics
 /// If the operating system cannot start a thread.
-pub fn spawn(config: Config, layout: KvLayout, blocks: usize, runner: Box<dyn Runner>) -> (Handle, JoinHandle<()>) {
-    spawn_with(config, layout, blocks, runner, None)
-}
-
-/// The same with somebody who keeps what preempted sequences have computed.
-///
-/// # Panics
-/// If the operating system cannot start a thread.
-pub fn spawn_with(
-    config: Config,
-    layout: KvLayout,
-    blocks: usize,
-    runner: Box<dyn Runner>,
-    spill: Option<Box<dyn Spill>>,
-) -> (Handle, JoinHandle<()>) {
+pub fn spawn(config: Config, layout: KvLayout, blocks: usize, parts: impl Into<Parts>) -> (Handle, JoinHandle<()>) {
     let config = config.effective(layout.block_size as usize);
     let sequences = config.max_waiting + config.max_waiting_offline + config.max_running;
     let (commands, inbox) = bounded(COMMANDS_PER_SEQUENCE * sequences);
-    let mut engine = Engine::new(config, layout, blocks, runner);
-    if let Some(spill) = spill {
-        engine.set_spill(spill);
-    }
+    let engine = Engine::new(config, layout, blocks, parts);
     let intake = engine.intake().clone();
     let shared = Arc::new(Shared { stats: Mutex::new(engine.stats()), from_sinks: Mutex::default() });
     let thread = {

@@ -67,7 +67,7 @@ pub(crate) struct Scheduler {
 }
 
 impl Scheduler {
-    pub fn new(config: Config, geometry: Geometry, blocks: usize) -> Self {
+    pub fn new(config: Config, geometry: Geometry, blocks: usize, spill: Option<Box<dyn Spill>>) -> Self {
         Self {
             block_size: geometry.block_size(),
             cache: KvCache::new(geometry, blocks, config.cache_events),
@@ -77,15 +77,15 @@ impl Scheduler {
             live: BTreeSet::new(),
             voices: HashMap::new(),
             duty: Duty::Mixed,
-            spill: None,
+            spill,
             steps: 0,
             totals: Stats::default(),
         }
     }
 
-    /// From here on preempted sequences' blocks are offered to `spill`.
-    pub fn set_spill(&mut self, spill: Box<dyn Spill>) {
-        self.spill = Some(spill);
+    /// The settings, as far as they concern steps.
+    pub fn config(&self) -> &Config {
+        &self.config
     }
 
     /// Takes a sequence into the queue.

@@ -2,7 +2,7 @@
 
 use std::{collections::HashSet, ops::Range};
 
-use kvasir_types::BlockHash;
+use kvasir_types::{BlockHash, TokenId};
 
 use super::{Duty, Key, Priority, Scheduler, State};
 
@@ -14,6 +14,19 @@ pub(crate) struct Work {
     pub tokens: Range<usize>,
     /// Whether they reach the end of what is known: then the next token is sampled.
     pub last: bool,
+    /// Guesses at what follows, to be computed behind them and checked.
+    pub drafts: Vec<TokenId>,
+}
+
+impl Work {
+    fn new(key: Key, tokens: Range<usize>, last: bool) -> Self {
+        Self { key, tokens, last, drafts: Vec::new() }
+    }
+
+    /// Rows of logits that it needs.
+    pub fn rows(&self) -> usize {
+        if self.last { 1 + self.drafts.len() } else { 0 }
+    }
 }
 
 impl Scheduler {
@@ -79,13 +92,24 @@ impl Scheduler {
         changed
     }
 
+    /// Makes room for so many tokens of a decoding sequence, from what nobody will need in the next step. False: there
+    /// is none.
+    pub fn has_room_for(&mut self, key: Key, tokens: usize) -> bool {
+        let spare = self.cache.available() > self.live.len() * self.cache.geometry().kinds().len();
+        let Some(State::Decoding(table, _)) = self.sequences.get_mut(&key).map(|sequence| &mut sequence.state) else {
+            return false;
+        };
+        let there = table.ids().iter().all(|ids| ids.len() * self.block_size >= tokens);
+        (there || spare) && self.cache.grow(table, tokens)
+    }
+
     /// One token of a decoding sequence, with a block for it. `None`: the sequence does not decode (any more).
     fn plan_decode(&mut self, key: Key) -> Option<Work> {
         loop {
             let State::Decoding(table, _) = &mut self.sequences.get_mut(&key)?.state else { return None };
             let at = table.computed;
             if self.cache.grow(table, at + 1) {
-                return Some(Work { key, tokens: at..at + 1, last: true });
+                return Some(Work::new(key, at..at + 1, true));
             }
             self.make_room_for(key);
         }
@@ -110,7 +134,7 @@ impl Scheduler {
             let least = (start + self.block_size).min(end);
             for end in [end, least] {
                 if self.cache.grow(table, end) {
-                    return Some(Work { key, tokens: start..end, last: end == total });
+                    return Some(Work::new(key, start..end, end == total));
                 }
             }
             self.make_room_for(key);

@@ -1,7 +1,8 @@
 //! The engine's laws: one by one (`laws`; `scheduling` for who goes first, `sharing` for what is computed once, `groups` for
-//! sliding windows, `sampling` for what requests may ask), all at once under random schedules (`schedules`, with the
-//! `oracle`), and with a real thread (`threads`). `rig` is what they share.
+//! sliding windows, `sampling` and `constraints` for what requests may ask, `speculation`), all at once under random
+//! schedules (`schedules`, with the `oracle`), and with a real thread (`threads`). `rig` is what they share.
 
+mod constraints;
 mod groups;
 mod laws;
 mod oracle;
@@ -10,4 +11,5 @@ mod sampling;
 mod schedules;
 mod scheduling;
 mod sharing;
+mod speculation;
 mod threads;

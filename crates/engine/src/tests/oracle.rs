@@ -111,6 +111,7 @@ pub fn given() -> impl Strategy<Value = Given> {
             remainder_tokens,
             prefix_cache,
             cache_events: 64,
+            ..config()
         };
         Given { kinds, blocks, config, spill }
     })
@@ -264,12 +265,12 @@ pub struct World {
 impl World {
     pub fn new(given: Given) -> Self {
         let groups = KvGroups::of_layers(&given.kinds);
-        let mut rig = Rig::with_groups(given.blocks, given.config.clone(), groups);
         let store = Arc::<Mutex<Store>>::default();
-        if let Some(every) = given.spill {
-            let script = rig.script.clone();
-            rig.engine.set_spill(Box::new(FakeSpill { script, store: Arc::clone(&store), every }));
-        }
+        let to = Arc::clone(&store);
+        let every = given.spill;
+        let rig = Rig::with_spill(given.blocks, given.config.clone(), groups, |script| {
+            Some(Box::new(FakeSpill { script: script.clone(), store: to, every: every? }))
+        });
         Self { rig, given, asked: Vec::new(), store, follower: Follower::default(), steps: 0 }
     }
 

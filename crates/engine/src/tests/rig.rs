@@ -13,7 +13,8 @@ use kvasir_types::{
 
 use crate::{
     Admission, CacheBatch, CacheEvent, CacheSnapshot, Command, Config, Engine, Error, Event, EventSink, LayerDone,
-    LayerSink, Mode, Priority, Progress, Rejected, Request, RunnerSpec, Script, ScriptedRunner, SeqId, Stats,
+    LayerSink, Mode, Parts, Priority, Progress, Rejected, Request, RunnerSpec, Script, ScriptedRunner, SeqId, Spill,
+    Stats,
 };
 
 pub const BLOCK: usize = 4;
@@ -34,7 +35,14 @@ pub fn runner_of(groups: KvGroups) -> ScriptedRunner {
 }
 
 pub fn config() -> Config {
-    Config { max_batch_tokens: 24, chunk_tokens: 8, max_running: 8, max_waiting: 4, ..Config::default() }
+    Config {
+        max_batch_tokens: 24,
+        chunk_tokens: 8,
+        max_running: 8,
+        max_waiting: 4,
+        mask_threads: 0,
+        ..Config::default()
+    }
 }
 
 /// `len` tokens that differ between names and never are the end token.
@@ -171,7 +179,7 @@ impl LayerSink for Watch {
 pub struct Rig {
     pub engine: Engine,
     pub script: Script,
-    groups: KvGroups,
+    pub groups: KvGroups,
 }
 
 impl Rig {
@@ -180,9 +188,19 @@ impl Rig {
     }
 
     pub fn with_groups(blocks: usize, config: Config, groups: KvGroups) -> Self {
+        Self::with_spill(blocks, config, groups, |_| None)
+    }
+
+    pub fn with_spill(
+        blocks: usize,
+        config: Config,
+        groups: KvGroups,
+        spill: impl FnOnce(&Script) -> Option<Box<dyn Spill>>,
+    ) -> Self {
         let runner = runner_of(groups.clone());
         let script = runner.script();
-        Self { engine: Engine::new(config, layout(), blocks, Box::new(runner)), script, groups }
+        let parts = Parts { spill: spill(&script), ..Box::new(runner).into() };
+        Self { engine: Engine::new(config, layout(), blocks, parts), script, groups }
     }
 
     /// Blocks that a sequence of so many tokens needs.

@@ -9,7 +9,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail};
-use kvasir_engine::{Command, Config, Engine, Event, Mode, ModelRunner, Progress, Request};
+use kvasir_engine::{Command, Config, Engine, Event, Mode, ModelRunner, Priority, Progress, Request};
 use kvasir_model::{
     Cost, Folder,
     cpu::{CpuBackend, HostArena},
@@ -83,6 +83,7 @@ impl Rig {
             max_running: plan.running,
             max_waiting: plan.lengths.len().max(1),
             prefix_cache: plan.prefix_cache,
+            ..usual
         };
         let engine = Engine::new(config.clone(), layout, blocks, Box::new(ModelRunner::new(backend)));
         let root = BlockHash::root(folder.fingerprint(), &layout, "");
@@ -117,7 +118,15 @@ impl Rig {
         let sampling = Sampling { max_tokens, ignore_eos: true, ..Sampling::default() };
         let id = format!("bench-{}", self.sent).parse()?;
         let sent = Sent { at: Instant::now(), prompt_tokens: prompt.len(), heard: Arc::default() };
-        let request = Request { id, prompt: prompt.into(), root: self.root, sampling, mode: Mode::Generate };
+        let request = Request {
+            id,
+            prompt: prompt.into(),
+            root: self.root,
+            sampling,
+            mode: Mode::Generate,
+            priority: Priority::Online,
+            choices: 1,
+        };
         let heard = Arc::clone(&sent.heard);
         let sink = move |event| heard.lock().unwrap_or_else(PoisonError::into_inner).event(event);
         let (seq, command) = self.engine.intake().admit(request, Box::new(sink)).map_err(|refused| refused.error)?;
