@@ -280,7 +280,7 @@ impl Engine {
             work.iter().map(|item| (!item.drafts.is_empty()).then(|| with_drafts(item))).collect();
         let mut batch: Vec<SeqInput<'_>> = Vec::with_capacity(work.len());
         for (item, run) in work.iter().zip(&runs) {
-            let tokens = run.as_deref().unwrap_or(&sequence(item).tokens[item.tokens.clone()]);
+            let tokens = run.as_deref().unwrap_or_else(|| &sequence(item).tokens[item.tokens.clone()]);
             batch.push(SeqInput { tokens, start: item.tokens.start, tables: tables(item), rows: item.rows() });
         }
         let mut after_layer = |layer: usize| {

@@ -50,7 +50,7 @@ pub use error::Error;
 pub use event::{Admission, Event, EventSink, LayerDone, LayerSink, Spill, SpilledBlock};
 pub use request::{Demand, Duty, Intake, MAX_CHOICES, Mode, NewSequence, Priority, Rejected, Request, SeqId};
 pub use runner::{ModelRunner, Runner, RunnerSpec};
-pub use sampler::{Ask, History, Mask, Sampler, choice_seed, sample};
+pub use sampler::{Ask, History, Mask, Sampler, choice_seed, sample, uniform};
 pub use scripted::{Script, ScriptedRunner};
 pub use speculate::{DraftModel, Guess, NGrams, Proposer};
 pub use stats::Stats;

@@ -55,7 +55,9 @@ impl Shape {
     /// # Errors
     /// What cannot be written, and where.
     pub fn write(self, dir: &Path, seed: u64, progress: &mut dyn FnMut(u64, u64)) -> Result<(), Error> {
-        let stamp = json!({ "shape": self.name, "seed": seed, "version": VERSION }).to_string();
+        let config = blake3::hash(self.config.as_bytes()).to_hex();
+        let stamp =
+            json!({ "shape": self.name, "seed": seed, "config": config.as_str(), "version": VERSION }).to_string();
         let stamp_path = dir.join(STAMP);
         if fs::read_to_string(&stamp_path).is_ok_and(|found| found == stamp) {
             return Ok(());

@@ -36,7 +36,11 @@ use self::{
     cut::{Blocks, Candidate, Cut, likelier},
     random::Noise,
 };
-pub use self::{history::History, mask::Mask, random::choice_seed};
+pub use self::{
+    history::History,
+    mask::Mask,
+    random::{choice_seed, uniform},
+};
 use crate::Error;
 
 /// Temperatures below this are as good as 0.

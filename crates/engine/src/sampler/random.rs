@@ -37,18 +37,23 @@ impl Noise {
     }
 }
 
+/// A number between 0 and 1 that looks random and is a pure function of its arguments, for whoever needs one.
+pub fn uniform(seed: u64, position: u64) -> f64 {
+    unit(Noise::new(seed, position as usize).bits(0))
+}
+
 /// How many values [`Noise::bits`] has.
 const BITS: f64 = (1u64 << 52) as f64;
 
 /// The random bits as a number that is neither 0 nor 1, each as far from its neighbours as the next.
-pub(crate) fn uniform(bits: u64) -> f64 {
+pub(crate) fn unit(bits: u64) -> f64 {
     (bits as f64 + 0.5) / BITS
 }
 
 /// The standard Gumbel distribution's value at a uniform random number. Adding one to each logit and taking the greatest
 /// draws from the softmax (Gumbel 1954; Maddison, Tarlow, Minka: A* sampling, 2014, section 2).
 pub(crate) fn gumbel(bits: u64) -> f64 {
-    -(-uniform(bits).ln()).ln()
+    -(-unit(bits).ln()).ln()
 }
 
 /// Greater than any value of [`gumbel`].
@@ -66,7 +71,7 @@ mod tests {
     use super::*;
 
     fn draw(seed: u64, position: usize, token: u32) -> f64 {
-        uniform(Noise::new(seed, position).bits(token))
+        unit(Noise::new(seed, position).bits(token))
     }
 
     fn correlation(pairs: impl Iterator<Item = (f64, f64)>) -> (f64, usize) {

@@ -29,6 +29,8 @@ pub fn python(name: &str, alone: bool) -> Result<PathBuf> {
     let mut pip = Command::new(&python);
     pip.args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--timeout", "20", "--retries", "1"]);
     pip.args(alone.then_some("--no-deps")).arg("-r").arg(&list);
+    // What is compiled (llama.cpp) is compiled for this processor, without its parts for images and downloads.
+    pip.env("CMAKE_ARGS", "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF -DLLAMA_CURL=OFF");
     quiet(&mut pip)?;
     fs::write(installed, wanted)?;
     Ok(python)

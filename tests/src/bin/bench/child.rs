@@ -13,7 +13,7 @@ use anyhow::{Context, Result, bail};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
-/// How long a program may take to start or to answer.
+/// How long a program may take to start or to answer, unless somebody knows better.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// Unit of processor time in `/proc`: the same on every Linux.
 const TICKS_PER_SECOND: f64 = 100.0;
@@ -25,6 +25,7 @@ pub struct Child {
     input: Option<ChildStdin>,
     lines: Receiver<String>,
     log: PathBuf,
+    patience: Duration,
 }
 
 impl Child {
@@ -38,12 +39,18 @@ impl Child {
         let (sender, lines) = channel();
         // Reads on whatever happens: a full pipe would stop the program. Ends with it.
         std::thread::spawn(move || output.lines().map_while(Result::ok).try_for_each(|line| sender.send(line)));
-        Ok(Self { name: name.to_owned(), process, input, lines, log })
+        Ok(Self { name: name.to_owned(), process, input, lines, log, patience: PATIENCE })
+    }
+
+    /// The same, with so long to start or to answer.
+    pub fn patient(mut self, patience: Duration) -> Self {
+        self.patience = patience;
+        self
     }
 
     /// The next line it writes.
     pub fn line(&mut self) -> Result<String> {
-        match self.lines.recv_timeout(PATIENCE) {
+        match self.lines.recv_timeout(self.patience) {
             Ok(line) => Ok(line),
             Err(_) => bail!("{} said nothing more; its log ends with: {}", self.name, self.complaint()),
         }
@@ -69,7 +76,7 @@ impl Child {
     /// Waits for its end: all it has written meanwhile, and the processor seconds of its whole life.
     pub fn finish(mut self) -> Result<(String, f64)> {
         drop(self.input.take());
-        let end = Instant::now() + PATIENCE;
+        let end = Instant::now() + self.patience;
         // A zombie's account is complete and still there; reaping takes it away.
         while self.stat().is_some_and(|(state, _)| state != 'Z') {
             if Instant::now() > end {
