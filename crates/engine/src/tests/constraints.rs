@@ -153,7 +153,7 @@ fn a_first_token_from_elsewhere_is_held_to_the_grammar() {
         let (seq, client) = rig.try_admit(request(&prompt, formed(4, greedy(9)), Mode::Generate)).unwrap();
         rig.step();
         let admission = client.admission().unwrap();
-        rig.script.land(&admission.tables[0], &prompt, 0..8);
+        rig.script.land(&admission.tables, &prompt, 0..8);
         rig.engine.apply(Command::Landed(seq, 8));
         rig.engine.apply(Command::Resume(seq, first));
         rig.settle();

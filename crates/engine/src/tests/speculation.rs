@@ -45,7 +45,7 @@ fn rig_with(blocks: usize, config: Config, proposer: impl FnOnce(Script) -> Box<
     let script = runner.script();
     let proposer = Some(proposer(script.clone()));
     let parts = Parts { runner: Box::new(runner), constraints: None, proposer, spill: None };
-    Rig { engine: Engine::new(config, layout(), blocks, parts), script, groups: kvasir_types::KvGroups::full(LAYERS) }
+    Rig { engine: Engine::new(config, layout(), blocks, parts), script, groups: KvGroups::full(LAYERS) }
 }
 
 fn oracle(wrong: u64) -> impl FnOnce(Script) -> Box<dyn Proposer> {
@@ -199,7 +199,7 @@ fn a_draft_model_catches_up_with_a_prompt_that_landed_from_elsewhere() {
     let mut rig = rig_with(64, config(), twin(64));
     let prompt = prompt(6, 30);
     let (seq, client) = rig.admit(&prompt, greedy(15), Mode::Generate);
-    rig.script.land(&client.admission().unwrap().tables[0], &prompt, 0..30);
+    rig.script.land(&client.admission().unwrap().tables, &prompt, 0..30);
     let expected = rig.answer(&prompt, 15);
     rig.engine.apply(Command::Landed(seq, 30));
     rig.engine.apply(Command::Resume(seq, expected[0]));
