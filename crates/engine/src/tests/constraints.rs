@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use kvasir_types::{FinishReason, Grammar, KvGroups, Sampling, TokenId};
+use kvasir_types::{FinishReason, Grammar, Sampling, TokenId};
 
 use super::rig::{Client, EOS, LAYERS, Rig, config, greedy, layout, prompt, request, runner};
 use crate::{

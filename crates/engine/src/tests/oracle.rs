@@ -86,6 +86,8 @@ pub struct Given {
     pub config: Config,
     /// Preempted sequences' blocks are moved out, and brought back every so many times.
     pub spill: Option<u8>,
+    /// Tokens are drafted, and one in so many drafts is wrong.
+    pub wrong_drafts: Option<u64>,
 }
 
 pub fn given() -> impl Strategy<Value = Given> {
@@ -99,22 +101,25 @@ pub fn given() -> impl Strategy<Value = Given> {
     ];
     let spill = prop_oneof![Just(None), (1u8..4).prop_map(Some)];
     let limits = (3usize..24, 1usize..7, 1usize..20, 1u64..40, 1usize..12);
-    (kinds, limits, prop::bool::weighted(0.8), spill).prop_map(|(kinds, limits, prefix_cache, spill)| {
-        let (blocks, max_running, chunk_tokens, offline_patience, remainder_tokens) = limits;
-        let config = Config {
-            max_batch_tokens: 16,
-            chunk_tokens,
-            max_running,
-            max_waiting: 6,
-            max_waiting_offline: 5,
-            offline_patience,
-            remainder_tokens,
-            prefix_cache,
-            cache_events: 64,
-            ..config()
-        };
-        Given { kinds, blocks, config, spill }
-    })
+    let drafts = prop_oneof![2 => Just(None), 1 => (1u64..5).prop_map(Some)];
+    (kinds, limits, prop::bool::weighted(0.8), spill, drafts).prop_map(
+        |(kinds, limits, prefix_cache, spill, wrong_drafts)| {
+            let (blocks, max_running, chunk_tokens, offline_patience, remainder_tokens) = limits;
+            let config = Config {
+                max_batch_tokens: 16,
+                chunk_tokens,
+                max_running,
+                max_waiting: 6,
+                max_waiting_offline: 5,
+                offline_patience,
+                remainder_tokens,
+                prefix_cache,
+                cache_events: 64,
+                ..config()
+            };
+            Given { kinds, blocks, config, spill, wrong_drafts }
+        },
+    )
 }
 
 /// Where moved-out blocks are, and who waits for theirs.
@@ -268,8 +273,11 @@ impl World {
         let store = Arc::<Mutex<Store>>::default();
         let to = Arc::clone(&store);
         let every = given.spill;
-        let rig = Rig::with_spill(given.blocks, given.config.clone(), groups, |script| {
-            Some(Box::new(FakeSpill { script: script.clone(), store: to, every: every? }))
+        let rig = Rig::with_parts(given.blocks, given.config.clone(), groups, |script, parts| {
+            if let Some(every) = every {
+                parts.spill = Some(Box::new(FakeSpill { script: script.clone(), store: to, every }));
+            }
+            parts.proposer = given.wrong_drafts.map(|wrong| super::speculation::oracle(wrong)(script.clone()));
         });
         Self { rig, given, asked: Vec::new(), store, follower: Follower::default(), steps: 0 }
     }

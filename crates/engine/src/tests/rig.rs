@@ -13,8 +13,7 @@ use kvasir_types::{
 
 use crate::{
     Admission, CacheBatch, CacheEvent, CacheSnapshot, Command, Config, Engine, Error, Event, EventSink, LayerDone,
-    LayerSink, Mode, Parts, Priority, Progress, Rejected, Request, RunnerSpec, Script, ScriptedRunner, SeqId, Spill,
-    Stats,
+    LayerSink, Mode, Parts, Priority, Progress, Rejected, Request, RunnerSpec, Script, ScriptedRunner, SeqId, Stats,
 };
 
 pub const BLOCK: usize = 4;
@@ -188,18 +187,14 @@ impl Rig {
     }
 
     pub fn with_groups(blocks: usize, config: Config, groups: KvGroups) -> Self {
-        Self::with_spill(blocks, config, groups, |_| None)
+        Self::with_parts(blocks, config, groups, |_, _| {})
     }
 
-    pub fn with_spill(
-        blocks: usize,
-        config: Config,
-        groups: KvGroups,
-        spill: impl FnOnce(&Script) -> Option<Box<dyn Spill>>,
-    ) -> Self {
+    pub fn with_parts(blocks: usize, config: Config, groups: KvGroups, add: impl FnOnce(&Script, &mut Parts)) -> Self {
         let runner = runner_of(groups.clone());
         let script = runner.script();
-        let parts = Parts { spill: spill(&script), ..Box::new(runner).into() };
+        let mut parts = Parts::from(Box::new(runner));
+        add(&script, &mut parts);
         Self { engine: Engine::new(config, layout(), blocks, parts), script, groups }
     }
 

@@ -25,7 +25,7 @@ proptest! {
 /// ones find. A failure names the seed; the test above, being shrunk, usually tells more about the same mistake.
 #[test]
 fn a_hundred_thousand_steps_lose_no_block_and_no_answer() {
-    let (mut steps, mut preemptions, mut shared, mut forks, mut recalls) = (0, 0, 0, 0, 0);
+    let (mut steps, mut preemptions, mut shared, mut forks, mut recalls, mut drafted) = (0, 0, 0, 0, 0, 0);
     for seed in 0.. {
         let mut random =
             TestRunner::new_with_rng(ProptestConfig::default(), TestRng::from_seed(RngAlgorithm::ChaCha, &[seed; 32]));
@@ -44,9 +44,10 @@ fn a_hundred_thousand_steps_lose_no_block_and_no_answer() {
         shared += stats.shared_tokens;
         forks += stats.forks;
         recalls += stats.recalls;
+        drafted += stats.accepted_tokens;
         if steps >= 100_000 {
-            println!("{steps} steps, {preemptions} preemptions, {shared} shared, {forks} forks, {recalls} recalls");
-            let tried = [preemptions, shared, forks, recalls];
+            let tried = [preemptions, shared, forks, recalls, drafted];
+            println!("{steps} steps: {tried:?} preemptions, shared tokens, forks, recalls, accepted drafts");
             assert!(tried.into_iter().all(|count| count > 20), "not all is tried: {tried:?}");
             return;
         }

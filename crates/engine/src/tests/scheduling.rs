@@ -192,10 +192,13 @@ fn a_request_says_how_many_blocks_it_needs_and_may_come_to_need() {
     assert_eq!(ask(8, 1000, 4, Mode::PrefillOnly), (2, 2));
 }
 
+/// What was moved out, of whom.
+type Out = Vec<(SeqId, Vec<SpilledBlock>)>;
+
 /// Writes down what is moved out; brings back what it is told to.
 #[derive(Clone, Default)]
 struct Keeps {
-    out: Arc<Mutex<Vec<(SeqId, Vec<SpilledBlock>)>>>,
+    out: Arc<Mutex<Out>>,
     back: Arc<Mutex<Vec<(SeqId, Admission)>>>,
     brings: bool,
     panics: bool,
@@ -216,7 +219,7 @@ impl Spill for Keeps {
 /// Two answers that do not fit side by side; the younger one's blocks are moved out.
 fn spilling(keeps: &Keeps) -> (Rig, [Client; 2]) {
     let full = kvasir_types::KvGroups::full(LAYERS);
-    let mut rig = Rig::with_spill(9, config(), full, |_| Some(Box::new(keeps.clone())));
+    let mut rig = Rig::with_parts(9, config(), full, |_, parts| parts.spill = Some(Box::new(keeps.clone())));
     let clients = [1, 2].map(|name| rig.generate(&prompt(name, 10), 14).1);
     while rig.stats().preemptions == 0 {
         rig.step();

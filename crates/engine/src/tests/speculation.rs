@@ -48,7 +48,7 @@ fn rig_with(blocks: usize, config: Config, proposer: impl FnOnce(Script) -> Box<
     Rig { engine: Engine::new(config, layout(), blocks, parts), script, groups: KvGroups::full(LAYERS) }
 }
 
-fn oracle(wrong: u64) -> impl FnOnce(Script) -> Box<dyn Proposer> {
+pub fn oracle(wrong: u64) -> impl FnOnce(Script) -> Box<dyn Proposer> {
     move |script| Box::new(Oracle { script, wrong, calls: 0 })
 }
 
