@@ -34,18 +34,23 @@ mod tests;
 pub(crate) const GROUP: usize = 4;
 /// Elements of one step: a register of pairs.
 pub(crate) const STEP: usize = 32;
+
+/// One step of one token, in a cache line of its own: a load that touches two costs twice.
+#[repr(C, align(64))]
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Step(pub(crate) [u16; STEP]);
 /// Rows of weights whose results are collected before they are written: a cache line of each token's output.
 const LINE: usize = 16;
 
-/// Length of a packed row.
-pub(crate) fn padded(cols: usize) -> usize {
-    cols.next_multiple_of(STEP)
+/// Steps of a packed row.
+pub(crate) fn steps(cols: usize) -> usize {
+    cols.div_ceil(STEP)
 }
 
 /// Packed activations: whole groups, the last one perhaps of fewer tokens.
 #[derive(Clone, Copy)]
 pub(crate) struct Packed<'a> {
-    data: &'a [u16],
+    data: &'a [Step],
     tokens: usize,
 }
 
@@ -54,8 +59,8 @@ impl<'a> Packed<'a> {
     ///
     /// # Panics
     /// If `data` is not exactly those.
-    pub(crate) fn new(data: &'a [u16], tokens: usize, cols: usize) -> Self {
-        assert_eq!(data.len(), tokens * padded(cols), "{tokens} packed rows of {cols}");
+    pub(crate) fn new(data: &'a [Step], tokens: usize, cols: usize) -> Self {
+        assert_eq!(data.len(), tokens * steps(cols), "{tokens} packed rows of {cols}");
         Self { data, tokens }
     }
 }
@@ -85,7 +90,7 @@ pub(crate) unsafe fn matmul(isa: Isa, x: Packed<'_>, w: Matrix<'_>, out: &Output
     if x.tokens == 0 {
         return;
     }
-    assert_eq!(x.data.len(), x.tokens * padded(w.cols), "activations are of the matrix's width");
+    assert_eq!(x.data.len(), x.tokens * steps(w.cols), "activations are of the matrix's width");
     let kernel = match (isa.0, w.dtype) {
         #[cfg(target_arch = "x86_64")]
         (Variant::Avx512Bf16, Dtype::Bf16) => avx512::matmul::<BF16>,
