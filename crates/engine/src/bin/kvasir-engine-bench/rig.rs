@@ -9,7 +9,9 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail};
-use kvasir_engine::{Command, Config, Engine, Event, Mode, ModelRunner, NGrams, Parts, Progress, Proposer, Request};
+use kvasir_engine::{
+    Command, Config, Engine, Event, Mode, ModelRunner, NGrams, Parts, Priority, Progress, Proposer, Request,
+};
 use kvasir_model::{
     Cost, Folder,
     cpu::{CpuBackend, HostArena},
@@ -91,7 +93,7 @@ impl Rig {
             ..usual
         };
         let proposer = plan.ngram.then(|| Box::new(NGrams::default()) as Box<dyn Proposer>);
-        let parts = Parts { runner: Box::new(ModelRunner::new(backend)), constraints: None, proposer };
+        let parts = Parts { runner: Box::new(ModelRunner::new(backend)), constraints: None, proposer, spill: None };
         let engine = Engine::new(config.clone(), layout, blocks, parts);
         let root = BlockHash::root(folder.fingerprint(), &layout, "");
         let (cost, seed) = (folder.cost(), setup.seed);
@@ -125,7 +127,15 @@ impl Rig {
         let sampling = Sampling { max_tokens, ignore_eos: true, ..Sampling::default() };
         let id = format!("bench-{}", self.sent).parse()?;
         let sent = Sent { at: Instant::now(), prompt_tokens: prompt.len(), heard: Arc::default() };
-        let request = Request { id, prompt: prompt.into(), root: self.root, sampling, mode: Mode::Generate };
+        let request = Request {
+            id,
+            prompt: prompt.into(),
+            root: self.root,
+            sampling,
+            mode: Mode::Generate,
+            priority: Priority::Online,
+            choices: 1,
+        };
         let heard = Arc::clone(&sent.heard);
         let sink = move |event| heard.lock().unwrap_or_else(PoisonError::into_inner).event(event);
         let (seq, command) = self.engine.intake().admit(request, Box::new(sink)).map_err(|refused| refused.error)?;
@@ -204,8 +214,8 @@ impl Heard {
     fn event(&mut self, event: Event) {
         match event {
             Event::Admitted(admission) => self.cached_tokens = admission.cached_tokens,
-            Event::Token(sampled) => self.tokens.push((Instant::now(), sampled.token)),
-            Event::Finished(_) => self.finished = true,
+            Event::Token { sampled, .. } => self.tokens.push((Instant::now(), sampled.token)),
+            Event::Finished { .. } => self.finished = true,
             Event::Failed(error) => self.failed = Some(error),
         }
     }
