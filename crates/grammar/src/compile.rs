@@ -5,8 +5,10 @@ use kvasir_types::Grammar;
 use llguidance::api::TopLevelGrammar;
 use serde_json::{Map, Value, json};
 
-/// What may stand between two tokens of JSON, once: room for a line break and the indentation of eight levels.
-pub const WHITE_SPACE: &str = r"[\x20\x0A\x0D\x09]{1,40}";
+/// What may stand between two tokens of JSON, once: a blank, or a line break and the indentation of eight levels. All that
+/// people and programs write; a small model that is asked for JSON, which it never saw, filled forty characters of anything
+/// with line breaks wherever it could.
+pub const WHITE_SPACE: &str = r"\x20|\x0A[\x20\x09]{0,32}";
 
 /// The grammar in llguidance's form.
 pub(crate) fn grammar(grammar: &Grammar) -> Result<TopLevelGrammar, BadGrammar> {

@@ -370,3 +370,22 @@ fn a_tokenizer_of_another_kind_is_an_error_in_words() {
     assert_eq!(allowed.len(), 1);
     assert!(constraint.advance(TokenId(allowed[0])).unwrap());
 }
+
+#[test]
+fn white_space_is_a_blank_or_a_line_break_and_indentation() {
+    let rig = Rig::new();
+    let token = |byte: u8| TokenId(rig.bytes.iter().position(|bytes| bytes == &[byte]).unwrap() as u32);
+    let follows = |text: &str| {
+        let mut constraint = rig.compile(&schema(&json!({"type": "array", "items": {"type": "integer"}})));
+        text.bytes().all(|byte| {
+            let allowed = constraint.masks(&[]).unwrap()[0].allows(token(byte));
+            allowed && constraint.advance(token(byte)).is_ok()
+        })
+    };
+    for fine in ["[1,2]", "[1, 2]", "[\n  1,\n  2\n]", "[\n\t\t1]", "[ 1 , 2 ]"] {
+        assert!(follows(fine), "{fine:?}");
+    }
+    for too_much in ["[1,  2", "[\n\n1", "[1 \n,", "[\n                                  1"] {
+        assert!(!follows(too_much), "{too_much:?}");
+    }
+}

@@ -110,10 +110,12 @@ impl Error {
             }
             Self::Engine(_) | Self::Diverged { .. } => Code::Internal,
         };
-        let mut status = Status::new(code, kvasir_runtime::chain(self));
-        if let Self::Rejected(kvasir_engine::Error::Grammar(_)) = self {
+        // The client sees this one as it is, beside the name of the field that asked for the form.
+        if let Self::Rejected(kvasir_engine::Error::Grammar(bad)) = self {
+            let mut status = Status::new(code, bad.to_string());
             status.metadata_mut().insert(FIELD_METADATA, MetadataValue::from_static(GRAMMAR_FIELD));
+            return status;
         }
-        status
+        Status::new(code, kvasir_runtime::chain(self))
     }
 }

@@ -251,7 +251,15 @@ impl Call<'_> {
                 Err(error) => {
                     let again = first.is_none() && error.retry() == Retry::Elsewhere;
                     self.app.metrics.upstream_error(error.kind());
-                    warn!(worker = %worker.member.id, error = chain(&error), again, "a worker did not begin an answer");
+                    match &error {
+                        // The client's mistake, and the client is told: nobody has to look.
+                        upstream::Error::Refused { .. } => {
+                            info!(worker = %worker.member.id, error = chain(&error), "a worker refused a request");
+                        }
+                        _ => warn!(
+                            worker = %worker.member.id, error = chain(&error), again, "a worker did not begin an answer"
+                        ),
+                    }
                     worker.rest_after(&error, self.app.limits.worker_rest());
                     if !again {
                         return Err(error.into());
