@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use kvasir_model::cpu::Compute;
 use kvasir_types::KvDtype;
 
 /// Measures the Kvasir engine in this process: no network, no tokenizer, no cluster.
@@ -73,6 +74,9 @@ pub struct Setup {
     /// Element type of cached keys and values
     #[arg(long, value_enum, default_value_t = Kv::F16)]
     pub kv: Kv,
+    /// How activations are multiplied with bf16 and 8-bit weights
+    #[arg(long, value_enum, default_value_t = Products::Exact)]
+    pub compute: Products,
     /// Tokens in a block
     #[arg(long, value_name = "TOKENS", default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub block_size: u32,
@@ -263,6 +267,24 @@ impl Kv {
             Self::F16 => KvDtype::F16,
             Self::F32 => KvDtype::F32,
             Self::Fp8 => KvDtype::Fp8,
+        }
+    }
+}
+
+/// The backend's choices of arithmetic.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Products {
+    /// Activations stay f32
+    Exact,
+    /// Activations are rounded to bf16, as PyTorch and llama.cpp do
+    Fast,
+}
+
+impl Products {
+    pub fn compute(self) -> Compute {
+        match self {
+            Self::Exact => Compute::Exact,
+            Self::Fast => Compute::Fast,
         }
     }
 }

@@ -140,6 +140,8 @@ fn cache() -> Result<Vec<Operation>> {
 fn run(folder: &Path, arguments: &[&str]) -> Result<Value> {
     let mut command = command("kvasir-engine-bench")?;
     command.args(arguments).arg("--model").arg(folder).args(["--json", "--threads", &THREADS.to_string()]);
+    // Activations in bf16, as the rivals have them.
+    command.args(["--compute", "fast"]);
     let said = output(&mut command)?;
     let [line] = said.lines().collect::<Vec<_>>()[..] else { bail!("one measurement was asked for, not: {said}") };
     Ok(serde_json::from_str(line)?)
