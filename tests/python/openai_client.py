@@ -4,6 +4,7 @@
 
 Run by the end-to-end test `openai_client`; fails with a traceback that shows what the client made of the answer.
 """
+import json
 import sys
 
 import openai
@@ -64,6 +65,89 @@ def seeded():
     assert len({draw(seed) for seed in range(8)}) > 1
 
 
+def penalties_and_biases():
+    def write(**arguments):
+        answer = client.chat.completions.create(
+            model=model, messages=messages, temperature=0, max_tokens=24, logprobs=True, **arguments)
+        return [bytes(token.bytes) for token in answer.choices[0].logprobs.content]
+
+    plain = write()
+    assert max(plain.count(token) for token in plain) > 1, plain
+    assert max(write(frequency_penalty=2, presence_penalty=2).count(token) for token in plain) < max(
+        plain.count(token) for token in plain)
+    # Some token is made irresistible, then impossible.
+    favoured = write(logit_bias={"973": 100})
+    assert set(favoured) == {b" prefix"}, favoured
+    assert b" prefix" in plain and b" prefix" not in write(logit_bias={"973": -100})
+    assert len(write(extra_body={"min_tokens": 22, "min_p": 0.1, "repetition_penalty": 1.1})) >= 22
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 8},
+        "size": {"type": "integer", "minimum": 0, "maximum": 99},
+        "colour": {"enum": ["red", "green"]},
+        "parts": {"type": "array", "items": {"type": "boolean"}, "minItems": 1, "maxItems": 3},
+    },
+    "required": ["name", "size", "colour", "parts"],
+    "additionalProperties": False,
+}
+
+
+def follows_schema(text):
+    value = json.loads(text)
+    assert list(value) == ["name", "size", "colour", "parts"], text
+    assert isinstance(value["name"], str) and len(value["name"]) <= 8, text
+    assert 0 <= value["size"] <= 99 and value["colour"] in ("red", "green"), text
+    assert 1 <= len(value["parts"]) <= 3 and all(isinstance(part, bool) for part in value["parts"]), text
+
+
+def structured():
+    form = {"type": "json_schema", "json_schema": {"name": "thing", "strict": True, "schema": SCHEMA}}
+    ended = 0
+    for seed in range(6):
+        answer = client.chat.completions.create(
+            model=model, messages=messages, temperature=1.5, seed=seed, max_tokens=300, response_format=form)
+        choice = answer.choices[0]
+        if choice.finish_reason == "stop":
+            follows_schema(choice.message.content)
+            ended += 1
+    assert ended >= 4, ended
+    stream = client.chat.completions.create(
+        model=model, messages=messages, temperature=0, max_tokens=300, response_format=form, stream=True)
+    follows_schema("".join(c.choices[0].delta.content or "" for c in stream))
+
+
+def structured_extensions():
+    def write(**form):
+        answer = client.completions.create(
+            model=model, prompt="What is a prefix cache?", temperature=1, seed=3, max_tokens=40, extra_body=form)
+        assert answer.choices[0].finish_reason == "stop", answer
+        return answer.choices[0].text
+
+    assert write(guided_choice=["yes", "no"]) in ("yes", "no")
+    code = write(guided_regex="[A-Z]{2}-[0-9]{3}")
+    assert len(code) == 6 and code[2] == "-" and code[3:].isdigit(), code
+    assert write(structured_outputs={"grammar": 'start: "a" "b"+ "."'}).strip("b.") == "a"
+
+
+def structured_mistakes():
+    for form, param in [
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "colour"}}}},
+         "response_format"),
+        ({"guided_regex": "("}, "guided_regex"),
+        ({"guided_regex": "(a{1000}){1000}"}, "guided_regex"),
+        ({"structured_outputs": {"choice": []}}, "structured_outputs.choice"),
+    ]:
+        try:
+            client.chat.completions.create(model=model, messages=messages, max_tokens=5, extra_body=form)
+        except openai.BadRequestError as error:
+            assert error.param == param, error
+        else:
+            raise AssertionError(f"{form} was accepted")
+
+
 def completion():
     answer = client.completions.create(model=model, prompt="<|im_start|>user\nThank you!", temperature=0, max_tokens=5)
     assert answer.object == "text_completion" and answer.choices[0].text, answer
@@ -95,7 +179,8 @@ def bad_parameter():
         raise AssertionError("a negative temperature was accepted")
 
 
-for check in (models, chat, chat_logprobs, chat_stop, chat_stream, seeded, completion, completion_stream, unknown_model,
+for check in (models, chat, chat_logprobs, chat_stop, chat_stream, seeded, penalties_and_biases, structured,
+              structured_extensions, structured_mistakes, completion, completion_stream, unknown_model,
               bad_parameter):
     check()
     print("fine:", check.__name__)

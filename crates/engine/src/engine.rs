@@ -11,8 +11,9 @@ use kvasir_model::{Logits, SeqInput};
 use kvasir_types::{KvLayout, TokenId};
 
 use crate::{
-    Config, Error, Event, Intake, LayerDone, LayerSink, Mode, NewSequence, Runner, RunnerSpec, SeqId, Stats,
-    sampler::sample,
+    Config, Constraints, Error, Event, Intake, LayerDone, LayerSink, Mask, Mode, NewSequence, Proposer, Runner,
+    RunnerSpec, Sampler, SeqId, Stats,
+    constrain::{Constrained, MaskThreads},
     scheduler::{Scheduler, Work},
     sequence::State,
 };
@@ -45,24 +46,48 @@ pub enum Progress {
     Idle,
 }
 
+/// What an engine is made of besides its settings.
+pub struct Parts {
+    /// Computes.
+    pub runner: Box<dyn Runner>,
+    /// Compiles grammars; without it, requests for answers of a form are refused.
+    pub constraints: Option<Arc<dyn Constraints>>,
+    /// Guesses how answers go on, if anything does.
+    pub proposer: Option<Box<dyn Proposer>>,
+}
+
+impl<R: Runner + 'static> From<Box<R>> for Parts {
+    fn from(runner: Box<R>) -> Self {
+        Self { runner, constraints: None, proposer: None }
+    }
+}
+
 /// Continuous batching over one [`Runner`] and one pool of blocks.
 pub struct Engine {
     runner: Box<dyn Runner>,
-    spec: RunnerSpec,
+    pub(crate) spec: RunnerSpec,
     intake: Intake,
-    scheduler: Scheduler,
+    pub(crate) scheduler: Scheduler,
+    pub(crate) proposer: Option<Box<dyn Proposer>>,
+    sampler: Sampler,
+    mask_threads: MaskThreads,
 }
 
 impl Engine {
     /// An engine for a pool of `blocks` blocks of the given layout.
-    pub fn new(config: Config, layout: KvLayout, blocks: usize, runner: Box<dyn Runner>) -> Self {
+    pub fn new(config: Config, layout: KvLayout, blocks: usize, parts: impl Into<Parts>) -> Self {
+        let Parts { runner, constraints, proposer } = parts.into();
         let block_size = layout.block_size as usize;
         let config = config.effective(block_size);
         let spec = runner.spec().clone();
         let geometry = Geometry::new(block_size, &spec.groups);
-        let intake = Intake::new(&config, geometry.clone(), blocks, &spec);
-        let scheduler = Scheduler::new(config, geometry, blocks);
-        Self { runner, spec, intake, scheduler }
+        let mask_threads = if constraints.is_some() { config.mask_threads } else { 0 };
+        let mask_threads = MaskThreads::new(mask_threads, config.max_running);
+        let intake = Intake::new(&config, geometry.clone(), blocks, &spec, constraints);
+        let scheduler = Scheduler::new(config, geometry.clone(), blocks);
+        // A state that sums up all that was before can't go back behind a draft that was wrong.
+        let proposer = proposer.filter(|_| geometry.has_prefixes());
+        Self { runner, spec, intake, scheduler, proposer, sampler: Sampler::default(), mask_threads }
     }
 
     /// Where requests are checked and become commands.
@@ -124,7 +149,10 @@ impl Engine {
             return self.scheduler.end(seq, Event::Failed(error));
         }
         let (computed, prompt) = (table.computed, sequence.request.prompt.len());
-        let finished = sequence.push(first, &self.spec.eos);
+        let finished = match sequence.push(first, &self.spec.eos) {
+            Ok(finished) => finished,
+            Err(error) => return self.scheduler.end(seq, Event::Failed(error)),
+        };
         if let Some((sequence, table)) = self.scheduler.unhold(seq, computed) {
             // What did not land after all is computed here, with the first token behind it.
             sequence.state =
@@ -138,12 +166,13 @@ impl Engine {
 
     /// Plans a step, computes it, tells what came out.
     pub fn step(&mut self) -> Progress {
-        let (work, changed) = self.scheduler.plan();
+        let (mut work, changed) = self.scheduler.plan();
         if work.is_empty() {
             return if changed { Progress::Busy } else { Progress::Idle };
         }
+        self.speculate(&mut work);
         match self.run(&work) {
-            Ok(logits) => self.settle(&work, &logits),
+            Ok(logits) => self.settle(&work, logits),
             Err(error) => {
                 for work in work {
                     self.scheduler.end(work.seq, Event::Failed(error.clone()));
@@ -155,6 +184,11 @@ impl Engine {
 
     /// Computes the batch. Sequences whose layer sink panicked are ended here.
     fn run(&mut self, work: &[Work]) -> Result<Logits, Error> {
+        for item in work.iter().filter(|item| item.last) {
+            if let Some(constrained) = self.scheduler.live_mut(item.seq).and_then(|s| s.constrained.as_mut()) {
+                constrained.send(&item.drafts, &self.mask_threads);
+            }
+        }
         // Sinks leave their sequences for the run: the batch borrows these, the callback writes to those.
         let mut watchers: Vec<(&Work, Box<dyn LayerSink>)> = Vec::new();
         for item in work {
@@ -165,22 +199,21 @@ impl Engine {
         let mut broken: Vec<SeqId> = Vec::new();
         let scheduler = &self.scheduler;
         let block_size = scheduler.block_size;
-        let input = |item: &Work| {
-            let sequence = scheduler.live(item.seq).expect("work is planned for live sequences");
-            let tables = sequence.table().expect("live sequences have a table").ids();
-            SeqInput {
-                tokens: &sequence.tokens[item.tokens.clone()],
-                start: item.tokens.start,
-                tables,
-                rows: usize::from(item.last),
-            }
-        };
-        let batch: Vec<SeqInput<'_>> = work.iter().map(input).collect();
+        let sequence = |item: &Work| scheduler.live(item.seq).expect("work is planned for live sequences");
+        let tables = |item: &Work| sequence(item).table().expect("live sequences have a table").ids();
+        let with_drafts = |item: &Work| [&sequence(item).tokens[item.tokens.clone()], &item.drafts].concat();
+        let runs: Vec<Option<Vec<TokenId>>> =
+            work.iter().map(|item| (!item.drafts.is_empty()).then(|| with_drafts(item))).collect();
+        let mut batch: Vec<SeqInput<'_>> = Vec::with_capacity(work.len());
+        for (item, run) in work.iter().zip(&runs) {
+            let tokens = run.as_deref().unwrap_or_else(|| &sequence(item).tokens[item.tokens.clone()]);
+            batch.push(SeqInput { tokens, start: item.tokens.start, tables: tables(item), rows: item.rows() });
+        }
         let groups = &self.spec.groups;
         let mut after_layer = |layer: usize| {
             let (group, place) = groups.place(layer);
             for (item, sink) in &mut watchers {
-                let table = &input(item).tables[group];
+                let table = &tables(item)[group];
                 let end = item.tokens.end.div_ceil(block_size).min(table.len());
                 let first_block = (item.tokens.start / block_size).min(end);
                 let done = LayerDone {
@@ -210,7 +243,7 @@ impl Engine {
             Ok(computed) => computed.map_err(|error| Error::Runner(Arc::new(error)))?,
             Err(panic) => return Err(Error::RunnerBroken { reason: panic_text(panic.as_ref()) }),
         };
-        let rows = work.iter().filter(|item| item.last).count();
+        let rows: usize = work.iter().map(Work::rows).sum();
         if logits.vocab != self.spec.vocab || logits.rows.len() != rows * logits.vocab {
             let reason = format!("{} logits where {rows} rows of {} are due", logits.rows.len(), self.spec.vocab);
             return Err(Error::RunnerBroken { reason: reason.into() });
@@ -219,29 +252,65 @@ impl Engine {
     }
 
     /// The batch is computed: seals blocks, chooses tokens.
-    fn settle(&mut self, work: &[Work], logits: &Logits) {
-        let mut rows = logits.iter();
+    fn settle(&mut self, work: &[Work], logits: Logits) {
+        let Logits { vocab, mut rows } = logits;
+        let mut rest = rows.as_mut_slice();
         self.scheduler.totals.steps += 1;
         for item in work {
-            let row = if item.last { rows.next() } else { None };
+            let (rows, others) = rest.split_at_mut(item.rows() * vocab);
+            rest = others;
             let Some(sequence) = self.scheduler.live(item.seq) else { continue };
             if matches!(sequence.state, State::Prefilling(..)) {
                 self.scheduler.totals.prefilled_tokens += item.tokens.len() as u64;
             }
             self.scheduler.advance(item.seq, item.tokens.end, item.tokens.end);
-            if let Some(row) = row {
-                self.next_token(item.seq, row);
+            if item.last {
+                self.next_tokens(item, rows);
             }
         }
     }
 
-    fn next_token(&mut self, seq: SeqId, row: &[f32]) {
-        let Some(sequence) = self.scheduler.live_mut(seq) else { return };
-        let sampled = match sample(row, &sequence.request.sampling, sequence.tokens.len()) {
-            Ok(sampled) => sampled,
-            Err(error) => return self.scheduler.end(seq, Event::Failed(error)),
+    /// Chooses the next token, and as long as it is what was drafted, the one after.
+    fn next_tokens(&mut self, item: &Work, rows: &mut [f32]) {
+        let Some(sequence) = self.scheduler.live_mut(item.seq) else { return };
+        let masks = match sequence.constrained.as_mut().map(Constrained::receive).transpose() {
+            Ok(masks) => masks,
+            Err(error) => return self.scheduler.end(item.seq, Event::Failed(error)),
         };
-        let finished = sequence.push(sampled.token, &self.spec.eos);
+        let mut accepted = 0;
+        for (at, row) in rows.chunks_exact_mut(self.spec.vocab).enumerate() {
+            // A draft that its grammar does not allow has no mask after it, and is not chosen.
+            let mask = masks.as_ref().and_then(|masks| masks.get(at));
+            let Some(token) = self.next_token(item.seq, row, mask) else { break };
+            if item.drafts.get(at) != Some(&token) {
+                break;
+            }
+            accepted += 1;
+            let computed = item.tokens.end + accepted;
+            self.scheduler.advance(item.seq, computed, computed);
+        }
+        if !item.drafts.is_empty() {
+            self.scheduler.totals.drafted_tokens += item.drafts.len() as u64;
+            self.scheduler.totals.accepted_tokens += accepted as u64;
+            if let Some(sequence) = self.scheduler.live_mut(item.seq) {
+                sequence.pace.learn(item.drafts.len(), accepted);
+            }
+        }
+    }
+
+    /// Chooses a token and tells it. `None`: the sequence does not go on.
+    fn next_token(&mut self, seq: SeqId, row: &mut [f32], mask: Option<&Mask>) -> Option<TokenId> {
+        let sequence = self.scheduler.live_mut(seq)?;
+        let chosen = self.sampler.sample(row, sequence.ask(&self.spec.eos, mask));
+        let pushed = chosen.and_then(|sampled| Ok((sequence.push(sampled.token, &self.spec.eos)?, sampled)));
+        let (finished, sampled) = match pushed {
+            Ok(pushed) => pushed,
+            Err(error) => {
+                self.scheduler.end(seq, Event::Failed(error));
+                return None;
+            }
+        };
+        let token = sampled.token;
         let told = sequence.tell(Event::Token(sampled));
         let mode = sequence.request.mode;
         self.scheduler.begin_answer(seq);
@@ -249,8 +318,9 @@ impl Engine {
         match finished {
             _ if !told => drop(self.scheduler.remove(seq)),
             Some(reason) if mode == Mode::Generate => self.scheduler.end(seq, Event::Finished(reason)),
-            _ => {}
+            _ => return Some(token),
         }
+        None
     }
 }
 

@@ -4,6 +4,8 @@ use std::{sync::Arc, time::Duration};
 
 use kvasir_types::{Retry, TokenId};
 
+use crate::BadGrammar;
+
 /// What went wrong with one request.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum Error {
@@ -18,6 +20,19 @@ pub enum Error {
         /// Size of the vocabulary.
         vocab: usize,
     },
+    /// A request that goes on elsewhere, with nothing before the answer or nothing left to write.
+    #[error("{continued} of {tokens} prompt tokens cannot be the beginning of an answer of at most {max_tokens}")]
+    BadContinuation {
+        /// How many tokens are said to be the answer's.
+        continued: usize,
+        /// Tokens of the prompt, those included.
+        tokens: usize,
+        /// Most tokens of the answer.
+        max_tokens: usize,
+    },
+    /// The answer can't have the form that was asked for: no grammar, too large a one, or an answer that breaks it.
+    #[error("the form of the answer: {0}")]
+    Grammar(BadGrammar),
     /// The model's context does not hold the prompt and one more token.
     #[error("a prompt of {tokens} tokens leaves no room for an answer in a context of {max_len}")]
     PromptTooLong {
@@ -75,7 +90,11 @@ impl Error {
     /// Whether trying again may help.
     pub fn retry(&self) -> Retry {
         match self {
-            Self::EmptyPrompt | Self::UnknownToken { .. } | Self::PromptTooLong { .. } => Retry::Never,
+            Self::EmptyPrompt
+            | Self::UnknownToken { .. }
+            | Self::BadContinuation { .. }
+            | Self::Grammar(_)
+            | Self::PromptTooLong { .. } => Retry::Never,
             Self::QueueFull { .. } => Retry::After(Duration::from_secs(1)),
             Self::Runner(error) => error.retry(),
             Self::PromptExceedsPool { .. } | Self::Closed | Self::OutOfBlocks { .. } => Retry::Elsewhere,

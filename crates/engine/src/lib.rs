@@ -11,7 +11,8 @@
 //!
 //! Reading order: what callers say and hear ([`Request`], [`Event`], [`LayerSink`]); the thread and its [`Handle`]; the
 //! [`Engine`] itself, which is pure (no clock, no thread, no I/O: commands in, events out, one `step` at a time) and made
-//! of the sequences' states, the scheduler and the sampler; the [`Runner`] it drives, with [`ScriptedRunner`] as the test
+//! of the sequences' states, the scheduler and the sampler, with the grammars that answers must follow and
+//! the proposers that guess how they go on; the [`Runner`] it drives, with [`ScriptedRunner`] as the test
 //! double for everything above the model.
 //!
 //! What holds at all times:
@@ -29,23 +30,27 @@ mod request;
 
 mod thread;
 
+mod constrain;
 mod engine;
 mod sampler;
 mod scheduler;
 mod sequence;
+mod speculate;
 mod stats;
 
 mod runner;
 mod scripted;
 
 pub use config::Config;
-pub use engine::{Command, Engine, Progress};
+pub use constrain::{BadGrammar, Constraint, Constraints};
+pub use engine::{Command, Engine, Parts, Progress};
 pub use error::Error;
 pub use event::{Admission, Event, EventSink, LayerDone, LayerSink};
 pub use request::{Intake, Mode, NewSequence, Rejected, Request, SeqId};
 pub use runner::{ModelRunner, Runner, RunnerSpec};
-pub use sampler::{sample, uniform};
+pub use sampler::{Ask, History, Mask, Sampler, choice_seed, sample, uniform};
 pub use scripted::{Script, ScriptedRunner};
+pub use speculate::{DraftModel, Guess, NGrams, Proposer};
 pub use stats::Stats;
 pub use thread::{Handle, spawn};
 

@@ -14,7 +14,10 @@ use std::{
 use kvasir_kv_cache::Geometry;
 use kvasir_types::{BlockHash, RequestId, Sampling, TokenId, chain};
 
-use crate::{Config, Error, EventSink, RunnerSpec, engine::Command, sequence::Sequence};
+use crate::{
+    BadGrammar, Config, Constraints, Error, EventSink, RunnerSpec, constrain::Constrained, engine::Command,
+    sequence::Sequence,
+};
 
 /// A sequence of one engine. Numbers grow in the order of admission and are never used again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -67,7 +70,6 @@ pub struct Rejected {
 #[derive(Clone, Debug)]
 pub struct Intake(Arc<Shared>);
 
-#[derive(Debug)]
 struct Shared {
     geometry: Geometry,
     chunk_tokens: usize,
@@ -78,10 +80,23 @@ struct Shared {
     next_seq: AtomicU64,
     waiting: Arc<AtomicUsize>,
     closed: AtomicBool,
+    constraints: Option<Arc<dyn Constraints>>,
+}
+
+impl fmt::Debug for Shared {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Shared").field("waiting", &self.waiting).field("closed", &self.closed).finish_non_exhaustive()
+    }
 }
 
 impl Intake {
-    pub(crate) fn new(config: &Config, geometry: Geometry, blocks: usize, spec: &RunnerSpec) -> Self {
+    pub(crate) fn new(
+        config: &Config,
+        geometry: Geometry,
+        blocks: usize,
+        spec: &RunnerSpec,
+        constraints: Option<Arc<dyn Constraints>>,
+    ) -> Self {
         Self(Arc::new(Shared {
             geometry,
             chunk_tokens: config.chunk_tokens,
@@ -92,18 +107,20 @@ impl Intake {
             next_seq: AtomicU64::new(0),
             waiting: Arc::default(),
             closed: AtomicBool::new(false),
+            constraints,
         }))
     }
 
-    /// Checks a request and makes the command that starts it. Does the expensive part (hashing the prompt) here, on the
-    /// caller's thread.
+    /// Checks a request and makes the command that starts it. Does the expensive parts (hashing the prompt, compiling the
+    /// grammar) here, on the caller's thread.
     pub fn admit(&self, request: Request, events: Box<dyn EventSink>) -> Result<(SeqId, Command), Rejected> {
-        match self.check(&request).and_then(|()| self.enqueue()) {
-            Ok(place) => {
+        let checked = self.check(&request).and_then(|()| self.constrained(&request));
+        match checked.and_then(|constrained| Ok((constrained, self.enqueue()?))) {
+            Ok((constrained, place)) => {
                 let hashes = chain(request.root, &request.prompt, self.0.geometry.block_size());
                 let seq = SeqId(self.0.next_seq.fetch_add(1, Ordering::Relaxed));
                 let limit = self.output_limit(&request);
-                let sequence = Sequence::new(seq, request, hashes.into(), limit, events, place);
+                let sequence = Sequence::new(seq, request, constrained, hashes.into(), limit, events, place);
                 Ok((seq, Command::Admit(NewSequence(Box::new(sequence)))))
             }
             Err(error) => Err(Rejected { error, request: Box::new(request) }),
@@ -137,10 +154,32 @@ impl Intake {
         if needed > shared.blocks {
             return Err(Error::PromptExceedsPool { tokens, needed, blocks: shared.blocks });
         }
-        match request.prompt.iter().find(|token| token.0 as usize >= shared.vocab) {
+        let sampling = &request.sampling;
+        let continued = sampling.continued as usize;
+        let max_tokens = sampling.max_tokens as usize;
+        if continued >= tokens || (request.mode == Mode::Generate && continued >= max_tokens) {
+            return Err(Error::BadContinuation { continued, tokens, max_tokens });
+        }
+        let biased = sampling.logit_bias.iter().map(|(token, _)| token);
+        match request.prompt.iter().chain(biased).find(|token| token.0 as usize >= shared.vocab) {
             Some(&token) => Err(Error::UnknownToken { token, vocab: shared.vocab }),
             None => Ok(()),
         }
+    }
+
+    /// The constraint that the answer's form makes, after as much of the answer as there is.
+    fn constrained(&self, request: &Request) -> Result<Option<Constrained>, Error> {
+        let Some(grammar) = &request.sampling.grammar else { return Ok(None) };
+        let no_tokenizer = || BadGrammar::new("this worker's model has no tokenizer that grammars can be made for");
+        let constraints = self.0.constraints.as_ref().ok_or_else(|| Error::Grammar(no_tokenizer()))?;
+        let mut constrained = Constrained::new(constraints.compile(grammar).map_err(Error::Grammar)?);
+        let written = request.prompt.len() - request.sampling.continued as usize;
+        for &token in &request.prompt[written..] {
+            if constrained.advance(token)? {
+                return Err(Error::Grammar(BadGrammar::new("the answer to go on with is complete")));
+            }
+        }
+        Ok(Some(constrained))
     }
 
     fn enqueue(&self) -> Result<QueuePlace, Error> {
@@ -155,7 +194,7 @@ impl Intake {
     /// Most tokens the answer may have: what was asked for, or what the model's context leaves.
     fn output_limit(&self, request: &Request) -> usize {
         let asked = usize::try_from(request.sampling.max_tokens).unwrap_or(usize::MAX);
-        asked.clamp(1, self.0.max_len - request.prompt.len())
+        asked.clamp(1, self.0.max_len - request.prompt.len() + request.sampling.continued as usize)
     }
 }
 

@@ -14,7 +14,7 @@
 use std::{collections::BTreeMap, ops::Range};
 
 use kvasir_kv_cache::{Geometry, KvCache, Table};
-use kvasir_types::FinishReason;
+use kvasir_types::{FinishReason, TokenId};
 
 use crate::{
     Admission, Config, Error, Event, SeqId, Stats,
@@ -29,6 +29,19 @@ pub(crate) struct Work {
     pub tokens: Range<usize>,
     /// Whether they reach the end of what is known: then the next token is sampled.
     pub last: bool,
+    /// Guesses at what follows, to be computed behind them and checked.
+    pub drafts: Vec<TokenId>,
+}
+
+impl Work {
+    fn new(seq: SeqId, tokens: Range<usize>, last: bool) -> Self {
+        Self { seq, tokens, last, drafts: Vec::new() }
+    }
+
+    /// Rows of logits that it needs.
+    pub fn rows(&self) -> usize {
+        if self.last { 1 + self.drafts.len() } else { 0 }
+    }
 }
 
 /// The sequences and the blocks.
@@ -50,6 +63,22 @@ impl Scheduler {
         let cache = KvCache::new(geometry, blocks, 0);
         let (waiting, live) = (BTreeMap::new(), BTreeMap::new());
         Self { config, block_size, cache, waiting, live, totals: Stats::default() }
+    }
+
+    /// The settings, as far as they concern steps.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// Makes room for so many tokens of a decoding sequence, from what nobody will need in the next step. False: there
+    /// is none.
+    pub fn has_room_for(&mut self, seq: SeqId, tokens: usize) -> bool {
+        let spare = self.cache.available() > self.live.len() * self.cache.geometry().kinds().len();
+        let Some(State::Decoding(table, _)) = self.live.get_mut(&seq).map(|sequence| &mut sequence.state) else {
+            return false;
+        };
+        let there = table.ids().iter().all(|ids| ids.len() * self.block_size >= tokens);
+        (there || spare) && self.cache.grow(table, tokens)
     }
 
     /// Takes a sequence into the queue.
@@ -146,7 +175,7 @@ impl Scheduler {
             let State::Decoding(table, _) = &mut self.live.get_mut(&seq)?.state else { return None };
             let at = table.computed;
             if self.cache.grow(table, at + 1) {
-                return Some(Work { seq, tokens: at..at + 1, last: true });
+                return Some(Work::new(seq, at..at + 1, true));
             }
             self.make_room_for(seq);
         }
@@ -168,7 +197,7 @@ impl Scheduler {
                 return None;
             }
             if self.cache.grow(table, end) {
-                return Some(Work { seq, tokens: start..end, last: end == total });
+                return Some(Work::new(seq, start..end, end == total));
             }
             self.make_room_for(seq);
         }

@@ -16,7 +16,7 @@ use std::{
 use kvasir_model::{Error, Logits, SeqInput};
 use kvasir_types::{BlockId, KvLayout, Sampling, TokenId};
 
-use crate::{Runner, RunnerSpec, sampler::mix};
+use crate::{Ask, History, Runner, RunnerSpec, Sampler, sampler::mix};
 
 /// Where the hash of a history starts.
 const START: u64 = 0x6b76_6173_6972;
@@ -33,6 +33,7 @@ pub struct ScriptedRunner {
 #[derive(Clone)]
 pub struct Script {
     vocab: usize,
+    eos: Vec<TokenId>,
     block_size: usize,
     shared: Arc<Mutex<Memory>>,
 }
@@ -60,8 +61,12 @@ enum Fault {
 impl ScriptedRunner {
     /// A runner for a model of this spec over blocks of this layout (of which size and layers matter).
     pub fn new(spec: RunnerSpec, layout: &KvLayout) -> Self {
-        let script =
-            Script { vocab: spec.vocab, block_size: layout.block_size as usize, shared: Arc::new(Mutex::default()) };
+        let script = Script {
+            vocab: spec.vocab,
+            eos: spec.eos.clone(),
+            block_size: layout.block_size as usize,
+            shared: Arc::new(Mutex::default()),
+        };
         Self { spec, layers: layout.layers as usize, script }
     }
 
@@ -116,12 +121,16 @@ impl Script {
 
     /// The first `count` tokens of the right answer to `prompt`, stop rules apart.
     pub fn answer(&self, prompt: &[TokenId], sampling: &Sampling, count: usize) -> Vec<TokenId> {
-        let mut history = prompt.to_vec();
+        let mut tokens = prompt.to_vec();
+        let mut history = History::new(sampling, prompt);
         for _ in 0..count {
-            let next = crate::sample(&self.logits(&history), sampling, history.len());
-            history.push(next.expect("the script's logits are finite").token);
+            let ask = Ask { sampling, position: tokens.len(), history: &history, eos: &self.eos, mask: None };
+            let next = Sampler::default().sample(&mut self.logits(&tokens), ask);
+            let next = next.expect("the script's logits are finite").token;
+            tokens.push(next);
+            history.push(next);
         }
-        history.split_off(prompt.len())
+        tokens.split_off(prompt.len())
     }
 
     /// Writes KV of the positions `range` of `history` into the blocks of `table`, as a peer's one-sided writes would.

@@ -22,7 +22,10 @@ use std::{
 use kvasir_kv_cache::{KvCache, Table};
 use kvasir_types::{BlockHash, FinishReason, TokenId};
 
-use crate::{Event, EventSink, LayerSink, Mode, Request, SeqId, request::QueuePlace};
+use crate::{
+    Ask, Error, Event, EventSink, Guess, History, LayerSink, Mask, Mode, Request, SeqId, constrain::Constrained,
+    request::QueuePlace, speculate::Pace,
+};
 
 /// Who watches a prompt being computed, if anybody.
 pub(crate) type Watcher = Option<Box<dyn LayerSink>>;
@@ -33,11 +36,17 @@ pub(crate) struct Sequence {
     pub request: Request,
     /// The prompt, then the answer so far.
     pub tokens: Vec<TokenId>,
+    /// What penalties and `min_tokens` must know of the tokens.
+    history: History,
+    /// The form that the answer must have.
+    pub constrained: Option<Constrained>,
+    /// How well its tokens are guessed.
+    pub pace: Pace,
     /// Hashes of the prompt's full blocks.
     pub prompt_hashes: Arc<[BlockHash]>,
     /// Hashes of the full blocks of `tokens`, as far as they were needed.
     hashes: Vec<BlockHash>,
-    /// Most tokens the answer may have.
+    /// Most tokens the answer may have, those included that were there before.
     output_limit: usize,
     pub state: State,
     events: Box<dyn EventSink>,
@@ -75,6 +84,7 @@ impl Sequence {
     pub fn new(
         id: SeqId,
         request: Request,
+        constrained: Option<Constrained>,
         prompt_hashes: Arc<[BlockHash]>,
         output_limit: usize,
         events: Box<dyn EventSink>,
@@ -83,7 +93,10 @@ impl Sequence {
         Self {
             id,
             tokens: request.prompt.to_vec(),
+            history: History::new(&request.sampling, &request.prompt),
             request,
+            constrained,
+            pace: Pace::default(),
             hashes: prompt_hashes.to_vec(),
             prompt_hashes,
             output_limit,
@@ -167,18 +180,41 @@ impl Sequence {
         }
     }
 
+    /// The question what the next token is.
+    pub fn ask<'a>(&'a self, eos: &'a [TokenId], mask: Option<&'a Mask>) -> Ask<'a> {
+        let sampling = &self.request.sampling;
+        Ask { sampling, position: self.tokens.len(), history: &self.history, eos, mask }
+    }
+
+    /// What a proposer is told.
+    pub fn guess(&self, limit: usize) -> Guess<'_> {
+        let sampling = &self.request.sampling;
+        Guess { seq: self.id, tokens: &self.tokens, sampling, history: &self.history, limit }
+    }
+
+    /// Tokens that may still be written.
+    pub fn output_left(&self) -> usize {
+        self.output_limit.saturating_sub(self.history.answered())
+    }
+
     /// One more token of the answer. `Some`: it was the last one, and why.
-    pub fn push(&mut self, token: TokenId, eos: &[TokenId]) -> Option<FinishReason> {
+    ///
+    /// # Errors
+    /// If the grammar does not allow it.
+    pub fn push(&mut self, token: TokenId, eos: &[TokenId]) -> Result<Option<FinishReason>, Error> {
         self.tokens.push(token);
+        self.history.push(token);
         let sampling = &self.request.sampling;
         let ends_model = !sampling.ignore_eos && eos.contains(&token);
         if ends_model || sampling.stop_token_ids.contains(&token) {
-            Some(FinishReason::Stop)
-        } else if self.tokens.len() - self.request.prompt.len() >= self.output_limit {
-            Some(FinishReason::Length)
-        } else {
-            None
+            return Ok(Some(FinishReason::Stop));
         }
+        if let Some(constrained) = &mut self.constrained
+            && constrained.advance(token)?
+        {
+            return Ok(Some(FinishReason::Stop));
+        }
+        Ok(if self.history.answered() >= self.output_limit { Some(FinishReason::Length) } else { None })
     }
 
     /// Tells the caller. False: the sink panicked, and there is nobody left to work for.

@@ -27,6 +27,12 @@ pub struct Stats {
     pub landed_tokens: u64,
     /// Tokens sampled.
     pub sampled_tokens: u64,
+    /// Tokens drafted and checked.
+    pub drafted_tokens: u64,
+    /// Of those, how many were what the model chose: steps saved.
+    pub accepted_tokens: u64,
+    /// Times a proposer gave up; it is asked no more then.
+    pub proposer_failures: u64,
     /// Sequences that ended with `Finished`.
     pub finished: u64,
     /// Sequences that ended with `Failed`.

@@ -18,7 +18,7 @@ use crossbeam_channel::{Receiver, Sender, TryRecvError, TrySendError, bounded};
 use kvasir_types::{KvLayout, TokenId};
 
 use crate::{
-    Command, Config, Engine, Error, EventSink, Intake, LayerSink, NewSequence, Progress, Rejected, Request, Runner,
+    Command, Config, Engine, Error, EventSink, Intake, LayerSink, NewSequence, Parts, Progress, Rejected, Request,
     SeqId, Stats,
 };
 
@@ -30,10 +30,10 @@ const COMMANDS_PER_SEQUENCE: usize = 8;
 ///
 /// # Panics
 /// If the operating system cannot start a thread.
-pub fn spawn(config: Config, layout: KvLayout, blocks: usize, runner: Box<dyn Runner>) -> (Handle, JoinHandle<()>) {
+pub fn spawn(config: Config, layout: KvLayout, blocks: usize, parts: impl Into<Parts>) -> (Handle, JoinHandle<()>) {
     let config = config.effective(layout.block_size as usize);
     let (commands, inbox) = bounded(COMMANDS_PER_SEQUENCE * (config.max_waiting + config.max_running));
-    let engine = Engine::new(config, layout, blocks, runner);
+    let engine = Engine::new(config, layout, blocks, parts);
     let intake = engine.intake().clone();
     let shared = Arc::new(Shared { stats: Mutex::new(engine.stats()), from_sinks: Mutex::default() });
     let thread = {

@@ -95,6 +95,44 @@ fn throughput_answers_every_request() {
     assert!(number(found, "/ttft_ms/p50") > 0.0 && number(found, "/tpot_ms/p99") > 0.0);
 }
 
+/// `accuracy` has no engine: its lines have a form of their own.
+fn differences(arguments: &[&str]) -> Vec<Value> {
+    let output = run(&[&["accuracy", "--json"], arguments].concat());
+    assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap().lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+#[test]
+fn rounding_keys_and_values_costs_the_more_the_fewer_bits_they_have() {
+    let demo = demo();
+    let found = differences(&["--model", demo.to_str().unwrap(), "--count", "4"]);
+    let kinds: Vec<_> = found.iter().map(|found| found["kv"].as_str().unwrap()).collect();
+    assert_eq!(kinds, ["f32", "f16", "bf16"]);
+    let kl: Vec<_> = found.iter().map(|found| number(found, "/mean_kl")).collect();
+    // The reference itself, to the bit; then 11 and 8 significant bits.
+    assert!(kl[0] < 1e-12 && kl[0] < kl[1] && kl[1] < kl[2], "{kl:?}");
+    for found in &found {
+        // The sequences are the demo model's own answers after short prompts.
+        assert!(found["positions"].as_u64().unwrap() > 50);
+        assert!(number(found, "/top1_agreement") > 0.97, "{found}");
+        assert!(number(found, "/perplexity_change").abs() < 0.01, "{found}");
+    }
+}
+
+#[test]
+fn a_model_of_random_weights_is_compared_on_what_it_writes() {
+    let dir = tempfile::tempdir().unwrap();
+    let place = dir.path().to_str().unwrap();
+    let shape = ["--shape", "qwen3-tiny", "--shapes-dir", place, "--count", "2", "--tokens", "70", "--kv", "f16"];
+    let folder = dir.path().join("qwen3-tiny");
+    let found = differences(&[&shape[..], &["--against", folder.to_str().unwrap()]].concat());
+    let [itself, again] = found.as_slice() else { panic!("the reference's folder and one more: {found:?}") };
+    assert_eq!((&itself["positions"], &itself["sequences"]), (&138.into(), &2.into()));
+    // Less likely than one of the vocabulary's 512 tokens at random, were the sequences not its own.
+    assert!(number(itself, "/reference_perplexity") < 512.0 / 2.0, "{itself}");
+    assert_eq!(itself["mean_kl"], again["mean_kl"], "the same weights");
+}
+
 #[test]
 fn a_shape_is_written_once_and_opens() {
     let dir = tempfile::tempdir().unwrap();
@@ -116,6 +154,7 @@ fn what_cannot_be_measured_is_said() {
         (&["decode"][..], "--model"),
         (&["prefill", "--model", demo, "--tokens", "9000"][..], "the model's context has 8192"),
         (&["decode", "--model", "no/such/folder"][..], "config.json"),
+        (&["accuracy", "--model", demo, "--prompts", "no/such/file"][..], "no/such/file"),
     ] {
         let output = run(arguments);
         let said = String::from_utf8_lossy(&output.stderr).into_owned();

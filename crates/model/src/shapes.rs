@@ -28,7 +28,7 @@ pub struct Shape {
 }
 
 /// All there are.
-pub const SHAPES: [Shape; 7] = [
+pub const SHAPES: [Shape; 10] = [
     Shape { name: "qwen3-tiny", config: include_str!("shapes/qwen3-tiny.json") },
     Shape { name: "qwen3-0.6b", config: include_str!("shapes/qwen3-0.6b.json") },
     Shape { name: "qwen3-1.7b", config: include_str!("shapes/qwen3-1.7b.json") },
@@ -36,6 +36,9 @@ pub const SHAPES: [Shape; 7] = [
     Shape { name: "qwen2.5-0.5b", config: include_str!("shapes/qwen2.5-0.5b.json") },
     Shape { name: "llama-3.2-1b", config: include_str!("shapes/llama-3.2-1b.json") },
     Shape { name: "llama-3.1-8b", config: include_str!("shapes/llama-3.1-8b.json") },
+    Shape { name: "gemma-3-1b", config: include_str!("shapes/gemma-3-1b.json") },
+    Shape { name: "mixtral-tiny", config: include_str!("shapes/mixtral-tiny.json") },
+    Shape { name: "deepseek-tiny", config: include_str!("shapes/deepseek-tiny.json") },
 ];
 
 /// Written last into a folder: what it was made from. A folder without it is not whole.
@@ -55,7 +58,9 @@ impl Shape {
     /// # Errors
     /// What cannot be written, and where.
     pub fn write(self, dir: &Path, seed: u64, progress: &mut dyn FnMut(u64, u64)) -> Result<(), Error> {
-        let stamp = json!({ "shape": self.name, "seed": seed, "version": VERSION }).to_string();
+        let config = blake3::hash(self.config.as_bytes()).to_hex();
+        let stamp =
+            json!({ "shape": self.name, "seed": seed, "config": config.as_str(), "version": VERSION }).to_string();
         let stamp_path = dir.join(STAMP);
         if fs::read_to_string(&stamp_path).is_ok_and(|found| found == stamp) {
             return Ok(());
@@ -74,10 +79,10 @@ impl Shape {
         fs::create_dir_all(&draft).map_err(failed(&draft))?;
         let drafted = draft.join("config.json");
         fs::write(&drafted, self.config).map_err(failed(&drafted))?;
-        let tensors = expected::tensors(&ModelConfig::read(&draft)?);
+        let config = ModelConfig::read(&draft)?;
 
         let weights = dir.join("model.safetensors");
-        write_weights(&weights, &tensors, seed, progress).map_err(failed(&weights))?;
+        write_weights(&weights, &config, seed, progress).map_err(failed(&weights))?;
         fs::rename(&drafted, &config_path).map_err(failed(&config_path))?;
         fs::remove_dir(&draft).map_err(failed(&draft))?;
         fs::write(&stamp_path, stamp).map_err(failed(&stamp_path))
@@ -89,16 +94,12 @@ fn absent_is_fine(error: io::Error) -> io::Result<()> {
 }
 
 /// Every tensor in bf16, in the order of the list.
-fn write_weights(
-    path: &Path,
-    tensors: &[(String, Vec<usize>)],
-    seed: u64,
-    progress: &mut dyn FnMut(u64, u64),
-) -> io::Result<()> {
+fn write_weights(path: &Path, config: &ModelConfig, seed: u64, progress: &mut dyn FnMut(u64, u64)) -> io::Result<()> {
+    let tensors = expected::tensors(config);
     let mut header = Map::new();
     header.insert("__metadata__".into(), json!({ "format": "pt" })); // transformers opens no file without it
     let mut end = 0;
-    for (name, shape) in tensors {
+    for (name, shape) in &tensors {
         let start = end;
         end += 2 * shape.iter().map(|&n| n as u64).product::<u64>();
         header.insert(name.clone(), json!({ "dtype": "BF16", "shape": shape, "data_offsets": [start, end] }));
@@ -109,9 +110,9 @@ fn write_weights(
     file.write_all(&(header.len() as u64).to_le_bytes())?;
     file.write_all(&header)?;
     let mut written = 0;
-    for (name, shape) in tensors {
+    for (name, shape) in &tensors {
         let mut random = Normal::new(seed, name);
-        let (mean, deviation) = distribution(name, shape);
+        let (mean, deviation) = distribution(name, shape, config.final_norm.offset);
         for _ in 0..shape.iter().product::<usize>() {
             file.write_all(&half::bf16::from_f32(mean + deviation * random.next()).to_le_bytes())?;
         }
@@ -121,11 +122,12 @@ fn write_weights(
     file.into_inner().map_err(io::IntoInnerError::into_error)?.sync_all()
 }
 
-/// Mean and standard deviation of a tensor's elements; see the module's page.
-fn distribution(name: &str, shape: &[usize]) -> (f32, f32) {
+/// Mean and standard deviation of a tensor's elements; see the module's page. What norms multiply by is around one, wherever
+/// their weights are offsets from.
+fn distribution(name: &str, shape: &[usize], norm_offset: f32) -> (f32, f32) {
     let columns = shape.last().map_or(1.0, |&n| n as f32);
     match shape {
-        [_] if name.ends_with("norm.weight") => (1.0, 0.1),
+        [_] if name.ends_with("norm.weight") => (1.0 - norm_offset, 0.1),
         [_] => (0.0, 0.02), // biases
         _ if name == expected::EMBEDDING || name == expected::LM_HEAD => (0.0, 3.0 / columns.sqrt()),
         _ => (0.0, 1.0 / columns.sqrt()),
@@ -181,6 +183,9 @@ mod tests {
             ("qwen2.5-0.5b", 0.49),
             ("llama-3.2-1b", 1.24),
             ("llama-3.1-8b", 8.03),
+            ("gemma-3-1b", 1.0),
+            ("mixtral-tiny", 0.0),
+            ("deepseek-tiny", 0.0),
         ];
         assert_eq!(billions, published);
     }
@@ -213,6 +218,16 @@ mod tests {
         fs::write(dir.path().join("model.safetensors"), "half of it").unwrap();
         shape.write(dir.path(), 1, &mut |_, _| {}).unwrap();
         assert_eq!(Folder::open(dir.path()).unwrap().fingerprint(), fingerprint);
+    }
+
+    #[test]
+    fn every_small_shape_opens_as_a_model() {
+        let dir = tempfile::tempdir().unwrap();
+        for shape in SHAPES.into_iter().filter(|shape| shape.name.ends_with("-tiny")) {
+            let dir = dir.path().join(shape.name);
+            shape.write(&dir, 1, &mut |_, _| {}).unwrap();
+            assert_eq!(Folder::open(&dir).unwrap().config().max_len, 8192, "{}", shape.name);
+        }
     }
 
     #[test]

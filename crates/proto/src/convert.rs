@@ -10,14 +10,11 @@ use kvasir_types::{
     PROTOCOL_VERSION, Sampled, SegmentId, TokenId, TopLogprob, TransportKind,
 };
 
+pub use crate::sampling::{MAX_BIASES, MAX_GRAMMAR_BYTES, MAX_LOGPROBS, MAX_STOP_TOKENS};
 use crate::v1;
 
 /// Longest cache salt accepted, in bytes.
 pub const MAX_SALT_BYTES: usize = 256;
-/// Most stop tokens accepted in one request.
-pub const MAX_STOP_TOKENS: usize = 64;
-/// Most log-probabilities per position, as OpenAI has it.
-pub const MAX_LOGPROBS: u32 = 20;
 /// Most addresses read from one segment descriptor.
 const MAX_TRANSPORTS: usize = 16;
 /// Most regions in a segment descriptor.
@@ -67,7 +64,7 @@ pub enum Error {
     Layout(#[from] BadLayout),
 }
 
-fn out_of_range(field: &'static str, got: impl ToString, allowed: &'static str) -> Error {
+pub(crate) fn out_of_range(field: &'static str, got: impl ToString, allowed: &'static str) -> Error {
     Error::Range { field, got: got.to_string(), allowed }
 }
 
@@ -256,53 +253,6 @@ impl From<v1::TransferPeer> for types::PeerTraffic {
 /// A grant key from its wire form.
 pub fn grant_key(wire: u64) -> GrantKey {
     GrantKey(wire)
-}
-
-impl From<&types::Sampling> for v1::Sampling {
-    fn from(sampling: &types::Sampling) -> Self {
-        Self {
-            temperature: sampling.temperature,
-            top_p: sampling.top_p,
-            top_k: sampling.top_k,
-            seed: sampling.seed,
-            max_tokens: sampling.max_tokens,
-            stop_token_ids: token_ids(&sampling.stop_token_ids),
-            ignore_eos: sampling.ignore_eos,
-            logprobs: sampling.logprobs.map(u32::from),
-        }
-    }
-}
-
-impl TryFrom<&v1::Sampling> for types::Sampling {
-    type Error = Error;
-    fn try_from(wire: &v1::Sampling) -> Result<Self, Error> {
-        // `contains` is false for NaN, so NaN is refused here too.
-        if !(0.0..=2.0).contains(&wire.temperature) {
-            return Err(out_of_range("sampling.temperature", wire.temperature, "0 to 2"));
-        }
-        if !(wire.top_p > 0.0 && wire.top_p <= 1.0) {
-            return Err(out_of_range("sampling.top_p", wire.top_p, "above 0, up to 1"));
-        }
-        if wire.max_tokens == 0 {
-            return Err(out_of_range("sampling.max_tokens", 0, "at least 1"));
-        }
-        if wire.stop_token_ids.len() > MAX_STOP_TOKENS {
-            return Err(out_of_range("sampling.stop_token_ids", wire.stop_token_ids.len(), "at most 64 tokens"));
-        }
-        if wire.logprobs.is_some_and(|n| n > MAX_LOGPROBS) {
-            return Err(out_of_range("sampling.logprobs", wire.logprobs(), "0 to 20"));
-        }
-        Ok(Self {
-            temperature: wire.temperature,
-            top_p: wire.top_p,
-            top_k: wire.top_k,
-            seed: wire.seed,
-            max_tokens: wire.max_tokens,
-            stop_token_ids: tokens(&wire.stop_token_ids),
-            ignore_eos: wire.ignore_eos,
-            logprobs: wire.logprobs.and_then(|n| u8::try_from(n).ok()),
-        })
-    }
 }
 
 impl From<&Sampled> for v1::Token {

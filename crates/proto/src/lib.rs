@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 pub mod convert;
+mod sampling;
 #[cfg(test)]
 mod tests;
 
@@ -24,3 +25,8 @@ pub use convert::{Error, check_protocol};
 /// Bound on one gRPC message in either direction. The largest is a prompt of a million tokens: at most 5 bytes each as
 /// a varint, plus its block targets.
 pub const MAX_MESSAGE_BYTES: usize = 16 << 20;
+
+/// Metadata of an INVALID_ARGUMENT that names the field at fault, where the caller can say so to its own caller.
+pub const FIELD_METADATA: &str = "kvasir-field";
+/// The field that says what form an answer must have, in [`FIELD_METADATA`].
+pub const GRAMMAR_FIELD: &str = "sampling.grammar";

@@ -1,8 +1,8 @@
 //! Laws of the conversions: what we send comes back as it was, what is out of bounds is refused by name.
 
 use kvasir_types::{
-    Incarnation, KvDtype, KvLayout, PROTOCOL_VERSION, RegionInfo, Sampled, Sampling, SegmentDescriptor, SegmentId,
-    TokenId, TopLogprob, TransportAddress, TransportKind,
+    Grammar, Incarnation, KvDtype, KvLayout, PROTOCOL_VERSION, RegionInfo, Sampled, Sampling, SegmentDescriptor,
+    SegmentId, TokenId, TopLogprob, TransportAddress, TransportKind,
 };
 use proptest::prelude::*;
 
@@ -16,27 +16,45 @@ fn layouts() -> impl Strategy<Value = KvLayout> {
     })
 }
 
-fn samplings() -> impl Strategy<Value = Sampling> {
-    (
-        0f32..=2.0,
-        0.01f32..=1.0,
-        0u32..100,
-        any::<u64>(),
-        1u32..10_000,
-        prop::collection::vec(any::<u32>(), 0..8),
-        any::<bool>(),
-        prop::option::of(0u8..=20),
-    )
-        .prop_map(|(temperature, top_p, top_k, seed, max_tokens, stop, ignore_eos, logprobs)| Sampling {
+fn grammars() -> impl Strategy<Value = Grammar> {
+    prop_oneof![
+        Just(Grammar::JsonObject),
+        ".{0,40}".prop_map(|text| Grammar::JsonSchema(text.into())),
+        ".{0,40}".prop_map(|text| Grammar::Regex(text.into())),
+        prop::collection::vec(".{0,9}", 1..5).prop_map(|texts| Grammar::Choice(texts.into())),
+        ".{0,40}".prop_map(|text| Grammar::Lark(text.into())),
+    ]
+}
+
+prop_compose! {
+    fn samplings()(
+        (temperature, top_p, top_k, min_p) in (0f32..=2.0, 0.01f32..=1.0, 0u32..100, 0f32..=1.0),
+        (repetition_penalty, presence_penalty, frequency_penalty) in (0.01f32..=100.0, -2f32..=2.0, -2f32..=2.0),
+        bias in prop::collection::btree_map(any::<u32>(), -100f32..=100.0, 0..8),
+        (max_tokens, min_tokens, continued) in (1u32..10_000, any::<u32>(), any::<u32>()),
+        stop in prop::collection::vec(any::<u32>(), 0..8),
+        (seed, ignore_eos, logprobs) in (any::<u64>(), any::<bool>(), prop::option::of(0u8..=20)),
+        grammar in prop::option::of(grammars()),
+    ) -> Sampling {
+        Sampling {
             temperature,
             top_p,
             top_k,
+            min_p,
+            repetition_penalty,
+            presence_penalty,
+            frequency_penalty,
+            logit_bias: bias.into_iter().map(|(token, bias)| (TokenId(token), bias)).collect(),
+            grammar,
             seed,
             max_tokens,
+            min_tokens,
+            continued,
             stop_token_ids: convert::tokens(&stop),
             ignore_eos,
             logprobs,
-        })
+        }
+    }
 }
 
 proptest! {
@@ -94,9 +112,32 @@ fn another_protocol_version_is_refused_by_number() {
 }
 
 #[test]
+fn what_an_older_peer_does_not_say_means_none() {
+    let wire = v1::Sampling { repetition_penalty: None, ..v1::Sampling::from(&Sampling::default()) };
+    assert_eq!(Sampling::try_from(&wire), Ok(Sampling::default()));
+}
+
+#[test]
 fn bad_values_are_refused_by_name() {
     let good = v1::Sampling::from(&Sampling::default());
+    let bias = |token, bias| v1::LogitBias { token, bias };
+    let long = "x".repeat(convert::MAX_GRAMMAR_BYTES + 1);
+    let grammar = |form| Some(v1::Grammar { form });
     for (field, bad) in [
+        ("min_p", v1::Sampling { min_p: 1.1, ..good.clone() }),
+        ("repetition_penalty", v1::Sampling { repetition_penalty: Some(0.0), ..good.clone() }),
+        ("repetition_penalty", v1::Sampling { repetition_penalty: Some(f32::NAN), ..good.clone() }),
+        ("presence_penalty", v1::Sampling { presence_penalty: -2.1, ..good.clone() }),
+        ("frequency_penalty", v1::Sampling { frequency_penalty: f32::INFINITY, ..good.clone() }),
+        ("logit_bias", v1::Sampling { logit_bias: (0..1025).map(|t| bias(t, 1.0)).collect(), ..good.clone() }),
+        ("logit_bias.bias", v1::Sampling { logit_bias: vec![bias(1, f32::NAN)], ..good.clone() }),
+        ("logit_bias.token", v1::Sampling { logit_bias: vec![bias(1, 1.0), bias(1, 2.0)], ..good.clone() }),
+        ("grammar.form", v1::Sampling { grammar: grammar(None), ..good.clone() }),
+        ("grammar", v1::Sampling { grammar: grammar(Some(v1::grammar::Form::Regex(long))), ..good.clone() }),
+        (
+            "grammar.choice",
+            v1::Sampling { grammar: grammar(Some(v1::grammar::Form::Choice(Default::default()))), ..good.clone() },
+        ),
         ("temperature", v1::Sampling { temperature: f32::NAN, ..good.clone() }),
         ("temperature", v1::Sampling { temperature: -0.1, ..good.clone() }),
         ("top_p", v1::Sampling { top_p: 0.0, ..good.clone() }),

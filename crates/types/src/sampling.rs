@@ -1,5 +1,7 @@
 //! How tokens are chosen, and what is told about a chosen one.
 
+use std::sync::Arc;
+
 use serde::{Deserialize, Serialize};
 
 use crate::TokenId;
@@ -13,11 +15,28 @@ pub struct Sampling {
     pub top_p: f32,
     /// Keep this many of the likeliest tokens; 0 means all.
     pub top_k: u32,
+    /// Keep tokens at least this fraction as likely as the likeliest. 0 (all) to 1.
+    pub min_p: f32,
+    /// Divides the positive logits of tokens seen in prompt or answer, multiplies the negative ones. Above 0; 1 is none.
+    pub repetition_penalty: f32,
+    /// Taken once from the logit of a token that the answer has already. −2 to 2.
+    pub presence_penalty: f32,
+    /// Taken from the logit of a token for each time that the answer has it already. −2 to 2.
+    pub frequency_penalty: f32,
+    /// Added to the logits of some tokens. Each token once, −100 to 100.
+    pub logit_bias: Vec<(TokenId, f32)>,
+    /// The form that the answer must have.
+    pub grammar: Option<Grammar>,
     /// Randomness is a pure function of the seed and the token's position in the sequence, so that a request continued
     /// elsewhere draws what it would have drawn here.
     pub seed: u64,
-    /// Most tokens to write, at least 1.
+    /// Most tokens of the answer, at least 1.
     pub max_tokens: u32,
+    /// No end or stop token is chosen before the answer has so many tokens, unless its grammar leaves nothing else.
+    pub min_tokens: u32,
+    /// How many of the prompt's last tokens are the beginning of the answer: a request that goes on after another worker
+    /// wrote so many. They count for penalties, `min_tokens`, `max_tokens` and the grammar as if written here.
+    pub continued: u32,
     /// Tokens that end the answer besides the model's own end tokens.
     pub stop_token_ids: Vec<TokenId>,
     /// Go on past the model's end tokens (benchmarks).
@@ -33,13 +52,43 @@ impl Default for Sampling {
             temperature: 0.0,
             top_p: 1.0,
             top_k: 0,
+            min_p: 0.0,
+            repetition_penalty: 1.0,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
+            logit_bias: Vec::new(),
+            grammar: None,
             seed: 0,
             max_tokens: 16,
+            min_tokens: 0,
+            continued: 0,
             stop_token_ids: Vec::new(),
             ignore_eos: false,
             logprobs: None,
         }
     }
+}
+
+impl Sampling {
+    /// Whether the choice of a token depends on the tokens before it by more than the logits.
+    pub fn penalizes(&self) -> bool {
+        self.repetition_penalty != 1.0 || self.presence_penalty != 0.0 || self.frequency_penalty != 0.0
+    }
+}
+
+/// The form that an answer must have, as the client wrote it.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Grammar {
+    /// A JSON object, whatever is in it.
+    JsonObject,
+    /// JSON that this schema (itself JSON) describes.
+    JsonSchema(Arc<str>),
+    /// A text that the regular expression matches as a whole.
+    Regex(Arc<str>),
+    /// One of these texts.
+    Choice(Arc<[String]>),
+    /// A text that this grammar, in llguidance's variant of Lark, describes.
+    Lark(Arc<str>),
 }
 
 /// One alternative at a position.

@@ -71,6 +71,37 @@ pub struct EngineConfig {
     pub max_waiting: usize,
     /// Whether finished blocks are kept for later prompts. Default true.
     pub prefix_cache: bool,
+    /// Threads that compute which tokens a grammar allows, beside the model. Default 1.
+    pub mask_threads: usize,
+    /// Guessing several tokens of an answer at a time, on decode workers. Answers are the same with and without.
+    pub speculation: SpeculationConfig,
+}
+
+/// Who guesses.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Speculation {
+    /// Nobody.
+    #[default]
+    Off,
+    /// The text itself: what followed the same words earlier, in prompt or answer.
+    Ngram,
+    /// A smaller model with the same tokens.
+    Draft,
+}
+
+/// Speculative decoding.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct SpeculationConfig {
+    /// off, ngram or draft. Default off.
+    pub kind: Speculation,
+    /// Most tokens guessed for a sequence in a step, 1 to 16; fewer where guesses have been wrong. Default 4.
+    pub tokens: usize,
+    /// The draft model's folder; required if `kind` is draft.
+    pub model: PathBuf,
+    /// Memory for the draft model's own KV blocks, in bytes. Default 67108864 (64 MiB).
+    pub memory_bytes: u64,
 }
 
 /// The KV cache.
@@ -159,7 +190,15 @@ impl Default for EngineConfig {
             max_running: 64,
             max_waiting: 256,
             prefix_cache: true,
+            mask_threads: 1,
+            speculation: SpeculationConfig::default(),
         }
+    }
+}
+
+impl Default for SpeculationConfig {
+    fn default() -> Self {
+        Self { kind: Speculation::Off, tokens: 4, model: PathBuf::new(), memory_bytes: 64 << 20 }
     }
 }
 
@@ -193,6 +232,9 @@ impl Default for StoreConfig {
     }
 }
 
+/// Guesses this far ahead are hardly ever right, and each costs a row of logits.
+const MAX_DRAFTS: usize = 16;
+
 /// A configuration that can't work, found before anything is started.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
@@ -206,6 +248,17 @@ pub enum Error {
         key: &'static str,
         /// Its least value.
         least: usize,
+    },
+    /// A draft model is wanted and none is named.
+    #[error("engine.speculation.model: not set; it must name the draft model's folder")]
+    NoDraftModel,
+    /// A number above its greatest useful value.
+    #[error("{key}: must be at most {most}")]
+    TooLarge {
+        /// The key.
+        key: &'static str,
+        /// Its greatest value.
+        most: usize,
     },
     /// No way to move KV.
     #[error("transfer.transports: auto, or at least one of local, shm, ucx, tcp")]
@@ -221,11 +274,20 @@ impl Config {
         if self.transfer.transports == Transports::Named(Vec::new()) {
             return Err(Error::NoTransport);
         }
+        let speculation = &self.engine.speculation;
+        if speculation.kind == Speculation::Draft && speculation.model.as_os_str().is_empty() {
+            return Err(Error::NoDraftModel);
+        }
+        if speculation.tokens > MAX_DRAFTS {
+            return Err(Error::TooLarge { key: "engine.speculation.tokens", most: MAX_DRAFTS });
+        }
         for (key, value) in [
             ("engine.chunk_tokens", self.engine.chunk_tokens),
             ("engine.max_batch_tokens", self.engine.max_batch_tokens),
             ("engine.max_running", self.engine.max_running),
             ("engine.max_waiting", self.engine.max_waiting),
+            ("engine.mask_threads", self.engine.mask_threads),
+            ("engine.speculation.tokens", self.engine.speculation.tokens),
             ("kv.block_size", self.kv.block_size as usize),
             ("transfer.connections_per_peer", self.transfer.connections_per_peer),
             ("store.group_blocks", self.store.group_blocks),
@@ -248,6 +310,11 @@ mod tests {
         assert_eq!(config.check(), Err(Error::NoModel));
         config.model.path = "models/demo".into();
         assert_eq!(config.check(), Ok(()));
+        config.engine.speculation.kind = Speculation::Draft;
+        assert_eq!(config.check(), Err(Error::NoDraftModel));
+        config.engine.speculation = SpeculationConfig { tokens: 17, ..SpeculationConfig::default() };
+        assert!(config.check().unwrap_err().to_string().starts_with("engine.speculation.tokens: "));
+        config.engine.speculation = SpeculationConfig::default();
         config.engine.chunk_tokens = 0;
         assert!(config.check().unwrap_err().to_string().starts_with("engine.chunk_tokens: "));
     }

@@ -1,8 +1,9 @@
 //! What can go wrong with a request on a worker, and what the caller is told.
 
+use kvasir_proto::{FIELD_METADATA, GRAMMAR_FIELD};
 use kvasir_transfer::Refusal;
 use kvasir_types::{KvLayout, ModelFingerprint, Retry, TokenId};
-use tonic::{Code, Status};
+use tonic::{Code, Status, metadata::MetadataValue};
 
 /// Why a request ended without an answer.
 #[derive(Debug, thiserror::Error)]
@@ -109,6 +110,10 @@ impl Error {
             }
             Self::Engine(_) | Self::Diverged { .. } => Code::Internal,
         };
-        Status::new(code, kvasir_runtime::chain(self))
+        let mut status = Status::new(code, kvasir_runtime::chain(self));
+        if let Self::Rejected(kvasir_engine::Error::Grammar(_)) = self {
+            status.metadata_mut().insert(FIELD_METADATA, MetadataValue::from_static(GRAMMAR_FIELD));
+        }
+        status
     }
 }

@@ -10,7 +10,7 @@ use std::{
 
 use anyhow::{Context as _, ensure};
 use kvasir_cluster::{ModelInfo, Registry};
-use kvasir_engine::{Handle, ModelRunner};
+use kvasir_engine::{Handle, ModelRunner, Parts};
 use kvasir_model::{Folder, cpu::CpuBackend};
 use kvasir_proto::convert;
 use kvasir_runtime::{Context, Tasks, chain};
@@ -24,6 +24,7 @@ use crate::{
     directory::Members,
     error::Error,
     metrics::{Metrics, Outcome},
+    parts,
 };
 
 /// One worker. Shared by all request tasks; everything in it is either immutable or its own lock.
@@ -86,11 +87,16 @@ impl Host {
             fingerprint: folder.fingerprint(),
             layout,
             max_model_len: folder.config().max_len as u32,
-            tokenizer: tokenizer_id(path)?,
+            tokenizer: parts::tokenizer_id(path)?,
         };
         let vocab = folder.config().vocab;
-        let (engine, _thread) =
-            kvasir_engine::spawn(engine_config(&config), layout, blocks as usize, Box::new(ModelRunner::new(backend)));
+        let parts = Parts {
+            runner: Box::new(ModelRunner::new(backend)),
+            constraints: parts::grammars(&folder, path)?,
+            // Prefill workers write one token of each answer.
+            proposer: if role == Role::Decode { parts::proposer(&config, &folder, threads)? } else { None },
+        };
+        let (engine, _thread) = kvasir_engine::spawn(engine_config(&config), layout, blocks as usize, parts);
         let store = config.store.enabled.then(|| {
             let store = kvasir_store_client::Config { group_blocks: config.store.group_blocks, ..Default::default() };
             StoreClient::new(store, registry.view(), transfer.clone())
@@ -182,6 +188,8 @@ fn engine_config(config: &Config) -> kvasir_engine::Config {
         max_running: engine.max_running,
         max_waiting: engine.max_waiting,
         prefix_cache: engine.prefix_cache,
+        mask_threads: engine.mask_threads,
+        draft_tokens: engine.speculation.tokens,
     }
 }
 
@@ -194,14 +202,4 @@ fn model_name(config: &Config) -> anyhow::Result<String> {
         .clone()
         .or_else(folder)
         .context("model.name: not set, and model.path has no last component to take it from")
-}
-
-/// What tells routers whether they speak this model's token ids: BLAKE3 of tokenizer.json, or empty without one.
-fn tokenizer_id(folder: &std::path::Path) -> anyhow::Result<String> {
-    let path = folder.join("tokenizer.json");
-    match std::fs::read(&path) {
-        Ok(bytes) => Ok(blake3::hash(&bytes).to_hex().to_string()),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(String::new()),
-        Err(error) => Err(error).with_context(|| format!("cannot read {}", path.display())),
-    }
 }

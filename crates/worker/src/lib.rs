@@ -22,6 +22,7 @@ mod error;
 mod handoff;
 mod host;
 mod metrics;
+mod parts;
 mod peers;
 mod prefill;
 mod sequence;

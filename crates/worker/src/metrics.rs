@@ -155,6 +155,9 @@ struct EnginePage {
     prefilled: Counter,
     sampled: Counter,
     preemptions: Counter,
+    drafted: Counter,
+    accepted: Counter,
+    proposer_failures: Counter,
 }
 
 impl EnginePage {
@@ -166,6 +169,10 @@ impl EnginePage {
             prefilled: page.counter("kvasir_worker_prefilled_tokens", "Prompt tokens computed"),
             sampled: page.counter("kvasir_worker_sampled_tokens", "Tokens sampled"),
             preemptions: page.counter("kvasir_worker_preemptions", "Times a sequence lost its blocks to an older one"),
+            drafted: page.counter("kvasir_worker_drafted_tokens", "Tokens guessed by speculation and checked"),
+            accepted: page.counter("kvasir_worker_accepted_tokens", "Guessed tokens that the model chose, too"),
+            proposer_failures: page
+                .counter("kvasir_worker_proposer_failures", "Times speculation failed and was switched off"),
         };
         page.on_scrape(move || this.refresh(&engine));
     }
@@ -188,5 +195,8 @@ impl EnginePage {
         set_total(&self.prefilled, stats.prefilled_tokens);
         set_total(&self.sampled, stats.sampled_tokens);
         set_total(&self.preemptions, stats.preemptions);
+        set_total(&self.drafted, stats.drafted_tokens);
+        set_total(&self.accepted, stats.accepted_tokens);
+        set_total(&self.proposer_failures, stats.proposer_failures);
     }
 }

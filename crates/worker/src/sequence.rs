@@ -26,7 +26,19 @@ pub(crate) struct Prompt {
 
 impl Sequence {
     /// Queues a prompt; it is refused at once if the engine cannot take it.
-    pub(crate) fn admit(engine: &Handle, prompt: Prompt, mode: Mode, max_len: usize) -> Result<Self, Error> {
+    ///
+    /// Compiling a grammar takes milliseconds, so that is done where it keeps no other request's bytes waiting. A caller that
+    /// goes away meanwhile drops the sequence as soon as it is there.
+    pub(crate) async fn admit(engine: &Handle, prompt: Prompt, mode: Mode, max_len: usize) -> Result<Self, Error> {
+        if prompt.sampling.grammar.is_none() {
+            return Self::admit_now(engine, prompt, mode, max_len);
+        }
+        let engine = engine.clone();
+        let admitted = tokio::task::spawn_blocking(move || Self::admit_now(&engine, prompt, mode, max_len));
+        admitted.await.unwrap_or_else(|_| Err(Error::Engine(kvasir_engine::Error::Closed)))
+    }
+
+    fn admit_now(engine: &Handle, prompt: Prompt, mode: Mode, max_len: usize) -> Result<Self, Error> {
         // One event for each token, admission and end: the engine's thread never finds the channel full.
         let capacity = 4 + match mode {
             Mode::Generate => (prompt.sampling.max_tokens as usize).min(max_len),

@@ -20,7 +20,7 @@ use std::{error::Error as _, time::Duration};
 
 use kvasir_cluster::Member;
 use kvasir_proto::{
-    MAX_MESSAGE_BYTES,
+    FIELD_METADATA, GRAMMAR_FIELD, MAX_MESSAGE_BYTES,
     v1::{self, decode_client::DecodeClient, generate_event},
 };
 use kvasir_types::{Deadline, FinishReason, MemberId, Retry, Sampled, Usage};
@@ -56,7 +56,12 @@ pub(crate) enum Error {
     },
     /// It finds the request unacceptable.
     #[error("worker {worker} refuses the request: {message}")]
-    Refused { worker: MemberId, message: String },
+    Refused {
+        worker: MemberId,
+        message: String,
+        /// It is the answer's form that it can't give.
+        form: bool,
+    },
     /// It failed.
     #[error("worker {worker} failed with {code:?}: {message}")]
     Failed { worker: MemberId, code: Code, message: String },
@@ -106,7 +111,10 @@ impl Error {
             Code::Unavailable | Code::FailedPrecondition => Self::Unavailable { worker, message },
             // A status with a source was not sent by the worker: tonic made it of an error of the connection.
             _ if status.source().is_some() => Self::Broken { worker, status: Box::new(status) },
-            Code::InvalidArgument => Self::Refused { worker, message },
+            Code::InvalidArgument => {
+                let field = status.metadata().get(FIELD_METADATA);
+                Self::Refused { worker, message, form: field.is_some_and(|field| field == GRAMMAR_FIELD) }
+            }
             Code::DeadlineExceeded => Self::Deadline { worker },
             code => Self::Failed { worker, code, message },
         }

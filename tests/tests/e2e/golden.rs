@@ -108,6 +108,37 @@ async fn answers_are_the_same_from_every_cache() -> Result<()> {
 }
 
 #[tokio::test]
+async fn guesses_from_the_text_change_no_answer() -> Result<()> {
+    speculating("ngram").await
+}
+
+#[tokio::test]
+async fn guesses_of_a_draft_model_change_no_answer() -> Result<()> {
+    speculating("draft").await
+}
+
+/// Remote prefill to decode workers that guess; the draft model is the model itself, so its guesses are right.
+async fn speculating(kind: &str) -> Result<()> {
+    let folder = workspace::demo_model();
+    uncached(&folder, 64, 0, KvDtype::default())
+        .set(Service::Decode, "engine.speculation.kind", kind)
+        .set(Service::Decode, "engine.speculation.model", folder.to_string_lossy().into_owned())
+        .run(async |cluster| {
+            agree(cluster, &folder, 1, KvDtype::default()).await?;
+            agree(cluster, &folder, 8, KvDtype::default()).await?;
+            let metrics = cluster.node(Service::Decode, 0).metrics().await?;
+            let count = |name| metrics.sum(&format!("kvasir_worker_{name}_total"));
+            let (drafted, accepted) = (count("drafted_tokens"), count("accepted_tokens"));
+            println!("{kind}: {accepted} of {drafted} guesses accepted, {} steps", count("engine_steps"));
+            let least = if kind == "draft" { 0.95 } else { 0.3 };
+            ensure!(drafted > 100.0 && accepted >= least * drafted, "{kind}: {accepted} of {drafted}");
+            ensure!(count("proposer_failures") == 0.0, "the proposer failed");
+            Ok(())
+        })
+        .await
+}
+
+#[tokio::test]
 async fn every_model_family_says_what_the_reference_says_with_remote_prefill() -> Result<()> {
     families(0).await
 }

@@ -31,7 +31,15 @@ pub fn runner() -> ScriptedRunner {
 }
 
 pub fn config() -> Config {
-    Config { max_batch_tokens: 24, chunk_tokens: 8, max_running: 8, max_waiting: 4, prefix_cache: true }
+    Config {
+        max_batch_tokens: 24,
+        chunk_tokens: 8,
+        max_running: 8,
+        max_waiting: 4,
+        prefix_cache: true,
+        mask_threads: 0,
+        draft_tokens: 4,
+    }
 }
 
 /// `len` tokens that differ between names and never are the end token.

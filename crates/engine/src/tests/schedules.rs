@@ -104,7 +104,7 @@ impl Asked {
         }
         let room = (MAX_LEN - prompt).min((blocks * BLOCK + 1).saturating_sub(prompt));
         let limit = match self.mode {
-            Mode::Generate => room.min(self.sampling.max_tokens as usize),
+            Mode::Generate => room.min((self.sampling.max_tokens - self.sampling.continued) as usize),
             Mode::PrefillOnly => 1,
         };
         let mut answer = rig.script.answer(&self.prompt, &self.sampling, limit);
@@ -136,7 +136,20 @@ fn admit(rig: &mut Rig, asked: &mut Vec<Asked>, op: &Op) {
     let &Op::Admit { family, len, max_tokens, temperature, prefill_only } = op else { return };
     let (prompt, seed) = (prompt(family, len), u64::from(family));
     let temperature = if temperature { 1.3 } else { 0.0 };
-    let sampling = Sampling { max_tokens, temperature, top_p: 0.9, seed, ..Sampling::default() };
+    // Some answers depend on every token before them, and some are the rest of an answer begun elsewhere.
+    let (frequency_penalty, min_tokens, continued) =
+        if family % 2 == 1 { (0.4, 3, family.min(2).min(len as u32 - 1)) } else { (0.0, 0, 0) };
+    let max_tokens = max_tokens + continued;
+    let sampling = Sampling {
+        max_tokens,
+        temperature,
+        top_p: 0.9,
+        frequency_penalty,
+        min_tokens,
+        continued,
+        seed,
+        ..Sampling::default()
+    };
     let mode = if prefill_only { Mode::PrefillOnly } else { Mode::Generate };
     match rig.try_admit(request(&prompt, sampling.clone(), mode)) {
         Ok((seq, client)) => asked.push(Asked {
@@ -235,7 +248,7 @@ proptest! {
         prefix_cache in prop::bool::weighted(0.8),
         ops in prop::collection::vec(op(), 1..100),
     ) {
-        let config = Config { max_batch_tokens: 16, chunk_tokens, max_running, max_waiting: 6, prefix_cache };
+        let config = Config { max_batch_tokens: 16, chunk_tokens, max_running, max_waiting: 6, prefix_cache, mask_threads: 0, draft_tokens: 3 };
         let mut rig = Rig::new(blocks, config);
         let mut asked = Vec::new();
         for op in &ops {

@@ -93,11 +93,7 @@ impl Routed {
 
     fn apply(&self, exec: &Exec, x: &[f32], rows: usize, scratch: &mut Scratch, out: &mut Vec<f32>) {
         let Scratch { gate, up, scores, gathered, change } = scratch;
-        out.clear();
-        if rows == 0 {
-            return;
-        }
-        let width = x.len() / rows;
+        let width = x.len() / rows.max(1);
         self.router.apply(exec, x, rows, scores);
         // Which rows go to which expert, with what weight.
         let mut by_expert: Vec<Vec<(usize, f32)>> = vec![Vec::new(); self.experts.len()];
@@ -106,6 +102,7 @@ impl Routed {
                 by_expert[expert].push((row, weight));
             }
         }
+        out.clear();
         out.resize(x.len(), 0.0);
         for (expert, chosen) in self.experts.iter().zip(&by_expert) {
             if chosen.is_empty() {

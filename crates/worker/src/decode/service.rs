@@ -56,7 +56,7 @@ impl DecodeService {
         Ok(Checked { id, prompt, salt, sampling, candidates, deadline: Deadline::from_wire(wire.deadline_ms, limit) })
     }
 
-    fn start(&self, wire: v1::GenerateRequest) -> Result<Events<v1::GenerateEvent>, Error> {
+    async fn start(&self, wire: v1::GenerateRequest) -> Result<Events<v1::GenerateEvent>, Error> {
         if self.host.draining() {
             return Err(Error::Draining);
         }
@@ -68,7 +68,7 @@ impl DecodeService {
             root: self.host.root(&checked.salt),
             sampling: checked.sampling.clone(),
         };
-        let sequence = Sequence::admit(&self.host.engine, prompt, Mode::Generate, max_len)?;
+        let sequence = Sequence::admit(&self.host.engine, prompt, Mode::Generate, max_len).await?;
         let (caller, events) = Caller::new((checked.sampling.max_tokens as usize).min(max_len) + 4, checked.deadline);
         let span = tracing::info_span!(
             "decode",
@@ -91,6 +91,6 @@ impl v1::decode_server::Decode for DecodeService {
     type GenerateStream = Events<v1::GenerateEvent>;
 
     async fn generate(&self, request: Request<v1::GenerateRequest>) -> Result<Response<Self::GenerateStream>, Status> {
-        self.start(request.into_inner()).map(Response::new).map_err(|error| self.host.refuse(&error))
+        self.start(request.into_inner()).await.map(Response::new).map_err(|error| self.host.refuse(&error))
     }
 }

@@ -51,7 +51,7 @@ impl PrefillService {
         Self { host }
     }
 
-    fn start(&self, wire: v1::PrefillRequest) -> Result<Events<v1::PrefillEvent>, Error> {
+    async fn start(&self, wire: v1::PrefillRequest) -> Result<Events<v1::PrefillEvent>, Error> {
         if self.host.draining() {
             return Err(Error::Draining);
         }
@@ -73,7 +73,7 @@ impl PrefillService {
             root: self.host.root(convert::salt(&wire.cache_salt)?),
             sampling: wire.sampling.as_ref().ok_or(kvasir_proto::Error::Missing("sampling"))?.try_into()?,
         };
-        let sequence = Sequence::admit(&self.host.engine, admitted, Mode::PrefillOnly, self.host.max_len())?;
+        let sequence = Sequence::admit(&self.host.engine, admitted, Mode::PrefillOnly, self.host.max_len()).await?;
         let (caller, events) = Caller::new(4, deadline); // first token, done, an error, one to spare
         let span = tracing::info_span!("prefill", request_id = %id, worker = %self.host.id, tokens = prompt.len());
         let checked = Checked { id, prompt, destination, deadline };
@@ -135,7 +135,7 @@ impl v1::prefill_server::Prefill for PrefillService {
     type PrefillStream = Events<v1::PrefillEvent>;
 
     async fn prefill(&self, request: Request<v1::PrefillRequest>) -> Result<Response<Self::PrefillStream>, Status> {
-        self.start(request.into_inner()).map(Response::new).map_err(|error| self.host.refuse(&error))
+        self.start(request.into_inner()).await.map(Response::new).map_err(|error| self.host.refuse(&error))
     }
 }
 

@@ -175,6 +175,16 @@ impl Error {
         }
     }
 
+    /// The same, blaming `form_param` if a worker can't give answers the form that was asked for.
+    pub(crate) fn naming(self, form_param: Option<&'static str>) -> Self {
+        match (self, form_param) {
+            (Self::Upstream(upstream::Error::Refused { message, form: true, .. }), Some(param)) => {
+                BadParam::new(param, "invalid_value", format!("'{param}' can't be followed: {message}")).into()
+            }
+            (error, _) => error,
+        }
+    }
+
     /// OpenAI's error object.
     pub(crate) fn object(&self) -> Value {
         json!({"error": {

@@ -99,11 +99,13 @@ impl Live {
         let fleet = Arc::clone(&app.fleet.borrow());
         let crew = crew(fleet.crew(model.name()), &model, prompt.len(), param)?;
         let max_tokens = max_tokens(common.max_tokens, app.limits.max_output_tokens)?;
+        biases_in_vocabulary(&common.sampling, &model)?;
 
         let sampling = Sampling { seed: common.seed.unwrap_or_else(random_u64), ..common.sampling };
         let call =
             Call { app, id: &id, prompt: &prompt, sampling: &sampling, salt: &common.cache_salt, max_tokens, deadline };
-        let (worker, lease, events) = call.place(&model, crew).await?;
+        let placed = call.place(&model, crew).await;
+        let (worker, lease, events) = placed.map_err(|error| error.naming(common.form_param))?;
         let span = Span::current();
         span.record("worker", worker.member.id.as_str());
 
@@ -114,7 +116,8 @@ impl Live {
         let fingerprint =
             worker.member.model.as_ref().map_or_else(String::new, |info| format!("fp_{}", info.fingerprint));
         Ok(Self {
-            answer: Answer::new(Arc::clone(&model), common.stop, Hidden { tokens: hidden }),
+            answer: Answer::new(Arc::clone(&model), common.stop, Hidden { tokens: hidden })
+                .at_least(sampling.min_tokens),
             id,
             model,
             fingerprint,
@@ -201,6 +204,18 @@ fn max_tokens(asked: Option<(&'static str, u32)>, limit: u32) -> Result<u32, Err
         }
         Some((_, asked)) => Ok(asked),
         None => Ok(limit),
+    }
+}
+
+fn biases_in_vocabulary(sampling: &Sampling, model: &Model) -> Result<(), BadParam> {
+    let size = model.vocab_size();
+    match sampling.logit_bias.iter().find(|(token, _)| token.0 as usize >= size) {
+        None => Ok(()),
+        Some((token, _)) => {
+            let message =
+                format!("'logit_bias' holds token id {}, the model's are 0 to {}", token.0, size.saturating_sub(1));
+            Err(BadParam::new("logit_bias", "invalid_value", message))
+        }
     }
 }
 

@@ -10,6 +10,7 @@
 
 mod app;
 mod chat;
+mod choosing;
 mod completions;
 mod error;
 mod fields;

@@ -5,15 +5,11 @@
 //! | field | what it does here |
 //! | --- | --- |
 //! | `model` | required; a name of `/v1/models` |
-//! | `temperature` | 0 to 2, default 1; 0 is greedy |
-//! | `top_p` | 0 to 1, default 1; 0 keeps the likeliest token only |
+//! | how tokens are chosen | see [`super::choosing`] |
 //! | `seed` | any integer; the same seed and prompt give the same answer; absent: random |
 //! | `stop` | a string or up to 4; the answer ends before the first that appears |
 //! | `stream`, `stream_options.include_usage` | server-sent events; with a last chunk that holds the usage |
 //! | `user`, `safety_identifier` | accepted, not used yet |
-//! | `top_k` (extension) | 0 (all, default) or the number of likeliest tokens kept |
-//! | `ignore_eos` (extension) | go on past the model's end tokens, for benchmarks |
-//! | `stop_token_ids` (extension) | up to 64 token ids that end the answer; not shown |
 //! | `cache_salt` (extension) | up to 256 bytes; prompts share cached blocks only under the same salt |
 //!
 //! **Chat**
@@ -36,11 +32,12 @@
 //! no error. **Known, not supported**: accepted with the values that mean nothing ([`CHAT_UNSUPPORTED`],
 //! [`COMPLETION_UNSUPPORTED`]), else refused by name. **Unknown**: refused by name. `null` is as good as absent.
 
-use kvasir_proto::convert::{MAX_LOGPROBS, MAX_SALT_BYTES, MAX_STOP_TOKENS};
+use kvasir_proto::convert::{MAX_LOGPROBS, MAX_SALT_BYTES};
 use kvasir_types::{Sampling, TokenId};
 use serde_json::Value;
 
 use super::{
+    choosing::{self, token_ids},
     error::{BadParam, Error},
     fields::{Fields, Unsupported, wrong_type},
 };
@@ -56,20 +53,16 @@ const COMPLETION_TOKENS: u32 = 16;
 /// Fields of chat requests that are known and not supported, with their neutral values.
 pub(crate) const CHAT_UNSUPPORTED: &[Unsupported] = &[
     ("audio", &[]),
-    ("frequency_penalty", &["0"]),
     ("function_call", &["\"none\"", "\"auto\""]),
     ("functions", &[]),
-    ("logit_bias", &[]),
     ("metadata", &[]),
     ("modalities", &["[\"text\"]"]),
     ("n", &["1"]),
     ("parallel_tool_calls", &["true", "false"]),
     ("prediction", &[]),
-    ("presence_penalty", &["0"]),
     ("prompt_cache_key", &[]),
     ("prompt_cache_retention", &[]),
     ("reasoning_effort", &[]),
-    ("response_format", &["{\"type\":\"text\"}"]),
     ("service_tier", &["\"auto\"", "\"default\""]),
     ("store", &["false"]),
     ("tool_choice", &["\"none\"", "\"auto\""]),
@@ -79,15 +72,8 @@ pub(crate) const CHAT_UNSUPPORTED: &[Unsupported] = &[
 ];
 
 /// Fields of completion requests that are known and not supported, with their neutral values.
-pub(crate) const COMPLETION_UNSUPPORTED: &[Unsupported] = &[
-    ("best_of", &["1"]),
-    ("echo", &["false"]),
-    ("frequency_penalty", &["0"]),
-    ("logit_bias", &[]),
-    ("n", &["1"]),
-    ("presence_penalty", &["0"]),
-    ("suffix", &["\"\""]),
-];
+pub(crate) const COMPLETION_UNSUPPORTED: &[Unsupported] =
+    &[("best_of", &["1"]), ("echo", &["false"]), ("n", &["1"]), ("suffix", &["\"\""])];
 
 /// What both endpoints take.
 #[derive(Debug, PartialEq)]
@@ -96,6 +82,8 @@ pub(crate) struct Common {
     pub(crate) model: String,
     /// How to choose tokens. `seed` is drawn and `max_tokens` bounded later, when the worker is known.
     pub(crate) sampling: Sampling,
+    /// The field that asked for the form that the answer must have, if one did.
+    pub(crate) form_param: Option<&'static str>,
     /// The seed, if the client wants one.
     pub(crate) seed: Option<u64>,
     /// Most tokens, if the client says, with the name of the field that says it.
@@ -158,6 +146,7 @@ impl ChatRequest {
             return Err(BadParam::new("max_tokens", "invalid_value", message).into());
         }
         common.max_tokens = new.or(old);
+        check_min_tokens(&common)?;
 
         let logprobs = fields.bool("logprobs")?.unwrap_or(false);
         let top = fields.integer("top_logprobs", 0, MAX_LOGPROBS.into())?;
@@ -178,6 +167,7 @@ impl CompletionRequest {
         let mut common = common(&mut fields)?;
         let prompt = prompt(fields.require("prompt")?)?;
         common.max_tokens = max_tokens(&mut fields, "max_tokens")?.or(Some(("max_tokens", COMPLETION_TOKENS)));
+        check_min_tokens(&common)?;
         common.sampling.logprobs = fields.integer("logprobs", 0, MAX_LOGPROBS.into())?.map(|n| n as u8);
         fields.finish(COMPLETION_UNSUPPORTED)?;
         Ok(Self { common, prompt })
@@ -189,15 +179,7 @@ fn common(fields: &mut Fields) -> Result<Common, BadParam> {
         Value::String(name) => name,
         other => return Err(wrong_type("model", "a string", &other)),
     };
-    let sampling = Sampling {
-        temperature: fields.number("temperature", 0.0, 2.0)?.unwrap_or(1.0) as f32,
-        // Zero keeps the likeliest token only, and so does the least number above it, which workers take.
-        top_p: (fields.number("top_p", 0.0, 1.0)?.unwrap_or(1.0) as f32).max(f32::MIN_POSITIVE),
-        top_k: fields.integer("top_k", 0, u32::MAX.into())?.unwrap_or(0) as u32,
-        ignore_eos: fields.bool("ignore_eos")?.unwrap_or(false),
-        stop_token_ids: stop_token_ids(fields)?,
-        ..Sampling::default()
-    };
+    let (sampling, form_param) = choosing::sampling(fields)?;
     let cache_salt = fields.string("cache_salt")?.unwrap_or_default();
     if cache_salt.len() > MAX_SALT_BYTES {
         let message = format!("'cache_salt' must be at most {MAX_SALT_BYTES} bytes, got {}", cache_salt.len());
@@ -208,6 +190,7 @@ fn common(fields: &mut Fields) -> Result<Common, BadParam> {
     Ok(Common {
         model,
         sampling,
+        form_param,
         seed: seed(fields)?,
         max_tokens: None,
         stop: stop(fields)?,
@@ -218,6 +201,17 @@ fn common(fields: &mut Fields) -> Result<Common, BadParam> {
 
 fn max_tokens(fields: &mut Fields, name: &'static str) -> Result<Option<(&'static str, u32)>, BadParam> {
     Ok(fields.integer(name, 1, u32::MAX.into())?.map(|n| (name, n as u32)))
+}
+
+fn check_min_tokens(common: &Common) -> Result<(), BadParam> {
+    let min_tokens = common.sampling.min_tokens;
+    match common.max_tokens {
+        Some((param, max_tokens)) if min_tokens > max_tokens => {
+            let message = format!("'min_tokens' is {min_tokens}, more than '{param}', which is {max_tokens}");
+            Err(BadParam::new("min_tokens", "invalid_value", message))
+        }
+        _ => Ok(()),
+    }
 }
 
 fn seed(fields: &mut Fields) -> Result<Option<u64>, BadParam> {
@@ -263,24 +257,6 @@ fn stop(fields: &mut Fields) -> Result<Vec<String>, BadParam> {
         return bad(format!("each string of 'stop' must be 1 to {MAX_STOP_BYTES} bytes long"));
     }
     Ok(stops)
-}
-
-fn stop_token_ids(fields: &mut Fields) -> Result<Vec<TokenId>, BadParam> {
-    let ids = match fields.take("stop_token_ids") {
-        None => return Ok(Vec::new()),
-        Some(Value::Array(ids)) => token_ids("stop_token_ids", &ids)?,
-        Some(other) => return Err(wrong_type("stop_token_ids", "an array of token ids", &other)),
-    };
-    if ids.len() > MAX_STOP_TOKENS {
-        let message = format!("'stop_token_ids' must have at most {MAX_STOP_TOKENS} tokens, got {}", ids.len());
-        return Err(BadParam::new("stop_token_ids", "invalid_value", message));
-    }
-    Ok(ids)
-}
-
-fn token_ids(path: &str, ids: &[Value]) -> Result<Vec<TokenId>, BadParam> {
-    let id = |id: &Value| id.as_u64().and_then(|id| u32::try_from(id).ok()).map(TokenId);
-    ids.iter().map(|value| id(value).ok_or_else(|| wrong_type(path, "an array of token ids", value))).collect()
 }
 
 fn prompt(value: Value) -> Result<Prompt, BadParam> {

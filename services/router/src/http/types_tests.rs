@@ -1,5 +1,7 @@
 use serde_json::json;
 
+use kvasir_types::Grammar;
+
 use super::*;
 
 fn with(base: Value, changes: Value) -> Vec<u8> {
@@ -64,6 +66,48 @@ fn every_supported_field_arrives() {
 }
 
 #[test]
+fn every_way_to_choose_tokens_arrives() {
+    let body = json!({
+        "min_p": 0.25, "repetition_penalty": 1.5, "presence_penalty": -2, "frequency_penalty": 2, "min_tokens": 4,
+        "logit_bias": {"9": 1, "3": -100.0},
+    });
+    for sampling in [chat(body.clone()).unwrap().common.sampling, completion(body).unwrap().common.sampling] {
+        let penalties = (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty);
+        assert_eq!((sampling.min_p, penalties, sampling.min_tokens), (0.25, (1.5, -2.0, 2.0), 4));
+        assert_eq!(sampling.logit_bias, [(TokenId(3), -100.0), (TokenId(9), 1.0)]);
+    }
+}
+
+#[test]
+fn the_form_of_an_answer_is_asked_for_in_many_ways() {
+    let schema = json!({"type": "object", "properties": {"z": {}, "a": {}}});
+    // The order of properties is the order in which they are written.
+    let as_schema = || Grammar::JsonSchema(r#"{"type":"object","properties":{"z":{},"a":{}}}"#.into());
+    let choice = || Grammar::Choice(["yes".to_owned(), "no".to_owned()].into());
+    for (body, param, grammar) in [
+        (json!({"response_format": {"type": "json_object"}}), "response_format", Grammar::JsonObject),
+        (
+            json!({"response_format": {"type": "json_schema", "json_schema": {"name": "n", "strict": true, "schema": schema}}}),
+            "response_format",
+            as_schema(),
+        ),
+        (json!({"guided_json": schema}), "guided_json", as_schema()),
+        (json!({"guided_json": schema.to_string()}), "guided_json", as_schema()),
+        (json!({"guided_regex": "a+"}), "guided_regex", Grammar::Regex("a+".into())),
+        (json!({"guided_choice": ["yes", "no"]}), "guided_choice", choice()),
+        (json!({"guided_grammar": "start: \"a\""}), "guided_grammar", Grammar::Lark("start: \"a\"".into())),
+        (json!({"structured_outputs": {"json": schema}}), "structured_outputs", as_schema()),
+        (json!({"structured_outputs": {"json_object": true}}), "structured_outputs", Grammar::JsonObject),
+        (json!({"structured_outputs": {"choice": ["yes", "no"], "regex": null}}), "structured_outputs", choice()),
+    ] {
+        let common = chat(body.clone()).unwrap().common;
+        assert_eq!((common.form_param, common.sampling.grammar), (Some(param), Some(grammar.clone())), "{body}");
+        assert_eq!(completion(body).unwrap().common.sampling.grammar, Some(grammar));
+    }
+    assert_eq!(chat(json!({"response_format": {"type": "text"}})).unwrap().common.form_param, None);
+}
+
+#[test]
 fn what_chat_does_not_take_is_refused_by_name() {
     let huge = "x".repeat(600);
     for (changes, param, code) in [
@@ -117,10 +161,36 @@ fn what_chat_does_not_take_is_refused_by_name() {
         (json!({"logprobs": true, "top_logprobs": 21}), "top_logprobs", "above_max_value"),
         (json!({"logprobs": 3}), "logprobs", "invalid_type"),
         (json!({"n": 2}), "n", "unsupported_parameter"),
-        (json!({"presence_penalty": 0.5}), "presence_penalty", "unsupported_parameter"),
-        (json!({"logit_bias": {"1": 2}}), "logit_bias", "unsupported_parameter"),
+        (json!({"presence_penalty": 2.5}), "presence_penalty", "above_max_value"),
+        (json!({"frequency_penalty": -2.5}), "frequency_penalty", "below_min_value"),
+        (json!({"repetition_penalty": 0}), "repetition_penalty", "below_min_value"),
+        (json!({"min_p": 2}), "min_p", "above_max_value"),
+        (json!({"min_tokens": -1}), "min_tokens", "below_min_value"),
+        (json!({"min_tokens": 9, "max_tokens": 8}), "min_tokens", "invalid_value"),
+        (json!({"logit_bias": [1]}), "logit_bias", "invalid_type"),
+        (json!({"logit_bias": {"x": 2}}), "logit_bias", "invalid_value"),
+        (json!({"logit_bias": {"1": 101}}), "logit_bias", "invalid_value"),
+        (json!({"logit_bias": {"1": "2"}}), "logit_bias", "invalid_type"),
         (json!({"tools": [{"type": "function"}]}), "tools", "unsupported_parameter"),
-        (json!({"response_format": {"type": "json_object"}}), "response_format", "unsupported_parameter"),
+        (json!({"response_format": "json"}), "response_format", "invalid_type"),
+        (json!({"response_format": {"type": "xml"}}), "response_format.type", "invalid_value"),
+        (
+            json!({"response_format": {"type": "json_schema"}}),
+            "response_format.json_schema",
+            "missing_required_parameter",
+        ),
+        (
+            json!({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": []}}}),
+            "response_format.json_schema.schema",
+            "invalid_type",
+        ),
+        (json!({"guided_regex": 1}), "guided_regex", "invalid_type"),
+        (json!({"guided_choice": []}), "guided_choice", "empty_array"),
+        (json!({"guided_json": "{"}), "guided_json", "invalid_value"),
+        (json!({"guided_regex": "x".repeat(300 << 10)}), "guided_regex", "invalid_value"),
+        (json!({"guided_regex": "a", "response_format": {"type": "json_object"}}), "guided_regex", "invalid_value"),
+        (json!({"structured_outputs": {"regex": "a", "json_object": true}}), "structured_outputs", "invalid_value"),
+        (json!({"structured_outputs": {"xml": "a"}}), "structured_outputs.xml", "unknown_parameter"),
         (json!({"service_tier": "flex"}), "service_tier", "unsupported_parameter"),
         (json!({"tempurature": 1}), "tempurature", "unknown_parameter"),
     ] {

@@ -53,6 +53,8 @@ pub(crate) struct Answer {
     decoded: Extent,
     /// Bytes given out so far.
     shown_bytes: usize,
+    /// Stop strings are not looked for in this many tokens to come.
+    unstoppable: u32,
 }
 
 #[derive(Clone, Copy, Default)]
@@ -78,11 +80,19 @@ impl Answer {
             waiting: VecDeque::new(),
             decoded: Extent::default(),
             shown_bytes: 0,
+            unstoppable: 0,
         }
+    }
+
+    /// The same, not ended by a stop string that begins in the first `min_tokens` tokens.
+    pub(crate) fn at_least(self, min_tokens: u32) -> Self {
+        Self { unstoppable: min_tokens, ..self }
     }
 
     /// The next token.
     pub(crate) fn push(&mut self, sampled: Sampled) -> Piece {
+        let unstoppable = self.unstoppable > 0;
+        self.unstoppable = self.unstoppable.saturating_sub(1);
         if self.hidden.tokens.contains(&sampled.token) || self.model.vocab().is_special(sampled.token) {
             return Piece::default();
         }
@@ -95,7 +105,7 @@ impl Answer {
             let logged = Logged { sampled, text_offset: start.chars };
             self.waiting.push_back(Waiting { logged, start_bytes: start.bytes, end_bytes: self.decoded.bytes });
         }
-        self.scan(&new)
+        if unstoppable { self.show(new, false) } else { self.scan(&new) }
     }
 
     /// The end of the tokens: what was held back.
@@ -113,6 +123,10 @@ impl Answer {
     fn scan(&mut self, new: &str) -> Piece {
         let mut text = String::new();
         let stopped = self.stops.push(new, &mut text);
+        self.show(text, stopped)
+    }
+
+    fn show(&mut self, text: String, stopped: bool) -> Piece {
         self.shown_bytes += text.len();
         let shown = self.shown_bytes;
         let mut logged = Vec::new();
@@ -167,6 +181,23 @@ mod tests {
         let (text, offsets, stopped) = run("a prefix cache", &[" cache"]);
         assert_eq!((text.as_str(), stopped), ("a prefix", true));
         assert!(offsets.iter().all(|&offset| offset < text.len()), "{offsets:?}");
+    }
+
+    #[test]
+    fn a_stop_string_ends_nothing_before_min_tokens() {
+        let model = demo();
+        let tokens = model.encode("a cache is a cache", false).unwrap();
+        let first = model.encode("a cache", false).unwrap().len() as u32;
+        let mut answer = Answer::new(model, vec![" cache".to_owned()], Hidden::default()).at_least(first);
+        let (mut text, mut stopped, mut logged) = (String::new(), false, 0);
+        for token in tokens {
+            let piece = answer.push(sampled(token));
+            text.push_str(&piece.text);
+            stopped |= piece.stopped;
+            logged += piece.logged.len();
+        }
+        assert_eq!((text.as_str(), stopped), ("a cache is a", true));
+        assert!(logged > first as usize);
     }
 
     #[test]

@@ -5,8 +5,11 @@
 
 #![forbid(unsafe_code)]
 
+mod child;
+mod engine;
 mod first_light;
 mod report;
+mod rivals;
 mod transfer;
 
 use std::process::ExitCode;
@@ -18,6 +21,8 @@ use report::Report;
 struct Options {
     /// How often each figure is measured.
     repetitions: usize,
+    /// Only to see that it works: on a tiny model where there is one.
+    smoke: bool,
 }
 
 #[tokio::main]
@@ -33,16 +38,18 @@ async fn main() -> ExitCode {
 
 async fn run() -> Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
-    let (name, quick) = match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
-        [name] => (name, false),
-        [name, "--quick"] => (name, true),
-        _ => bail!("usage: bench NAME [--quick]"),
+    let (name, repetitions) = match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        [name] => (name, 9),
+        [name, "--quick"] => (name, 2),
+        [name, "--smoke"] => (name, 1),
+        _ => bail!("usage: bench NAME [--quick | --smoke]"),
     };
-    let options = Options { repetitions: if quick { 2 } else { 9 } };
+    let options = Options { repetitions, smoke: repetitions == 1 };
     let report: Report = match name {
+        "engine" => engine::run(&options)?,
         "first-light" => first_light::run(&options).await?,
         "transfer" => transfer::run(&options)?,
-        _ => bail!("there is no benchmark '{name}'; there are: first-light, transfer"),
+        _ => bail!("there is no benchmark '{name}'; there are: engine, first-light, transfer"),
     };
     report.finish()
 }

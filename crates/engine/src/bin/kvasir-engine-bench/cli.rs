@@ -39,6 +39,8 @@ pub enum Command {
     Mixed(Mixed),
     /// Two requests that begin alike: what the second one's first token costs
     Prefix(Prefix),
+    /// What rounding weights, keys and values costs: divergence, top-1 agreement, perplexity
+    Accuracy(Accuracy),
     /// What this machine can do at most
     Limits(Limits),
     /// Write a model folder of a named shape with random weights, and print where it is
@@ -52,7 +54,7 @@ pub struct Source {
     #[arg(long, value_name = "DIR", conflicts_with = "shape", required_unless_present = "shape")]
     pub model: Option<PathBuf>,
     /// Random weights of a published model's dimensions: qwen3-tiny, qwen3-0.6b, qwen3-1.7b, qwen3-4b, qwen2.5-0.5b,
-    /// llama-3.2-1b, llama-3.1-8b
+    /// llama-3.2-1b, llama-3.1-8b, gemma-3-1b, mixtral-tiny, deepseek-tiny
     #[arg(long, value_name = "NAME")]
     pub shape: Option<String>,
     /// Where folders of shapes are kept [default: bench/shapes beside this program's build, else the temporary directory]
@@ -179,6 +181,39 @@ pub struct Prefix {
     /// Tokens of each prompt's own after that
     #[arg(long, value_name = "TOKENS", default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..))]
     pub own: u32,
+}
+
+/// `accuracy`.
+#[derive(Args)]
+pub struct Accuracy {
+    /// The reference: its weights as they are, keys and values in f32
+    #[command(flatten)]
+    pub source: Source,
+    /// A folder with the same model's weights in another type, to compare as well; may be given several times
+    #[arg(long, value_name = "DIR")]
+    pub against: Vec<PathBuf>,
+    /// Element types of cached keys and values to compare, parted by commas
+    #[arg(long, value_enum, value_delimiter = ',', default_value = "f32,f16,bf16")]
+    pub kv: Vec<Kv>,
+    /// Sequences to read: JSON lines with `prompt_ids` and `output_ids` [default: golden.jsonl of the model's folder, else
+    /// sequences drawn from the reference]
+    #[arg(long, value_name = "FILE")]
+    pub prompts: Option<PathBuf>,
+    /// Sequences at most
+    #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    pub count: u32,
+    /// Tokens of a sequence that is drawn
+    #[arg(long, value_name = "TOKENS", default_value_t = 128, value_parser = clap::value_parser!(u32).range(2..))]
+    pub tokens: u32,
+    /// Threads that compute [default: one per core]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub threads: Option<u32>,
+    /// Draws sequences, and makes the weights of a shape
+    #[arg(long, default_value_t = 1)]
+    pub seed: u64,
+    /// Print one JSON object per comparison instead of a table
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// `limits`.

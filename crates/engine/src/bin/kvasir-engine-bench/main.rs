@@ -11,6 +11,7 @@
 
 #![forbid(unsafe_code)]
 
+mod accuracy;
 mod cli;
 mod decode;
 mod limits;
@@ -34,6 +35,7 @@ fn main() -> ExitCode {
         cli::Command::Decode(options) => decode::run(&options),
         cli::Command::Mixed(options) => mixed::run(&options),
         cli::Command::Prefix(options) => prefix::run(&options),
+        cli::Command::Accuracy(options) => accuracy::run(&options),
         cli::Command::Limits(options) => limits::run(&options),
         cli::Command::Shape(options) => source::write(&options),
     };

@@ -83,6 +83,7 @@ impl Rig {
             max_running: plan.running,
             max_waiting: plan.lengths.len().max(1),
             prefix_cache: plan.prefix_cache,
+            ..usual
         };
         let engine = Engine::new(config.clone(), layout, blocks, Box::new(ModelRunner::new(backend)));
         let root = BlockHash::root(folder.fingerprint(), &layout, "");

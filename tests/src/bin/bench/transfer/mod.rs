@@ -18,13 +18,11 @@
 //! | `ucx` (its tcp: what of UCX can be fenced on one host) | 1 to 2 GB/s, as NIXL TCP | the same library |
 //! | `local` above a memcpy, 4 KiB | 1 to 2 µs | allocation of the batch, a table of grants, a clock read twice |
 
-mod child;
 mod goals;
 mod mooncake;
 mod nixl;
 mod ours;
 mod plan;
-mod rivals;
 
 use std::{
     fmt::Display,

@@ -14,11 +14,8 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 
-use super::{
-    child::Child,
-    plan::{Figure, Load, WORKING_SET},
-    rivals,
-};
+use super::plan::{Figure, Load, WORKING_SET};
+use crate::{child::Child, rivals};
 
 /// A metadata server and a target.
 pub struct Mooncake {

@@ -9,11 +9,8 @@ use anyhow::{Context, Result, ensure};
 use kvasir_tests::workspace;
 use serde_json::{Value, json};
 
-use super::{
-    child::Child,
-    plan::{Figure, Load, WORKING_SET, Way},
-    rivals,
-};
+use super::plan::{Figure, Load, WORKING_SET, Way};
+use crate::{child::Child, rivals};
 
 /// How long it moves before the clock runs: its memory has been touched, its connections are made.
 const WARM_UP_SECONDS: f64 = 0.2;

@@ -6,10 +6,8 @@ use anyhow::{Context, Result, ensure};
 use kvasir_tests::workspace;
 use serde_json::Value;
 
-use super::{
-    child::Child,
-    plan::{Figure, Load, WORKING_SET, Way},
-};
+use super::plan::{Figure, Load, WORKING_SET, Way};
+use crate::child::Child;
 
 /// Targets and a socket server that stay up all along; they sleep while nobody asks.
 pub struct Ours<'a> {
