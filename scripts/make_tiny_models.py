@@ -125,7 +125,7 @@ VARIANTS = {
                                 rope_parameters={**YARN, "mscale": 1.0, "mscale_all_dim": 0.5}),
         dtype=torch.bfloat16),
     "deepseek-v3": dict(
-        config=DeepseekV3Config(**COMMON, **MLA, num_hidden_layers=3, tie_word_embeddings=False, q_lora_rank=20,
+        config=DeepseekV3Config(**COMMON, **MLA, num_hidden_layers=2, tie_word_embeddings=False, q_lora_rank=20,
                                 num_key_value_heads=4, n_shared_experts=1, num_experts_per_tok=3, n_group=4, topk_group=2,
                                 norm_topk_prob=True, routed_scaling_factor=1.5, num_nextn_predict_layers=0,
                                 rope_parameters={**YARN, "mscale": 1.0, "mscale_all_dim": 1.0}),

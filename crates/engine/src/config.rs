@@ -15,10 +15,21 @@ pub struct Config {
     pub chunk_tokens: usize,
     /// Most sequences that hold blocks: held, being computed, or kept after a prefill. Default 64, at least 1.
     pub max_running: usize,
-    /// Most requests that wait for blocks; one more is refused with [`crate::Error::QueueFull`]. Default 256, at least 1.
+    /// Most online requests that wait for blocks; one more is refused with [`crate::Error::QueueFull`]. Default 256, at least
+    /// 1.
     pub max_waiting: usize,
+    /// The same for offline requests. Default 1024, at least 1.
+    pub max_waiting_offline: usize,
+    /// Steps without a turn after which an offline request counts as online: what it waited for its blocks, again after
+    /// losing them, and, being a prompt, for a place in the batch. Default 1000, at least 1.
+    pub offline_patience: u64,
+    /// Most prompt tokens computed in a step beside answers while the duty is to decode. Default 64, at least one block.
+    pub remainder_tokens: usize,
     /// Keep finished blocks for later requests with the same beginning. Default true.
     pub prefix_cache: bool,
+    /// Changes of the prefix cache that are kept until somebody asks for them ([`crate::Handle::cache_events`]). Default
+    /// 65536 (48 bytes each); 0 keeps none.
+    pub cache_events: usize,
     /// Threads that compute what grammars allow, beside the model. 0: the engine's own thread does, before each step.
     /// Default 1: masks take microseconds, tens of them in the time of a step.
     pub mask_threads: usize,
@@ -34,7 +45,11 @@ impl Default for Config {
             chunk_tokens: 256,
             max_running: 64,
             max_waiting: 256,
+            max_waiting_offline: 1024,
+            offline_patience: 1000,
+            remainder_tokens: 64,
             prefix_cache: true,
+            cache_events: 1 << 16,
             mask_threads: 1,
             draft_tokens: 4,
         }
@@ -50,9 +65,10 @@ impl Config {
             chunk_tokens: (self.chunk_tokens / block_size).max(1) * block_size,
             max_running,
             max_waiting: self.max_waiting.max(1),
-            prefix_cache: self.prefix_cache,
-            mask_threads: self.mask_threads,
-            draft_tokens: self.draft_tokens,
+            max_waiting_offline: self.max_waiting_offline.max(1),
+            offline_patience: self.offline_patience.max(1),
+            remainder_tokens: self.remainder_tokens.max(block_size),
+            ..self
         }
     }
 }
@@ -68,11 +84,24 @@ mod tests {
             chunk_tokens: 0,
             max_running: 0,
             max_waiting: 0,
+            max_waiting_offline: 0,
+            offline_patience: 0,
+            remainder_tokens: 0,
             prefix_cache: false,
+            cache_events: 0,
             mask_threads: 0,
             draft_tokens: 0,
         };
-        let raised = Config { max_batch_tokens: 17, chunk_tokens: 16, max_running: 1, max_waiting: 1, ..zero.clone() };
+        let raised = Config {
+            max_batch_tokens: 17,
+            chunk_tokens: 16,
+            max_running: 1,
+            max_waiting: 1,
+            max_waiting_offline: 1,
+            offline_patience: 1,
+            remainder_tokens: 16,
+            ..zero.clone()
+        };
         assert_eq!(zero.effective(16), raised);
         let usual = Config { chunk_tokens: 40, ..Config::default() };
         assert_eq!(usual.clone().effective(16), Config { chunk_tokens: 32, ..usual });

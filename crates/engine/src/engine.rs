@@ -2,20 +2,21 @@
 
 use std::{
     any::Any,
+    ops::Range,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::Arc,
 };
 
-use kvasir_kv_cache::Geometry;
+use kvasir_kv_cache::{Batch, Geometry, Snapshot};
 use kvasir_model::{Logits, SeqInput};
-use kvasir_types::{KvLayout, TokenId};
+use kvasir_types::{BlockId, KvGroups, KvLayout, TokenId};
 
 use crate::{
-    Config, Constraints, Error, Event, Intake, LayerDone, LayerSink, Mask, Mode, NewSequence, Proposer, Runner,
-    RunnerSpec, Sampler, SeqId, Stats,
+    Config, Constraints, Duty, Error, Event, Intake, LayerDone, LayerSink, Mask, Mode, NewSequence, Proposer, Runner,
+    RunnerSpec, Sampler, SeqId, Spill, Stats,
     constrain::{Constrained, MaskThreads},
-    scheduler::{Scheduler, Work},
-    sequence::State,
+    scheduler::{Adopted, Scheduler, Work},
+    sequence::{Key, State},
 };
 
 /// What callers can ask for. Commands for sequences that are unknown, ended, or not in the state the command is for are
@@ -29,10 +30,14 @@ pub enum Command {
     Compute(SeqId, Option<Box<dyn LayerSink>>),
     /// The whole prompt of a held sequence landed, and this is the first token of its answer.
     Resume(SeqId, TokenId),
-    /// Drop the sequence, in whatever state it is.
+    /// Drop the sequence with all its choices, in whatever state it is.
     Abort(SeqId),
     /// Give back the blocks of a finished `PrefillOnly` sequence.
     Release(SeqId),
+    /// Tell the changes of the prefix cache since the last time.
+    CacheEvents(Box<dyn FnOnce(Batch) + Send>),
+    /// Tell all that is in the prefix cache.
+    CacheSnapshot(Box<dyn FnOnce(Snapshot) + Send>),
     /// Only for the thread: end all sequences and leave.
     Shutdown,
 }
@@ -54,11 +59,13 @@ pub struct Parts {
     pub constraints: Option<Arc<dyn Constraints>>,
     /// Guesses how answers go on, if anything does.
     pub proposer: Option<Box<dyn Proposer>>,
+    /// Keeps what preempted sequences have computed, if anything does.
+    pub spill: Option<Box<dyn Spill>>,
 }
 
 impl<R: Runner + 'static> From<Box<R>> for Parts {
     fn from(runner: Box<R>) -> Self {
-        Self { runner, constraints: None, proposer: None }
+        Self { runner, constraints: None, proposer: None, spill: None }
     }
 }
 
@@ -76,7 +83,7 @@ pub struct Engine {
 impl Engine {
     /// An engine for a pool of `blocks` blocks of the given layout.
     pub fn new(config: Config, layout: KvLayout, blocks: usize, parts: impl Into<Parts>) -> Self {
-        let Parts { runner, constraints, proposer } = parts.into();
+        let Parts { runner, constraints, proposer, spill } = parts.into();
         let block_size = layout.block_size as usize;
         let config = config.effective(block_size);
         let spec = runner.spec().clone();
@@ -84,7 +91,7 @@ impl Engine {
         let mask_threads = if constraints.is_some() { config.mask_threads } else { 0 };
         let mask_threads = MaskThreads::new(mask_threads, config.max_running);
         let intake = Intake::new(&config, geometry.clone(), blocks, &spec, constraints);
-        let scheduler = Scheduler::new(config, geometry.clone(), blocks);
+        let scheduler = Scheduler::new(config, geometry.clone(), blocks, spill);
         // A state that sums up all that was before can't go back behind a draft that was wrong.
         let proposer = proposer.filter(|_| geometry.has_prefixes());
         Self { runner, spec, intake, scheduler, proposer, sampler: Sampler::default(), mask_threads }
@@ -93,6 +100,11 @@ impl Engine {
     /// Where requests are checked and become commands.
     pub fn intake(&self) -> &Intake {
         &self.intake
+    }
+
+    /// Changes what the engine takes on; see [`Duty`].
+    pub fn set_duty(&self, duty: Duty) {
+        self.intake.set_duty(duty);
     }
 
     /// What is going on now, and the totals so far.
@@ -108,11 +120,19 @@ impl Engine {
     /// Obeys a command. Cheap: computing is done by [`step`](Self::step).
     pub fn apply(&mut self, command: Command) {
         match command {
-            Command::Admit(new) => self.scheduler.enqueue(*new.0),
-            Command::Landed(seq, tokens) => self.scheduler.landed(seq, tokens),
-            Command::Compute(seq, sink) => self.compute(seq, sink),
-            Command::Resume(seq, first) => self.resume(seq, first),
-            Command::Abort(seq) | Command::Release(seq) => drop(self.scheduler.remove(seq)),
+            Command::Admit(new) => self.scheduler.enqueue(new),
+            Command::Landed(seq, tokens) => self.scheduler.landed(first(seq), tokens),
+            Command::Compute(seq, sink) => self.compute(first(seq), sink),
+            Command::Resume(seq, token) => self.resume(first(seq), token),
+            Command::Abort(seq) | Command::Release(seq) => self.scheduler.remove(seq),
+            Command::CacheEvents(tell) => {
+                let batch = self.scheduler.cache.drain_events();
+                let _its_own_loss = catch_unwind(AssertUnwindSafe(|| tell(batch)));
+            }
+            Command::CacheSnapshot(tell) => {
+                let snapshot = self.scheduler.cache.snapshot();
+                let _its_own_loss = catch_unwind(AssertUnwindSafe(|| tell(snapshot)));
+            }
             Command::Shutdown => self.close(),
         }
     }
@@ -121,85 +141,139 @@ impl Engine {
     pub fn close(&mut self) {
         self.intake.close();
         for seq in self.scheduler.ids() {
-            self.scheduler.end(seq, Event::Failed(Error::Closed));
+            self.scheduler.fail(seq, Error::Closed);
         }
     }
 
-    fn compute(&mut self, seq: SeqId, sink: Option<Box<dyn LayerSink>>) {
-        if let Some(waiting) = self.scheduler.waiting_mut(seq) {
-            if let State::Queued { early, .. } = &mut waiting.state {
-                early.get_or_insert(sink);
-            }
+    fn compute(&mut self, key: Key, sink: Option<Box<dyn LayerSink>>) {
+        let Some(sequence) = self.scheduler.get_mut(key) else { return };
+        if let State::Queued { early, .. } = &mut sequence.state {
+            early.get_or_insert(sink);
             return;
         }
-        let Some(last) = self.scheduler.live(seq).map(|sequence| sequence.tokens.len() - 1) else { return };
-        if let Some((sequence, table)) = self.scheduler.unhold(seq, last) {
+        let last = sequence.tokens.len() - 1;
+        if let Some((sequence, table)) = self.scheduler.unhold(key, last) {
             sequence.state = State::Prefilling(table, sink);
         }
     }
 
-    fn resume(&mut self, seq: SeqId, first: TokenId) {
-        let Some(sequence) = self.scheduler.live_mut(seq) else { return };
+    fn resume(&mut self, key: Key, token: TokenId) {
+        let Some(sequence) = self.scheduler.get(key) else { return };
         let State::Held(table) = &sequence.state else { return };
-        if sequence.request.mode != Mode::Generate {
+        // One that was brought back is computed, not resumed: its first token has been told.
+        if sequence.request.mode != Mode::Generate || !sequence.is_prompt() {
             return;
         }
-        if first.0 as usize >= self.spec.vocab {
-            let error = Error::UnknownToken { token: first, vocab: self.spec.vocab };
-            return self.scheduler.end(seq, Event::Failed(error));
+        if token.0 as usize >= self.spec.vocab {
+            let error = Error::UnknownToken { token, vocab: self.spec.vocab };
+            return self.scheduler.fail(key.seq, error);
         }
-        let (computed, prompt) = (table.computed, sequence.request.prompt.len());
-        let finished = match sequence.push(first, &self.spec.eos) {
-            Ok(finished) => finished,
-            Err(error) => return self.scheduler.end(seq, Event::Failed(error)),
-        };
-        if let Some((sequence, table)) = self.scheduler.unhold(seq, computed) {
-            // What did not land after all is computed here, with the first token behind it.
-            sequence.state =
-                if computed == prompt { State::Decoding(table, None) } else { State::Prefilling(table, None) };
+        let (computed, prompt, answers) = (table.computed, sequence.tokens.len(), sequence.request.answers());
+        // What did not land after all is computed here, with the first token behind it.
+        let landed = computed == prompt;
+        if let Some((sequence, table)) = self.scheduler.unhold(key, computed) {
+            sequence.state = if landed { State::Decoding(table, None) } else { State::Prefilling(table, None) };
         }
-        self.scheduler.advance(seq, computed, computed);
-        if let Some(reason) = finished {
-            self.scheduler.end(seq, Event::Finished(reason));
+        for choice in 1..answers {
+            // The logits after the prompt are not here: the others compute its last token once more.
+            self.fork(key, choice, prompt - 1);
+        }
+        let Some(sequence) = self.scheduler.get_mut(key) else { return };
+        match sequence.push(token, &self.spec.eos) {
+            Ok(finished) => {
+                self.scheduler.advance(key, computed, computed);
+                if let Some(reason) = finished {
+                    self.scheduler.finish(key, reason);
+                }
+            }
+            Err(error) => self.scheduler.fail(key.seq, error),
+        }
+    }
+
+    /// Another choice becomes a sequence of its own, which goes on after the first `tokens` tokens.
+    fn fork(&mut self, key: Key, choice: u32, tokens: usize) -> Option<Key> {
+        let (fork, copies) = self.scheduler.fork(key, choice, tokens)?;
+        match self.copy(&copies) {
+            Ok(()) => Some(fork),
+            Err(error) => {
+                self.scheduler.fail(key.seq, error);
+                None
+            }
+        }
+    }
+
+    fn copy(&mut self, copies: &[(BlockId, BlockId)]) -> Result<(), Error> {
+        if copies.is_empty() {
+            return Ok(());
+        }
+        match catch_unwind(AssertUnwindSafe(|| self.runner.copy_blocks(copies))) {
+            Ok(copied) => copied.map_err(|error| Error::Runner(Arc::new(error))),
+            Err(panic) => Err(Error::RunnerBroken { reason: panic_text(panic.as_ref()) }),
         }
     }
 
     /// Plans a step, computes it, tells what came out.
     pub fn step(&mut self) -> Progress {
+        self.scheduler.duty = self.intake.duty();
+        let adopted = self.scheduler.adopt();
+        let took_over = !adopted.is_empty();
+        for part in adopted {
+            self.take_over(part);
+        }
         let (mut work, changed) = self.scheduler.plan();
         if work.is_empty() {
-            return if changed { Progress::Busy } else { Progress::Idle };
+            return if changed || took_over { Progress::Busy } else { Progress::Idle };
         }
         self.speculate(&mut work);
         match self.run(&work) {
             Ok(logits) => self.settle(&work, logits),
             Err(error) => {
                 for work in work {
-                    self.scheduler.end(work.seq, Event::Failed(error.clone()));
+                    self.scheduler.fail(work.key.seq, error.clone());
                 }
             }
         }
         Progress::Busy
     }
 
+    /// Part of a watched prompt comes from another sequence: its own blocks get the same contents, and its sink hears of them
+    /// as if they had been computed.
+    fn take_over(&mut self, Adopted { key, copies, tokens }: Adopted) {
+        if let Err(error) = self.copy(&copies) {
+            return self.scheduler.fail(key.seq, error);
+        }
+        let (groups, block_size) = (&self.spec.groups, self.scheduler.block_size);
+        let Some(State::Prefilling(table, Some(sink))) = self.scheduler.get_mut(key).map(|s| &mut s.state) else {
+            return self.scheduler.advance(key, tokens.end, tokens.end);
+        };
+        let told = catch_unwind(AssertUnwindSafe(|| {
+            for layer in 0..groups.layers() {
+                sink.layer_done(layer_done(groups, layer, table.ids(), tokens.clone(), block_size));
+            }
+        }));
+        match told {
+            Ok(()) => self.scheduler.advance(key, tokens.end, tokens.end),
+            Err(_) => self.scheduler.fail(key.seq, Error::SinkPanicked),
+        }
+    }
+
     /// Computes the batch. Sequences whose layer sink panicked are ended here.
     fn run(&mut self, work: &[Work]) -> Result<Logits, Error> {
         for item in work.iter().filter(|item| item.last) {
-            if let Some(constrained) = self.scheduler.live_mut(item.seq).and_then(|s| s.constrained.as_mut()) {
+            if let Some(constrained) = self.scheduler.get_mut(item.key).and_then(|s| s.constrained.as_mut()) {
                 constrained.send(&item.drafts, &self.mask_threads);
             }
         }
         // Sinks leave their sequences for the run: the batch borrows these, the callback writes to those.
         let mut watchers: Vec<(&Work, Box<dyn LayerSink>)> = Vec::new();
         for item in work {
-            if let Some(State::Prefilling(_, sink)) = self.scheduler.live_mut(item.seq).map(|s| &mut s.state) {
+            if let Some(State::Prefilling(_, sink)) = self.scheduler.get_mut(item.key).map(|s| &mut s.state) {
                 watchers.extend(sink.take().map(|sink| (item, sink)));
             }
         }
         let mut broken: Vec<SeqId> = Vec::new();
-        let scheduler = &self.scheduler;
-        let block_size = scheduler.block_size;
-        let sequence = |item: &Work| scheduler.live(item.seq).expect("work is planned for live sequences");
+        let (scheduler, groups, block_size) = (&self.scheduler, &self.spec.groups, self.scheduler.block_size);
+        let sequence = |item: &Work| scheduler.get(item.key).expect("work is planned for live sequences");
         let tables = |item: &Work| sequence(item).table().expect("live sequences have a table").ids();
         let with_drafts = |item: &Work| [&sequence(item).tokens[item.tokens.clone()], &item.drafts].concat();
         let runs: Vec<Option<Vec<TokenId>>> =
@@ -209,35 +283,23 @@ impl Engine {
             let tokens = run.as_deref().unwrap_or_else(|| &sequence(item).tokens[item.tokens.clone()]);
             batch.push(SeqInput { tokens, start: item.tokens.start, tables: tables(item), rows: item.rows() });
         }
-        let groups = &self.spec.groups;
         let mut after_layer = |layer: usize| {
-            let (group, place) = groups.place(layer);
             for (item, sink) in &mut watchers {
-                let table = &tables(item)[group];
-                let end = item.tokens.end.div_ceil(block_size).min(table.len());
-                let first_block = (item.tokens.start / block_size).min(end);
-                let done = LayerDone {
-                    layer,
-                    layers: groups.layers(),
-                    group,
-                    place,
-                    first_block,
-                    blocks: &table[first_block..end],
-                    tokens: item.tokens.clone(),
-                };
-                if !broken.contains(&item.seq) && catch_unwind(AssertUnwindSafe(|| sink.layer_done(done))).is_err() {
-                    broken.push(item.seq);
+                let done = layer_done(groups, layer, tables(item), item.tokens.clone(), block_size);
+                let seq = item.key.seq;
+                if !broken.contains(&seq) && catch_unwind(AssertUnwindSafe(|| sink.layer_done(done))).is_err() {
+                    broken.push(seq);
                 }
             }
         };
         let result = catch_unwind(AssertUnwindSafe(|| self.runner.run(&batch, &mut after_layer)));
         for (item, sink) in watchers {
-            if let Some(State::Prefilling(_, place)) = self.scheduler.live_mut(item.seq).map(|s| &mut s.state) {
+            if let Some(State::Prefilling(_, place)) = self.scheduler.get_mut(item.key).map(|s| &mut s.state) {
                 *place = Some(sink);
             }
         }
         for seq in broken {
-            self.scheduler.end(seq, Event::Failed(Error::SinkPanicked));
+            self.scheduler.fail(seq, Error::SinkPanicked);
         }
         let logits = match result {
             Ok(computed) => computed.map_err(|error| Error::Runner(Arc::new(error)))?,
@@ -259,11 +321,11 @@ impl Engine {
         for item in work {
             let (rows, others) = rest.split_at_mut(item.rows() * vocab);
             rest = others;
-            let Some(sequence) = self.scheduler.live(item.seq) else { continue };
+            let Some(sequence) = self.scheduler.get(item.key) else { continue };
             if matches!(sequence.state, State::Prefilling(..)) {
                 self.scheduler.totals.prefilled_tokens += item.tokens.len() as u64;
             }
-            self.scheduler.advance(item.seq, item.tokens.end, item.tokens.end);
+            self.scheduler.advance(item.key, item.tokens.end, item.tokens.end);
             if item.last {
                 self.next_tokens(item, rows);
             }
@@ -272,56 +334,83 @@ impl Engine {
 
     /// Chooses the next token, and as long as it is what was drafted, the one after.
     fn next_tokens(&mut self, item: &Work, rows: &mut [f32]) {
-        let Some(sequence) = self.scheduler.live_mut(item.seq) else { return };
+        let Some(sequence) = self.scheduler.get_mut(item.key) else { return };
         let masks = match sequence.constrained.as_mut().map(Constrained::receive).transpose() {
             Ok(masks) => masks,
-            Err(error) => return self.scheduler.end(item.seq, Event::Failed(error)),
+            Err(error) => return self.scheduler.fail(item.key.seq, error),
         };
+        // A draft that its grammar does not allow has no mask after it, and is not chosen.
+        let mask = |at: usize| masks.as_ref().and_then(|masks| masks.get(at));
+        if sequence.is_prompt() && item.key.choice == 0 {
+            for choice in 1..sequence.request.answers() {
+                if let Some(fork) = self.fork(item.key, choice, item.tokens.end) {
+                    self.next_token(fork, &mut rows.to_vec(), mask(0));
+                }
+            }
+        }
         let mut accepted = 0;
         for (at, row) in rows.chunks_exact_mut(self.spec.vocab).enumerate() {
-            // A draft that its grammar does not allow has no mask after it, and is not chosen.
-            let mask = masks.as_ref().and_then(|masks| masks.get(at));
-            let Some(token) = self.next_token(item.seq, row, mask) else { break };
+            let Some(token) = self.next_token(item.key, row, mask(at)) else { break };
             if item.drafts.get(at) != Some(&token) {
                 break;
             }
             accepted += 1;
             let computed = item.tokens.end + accepted;
-            self.scheduler.advance(item.seq, computed, computed);
+            self.scheduler.advance(item.key, computed, computed);
         }
         if !item.drafts.is_empty() {
             self.scheduler.totals.drafted_tokens += item.drafts.len() as u64;
             self.scheduler.totals.accepted_tokens += accepted as u64;
-            if let Some(sequence) = self.scheduler.live_mut(item.seq) {
+            if let Some(sequence) = self.scheduler.get_mut(item.key) {
                 sequence.pace.learn(item.drafts.len(), accepted);
             }
         }
     }
 
     /// Chooses a token and tells it. `None`: the sequence does not go on.
-    fn next_token(&mut self, seq: SeqId, row: &mut [f32], mask: Option<&Mask>) -> Option<TokenId> {
-        let sequence = self.scheduler.live_mut(seq)?;
+    fn next_token(&mut self, key: Key, row: &mut [f32], mask: Option<&Mask>) -> Option<TokenId> {
+        let sequence = self.scheduler.get_mut(key)?;
         let chosen = self.sampler.sample(row, sequence.ask(&self.spec.eos, mask));
         let pushed = chosen.and_then(|sampled| Ok((sequence.push(sampled.token, &self.spec.eos)?, sampled)));
+        let mode = sequence.request.mode;
         let (finished, sampled) = match pushed {
             Ok(pushed) => pushed,
             Err(error) => {
-                self.scheduler.end(seq, Event::Failed(error));
+                self.scheduler.fail(key.seq, error);
                 return None;
             }
         };
         let token = sampled.token;
-        let told = sequence.tell(Event::Token(sampled));
-        let mode = sequence.request.mode;
-        self.scheduler.begin_answer(seq);
+        let told = self.scheduler.tell(key.seq, Event::Token { choice: key.choice, sampled });
+        self.scheduler.begin_answer(key);
         self.scheduler.totals.sampled_tokens += 1;
         match finished {
-            _ if !told => drop(self.scheduler.remove(seq)),
-            Some(reason) if mode == Mode::Generate => self.scheduler.end(seq, Event::Finished(reason)),
+            _ if !told => self.scheduler.remove(key.seq),
+            Some(reason) if mode == Mode::Generate => self.scheduler.finish(key, reason),
             _ => return Some(token),
         }
         None
     }
+}
+
+/// The sequence that commands mean: until a prompt is computed there is no other choice than the first.
+fn first(seq: SeqId) -> Key {
+    Key { seq, choice: 0 }
+}
+
+/// What a sink is told of one layer of a chunk.
+fn layer_done<'a>(
+    groups: &KvGroups,
+    layer: usize,
+    tables: &'a [Vec<BlockId>],
+    tokens: Range<usize>,
+    block_size: usize,
+) -> LayerDone<'a> {
+    let (group, place) = groups.place(layer);
+    let end = tokens.end.div_ceil(block_size).min(tables[group].len());
+    let first_block = (tokens.start / block_size).min(end);
+    let blocks = &tables[group][first_block..end];
+    LayerDone { layer, layers: groups.layers(), group, place, first_block, blocks, tokens }
 }
 
 fn panic_text(panic: &(dyn Any + Send)) -> Arc<str> {

@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use kvasir_types::{Retry, TokenId};
 
-use crate::BadGrammar;
+use crate::{BadGrammar, Duty};
 
 /// What went wrong with one request.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -51,6 +51,20 @@ pub enum Error {
         /// Blocks of the pool.
         blocks: usize,
     },
+    /// The engine's duty is another one at present.
+    #[error("the engine takes no such request: its duty is {duty:?}")]
+    WrongDuty {
+        /// What it takes.
+        duty: Duty,
+    },
+    /// No or too many choices.
+    #[error("{choices} choices: there must be 1 to {limit}")]
+    BadChoices {
+        /// How many were asked for.
+        choices: u32,
+        /// Most there may be.
+        limit: u32,
+    },
     /// As many requests as may wait are waiting.
     #[error("{limit} requests are waiting already")]
     QueueFull {
@@ -93,11 +107,14 @@ impl Error {
             Self::EmptyPrompt
             | Self::UnknownToken { .. }
             | Self::BadContinuation { .. }
+            | Self::BadChoices { .. }
             | Self::Grammar(_)
             | Self::PromptTooLong { .. } => Retry::Never,
             Self::QueueFull { .. } => Retry::After(Duration::from_secs(1)),
             Self::Runner(error) => error.retry(),
-            Self::PromptExceedsPool { .. } | Self::Closed | Self::OutOfBlocks { .. } => Retry::Elsewhere,
+            Self::WrongDuty { .. } | Self::PromptExceedsPool { .. } | Self::Closed | Self::OutOfBlocks { .. } => {
+                Retry::Elsewhere
+            }
             Self::RunnerBroken { .. } | Self::BadLogits { .. } | Self::SinkPanicked => Retry::Elsewhere,
         }
     }

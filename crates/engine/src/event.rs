@@ -4,7 +4,7 @@ use std::{ops::Range, sync::Arc};
 
 use kvasir_types::{BlockHash, BlockId, FinishReason, Sampled};
 
-use crate::Error;
+use crate::{Error, SeqId};
 
 /// Hears what becomes of one sequence.
 ///
@@ -22,17 +22,30 @@ impl<F: FnMut(Event) + Send> EventSink for F {
     }
 }
 
-/// What becomes of a sequence, in this order: `Admitted`, then `Token`s, then `Finished`; or `Failed` at any point.
+/// What becomes of a sequence, in this order: `Admitted`, then for each choice its `Token`s and its `Finished`; or `Failed`
+/// at any point, which ends all choices. The sequence has ended with the `Finished` that leaves none, or with `Failed`.
 #[derive(Clone, Debug)]
 pub enum Event {
     /// Blocks are reserved for the whole prompt. The sequence is held until `landed`, `compute` or `resume`.
     Admitted(Admission),
-    /// The next token; the last one (an end token, too) included.
-    Token(Sampled),
-    /// The answer is complete and its blocks are given back. Never sent to a `PrefillOnly` sequence: that one is kept
-    /// after its token, until `release` or `abort`.
-    Finished(FinishReason),
-    /// The sequence cannot go on; its blocks are given back.
+    /// The next token of a choice; the last one (an end token, too) included.
+    Token {
+        /// Which choice, from 0 on.
+        choice: u32,
+        /// The token.
+        sampled: Sampled,
+    },
+    /// A choice is complete and its blocks are given back. Never sent to a `PrefillOnly` sequence: that one is kept after its
+    /// token, until `release` or `abort`.
+    Finished {
+        /// Which choice.
+        choice: u32,
+        /// Why it ended.
+        reason: FinishReason,
+        /// Choices that have not ended yet; the sequence is over with 0.
+        left: u32,
+    },
+    /// The sequence cannot go on, none of its choices; its blocks are given back.
     Failed(Error),
 }
 
@@ -43,11 +56,36 @@ pub struct Admission {
     /// [`BlockId::GONE`] where a sliding group needs none. They stay this sequence's own until it ends: a held sequence is
     /// never preempted, a peer may be writing into its blocks.
     pub tables: Vec<Vec<BlockId>>,
-    /// Hashes of the prompt's full blocks.
+    /// Hashes of the prompt's full blocks: their names in group 0 ([`kvasir_kv_cache::in_group`] for the others).
     pub hashes: Arc<[BlockHash]>,
     /// How many tokens at the beginning have their KV already: a multiple of the block size, less than the prompt, because
     /// at least the last token must be computed to know what follows it. These blocks may be read, not written.
     pub cached_tokens: usize,
+}
+
+/// A complete block of a sequence that loses its blocks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SpilledBlock {
+    /// Its name in its group.
+    pub hash: BlockHash,
+    /// Its group.
+    pub group: usize,
+    /// Where it is.
+    pub block: BlockId,
+}
+
+/// Keeps what preempted sequences have computed, somewhere else: a KV store.
+///
+/// Called on the engine thread, so it must not wait for anybody; if it panics, nothing was kept.
+pub trait Spill: Send {
+    /// A sequence loses its blocks. They stay as they are **until this returns**; after that they are in the prefix cache
+    /// like any others, and gone when their place is needed. Whoever cannot move them at once copies them.
+    fn out(&mut self, seq: SeqId, blocks: &[SpilledBlock]);
+
+    /// A sequence that was told to `out` has blocks again: `admission.cached_tokens` tokens are still there, of the
+    /// `admission.hashes` blocks that it had. True: whoever keeps them brings them back. Then the sequence is held as a new
+    /// one is: write into `admission.tables`, say `landed`, and in any case `compute`, which computes the rest.
+    fn back(&mut self, seq: SeqId, admission: &Admission) -> bool;
 }
 
 /// Watches a prompt being computed, layer by layer: the prefill worker's pusher.

@@ -3,7 +3,7 @@
 //! ```text
 //!   Handle ──commands──▶ ┌ engine thread ───────────────────────────────────────────┐
 //!   (any thread)         │ loop { take commands; Engine::step() }                   │
-//!                        │    step = grow decoders → admit → cut prompts in chunks  │
+//!                        │    step = share → decoders → admit → chunks of prompts   │
 //!   EventSink ◀──────────│           → Runner::run → sample → events                │
 //!   LayerSink ◀──────────│                  └ after each layer                      │
 //!                        └──────────────────────────────────────────────────────────┘
@@ -16,9 +16,11 @@
 //! double for everything above the model.
 //!
 //! What holds at all times:
-//! - a sequence that was admitted ends with exactly one of `Finished`, `Failed`, or the caller's abort/release;
+//! - a sequence that was admitted ends with exactly one of `Finished` for its last choice, `Failed`, or the caller's
+//!   abort/release;
 //! - what is emitted depends on the request alone: not on the batch, on chunking, on cache hits or on preemption;
-//! - a block that was told to the outside ([`Admission`]) stays with its sequence until that is computed, ended or aborted;
+//! - a block that was told to the outside ([`Admission`]) stays with its sequence until that ends, is aborted, or is told to
+//!   compute by itself, unwatched;
 //! - with no sequence alive, free + cached blocks = all blocks.
 
 #![forbid(unsafe_code)]
@@ -45,8 +47,8 @@ pub use config::Config;
 pub use constrain::{BadGrammar, Constraint, Constraints};
 pub use engine::{Command, Engine, Parts, Progress};
 pub use error::Error;
-pub use event::{Admission, Event, EventSink, LayerDone, LayerSink};
-pub use request::{Intake, Mode, NewSequence, Rejected, Request, SeqId};
+pub use event::{Admission, Event, EventSink, LayerDone, LayerSink, Spill, SpilledBlock};
+pub use request::{Demand, Duty, Intake, MAX_CHOICES, Mode, NewSequence, Priority, Rejected, Request, SeqId};
 pub use runner::{ModelRunner, Runner, RunnerSpec};
 pub use sampler::{Ask, History, Mask, Sampler, choice_seed, sample, uniform};
 pub use scripted::{Script, ScriptedRunner};
@@ -55,7 +57,7 @@ pub use stats::Stats;
 pub use thread::{Handle, spawn};
 
 // What a caller names together with this crate's API.
-pub use kvasir_kv_cache::Counts;
+pub use kvasir_kv_cache::{Batch as CacheBatch, CacheEvent, Counts, Snapshot as CacheSnapshot, Stored};
 pub use kvasir_model::{Logits, SeqInput};
 
 #[cfg(test)]

@@ -7,7 +7,7 @@ use std::{
     fmt,
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering},
     },
 };
 
@@ -18,6 +18,9 @@ use crate::{
     BadGrammar, Config, Constraints, Error, EventSink, RunnerSpec, constrain::Constrained, engine::Command,
     sequence::Sequence,
 };
+
+/// Most choices of one request.
+pub const MAX_CHOICES: u32 = 128;
 
 /// A sequence of one engine. Numbers grow in the order of admission and are never used again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -42,6 +45,68 @@ pub struct Request {
     pub sampling: Sampling,
     /// What to do once the prompt is there.
     pub mode: Mode,
+    /// Who goes before whom.
+    pub priority: Priority,
+    /// How many answers to write to the prompt, 1 to [`MAX_CHOICES`]; each with its own seed
+    /// ([`crate::choice_seed`]), the first with the request's. A `PrefillOnly` sequence draws the first one's token only.
+    pub choices: u32,
+}
+
+impl Request {
+    /// How many answers are written here.
+    pub(crate) fn answers(&self) -> u32 {
+        match self.mode {
+            Mode::Generate => self.choices,
+            Mode::PrefillOnly => 1,
+        }
+    }
+}
+
+/// Who goes before whom. The order of admission, of the batch, and, backwards, of losing blocks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Priority {
+    /// Somebody waits for the answer.
+    #[default]
+    Online,
+    /// Uses what the others leave. After a number of steps without a turn ([`Config::offline_patience`]) it counts as
+    /// online: then its age puts it before those that came later, so it cannot starve.
+    Offline,
+}
+
+/// What an engine takes on. It can change while it runs, and refuses nothing that is under way: a change shows at the
+/// door, and in how a step is shared.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Duty {
+    /// Prompts and answers: every step has one token of each answer, and chunks of prompts beside them.
+    #[default]
+    Mixed,
+    /// New requests must be `PrefillOnly`. Answers that are being written go on, a token in every step.
+    Prefill,
+    /// New requests must be `Generate`. Prompts of theirs that must be computed here after all (what a prefill worker did
+    /// not bring) are, but while an answer is being written in chunks of no more than [`Config::remainder_tokens`] for all of
+    /// them, so that it is not held up. `PrefillOnly` sequences that are there are finished in the same way.
+    Decode,
+}
+
+impl Duty {
+    const ALL: [Self; 3] = [Self::Mixed, Self::Prefill, Self::Decode];
+
+    fn takes(self, mode: Mode) -> bool {
+        match self {
+            Self::Mixed => true,
+            Self::Prefill => mode == Mode::PrefillOnly,
+            Self::Decode => mode == Mode::Generate,
+        }
+    }
+}
+
+/// Blocks that a request may hold.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Demand {
+    /// Without so many it does not start.
+    pub to_start: usize,
+    /// It never has more: all choices as long as they may get, sharing only the prompt.
+    pub at_most: usize,
 }
 
 /// How far a request goes.
@@ -76,9 +141,13 @@ struct Shared {
     blocks: usize,
     vocab: usize,
     max_len: usize,
-    max_waiting: usize,
+    /// By priority.
+    max_waiting: [usize; 2],
     next_seq: AtomicU64,
-    waiting: Arc<AtomicUsize>,
+    /// By priority.
+    waiting: [Arc<AtomicUsize>; 2],
+    /// Index in [`Duty::ALL`].
+    duty: AtomicU8,
     closed: AtomicBool,
     constraints: Option<Arc<dyn Constraints>>,
 }
@@ -103,9 +172,10 @@ impl Intake {
             blocks,
             vocab: spec.vocab,
             max_len: spec.max_len,
-            max_waiting: config.max_waiting,
+            max_waiting: [config.max_waiting, config.max_waiting_offline],
             next_seq: AtomicU64::new(0),
-            waiting: Arc::default(),
+            waiting: Default::default(),
+            duty: AtomicU8::new(0),
             closed: AtomicBool::new(false),
             constraints,
         }))
@@ -114,14 +184,14 @@ impl Intake {
     /// Checks a request and makes the command that starts it. Does the expensive parts (hashing the prompt, compiling the
     /// grammar) here, on the caller's thread.
     pub fn admit(&self, request: Request, events: Box<dyn EventSink>) -> Result<(SeqId, Command), Rejected> {
-        let checked = self.check(&request).and_then(|()| self.constrained(&request));
-        match checked.and_then(|constrained| Ok((constrained, self.enqueue()?))) {
-            Ok((constrained, place)) => {
+        let checked = self.check(&request).and_then(|()| self.forms(&request));
+        match checked.and_then(|forms| Ok((forms, self.enqueue(request.priority)?))) {
+            Ok((forms, place)) => {
                 let hashes = chain(request.root, &request.prompt, self.0.geometry.block_size());
                 let seq = SeqId(self.0.next_seq.fetch_add(1, Ordering::Relaxed));
                 let limit = self.output_limit(&request);
-                let sequence = Sequence::new(seq, request, constrained, hashes.into(), limit, events, place);
-                Ok((seq, Command::Admit(NewSequence(Box::new(sequence)))))
+                let sequence = Box::new(Sequence::new(seq, request, forms, hashes.into(), limit, place));
+                Ok((seq, Command::Admit(NewSequence { sequence, events })))
             }
             Err(error) => Err(Rejected { error, request: Box::new(request) }),
         }
@@ -129,7 +199,37 @@ impl Intake {
 
     /// Requests that were taken on and do not have their blocks yet.
     pub fn waiting(&self) -> usize {
-        self.0.waiting.load(Ordering::Relaxed)
+        self.0.waiting.iter().map(|count| count.load(Ordering::Relaxed)).sum()
+    }
+
+    /// What the engine takes on.
+    pub fn duty(&self) -> Duty {
+        Duty::ALL[usize::from(self.0.duty.load(Ordering::Relaxed))]
+    }
+
+    /// Changes what it takes on; see [`Duty`].
+    pub fn set_duty(&self, duty: Duty) {
+        self.0.duty.store(duty as u8, Ordering::Relaxed);
+    }
+
+    /// How many blocks a request needs, and may come to need.
+    pub fn demand(&self, request: &Request) -> Demand {
+        let shared = &*self.0;
+        let needed = |tokens| shared.geometry.needed(tokens, shared.chunk_tokens);
+        let prompt = request.prompt.len();
+        let to_start = needed(prompt + usize::from(request.mode == Mode::Generate));
+        let at_most = match request.mode {
+            Mode::PrefillOnly => to_start,
+            Mode::Generate if prompt >= shared.max_len => to_start,
+            Mode::Generate => {
+                // The last token's KV is never computed.
+                let end = prompt - (request.sampling.continued as usize).min(prompt) + self.output_limit(request) - 1;
+                let whole = needed(end.max(prompt));
+                let shared_blocks = shared.geometry.shared(prompt);
+                whole + (request.answers() as usize).saturating_sub(1) * whole.saturating_sub(shared_blocks)
+            }
+        };
+        Demand { to_start, at_most: at_most.max(to_start) }
     }
 
     /// From here on every request is refused.
@@ -143,6 +243,13 @@ impl Intake {
         if shared.closed.load(Ordering::Acquire) {
             return Err(Error::Closed);
         }
+        let duty = self.duty();
+        if !duty.takes(request.mode) {
+            return Err(Error::WrongDuty { duty });
+        }
+        if !(1..=MAX_CHOICES).contains(&request.choices) {
+            return Err(Error::BadChoices { choices: request.choices, limit: MAX_CHOICES });
+        }
         if tokens == 0 {
             return Err(Error::EmptyPrompt);
         }
@@ -150,7 +257,7 @@ impl Intake {
         if tokens >= shared.max_len {
             return Err(Error::PromptTooLong { tokens, max_len: shared.max_len });
         }
-        let needed = shared.geometry.needed(tokens + usize::from(request.mode == Mode::Generate), shared.chunk_tokens);
+        let needed = self.demand(request).to_start;
         if needed > shared.blocks {
             return Err(Error::PromptExceedsPool { tokens, needed, blocks: shared.blocks });
         }
@@ -167,27 +274,31 @@ impl Intake {
         }
     }
 
-    /// The constraint that the answer's form makes, after as much of the answer as there is.
-    fn constrained(&self, request: &Request) -> Result<Option<Constrained>, Error> {
-        let Some(grammar) = &request.sampling.grammar else { return Ok(None) };
+    /// The constraints that the answers' form makes, one for each choice, after as much of the answer as there is.
+    fn forms(&self, request: &Request) -> Result<Vec<Constrained>, Error> {
+        let Some(grammar) = &request.sampling.grammar else { return Ok(Vec::new()) };
         let no_tokenizer = || BadGrammar::new("this worker's model has no tokenizer that grammars can be made for");
         let constraints = self.0.constraints.as_ref().ok_or_else(|| Error::Grammar(no_tokenizer()))?;
-        let mut constrained = Constrained::new(constraints.compile(grammar).map_err(Error::Grammar)?);
         let written = request.prompt.len() - request.sampling.continued as usize;
-        for &token in &request.prompt[written..] {
-            if constrained.advance(token)? {
-                return Err(Error::Grammar(BadGrammar::new("the answer to go on with is complete")));
+        let mut forms = Vec::new();
+        for _ in 0..request.answers() {
+            let mut constrained = Constrained::new(constraints.compile(grammar).map_err(Error::Grammar)?);
+            for &token in &request.prompt[written..] {
+                if constrained.advance(token)? {
+                    return Err(Error::Grammar(BadGrammar::new("the answer to go on with is complete")));
+                }
             }
+            forms.push(constrained);
         }
-        Ok(Some(constrained))
+        Ok(forms)
     }
 
-    fn enqueue(&self) -> Result<QueuePlace, Error> {
-        let waiting = &self.0.waiting;
-        let one_more = |count: usize| (count < self.0.max_waiting).then_some(count + 1);
+    fn enqueue(&self, priority: Priority) -> Result<QueuePlace, Error> {
+        let (waiting, limit) = (&self.0.waiting[priority as usize], self.0.max_waiting[priority as usize]);
+        let one_more = |count: usize| (count < limit).then_some(count + 1);
         match waiting.fetch_update(Ordering::Relaxed, Ordering::Relaxed, one_more) {
             Ok(_) => Ok(QueuePlace(Arc::clone(waiting))),
-            Err(_) => Err(Error::QueueFull { limit: self.0.max_waiting }),
+            Err(_) => Err(Error::QueueFull { limit }),
         }
     }
 
@@ -199,8 +310,10 @@ impl Intake {
 }
 
 /// A checked request on its way to the engine, with its name and its place in the queue.
-#[derive(Debug)]
-pub struct NewSequence(pub(crate) Box<Sequence>);
+pub struct NewSequence {
+    pub(crate) sequence: Box<Sequence>,
+    pub(crate) events: Box<dyn EventSink>,
+}
 
 /// A place in the bounded queue; dropping it (admitted, aborted, or lost with the thread) makes room for another.
 #[derive(Debug)]

@@ -14,7 +14,7 @@ use std::{
 };
 
 use kvasir_model::{Error, Logits, SeqInput};
-use kvasir_types::{BlockId, KvLayout, Sampling, TokenId};
+use kvasir_types::{BlockId, GroupKind, KvGroups, KvLayout, Sampling, TokenId};
 
 use crate::{Ask, History, Runner, RunnerSpec, Sampler, sampler::mix};
 
@@ -25,7 +25,6 @@ const START: u64 = 0x6b76_6173_6972;
 #[derive(Debug)]
 pub struct ScriptedRunner {
     spec: RunnerSpec,
-    layers: usize,
     script: Script,
 }
 
@@ -43,13 +42,21 @@ struct Memory {
     slots: HashMap<(BlockId, usize), Slot>,
     fault: Option<Fault>,
     runs: Vec<usize>,
+    /// Runs that saw something else than was written for them.
+    bad_reads: usize,
 }
+
+/// What was in a block.
+#[derive(Clone)]
+#[cfg(test)]
+pub(crate) struct Saved(Vec<Option<Slot>>);
 
 /// What stands for K and V of one token.
 #[derive(Clone, Copy, PartialEq, Eq)]
 struct Slot {
     token: TokenId,
     history: u64,
+    group: usize,
 }
 
 #[derive(Clone, Copy)]
@@ -67,7 +74,7 @@ impl ScriptedRunner {
             block_size: layout.block_size as usize,
             shared: Arc::new(Mutex::default()),
         };
-        Self { spec, layers: layout.layers as usize, script }
+        Self { spec, script }
     }
 
     /// The script behind it.
@@ -94,16 +101,22 @@ impl Runner for ScriptedRunner {
         }
         let script = &self.script;
         for input in batch {
-            script.write(&mut memory, &input.tables[0], input.start, input.tokens);
+            script.write(&mut memory, input);
         }
+        let (groups, mut bad) = (&self.spec.groups, 0);
+        for input in batch {
+            let read = script.try_read(&memory, groups, input.tables, input.start + input.tokens.len());
+            bad += usize::from(read.is_none());
+        }
+        memory.bad_reads += bad;
         let rows = batch.iter().flat_map(|input| {
             let end = input.start + input.tokens.len();
-            (end - input.rows + 1..=end).flat_map(|end| script.row(script.read(&memory, &input.tables[0], end)))
+            (end - input.rows + 1..=end).flat_map(|end| script.row(script.read(&memory, groups, input.tables, end)))
         });
         let logits = Logits { vocab: self.spec.vocab, rows: rows.collect() };
         // Sinks may look at the memory.
         drop(memory);
-        (0..self.layers).for_each(after_layer);
+        (0..self.spec.groups.layers()).for_each(after_layer);
         Ok(logits)
     }
 
@@ -133,11 +146,14 @@ impl Script {
         tokens.split_off(prompt.len())
     }
 
-    /// Writes KV of the positions `range` of `history` into the blocks of `table`, as a peer's one-sided writes would.
-    pub fn land(&self, table: &[BlockId], history: &[TokenId], range: Range<usize>) {
+    /// Writes KV of the positions `range` of `history` into the blocks of `tables`, one for each group, as a peer's
+    /// one-sided writes would; what is gone is left out.
+    pub fn land(&self, tables: &[Vec<BlockId>], history: &[TokenId], range: Range<usize>) {
         let mut memory = self.lock();
         let before = history[..range.start].iter().fold(START, |hash, &token| extend(hash, token));
-        self.write_from(&mut memory, table, range.start, &history[range], before);
+        for (group, table) in tables.iter().enumerate() {
+            self.write_from(&mut memory, group, table, range.start, &history[range.clone()], before);
+        }
     }
 
     /// Copies a block out of another engine's memory into this one's, as a transfer would.
@@ -155,11 +171,33 @@ impl Script {
         }
     }
 
+    /// How often a run read a slot that was not written for its position, history and group.
+    pub fn bad_reads(&self) -> usize {
+        self.lock().bad_reads
+    }
+
+    #[cfg(test)]
+    pub(crate) fn save(&self, block: BlockId) -> Saved {
+        let memory = self.lock();
+        Saved((0..self.block_size).map(|slot| memory.slots.get(&(block, slot)).copied()).collect())
+    }
+
+    #[cfg(test)]
+    pub(crate) fn restore(&self, block: BlockId, saved: &Saved) {
+        let mut memory = self.lock();
+        for (slot, &value) in saved.0.iter().enumerate() {
+            match value {
+                Some(value) => memory.slots.insert((block, slot), value),
+                None => memory.slots.remove(&(block, slot)),
+            };
+        }
+    }
+
     /// Overwrites a block with rubbish, as a write that comes too late would.
     pub fn scribble(&self, block: BlockId) {
         let mut memory = self.lock();
         for slot in 0..self.block_size {
-            memory.slots.insert((block, slot), Slot { token: TokenId(u32::MAX), history: u64::MAX });
+            memory.slots.insert((block, slot), Slot { token: TokenId(u32::MAX), history: u64::MAX, group: 0 });
         }
     }
 
@@ -186,34 +224,62 @@ impl Script {
         (table[position / self.block_size], position % self.block_size)
     }
 
-    fn write(&self, memory: &mut Memory, table: &[BlockId], start: usize, tokens: &[TokenId]) {
-        let before = match start {
-            0 => START,
-            // An empty slot stands for whatever was in memory: any value but the right one.
-            _ => memory.slots.get(&self.slot(table, start - 1)).map_or(!START, |slot| slot.history),
-        };
-        self.write_from(memory, table, start, tokens, before);
+    fn write(&self, memory: &mut Memory, input: &SeqInput<'_>) {
+        for (group, table) in input.tables.iter().enumerate() {
+            let before = match input.start {
+                0 => START,
+                // An empty slot stands for whatever was in memory: any value but the right one.
+                start => memory.slots.get(&self.slot(table, start - 1)).map_or(!START, |slot| slot.history),
+            };
+            self.write_from(memory, group, table, input.start, input.tokens, before);
+        }
     }
 
-    fn write_from(&self, memory: &mut Memory, table: &[BlockId], start: usize, tokens: &[TokenId], before: u64) {
+    fn write_from(
+        &self,
+        memory: &mut Memory,
+        group: usize,
+        table: &[BlockId],
+        start: usize,
+        tokens: &[TokenId],
+        before: u64,
+    ) {
         let mut history = before;
         for (position, &token) in (start..).zip(tokens) {
             history = extend(history, token);
-            memory.slots.insert(self.slot(table, position), Slot { token, history });
+            let (block, slot) = self.slot(table, position);
+            if block != BlockId::GONE {
+                memory.slots.insert((block, slot), Slot { token, history, group });
+            }
         }
     }
 
-    /// The hash of the first `len` tokens as they stand in the blocks; something else if any slot is not what was
-    /// written there for this history.
-    fn read(&self, memory: &Memory, table: &[BlockId], len: usize) -> u64 {
-        let mut history = START;
-        for position in 0..len {
-            match memory.slots.get(&self.slot(table, position)) {
-                Some(slot) if slot.history == extend(history, slot.token) => history = slot.history,
-                _ => history = mix(!history),
+    /// The hash of the first `len` tokens as they stand in the blocks; something else if any slot that the last of them
+    /// sees is not what was written there for this history and group.
+    fn read(&self, memory: &Memory, groups: &KvGroups, tables: &[Vec<BlockId>], len: usize) -> u64 {
+        self.try_read(memory, groups, tables, len).unwrap_or_else(|| mix(len as u64))
+    }
+
+    fn try_read(&self, memory: &Memory, groups: &KvGroups, tables: &[Vec<BlockId>], len: usize) -> Option<u64> {
+        let one = |(group, table): (usize, &Vec<BlockId>)| {
+            let first = match groups[group].kind {
+                GroupKind::Sliding { window } => len.saturating_sub(window as usize),
+                GroupKind::Full | GroupKind::Recurrent => 0,
+            };
+            // The first token that is seen tells what was before it, if anything was.
+            let mut history = (first == 0).then_some(START);
+            for position in first..len {
+                let slot = memory.slots.get(&self.slot(table, position)).filter(|slot| slot.group == group)?;
+                if history.is_some_and(|before| slot.history != extend(before, slot.token)) {
+                    return None;
+                }
+                history = Some(slot.history);
             }
-        }
-        history
+            history
+        };
+        let mut read = tables.iter().enumerate().map(one);
+        let first = read.next()??;
+        read.all(|other| other == Some(first)).then_some(first)
     }
 
     /// Noise, with one token well above it.

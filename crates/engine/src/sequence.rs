@@ -1,38 +1,59 @@
 //! One sequence: its tokens, its blocks, and how far it is.
 //!
 //! ```text
-//!   Queued ──blocks──▶ Held ──compute──▶ Prefilling ──last chunk──▶ Decoding ──▶ ended
-//!                       │                  ▲      │                  │  ▲
-//!                       │ resume           │      └─ PrefillOnly ─▶ Parked
-//!                       └──────────────────┼─────────────────────────┼──┘
-//!                                          │                         │ out of blocks
-//!                                          └── blocks ── Preempted ◀─┘
+//!                     ┌───────────────── resume ─────────────────────┐
+//!                     │                                              ▼
+//!   Queued ─blocks─▶ Held ─compute─▶ Prefilling ──last chunk──▶ Decoding ──▶ ended
+//!                     ▲               │  ▲   └─ PrefillOnly ─▶ Parked │
+//!                     │ brought back  ▼  │ blocks                     │ loses its blocks
+//!                     └──────────── Preempted ◀──────────────────────┘
 //! ```
+//!
+//! A request with several choices is one sequence until its prompt is computed; then each further choice becomes one of
+//! its own (`Prefilling` with all but the last token done, or `Decoding`, or, if there are no blocks, `Preempted`).
 //!
 //! Only the states that have blocks have a [`Table`], so a sequence cannot be computed without or wait with one. The
 //! memory a peer may be writing to belongs to `Held`; the memory a peer may be reading from belongs to a sequence with a
 //! [`LayerSink`], or to `Parked`. None of these is ever preempted.
 
-use std::{
-    fmt,
-    panic::{AssertUnwindSafe, catch_unwind},
-    sync::Arc,
-};
+use std::{fmt, sync::Arc};
 
 use kvasir_kv_cache::{KvCache, Table};
 use kvasir_types::{BlockHash, FinishReason, TokenId};
 
 use crate::{
-    Ask, Error, Event, EventSink, Guess, History, LayerSink, Mask, Mode, Request, SeqId, constrain::Constrained,
-    request::QueuePlace, speculate::Pace,
+    Ask, Error, Guess, History, LayerSink, MAX_CHOICES, Mask, Mode, Priority, Request, SeqId, choice_seed,
+    constrain::Constrained, request::QueuePlace, speculate::Pace,
 };
 
 /// Who watches a prompt being computed, if anybody.
 pub(crate) type Watcher = Option<Box<dyn LayerSink>>;
 
-/// A request on its way through the engine.
+/// One choice of a sequence.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(crate) struct Key {
+    pub seq: SeqId,
+    pub choice: u32,
+}
+
+/// Whose turn it is: the urgent before the others, then the older, then the first choices.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Turn {
+    pub class: Priority,
+    pub key: Key,
+}
+
+/// A request, or one choice of it, on its way through the engine.
 pub(crate) struct Sequence {
-    pub id: SeqId,
+    pub key: Key,
+    /// Its request's priority, or a better one, once it has waited long enough.
+    pub class: Priority,
+    /// Steps it spent without a turn, those of the present wait apart.
+    pub waited: u64,
+    /// When the present wait for blocks began.
+    pub waits_since: u64,
+    /// Blocks, from the first on, that were moved out when it lost them.
+    pub spilled: usize,
     pub request: Request,
     /// The prompt, then the answer so far.
     pub tokens: Vec<TokenId>,
@@ -40,6 +61,8 @@ pub(crate) struct Sequence {
     history: History,
     /// The form that the answer must have.
     pub constrained: Option<Constrained>,
+    /// The same for the further choices, until they are sequences of their own.
+    forms: Vec<Constrained>,
     /// How well its tokens are guessed.
     pub pace: Pace,
     /// Hashes of the prompt's full blocks.
@@ -49,14 +72,13 @@ pub(crate) struct Sequence {
     /// Most tokens the answer may have, those included that were there before.
     output_limit: usize,
     pub state: State,
-    events: Box<dyn EventSink>,
 }
 
 /// Where a sequence is; see the module's page.
 pub(crate) enum State {
     /// Waits for its blocks for the first time. `early`: `compute` came before the blocks did.
     Queued { _place: QueuePlace, early: Option<Watcher> },
-    /// Lost its blocks to an older sequence; computes prompt and answer anew once it gets some.
+    /// Lost its blocks, or is a choice that found none; computes prompt and answer anew once it gets some.
     Preempted,
     /// Blocks reserved; KV may be landing in them from elsewhere.
     Held(Table),
@@ -84,25 +106,66 @@ impl Sequence {
     pub fn new(
         id: SeqId,
         request: Request,
-        constrained: Option<Constrained>,
+        mut forms: Vec<Constrained>,
         prompt_hashes: Arc<[BlockHash]>,
         output_limit: usize,
-        events: Box<dyn EventSink>,
         place: QueuePlace,
     ) -> Self {
         Self {
-            id,
+            key: Key { seq: id, choice: 0 },
+            class: request.priority,
+            waited: 0,
+            waits_since: 0,
+            spilled: 0,
             tokens: request.prompt.to_vec(),
             history: History::new(&request.sampling, &request.prompt),
             request,
-            constrained,
+            constrained: forms.pop(),
+            forms,
             pace: Pace::default(),
             hashes: prompt_hashes.to_vec(),
             prompt_hashes,
             output_limit,
             state: State::Queued { _place: place, early: None },
-            events,
         }
+    }
+
+    /// Another choice of the same request, as far as this one is; without blocks.
+    pub fn fork(&mut self, choice: u32) -> Self {
+        let mut request = self.request.clone();
+        request.sampling.seed = choice_seed(request.sampling.seed, choice);
+        Self {
+            key: Key { choice, ..self.key },
+            class: self.class,
+            waited: self.waited,
+            waits_since: self.waits_since,
+            spilled: 0,
+            tokens: self.tokens.clone(),
+            history: self.history.clone(),
+            request,
+            constrained: self.forms.pop(),
+            forms: Vec::new(),
+            pace: Pace::default(),
+            hashes: self.hashes.clone(),
+            prompt_hashes: self.prompt_hashes.clone(),
+            output_limit: self.output_limit,
+            state: State::Preempted,
+        }
+    }
+
+    /// Where it stands in every line.
+    pub fn turn(&self) -> Turn {
+        Turn { class: self.class, key: self.key }
+    }
+
+    /// Whether nothing of the answer is written yet (here).
+    pub fn is_prompt(&self) -> bool {
+        self.tokens.len() == self.request.prompt.len()
+    }
+
+    /// Hashes of the full blocks of its tokens, as far as they were needed.
+    pub fn hashes(&self) -> &[BlockHash] {
+        &self.hashes
     }
 
     /// Its blocks, if it has any.
@@ -156,6 +219,13 @@ impl Sequence {
         &self.hashes[..blocks]
     }
 
+    /// The same hashes once more, and the blocks.
+    pub fn reusable(&mut self, block_size: usize) -> (&[BlockHash], Option<&mut Table>) {
+        let blocks = (self.tokens.len() - 1) / block_size;
+        self.hash_blocks(blocks, block_size);
+        (&self.hashes[..blocks], self.state.table_mut())
+    }
+
     /// KV of the first `tokens` tokens is there.
     pub fn advance(&mut self, tokens: usize) {
         if let Some(table) = self.state.table_mut() {
@@ -186,10 +256,15 @@ impl Sequence {
         Ask { sampling, position: self.tokens.len(), history: &self.history, eos, mask }
     }
 
+    /// A number of its own for every choice.
+    fn name(&self) -> SeqId {
+        SeqId(self.key.seq.0 * u64::from(MAX_CHOICES) + u64::from(self.key.choice))
+    }
+
     /// What a proposer is told.
     pub fn guess(&self, limit: usize) -> Guess<'_> {
         let sampling = &self.request.sampling;
-        Guess { seq: self.id, tokens: &self.tokens, sampling, history: &self.history, limit }
+        Guess { seq: self.name(), tokens: &self.tokens, sampling, history: &self.history, limit }
     }
 
     /// Tokens that may still be written.
@@ -216,12 +291,6 @@ impl Sequence {
         }
         Ok(if self.history.answered() >= self.output_limit { Some(FinishReason::Length) } else { None })
     }
-
-    /// Tells the caller. False: the sink panicked, and there is nobody left to work for.
-    #[must_use]
-    pub fn tell(&mut self, event: Event) -> bool {
-        catch_unwind(AssertUnwindSafe(|| self.events.event(event))).is_ok()
-    }
 }
 
 impl fmt::Debug for Sequence {
@@ -234,6 +303,13 @@ impl fmt::Debug for Sequence {
             State::Decoding(..) => "decoding",
             State::Parked(_) => "parked",
         };
-        write!(f, "{} {state} {} of {} tokens", self.id, self.table().map_or(0, |t| t.computed), self.tokens.len())
+        write!(
+            f,
+            "{}.{} {state} {} of {} tokens",
+            self.key.seq,
+            self.key.choice,
+            self.table().map_or(0, |t| t.computed),
+            self.tokens.len()
+        )
     }
 }

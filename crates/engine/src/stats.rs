@@ -9,7 +9,7 @@ pub struct Stats {
     pub blocks: Counts,
     /// Requests that wait for their blocks.
     pub waiting: usize,
-    /// Sequences that had blocks, lost them to an older one, and wait for some again.
+    /// Sequences that had blocks, lost them, and wait for some again; and choices that found none when they began.
     pub preempted: usize,
     /// Sequences whose blocks are reserved and that wait for their caller.
     pub held: usize,
@@ -33,10 +33,18 @@ pub struct Stats {
     pub accepted_tokens: u64,
     /// Times a proposer gave up; it is asked no more then.
     pub proposer_failures: u64,
-    /// Sequences that ended with `Finished`.
+    /// Prompt tokens taken over from a sequence that was computing the same ones.
+    pub shared_tokens: u64,
+    /// Sequences that ended with their last `Finished`.
     pub finished: u64,
     /// Sequences that ended with `Failed`.
     pub failed: u64,
-    /// Times a sequence lost its blocks to an older one.
+    /// Times a sequence lost its blocks to an older or more urgent one.
     pub preemptions: u64,
+    /// Offline sequences that waited long enough to count as online.
+    pub promotions: u64,
+    /// Further choices that began by sharing the first one's blocks.
+    pub forks: u64,
+    /// Preempted sequences whose blocks were brought back from where they were moved to.
+    pub recalls: u64,
 }

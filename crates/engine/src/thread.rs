@@ -15,11 +15,12 @@ use std::{
 };
 
 use crossbeam_channel::{Receiver, Sender, TryRecvError, TrySendError, bounded};
+use kvasir_kv_cache::{Batch, Snapshot};
 use kvasir_types::{KvLayout, TokenId};
 
 use crate::{
-    Command, Config, Engine, Error, EventSink, Intake, LayerSink, NewSequence, Parts, Progress, Rejected, Request,
-    SeqId, Stats,
+    Command, Config, Duty, Engine, Error, EventSink, Intake, LayerSink, NewSequence, Parts, Progress, Rejected,
+    Request, SeqId, Stats,
 };
 
 /// Room in the channel for each sequence that may be alive.
@@ -32,7 +33,8 @@ const COMMANDS_PER_SEQUENCE: usize = 8;
 /// If the operating system cannot start a thread.
 pub fn spawn(config: Config, layout: KvLayout, blocks: usize, parts: impl Into<Parts>) -> (Handle, JoinHandle<()>) {
     let config = config.effective(layout.block_size as usize);
-    let (commands, inbox) = bounded(COMMANDS_PER_SEQUENCE * (config.max_waiting + config.max_running));
+    let sequences = config.max_waiting + config.max_waiting_offline + config.max_running;
+    let (commands, inbox) = bounded(COMMANDS_PER_SEQUENCE * sequences);
     let engine = Engine::new(config, layout, blocks, parts);
     let intake = engine.intake().clone();
     let shared = Arc::new(Shared { stats: Mutex::new(engine.stats()), from_sinks: Mutex::default() });
@@ -122,7 +124,9 @@ impl Handle {
             }
             Err(TrySendError::Disconnected(command)) => (command, Error::Closed),
         };
-        let Command::Admit(NewSequence(sequence)) = command else { unreachable!("the intake makes Admit commands") };
+        let Command::Admit(NewSequence { sequence, .. }) = command else {
+            unreachable!("the intake makes Admit commands")
+        };
         Err(Rejected { error, request: Box::new(sequence.request) })
     }
 
@@ -134,6 +138,7 @@ impl Handle {
 
     /// Compute the rest of the prompt here, in chunks, then sample. `sink` sees every layer of every chunk; while it
     /// lives, the sequence's blocks are not taken away. May be called before `Admitted`, and then takes effect with it.
+    /// Without a sink nobody else can want the blocks of a `Generate` sequence any more: the engine may exchange them.
     pub fn compute(&self, seq: SeqId, sink: Option<Box<dyn LayerSink>>) {
         self.send(Command::Compute(seq, sink));
     }
@@ -153,6 +158,28 @@ impl Handle {
     /// The end of a `PrefillOnly` sequence: nobody reads its blocks any more. Full ones stay in the prefix cache.
     pub fn release(&self, seq: SeqId) {
         self.send(Command::Release(seq));
+    }
+
+    /// What the engine takes on.
+    pub fn duty(&self) -> Duty {
+        self.intake.duty()
+    }
+
+    /// Changes what the engine takes on, while it runs: at the door at once, in how steps are shared from the next one on.
+    pub fn set_duty(&self, duty: Duty) {
+        self.intake.set_duty(duty);
+    }
+
+    /// Has the engine tell what changed in its prefix cache since the last time, on its own thread (so `tell` must not
+    /// block) and between two steps. For one follower: what is told is told once. Not called if the engine is gone.
+    pub fn cache_events(&self, tell: impl FnOnce(Batch) + Send + 'static) {
+        self.send(Command::CacheEvents(Box::new(tell)));
+    }
+
+    /// Has the engine tell all that is in its prefix cache, in the same way, for a follower that begins or has missed
+    /// something: it goes on with the events from [`Snapshot::next`] on.
+    pub fn cache_snapshot(&self, tell: impl FnOnce(Snapshot) + Send + 'static) {
+        self.send(Command::CacheSnapshot(Box::new(tell)));
     }
 
     /// What the engine was doing at the end of its last step; `waiting` is as of now.

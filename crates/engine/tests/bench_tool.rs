@@ -93,6 +93,18 @@ fn throughput_answers_every_request() {
     assert_eq!((&found["output_tokens"], &found["engine"]["kv"]), (&15.into(), &"f32".into()));
     assert!((50..=200).contains(&found["prompt_tokens"].as_u64().unwrap()));
     assert!(number(found, "/ttft_ms/p50") > 0.0 && number(found, "/tpot_ms/p99") > 0.0);
+    assert_eq!(found["drafted_tokens"], 0);
+}
+
+#[test]
+fn guessing_changes_how_many_steps_it_takes_and_not_how_many_tokens_come() {
+    // What a model writes greedily past its end token soon repeats itself.
+    let arguments =
+        ["--requests", "2", "--concurrency", "2", "--prompt", "16", "--output", "60", "--ngram", "--no-limits"];
+    let found = &found("throughput", &arguments)[0];
+    assert_eq!(found["output_tokens"], 120);
+    let [drafted, accepted] = ["/drafted_tokens", "/accepted_tokens"].map(|pointer| number(found, pointer));
+    assert!(drafted > 0.0 && accepted <= drafted, "{found}");
 }
 
 /// `accuracy` has no engine: its lines have a form of their own.

@@ -110,6 +110,12 @@ impl KvCache {
 
     /// What [`reserve`](Self::reserve) would start with, and how many blocks it would take beside that.
     pub fn plan(&self, chain: &[BlockHash], tokens: usize, chunk: usize) -> (Hit, usize) {
+        let (hit, wanted) = self.plan_unbounded(chain, tokens, chunk);
+        // Never more than there are: a sequence that has grown to the pool's size gets its turn, and ends there.
+        (hit, wanted.min(self.counts().total - hit.pinned))
+    }
+
+    fn plan_unbounded(&self, chain: &[BlockHash], tokens: usize, chunk: usize) -> (Hit, usize) {
         let fresh = |cut: usize| -> usize {
             let kinds = self.geometry.kinds().iter();
             kinds.map(|&kind| self.geometry.needed_beyond(kind, cut, tokens, chunk)).sum()
@@ -121,14 +127,14 @@ impl KvCache {
         if hit.pinned + fresh(hit.blocks) > total && fresh(0) <= total {
             hit = Hit::default();
         }
-        // Never more than there are: a sequence that has grown to the pool's size gets its turn, and ends there.
-        (hit, fresh(hit.blocks).min(total - hit.pinned))
+        (hit, fresh(hit.blocks))
     }
 
     /// The table of a sequence that starts: what is found of `chain`, and room for `tokens` tokens of which no more than
     /// `chunk` are computed at once. `None`, and nothing is changed, if there are not enough blocks.
     pub fn reserve(&mut self, chain: &[BlockHash], tokens: usize, chunk: usize) -> Option<Table> {
-        let (hit, fresh) = self.plan(chain, tokens, chunk);
+        let (hit, wanted) = self.plan_unbounded(chain, tokens, chunk);
+        let fresh = wanted.min(self.counts().total - hit.pinned);
         if self.available() - hit.idle < fresh {
             return None;
         }
@@ -138,7 +144,8 @@ impl KvCache {
         table.stock.reverse(); // taken from the end: tables then name blocks in the order in which the pool gave them
         table.computed = hit.blocks * self.geometry.block_size();
         for group in 0..self.geometry.kinds().len() {
-            if !matches!(self.geometry.kinds()[group], GroupKind::Sliding { .. }) {
+            // One that has outgrown the pool takes what it needs chunk by chunk, as far as it goes.
+            if fresh == wanted && !matches!(self.geometry.kinds()[group], GroupKind::Sliding { .. }) {
                 self.grow_group(&mut table, group, tokens, false);
             }
         }
@@ -160,11 +167,23 @@ impl KvCache {
         }
     }
 
-    /// Makes the table long enough for `tokens` tokens, after giving back what is needed no more. False: some block is
-    /// missing; what could be had is in the table.
+    /// Makes the table long enough for `tokens` tokens, after giving back what is needed no more. False, and nothing is
+    /// taken: there are not enough blocks.
     pub fn grow(&mut self, table: &mut Table, tokens: usize) -> bool {
         self.shorten(table);
-        (0..self.geometry.kinds().len()).all(|group| self.grow_group(table, group, tokens, true))
+        let missing: usize = (0..self.geometry.kinds().len()).map(|group| self.missing(table, group, tokens)).sum();
+        missing <= table.stock.len() + self.available()
+            && (0..self.geometry.kinds().len()).all(|group| self.grow_group(table, group, tokens, true))
+    }
+
+    /// Blocks that a group's table lacks for `tokens` tokens.
+    fn missing(&self, table: &Table, group: usize, tokens: usize) -> usize {
+        let kind = self.geometry.kinds()[group];
+        let wanted = match kind {
+            GroupKind::Recurrent => 1,
+            _ => tokens.div_ceil(self.geometry.block_size()),
+        };
+        wanted.saturating_sub(table.slots[group].len().max(self.geometry.first_needed(kind, table.computed)))
     }
 
     /// From the stock, and then, if `more`, from the pool.

@@ -67,6 +67,11 @@ impl Geometry {
         }
     }
 
+    /// Blocks of full groups that several continuations of the same `tokens` tokens have together.
+    pub fn shared(&self, tokens: usize) -> usize {
+        self.kinds.iter().filter(|&&kind| kind == GroupKind::Full).count() * (tokens / self.block_size)
+    }
+
     /// Blocks of all groups that a sequence of `tokens` tokens needs at most at any time.
     pub fn needed(&self, tokens: usize, chunk: usize) -> usize {
         self.kinds.iter().map(|&kind| self.needed_beyond(kind, 0, tokens, chunk)).sum()

@@ -52,7 +52,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     // Each sequence of the batch has a block of its own beyond the long one's.
     let tables: Vec<_> = (0..BATCH as u32).map(|i| [vec![BlockId(blocks + i)]]).collect();
     let batch: Vec<_> = tables.iter().map(|tables| SeqInput { start: 5, tables, ..step }).collect();
-    let prefill = time(&[SeqInput { tokens: &prompt, ..step }], 5)?;
+    let prefill = time(&[SeqInput { tokens: &prompt, ..step }], 3)?;
     println!("prefill of {prompt_len} tokens {prefill:.2?}, {:.0} tok/s", prompt_len as f64 / prefill.as_secs_f64());
     println!("decode step, empty context {:.2?}", time(&[step], 21)?);
     println!("decode step at {prompt_len} tokens {:.2?}", time(&[SeqInput { start: prompt_len, ..step }], 21)?);

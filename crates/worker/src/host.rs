@@ -95,6 +95,7 @@ impl Host {
             constraints: parts::grammars(&folder, path)?,
             // Prefill workers write one token of each answer.
             proposer: if role == Role::Decode { parts::proposer(&config, &folder, threads)? } else { None },
+            spill: None,
         };
         let (engine, _thread) = kvasir_engine::spawn(engine_config(&config), layout, blocks as usize, parts);
         let store = config.store.enabled.then(|| {
@@ -190,6 +191,7 @@ fn engine_config(config: &Config) -> kvasir_engine::Config {
         prefix_cache: engine.prefix_cache,
         mask_threads: engine.mask_threads,
         draft_tokens: engine.speculation.tokens,
+        ..kvasir_engine::Config::default()
     }
 }
 

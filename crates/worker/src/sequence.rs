@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use kvasir_engine::{Admission, Event, Handle, Mode, Request, SeqId};
+use kvasir_engine::{Admission, Event, Handle, Mode, Priority, Request, SeqId};
 use kvasir_types::{BlockHash, RequestId, Sampled, Sampling, TokenId};
 use tokio::sync::mpsc;
 
@@ -45,8 +45,15 @@ impl Sequence {
             Mode::PrefillOnly => 1,
         };
         let (sender, events) = mpsc::channel(capacity);
-        let request =
-            Request { id: prompt.id, prompt: prompt.tokens, root: prompt.root, sampling: prompt.sampling, mode };
+        let request = Request {
+            id: prompt.id,
+            prompt: prompt.tokens,
+            root: prompt.root,
+            sampling: prompt.sampling,
+            mode,
+            priority: Priority::Online,
+            choices: 1,
+        };
         let sink = Box::new(move |event: Event| {
             // Closed means that the owner let go; its abort is on the way.
             let _ = sender.try_send(event);
@@ -82,7 +89,7 @@ impl Sequence {
     /// Waits for the next token, ignoring everything else.
     pub(crate) async fn token<T>(&mut self, caller: &Caller<T>) -> Result<Sampled, Error> {
         loop {
-            if let Event::Token(sampled) = self.next(caller).await? {
+            if let Event::Token { sampled, .. } = self.next(caller).await? {
                 return Ok(sampled);
             }
         }

@@ -37,7 +37,7 @@ use crate::{Engine, Error, History, SeqId, scheduler::Work, sequence::State};
 /// A sequence that tokens are to be guessed for.
 #[derive(Clone, Copy, Debug)]
 pub struct Guess<'a> {
-    /// Its name: the same in every step, and never another's.
+    /// Its name here: the same in every step, and never another's (nor another choice's, so it is not the request's).
     pub seq: SeqId,
     /// Prompt and answer so far. Since the last step they have only become longer.
     pub tokens: &'a [TokenId],
@@ -67,7 +67,7 @@ impl Engine {
         let most = self.scheduler.config().draft_tokens;
         let mut wanted: Vec<(usize, usize)> = Vec::new();
         for (index, item) in work.iter().enumerate() {
-            let Some(sequence) = self.scheduler.live_mut(item.seq) else { continue };
+            let Some(sequence) = self.scheduler.get_mut(item.key) else { continue };
             if !matches!(sequence.state, State::Decoding(..)) {
                 continue;
             }
@@ -84,7 +84,7 @@ impl Engine {
             return;
         }
         let guess = |&(index, limit): &(usize, usize)| {
-            let sequence = self.scheduler.live(work[index].seq).expect("work is planned for live sequences");
+            let sequence = self.scheduler.get(work[index].key).expect("work is planned for live sequences");
             sequence.guess(limit)
         };
         let guesses: Vec<Guess<'_>> = wanted.iter().map(guess).collect();
@@ -99,7 +99,7 @@ impl Engine {
             let known = drafts.iter().take_while(|draft| (draft.0 as usize) < self.spec.vocab).count();
             drafts.truncate(known);
             let item = &mut work[index];
-            if self.scheduler.has_room_for(item.seq, item.tokens.end + drafts.len()) {
+            if self.scheduler.has_room_for(item.key, item.tokens.end + drafts.len()) {
                 item.drafts = drafts;
             }
         }

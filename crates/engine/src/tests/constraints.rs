@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use kvasir_types::{FinishReason, Grammar, Sampling, TokenId};
 
-use super::rig::{Client, EOS, Rig, config, greedy, layout, prompt, request, runner};
+use super::rig::{Client, EOS, LAYERS, Rig, config, greedy, layout, prompt, request, runner};
 use crate::{
     BadGrammar, Command, Config, Constraint, Constraints, Engine, Error, Event, Mask, Mode, Parts, Rejected, SeqId,
 };
@@ -74,8 +74,13 @@ impl Constraints for Cycles {
 fn rig(mask_threads: usize, breaks: Breaks) -> Rig {
     let runner = runner();
     let script = runner.script();
-    let parts = Parts { runner: Box::new(runner), constraints: Some(Arc::new(Cycles(breaks))), proposer: None };
-    Rig { engine: Engine::new(Config { mask_threads, ..config() }, layout(), 64, parts), script }
+    let parts =
+        Parts { runner: Box::new(runner), constraints: Some(Arc::new(Cycles(breaks))), proposer: None, spill: None };
+    Rig {
+        engine: Engine::new(Config { mask_threads, ..config() }, layout(), 64, parts),
+        script,
+        groups: kvasir_types::KvGroups::full(LAYERS),
+    }
 }
 
 fn formed(complete: usize, sampling: Sampling) -> Sampling {
@@ -148,7 +153,7 @@ fn a_first_token_from_elsewhere_is_held_to_the_grammar() {
         let (seq, client) = rig.try_admit(request(&prompt, formed(4, greedy(9)), Mode::Generate)).unwrap();
         rig.step();
         let admission = client.admission().unwrap();
-        rig.script.land(&admission.tables[0], &prompt, 0..8);
+        rig.script.land(&admission.tables, &prompt, 0..8);
         rig.engine.apply(Command::Landed(seq, 8));
         rig.engine.apply(Command::Resume(seq, first));
         rig.settle();

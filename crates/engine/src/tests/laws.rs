@@ -230,13 +230,14 @@ fn the_blocks_of_a_held_sequence_are_never_taken_away() {
     let (_, elder) = rig.generate(&elder_prompt, 30);
     rig.step();
     let (held, landing) = rig.admit(&held_prompt, greedy(4), Mode::Generate); // 4 of 8 blocks, younger
-    let blocks = landing.admission().unwrap().tables[0].clone();
+    let tables = landing.admission().unwrap().tables;
+    let blocks = &tables[0];
     rig.settle();
     // The elder one has stopped for want of blocks rather than touch those.
     assert!(elder.finished().is_none());
     assert_eq!(rig.stats().preempted, 1);
     blocks.iter().for_each(|&block| rig.script.scribble(block));
-    rig.script.land(&blocks, &held_prompt, 0..14);
+    rig.script.land(&tables, &held_prompt, 0..14);
     rig.engine.apply(Command::Landed(held, 14));
     rig.engine.apply(Command::Resume(held, rig.answer(&held_prompt, 1)[0]));
     rig.settle();
@@ -293,8 +294,8 @@ fn what_landed_is_not_computed_again() {
     let mut rig = Rig::new(32, config());
     let prompt = prompt(4, 18);
     let (seq, client) = rig.admit(&prompt, greedy(5), Mode::Generate);
-    let blocks = client.admission().unwrap().tables[0].clone();
-    rig.script.land(&blocks, &prompt, 0..12);
+    let tables = client.admission().unwrap().tables;
+    rig.script.land(&tables, &prompt, 0..12);
     rig.engine.apply(Command::Landed(seq, 14)); // not a whole block more than 12
     rig.engine.apply(Command::Compute(seq, None));
     rig.settle();
@@ -309,8 +310,8 @@ fn a_landed_prompt_resumes_after_the_first_token_and_is_cached() {
         let mut rig = Rig::new(32, config());
         let prompt = prompt(4, len);
         let (seq, client) = rig.admit(&prompt, greedy(5), Mode::Generate);
-        let blocks = client.admission().unwrap().tables[0].clone();
-        rig.script.land(&blocks, &prompt, 0..len);
+        let tables = client.admission().unwrap().tables;
+        rig.script.land(&tables, &prompt, 0..len);
         rig.engine.apply(Command::Landed(seq, len));
         let answer = rig.answer(&prompt, 5);
         rig.engine.apply(Command::Resume(seq, answer[0]));
@@ -328,7 +329,7 @@ fn a_landed_prompt_without_a_first_token_can_still_be_computed() {
         let mut rig = Rig::new(32, config());
         let prompt = prompt(4, len);
         let (seq, client) = rig.admit(&prompt, greedy(5), Mode::Generate);
-        rig.script.land(&client.admission().unwrap().tables[0], &prompt, 0..len);
+        rig.script.land(&client.admission().unwrap().tables, &prompt, 0..len);
         rig.engine.apply(Command::Landed(seq, len));
         // The last block will be written to once more, so nobody else may have found it.
         let (other, longer) = rig.admit(&[&prompt[..], &[EOS]].concat(), greedy(1), Mode::Generate);
@@ -347,7 +348,7 @@ fn a_first_token_before_the_whole_prompt_landed_costs_only_computing() {
     let mut rig = Rig::new(32, config());
     let prompt = prompt(4, 14);
     let (seq, client) = rig.admit(&prompt, greedy(5), Mode::Generate);
-    rig.script.land(&client.admission().unwrap().tables[0], &prompt, 0..8);
+    rig.script.land(&client.admission().unwrap().tables, &prompt, 0..8);
     rig.engine.apply(Command::Landed(seq, 8));
     let answer = rig.answer(&prompt, 5);
     rig.engine.apply(Command::Resume(seq, answer[0]));
@@ -365,7 +366,7 @@ fn a_first_token_that_ends_the_answer_finishes_at_once() {
     for (first, sampling, reason) in cases {
         let mut rig = Rig::new(32, config());
         let (seq, client) = rig.admit(&prompt(4, 8), sampling, Mode::Generate);
-        rig.script.land(&client.admission().unwrap().tables[0], &prompt(4, 8), 0..8);
+        rig.script.land(&client.admission().unwrap().tables, &prompt(4, 8), 0..8);
         rig.engine.apply(Command::Landed(seq, 8));
         rig.engine.apply(Command::Resume(seq, first));
         assert_eq!(client.finished(), Some(reason));
@@ -505,7 +506,7 @@ fn a_panicking_sink_loses_its_own_sequence_only() {
         }
     }
     rig.engine.apply(Command::Compute(seq, Some(Box::new(Panics(sink)))));
-    let deaf = Box::new(|event: Event| assert!(!matches!(event, Event::Token(_)), "an event sink's bug"));
+    let deaf = Box::new(|event: Event| assert!(!matches!(event, Event::Token { .. }), "an event sink's bug"));
     let (deaf, command) = rig.engine.intake().admit(request(&prompt(3, 6), greedy(6), Mode::Generate), deaf).unwrap();
     rig.engine.apply(command);
     rig.engine.apply(Command::Compute(deaf, None));

@@ -1,17 +1,19 @@
 //! A small engine on a scripted model, and clients that write down what they hear.
 
 use std::{
+    collections::HashSet,
     ops::Range,
     sync::{Arc, Mutex},
 };
 
+use kvasir_kv_cache::Geometry;
 use kvasir_types::{
-    BlockHash, BlockId, FinishReason, KvDtype, KvLayout, ModelFingerprint, RequestId, Sampling, TokenId,
+    BlockHash, BlockId, FinishReason, KvDtype, KvGroups, KvLayout, ModelFingerprint, RequestId, Sampling, TokenId,
 };
 
 use crate::{
-    Admission, Command, Config, Engine, Error, Event, EventSink, LayerDone, LayerSink, Mode, Progress, Rejected,
-    Request, RunnerSpec, Script, ScriptedRunner, SeqId, Stats,
+    Admission, CacheBatch, CacheEvent, CacheSnapshot, Command, Config, Engine, Error, Event, EventSink, LayerDone,
+    LayerSink, Mode, Parts, Priority, Progress, Rejected, Request, RunnerSpec, Script, ScriptedRunner, SeqId, Stats,
 };
 
 pub const BLOCK: usize = 4;
@@ -24,10 +26,11 @@ pub fn layout() -> KvLayout {
 }
 
 pub fn runner() -> ScriptedRunner {
-    ScriptedRunner::new(
-        RunnerSpec { vocab: 61, max_len: MAX_LEN, eos: vec![EOS], groups: kvasir_types::KvGroups::full(LAYERS) },
-        &layout(),
-    )
+    runner_of(KvGroups::full(LAYERS))
+}
+
+pub fn runner_of(groups: KvGroups) -> ScriptedRunner {
+    ScriptedRunner::new(RunnerSpec { vocab: 61, max_len: MAX_LEN, eos: vec![EOS], groups }, &layout())
 }
 
 pub fn config() -> Config {
@@ -36,9 +39,8 @@ pub fn config() -> Config {
         chunk_tokens: 8,
         max_running: 8,
         max_waiting: 4,
-        prefix_cache: true,
         mask_threads: 0,
-        draft_tokens: 4,
+        ..Config::default()
     }
 }
 
@@ -53,7 +55,15 @@ pub fn greedy(max_tokens: u32) -> Sampling {
 
 pub fn request(prompt: &[TokenId], sampling: Sampling, mode: Mode) -> Request {
     let root = BlockHash::root(ModelFingerprint([1; 16]), &layout(), "");
-    Request { id: "test".parse::<RequestId>().unwrap(), prompt: prompt.into(), root, sampling, mode }
+    Request {
+        id: "test".parse::<RequestId>().unwrap(),
+        prompt: prompt.into(),
+        root,
+        sampling,
+        mode,
+        priority: Priority::Online,
+        choices: 1,
+    }
 }
 
 /// Whoever asked: the events of one sequence.
@@ -81,7 +91,15 @@ impl Client {
 
     pub fn tokens(&self) -> Vec<TokenId> {
         let token = |event| match event {
-            Event::Token(sampled) => Some(sampled.token),
+            Event::Token { sampled, .. } => Some(sampled.token),
+            _ => None,
+        };
+        self.events().into_iter().filter_map(token).collect()
+    }
+
+    pub fn choice(&self, choice: u32) -> Vec<TokenId> {
+        let token = |event| match event {
+            Event::Token { choice: of, sampled } if of == choice => Some(sampled.token),
             _ => None,
         };
         self.events().into_iter().filter_map(token).collect()
@@ -89,7 +107,7 @@ impl Client {
 
     pub fn finished(&self) -> Option<FinishReason> {
         match self.events().last() {
-            Some(Event::Finished(reason)) => Some(*reason),
+            Some(Event::Finished { reason, left: 0, .. }) => Some(*reason),
             _ => None,
         }
     }
@@ -99,6 +117,40 @@ impl Client {
             Some(Event::Failed(error)) => Some(error.clone()),
             _ => None,
         }
+    }
+}
+
+/// Somebody who keeps a picture of the prefix cache by its events.
+#[derive(Default)]
+pub struct Follower {
+    next: u64,
+    pub known: HashSet<BlockHash>,
+    pub snapshots: usize,
+}
+
+impl Follower {
+    /// Catches up, and compares with everything there is.
+    pub fn follow(&mut self, engine: &mut Engine) {
+        let (batch, snapshot) = (Arc::<Mutex<CacheBatch>>::default(), Arc::<Mutex<CacheSnapshot>>::default());
+        let (to_batch, to_snapshot) = (Arc::clone(&batch), Arc::clone(&snapshot));
+        engine.apply(Command::CacheEvents(Box::new(move |told| *to_batch.lock().unwrap() = told)));
+        engine.apply(Command::CacheSnapshot(Box::new(move |told| *to_snapshot.lock().unwrap() = told)));
+        let (batch, snapshot) = (batch.lock().unwrap().clone(), snapshot.lock().unwrap().clone());
+        let all: HashSet<BlockHash> = snapshot.blocks.iter().map(|stored| stored.hash).collect();
+        if batch.gap {
+            (self.known, self.next) = (all.clone(), snapshot.next);
+            self.snapshots += 1;
+        } else {
+            assert_eq!(batch.first, self.next);
+            self.next += batch.events.len() as u64;
+            for event in batch.events {
+                match event {
+                    CacheEvent::Stored(stored) => assert!(self.known.insert(stored.hash)),
+                    CacheEvent::Removed(hash) => assert!(self.known.remove(&hash)),
+                }
+            }
+        }
+        assert_eq!((&self.known, self.next), (&all, snapshot.next));
     }
 }
 
@@ -126,13 +178,29 @@ impl LayerSink for Watch {
 pub struct Rig {
     pub engine: Engine,
     pub script: Script,
+    pub groups: KvGroups,
 }
 
 impl Rig {
     pub fn new(blocks: usize, config: Config) -> Self {
-        let runner = runner();
+        Self::with_groups(blocks, config, KvGroups::full(LAYERS))
+    }
+
+    pub fn with_groups(blocks: usize, config: Config, groups: KvGroups) -> Self {
+        Self::with_parts(blocks, config, groups, |_, _| {})
+    }
+
+    pub fn with_parts(blocks: usize, config: Config, groups: KvGroups, add: impl FnOnce(&Script, &mut Parts)) -> Self {
+        let runner = runner_of(groups.clone());
         let script = runner.script();
-        Self { engine: Engine::new(config, layout(), blocks, Box::new(runner)), script }
+        let mut parts = Parts::from(Box::new(runner));
+        add(&script, &mut parts);
+        Self { engine: Engine::new(config, layout(), blocks, parts), script, groups }
+    }
+
+    /// Blocks that a sequence of so many tokens needs.
+    pub fn needed(&self, tokens: usize, chunk_tokens: usize) -> usize {
+        Geometry::new(BLOCK, &self.groups).needed(tokens, (chunk_tokens / BLOCK).max(1) * BLOCK)
     }
 
     pub fn try_admit(&mut self, request: Request) -> Result<(SeqId, Client), Rejected> {

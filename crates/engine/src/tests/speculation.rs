@@ -44,11 +44,11 @@ fn rig_with(blocks: usize, config: Config, proposer: impl FnOnce(Script) -> Box<
     let runner = runner();
     let script = runner.script();
     let proposer = Some(proposer(script.clone()));
-    let parts = Parts { runner: Box::new(runner), constraints: None, proposer };
-    Rig { engine: Engine::new(config, layout(), blocks, parts), script }
+    let parts = Parts { runner: Box::new(runner), constraints: None, proposer, spill: None };
+    Rig { engine: Engine::new(config, layout(), blocks, parts), script, groups: KvGroups::full(LAYERS) }
 }
 
-fn oracle(wrong: u64) -> impl FnOnce(Script) -> Box<dyn Proposer> {
+pub fn oracle(wrong: u64) -> impl FnOnce(Script) -> Box<dyn Proposer> {
     move |script| Box::new(Oracle { script, wrong, calls: 0 })
 }
 
@@ -199,7 +199,7 @@ fn a_draft_model_catches_up_with_a_prompt_that_landed_from_elsewhere() {
     let mut rig = rig_with(64, config(), twin(64));
     let prompt = prompt(6, 30);
     let (seq, client) = rig.admit(&prompt, greedy(15), Mode::Generate);
-    rig.script.land(&client.admission().unwrap().tables[0], &prompt, 0..30);
+    rig.script.land(&client.admission().unwrap().tables, &prompt, 0..30);
     let expected = rig.answer(&prompt, 15);
     rig.engine.apply(Command::Landed(seq, 30));
     rig.engine.apply(Command::Resume(seq, expected[0]));
@@ -283,13 +283,13 @@ fn softmax(logits: &[f32]) -> Vec<f64> {
 fn draws(target: &[f32], proposer: Box<dyn Proposer>, count: u32) -> (Vec<f64>, f64) {
     let counts = Arc::new(Mutex::new(vec![0.0; target.len()]));
     let config = Config { draft_tokens: 1, max_batch_tokens: 64, chunk_tokens: 16, max_running: 4, ..config() };
-    let parts = Parts { runner: fixed(target), constraints: None, proposer: Some(proposer) };
+    let parts = Parts { runner: fixed(target), constraints: None, proposer: Some(proposer), spill: None };
     let mut engine = Engine::new(config, layout(), count as usize / BLOCK + 64, parts);
     let sampling = Sampling { temperature: 1.0, seed: 99, ..greedy(count) };
     let sink = {
         let counts = Arc::clone(&counts);
         Box::new(move |event| {
-            if let crate::Event::Token(sampled) = event {
+            if let crate::Event::Token { sampled, .. } = event {
                 counts.lock().unwrap()[sampled.token.0 as usize] += 1.0;
             }
         })

@@ -59,9 +59,11 @@ fn many_callers_get_their_own_answers() {
                 handle.compute(seq, None);
                 let expected = script.answer(&prompt(name % 5, 9), &greedy(1), 12);
                 for token in expected {
-                    assert!(matches!(hear.recv_timeout(SOON), Ok(Event::Token(told)) if told.token == token));
+                    assert!(
+                        matches!(hear.recv_timeout(SOON), Ok(Event::Token { sampled, .. }) if sampled.token == token)
+                    );
                 }
-                assert!(matches!(hear.recv_timeout(SOON), Ok(Event::Finished(_))));
+                assert!(matches!(hear.recv_timeout(SOON), Ok(Event::Finished { .. })));
             })
         })
         .collect();
@@ -110,7 +112,7 @@ fn a_sink_may_command_the_engine_that_calls_it() {
         match &event {
             // Far more than the channel holds.
             Event::Admitted(_) => (0..10_000).for_each(|_| inner.landed(seq, 0)),
-            Event::Token(_) => inner.abort(SeqId(u64::MAX)),
+            Event::Token { .. } => inner.abort(SeqId(u64::MAX)),
             _ => {}
         }
         if matches!(event, Event::Admitted(_)) {
@@ -123,7 +125,7 @@ fn a_sink_may_command_the_engine_that_calls_it() {
     drop(handle);
     let events: Vec<_> = std::iter::from_fn(|| hear.recv_timeout(SOON).ok()).collect();
     let told = events.iter().filter_map(|event| match event {
-        Event::Token(sampled) => Some(sampled.token),
+        Event::Token { sampled, .. } => Some(sampled.token),
         _ => None,
     });
     assert_eq!(told.collect::<Vec<_>>(), script.answer(&prompt(1, 9), &greedy(1), 4));
@@ -151,7 +153,7 @@ impl Runner for Stuck {
 #[test]
 fn a_full_channel_refuses_requests_and_delays_the_rest() {
     let (go, stuck) = mpsc::channel();
-    let config = Config { max_running: 1, max_waiting: 1, ..config() };
+    let config = Config { max_running: 1, max_waiting: 1, max_waiting_offline: 1, ..config() };
     let (handle, thread) = spawn(config, layout(), 24, Box::new(Stuck(runner(), stuck)));
     let (seq, hear) = ask(&handle, 1, 2);
     handle.compute(seq, None);
@@ -189,7 +191,7 @@ fn a_broken_step_does_not_end_the_thread() {
     assert!(hears(&hear, |event| matches!(event, Event::Failed(Error::SinkPanicked))));
     let (seq, hear) = ask(&handle, 1, 2);
     handle.compute(seq, None);
-    assert!(hears(&hear, |event| matches!(event, Event::Finished(_))));
+    assert!(hears(&hear, |event| matches!(event, Event::Finished { .. })));
     drop(handle);
     join(thread);
 }

@@ -8,7 +8,10 @@ use std::{
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
-use super::{kernels::Isa, pool::Pool};
+use super::{
+    kernels::{Isa, fast::Step},
+    pool::Pool,
+};
 use crate::Error;
 
 /// Work that takes one thread about 5 µs: well above what a section costs.
@@ -36,7 +39,7 @@ pub(super) struct Exec {
     /// `None` where one thread is all there may be.
     pool: Option<Mutex<Pool>>,
     /// Packed activations of the product being computed; kept because fresh pages cost as much as packing.
-    scratch: Mutex<Vec<u16>>,
+    scratch: Mutex<Vec<Step>>,
 }
 
 impl Exec {
@@ -99,7 +102,7 @@ impl Exec {
     }
 
     /// The memory for packed activations.
-    pub(super) fn scratch(&self) -> MutexGuard<'_, Vec<u16>> {
+    pub(super) fn scratch(&self) -> MutexGuard<'_, Vec<Step>> {
         self.scratch.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -82,8 +82,8 @@ impl Linear {
 
         let mut packed = exec.scratch();
         if fast {
-            packed.resize(tokens * fast::padded(cols), 0);
-            let (from, to) = (fast::GROUP * cols, fast::GROUP * fast::padded(cols));
+            packed.resize(tokens * fast::steps(cols), fast::Step::default());
+            let (from, to) = (fast::GROUP * cols, fast::GROUP * fast::steps(cols));
             let groups = tokens.div_ceil(fast::GROUP).div_ceil(exec.pieces(4 * x.len()));
             exec.chunks(&mut packed, groups * to, 4 * x.len(), |i, out| {
                 let x = &x[i * groups * from..];
@@ -106,7 +106,7 @@ impl Linear {
             // SAFETY: each task writes the elements of its own block and panel.
             unsafe {
                 if fast {
-                    let width = fast::padded(cols);
+                    let width = fast::steps(cols);
                     let x = fast::Packed::new(&packed[token * width..(token + count) * width], count, cols);
                     fast::matmul(exec.isa, x, part, out, first, rows);
                 } else {
@@ -117,9 +117,15 @@ impl Linear {
     }
 
     fn matrix(&self) -> Matrix<'_> {
-        let Tensor { rows, cols, dtype, .. } = self.weight;
-        let matrix = Matrix::new(self.weight.bytes(), dtype, rows, cols);
+        let matrix = self.weight.matrix();
         self.bias.as_ref().map_or(matrix, |bias| matrix.with_bias(bias))
+    }
+}
+
+impl Tensor {
+    /// The tensor as kernels take it.
+    pub(super) fn matrix(&self) -> Matrix<'_> {
+        Matrix::new(self.bytes(), self.dtype, self.rows, self.cols).with_scale(self.scale())
     }
 }
 

@@ -10,6 +10,7 @@ use crate::{
     weights::Weights,
 };
 
+#[expect(clippy::large_enum_variant, reason = "one per layer, and boxes would only hide where weights are")]
 pub(super) enum Mlp {
     Dense(Gated),
     Routed(Routed),
@@ -93,7 +94,11 @@ impl Routed {
 
     fn apply(&self, exec: &Exec, x: &[f32], rows: usize, scratch: &mut Scratch, out: &mut Vec<f32>) {
         let Scratch { gate, up, scores, gathered, change } = scratch;
-        let width = x.len() / rows.max(1);
+        out.clear();
+        if rows == 0 {
+            return;
+        }
+        let width = x.len() / rows;
         self.router.apply(exec, x, rows, scores);
         // Which rows go to which expert, with what weight.
         let mut by_expert: Vec<Vec<(usize, f32)>> = vec![Vec::new(); self.experts.len()];
@@ -102,7 +107,6 @@ impl Routed {
                 by_expert[expert].push((row, weight));
             }
         }
-        out.clear();
         out.resize(x.len(), 0.0);
         for (expert, chosen) in self.experts.iter().zip(&by_expert) {
             if chosen.is_empty() {

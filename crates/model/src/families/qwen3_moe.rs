@@ -26,7 +26,9 @@ fn read(raw: &Raw) -> Result<ModelConfig, Error> {
     let window = decoder.one_window(window)?;
     let heads = decoder.grouped_heads(None)?;
     let biases = Biases::all(raw.flag("attention_bias", false)?);
-    let experts = decoder.experts("num_experts")?;
+    // The published files' name, and the one that newer versions of transformers write.
+    let key = if raw.get("num_experts").is_some() { "num_experts" } else { "num_local_experts" };
+    let experts = decoder.experts(key)?;
     let expert_width = raw.dimension("moe_intermediate_size", MAX_WIDTH)?;
     let step = raw.dimension_if_any("decoder_sparse_step", MAX_LAYERS)?.unwrap_or(1);
     let dense = raw

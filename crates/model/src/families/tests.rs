@@ -173,6 +173,12 @@ fn experts_are_where_each_family_has_them() {
 }
 
 #[test]
+fn qwens_experts_are_counted_under_either_name() {
+    let plain = read_as("qwen3_moe", json!({"num_experts": 8})).unwrap();
+    assert_eq!(read_as("qwen3_moe", json!({"num_experts": null, "num_local_experts": 8})).unwrap(), plain);
+}
+
+#[test]
 fn numbers_of_experts_are_bounded() {
     for (model_type, key) in
         [("mixtral", "num_local_experts"), ("qwen3_moe", "num_experts"), ("deepseek_v3", "n_routed_experts")]

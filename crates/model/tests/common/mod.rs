@@ -13,7 +13,7 @@ use kvasir_model::{
     Backend, Folder, Logits, SeqInput,
     cpu::{CpuBackend, HostArena},
 };
-use kvasir_types::{BlockId, HostMemory, KvDtype, KvLayout, TokenId};
+use kvasir_types::{BlockId, GroupKind, HostMemory, KvDtype, KvLayout, TokenId};
 
 /// An arena whose bytes can be looked at.
 pub struct TestMemory(Arc<HostArena>);
@@ -38,6 +38,14 @@ impl HostMemory for TestMemory {
     }
 }
 
+/// The folders of `models/tiny`, by name.
+pub fn tiny() -> Vec<String> {
+    let names = std::fs::read_dir(models().join("tiny")).unwrap();
+    let mut names: Vec<String> = names.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
+}
+
 pub fn models() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../models")
 }
@@ -50,7 +58,7 @@ pub struct Bench {
     next: u32,
 }
 
-pub const BLOCKS: u32 = 256;
+pub const BLOCKS: u32 = 2048;
 
 impl Bench {
     pub fn new(folder: &Folder, block_size: u32, dtype: KvDtype, threads: usize) -> Self {
@@ -58,6 +66,11 @@ impl Bench {
         let memory = TestMemory::new(layout.block_bytes() * BLOCKS as usize);
         let backend = CpuBackend::new(folder, layout, memory.clone(), threads).unwrap();
         Self { backend, memory, layout, next: 0 }
+    }
+
+    /// A table per group of layers for `tokens` tokens.
+    pub fn tables(&mut self, tokens: usize) -> Vec<Vec<BlockId>> {
+        (0..self.backend.groups().len()).map(|_| self.table(tokens)).collect()
     }
 
     /// A table for `tokens` tokens, of blocks that are neither neighbours nor in order.
@@ -75,16 +88,29 @@ impl Bench {
         self.next = 0;
     }
 
-    pub fn step(&mut self, tokens: &[TokenId], start: usize, table: &[BlockId]) -> Logits {
-        let input = SeqInput { tokens, start, tables: &[table.to_vec()], rows: 1 };
+    pub fn step(&mut self, tokens: &[TokenId], start: usize, tables: &[Vec<BlockId>]) -> Logits {
+        let tables = self.with_gone(tables, start);
+        let input = SeqInput { tokens, start, tables: &tables, rows: 1 };
         self.backend.forward(&[input], &mut |_| {}).unwrap()
     }
 
+    /// The tables with those blocks gone that no token from `start` on looks at.
+    pub fn with_gone(&self, tables: &[Vec<BlockId>], start: usize) -> Vec<Vec<BlockId>> {
+        let mut tables = tables.to_vec();
+        for (group, table) in self.backend.groups().iter().zip(&mut tables) {
+            if let GroupKind::Sliding { window } = group.kind {
+                let gone = (start + 1).saturating_sub(window as usize) / self.layout.block_size as usize;
+                table[..gone].fill(BlockId::GONE);
+            }
+        }
+        tables
+    }
+
     /// Computes a prompt in chunks of `chunk`; the logits after its last token.
-    pub fn prefill(&mut self, prompt: &[TokenId], table: &[BlockId], chunk: usize) -> Vec<f32> {
+    pub fn prefill(&mut self, prompt: &[TokenId], tables: &[Vec<BlockId>], chunk: usize) -> Vec<f32> {
         let mut last = Vec::new();
         for (i, part) in prompt.chunks(chunk).enumerate() {
-            last = self.step(part, i * chunk, table).rows;
+            last = self.step(part, i * chunk, tables).rows;
         }
         last
     }

@@ -102,11 +102,11 @@ async fn live(
 
     loop {
         match sequence.next(answer.caller()).await? {
-            Event::Token(sampled) => {
+            Event::Token { sampled, .. } => {
                 output_tokens += 1;
                 if std::mem::take(&mut repeated_first) { answer.first(&sampled)? } else { answer.token(&sampled)? }
             }
-            Event::Finished(reason) => return Ok(End { reason, cached_tokens, output_tokens, member }),
+            Event::Finished { reason, .. } => return Ok(End { reason, cached_tokens, output_tokens, member }),
             Event::Admitted(_) | Event::Failed(_) => {} // admitted once already; failures come out of `next` as errors
         }
     }

@@ -7,7 +7,7 @@
 use std::{process::Command, sync::mpsc, time::Instant};
 
 use anyhow::{Context, Result, ensure};
-use kvasir_engine::{Event, Handle, Mode, ModelRunner, Request};
+use kvasir_engine::{Event, Handle, Mode, ModelRunner, Priority, Request};
 use kvasir_model::{Folder, cpu::CpuBackend};
 use kvasir_tests::{Addresses, Client, Cluster, Process, Service, workspace};
 use kvasir_transfer::{LocalNet, TransferEngine};
@@ -160,6 +160,8 @@ impl LocalEngine {
             root: self.root,
             sampling: Sampling { max_tokens: OUTPUT_TOKENS as u32, ignore_eos: true, ..Sampling::default() },
             mode: Mode::Generate,
+            priority: Priority::Online,
+            choices: 1,
         };
         let start = Instant::now();
         let sink = move |event: Event| drop(events.send((Instant::now(), event)));
@@ -168,11 +170,11 @@ impl LocalEngine {
         for (at, event) in heard {
             match event {
                 Event::Admitted(_) => self.handle.compute(seq, None),
-                Event::Token(_) => {
+                Event::Token { .. } => {
                     last = at;
                     first.get_or_insert(at);
                 }
-                Event::Finished(_) => break,
+                Event::Finished { .. } => break,
                 Event::Failed(error) => return Err(error.into()),
             }
         }

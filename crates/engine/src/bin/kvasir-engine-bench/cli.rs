@@ -120,6 +120,9 @@ pub struct Throughput {
     /// Tokens that all prompts have in common at their beginning
     #[arg(long, value_name = "TOKENS", default_value_t = 0)]
     pub shared: u32,
+    /// Guess how answers go on from what they repeat, and check several tokens in one step
+    #[arg(long)]
+    pub ngram: bool,
 }
 
 /// `prefill`.

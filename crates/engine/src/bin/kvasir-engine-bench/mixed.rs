@@ -81,7 +81,7 @@ fn measure(options: &cli::Mixed, chunk: Option<usize>) -> Result<(Rig, Waits)> {
     let answer = 4 * AROUND + running * steps(context, usual) + 2 * steps(prompt, usual.min(MIN_USUAL_CHUNK)) + 16;
     let mut lengths = vec![context + answer; running];
     lengths.push(prompt + 2);
-    let plan = Plan { running: running + 1, lengths, chunk, prefix_cache: false };
+    let plan = Plan { running: running + 1, lengths, chunk, prefix_cache: false, ngram: false };
     let mut rig = Rig::build(&options.setup, &plan)?;
 
     let mut writers = Vec::with_capacity(running);

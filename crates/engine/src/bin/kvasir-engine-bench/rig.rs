@@ -9,7 +9,9 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail};
-use kvasir_engine::{Command, Config, Engine, Event, Mode, ModelRunner, Progress, Request};
+use kvasir_engine::{
+    Command, Config, Engine, Event, Mode, ModelRunner, NGrams, Parts, Priority, Progress, Proposer, Request,
+};
 use kvasir_model::{
     Cost, Folder,
     cpu::{CpuBackend, HostArena},
@@ -17,6 +19,9 @@ use kvasir_model::{
 use kvasir_types::{BlockHash, KvLayout, Sampling, TokenId};
 
 use crate::{cli, limits, measure::forget_peak_rss, source};
+
+/// How often a long wait is explained.
+const SAY_EVERY: Duration = Duration::from_secs(5);
 
 /// A model with its engine, ready for requests.
 pub struct Rig {
@@ -46,12 +51,14 @@ pub struct Plan {
     pub chunk: Option<usize>,
     /// Whether finished blocks are kept for others.
     pub prefix_cache: bool,
+    /// Whether n-grams guess how answers go on.
+    pub ngram: bool,
 }
 
 impl Plan {
     /// So many sequences of the same length.
     pub fn even(running: usize, tokens: usize) -> Self {
-        Self { running, lengths: vec![tokens; running], chunk: None, prefix_cache: false }
+        Self { running, lengths: vec![tokens; running], chunk: None, prefix_cache: false, ngram: false }
     }
 }
 
@@ -85,7 +92,9 @@ impl Rig {
             prefix_cache: plan.prefix_cache,
             ..usual
         };
-        let engine = Engine::new(config.clone(), layout, blocks, Box::new(ModelRunner::new(backend)));
+        let proposer = plan.ngram.then(|| Box::new(NGrams::default()) as Box<dyn Proposer>);
+        let parts = Parts { runner: Box::new(ModelRunner::new(backend)), constraints: None, proposer, spill: None };
+        let engine = Engine::new(config.clone(), layout, blocks, parts);
         let root = BlockHash::root(folder.fingerprint(), &layout, "");
         let (cost, seed) = (folder.cost(), setup.seed);
         let (blocks_used, blocks_touched, sent) = (0, 0, 0);
@@ -118,7 +127,15 @@ impl Rig {
         let sampling = Sampling { max_tokens, ignore_eos: true, ..Sampling::default() };
         let id = format!("bench-{}", self.sent).parse()?;
         let sent = Sent { at: Instant::now(), prompt_tokens: prompt.len(), heard: Arc::default() };
-        let request = Request { id, prompt: prompt.into(), root: self.root, sampling, mode: Mode::Generate };
+        let request = Request {
+            id,
+            prompt: prompt.into(),
+            root: self.root,
+            sampling,
+            mode: Mode::Generate,
+            priority: Priority::Online,
+            choices: 1,
+        };
         let heard = Arc::clone(&sent.heard);
         let sink = move |event| heard.lock().unwrap_or_else(PoisonError::into_inner).event(event);
         let (seq, command) = self.engine.intake().admit(request, Box::new(sink)).map_err(|refused| refused.error)?;
@@ -127,8 +144,9 @@ impl Rig {
         Ok(sent)
     }
 
-    /// Steps until `done`, which is asked after every step.
+    /// Steps until `done`, which is asked after every step. Says every few seconds how far it is.
     pub fn until(&mut self, sent: &[&Sent], mut done: impl FnMut() -> bool) -> Result<()> {
+        let mut said = Instant::now();
         while !done() {
             let progress = self.step();
             for request in sent {
@@ -136,6 +154,11 @@ impl Rig {
             }
             if progress == Progress::Idle && !done() {
                 bail!("the engine has nothing more to do: {:?}", self.engine.stats());
+            }
+            if said.elapsed() > SAY_EVERY {
+                said = Instant::now();
+                let stats = self.engine.stats();
+                eprintln!("{} prompt tokens computed, {} written", stats.prefilled_tokens, stats.sampled_tokens);
             }
         }
         Ok(())
@@ -191,8 +214,8 @@ impl Heard {
     fn event(&mut self, event: Event) {
         match event {
             Event::Admitted(admission) => self.cached_tokens = admission.cached_tokens,
-            Event::Token(sampled) => self.tokens.push((Instant::now(), sampled.token)),
-            Event::Finished(_) => self.finished = true,
+            Event::Token { sampled, .. } => self.tokens.push((Instant::now(), sampled.token)),
+            Event::Finished { .. } => self.finished = true,
             Event::Failed(error) => self.failed = Some(error),
         }
     }

@@ -27,6 +27,9 @@ struct Figures {
     tpot_ms: Percentiles,
     gap_ms: Percentiles,
     preemptions: u64,
+    /// Tokens that were guessed, and those of them that were right.
+    drafted_tokens: u64,
+    accepted_tokens: u64,
     /// Products that were necessary, per second, of what the processor can do.
     share_of_peak: Option<f64>,
 }
@@ -40,7 +43,7 @@ pub fn run(options: &cli::Throughput) -> Result<()> {
         .collect();
     let longest = options.prompt.1 + options.output.1;
     let mut output = Output::new(&options.setup);
-    let plan = Plan { prefix_cache: true, ..Plan::even(concurrency, longest) };
+    let plan = Plan { prefix_cache: true, ngram: options.ngram, ..Plan::even(concurrency, longest) };
     let mut rig = Rig::build(&options.setup, &plan)?;
 
     let (mut running, mut done): (Vec<Sent>, Vec<Sent>) = (Vec::new(), Vec::new());
@@ -92,6 +95,8 @@ pub fn run(options: &cli::Throughput) -> Result<()> {
         tpot_ms: of(Sent::tpot),
         gap_ms: Percentiles::of_ms(&gaps),
         preemptions: stats.preemptions,
+        drafted_tokens: stats.drafted_tokens,
+        accepted_tokens: stats.accepted_tokens,
         share_of_peak: machine.map(|machine| flops / seconds / 1e9 / machine.peak_gflops()),
     });
     let f = &found.figures;
@@ -108,6 +113,9 @@ pub fn run(options: &cli::Throughput) -> Result<()> {
         ("of peak", percent(f.share_of_peak)),
     ];
     output.show(&found, &cells)?;
+    if options.ngram && !options.setup.json {
+        println!("\nguessed tokens: {} of {} right", f.accepted_tokens, f.drafted_tokens);
+    }
     output.memory(&found);
     Ok(())
 }

@@ -5,7 +5,7 @@
 
 use super::{
     Isa, LANES, Variant,
-    fast::{GROUP, STEP, padded},
+    fast::{GROUP, STEP, Step, steps},
     portable::reduce,
 };
 
@@ -69,7 +69,7 @@ per_isa! {
 
 per_isa! {
     /// Rounds rows of `cols` to bf16 and packs them for [`fast`](super::fast): whole groups, the last one perhaps smaller.
-    fn pack(x: &[f32], cols: usize, out: &mut [u16])
+    fn pack(x: &[f32], cols: usize, out: &mut [Step])
 }
 
 per_isa! {
@@ -143,18 +143,17 @@ mod body {
     }
 
     #[inline(always)]
-    pub(super) fn pack(x: &[f32], cols: usize, out: &mut [u16]) {
-        let padded = padded(cols);
-        for (x, out) in x.chunks(GROUP * cols).zip(out.chunks_mut(GROUP * padded)) {
+    pub(super) fn pack(x: &[f32], cols: usize, out: &mut [Step]) {
+        for (x, out) in x.chunks(GROUP * cols).zip(out.chunks_mut(GROUP * steps(cols))) {
             let size = x.len() / cols;
             for (token, row) in x.chunks_exact(cols).enumerate() {
-                let (steps, rest) = row.as_chunks::<STEP>();
-                for (k, step) in steps.iter().enumerate() {
-                    let to = &mut out[(k * size + token) * STEP..][..STEP];
+                let (whole, rest) = row.as_chunks::<STEP>();
+                for (k, step) in whole.iter().enumerate() {
+                    let to = &mut out[k * size + token].0;
                     to.iter_mut().zip(step).for_each(|(to, &x)| *to = round_to_bf16(x));
                 }
                 if !rest.is_empty() {
-                    let to = &mut out[(steps.len() * size + token) * STEP..][..STEP];
+                    let to = &mut out[whole.len() * size + token].0;
                     to.fill(0);
                     to.iter_mut().zip(rest).for_each(|(to, &x)| *to = round_to_bf16(x));
                 }

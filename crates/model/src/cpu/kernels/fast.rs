@@ -21,7 +21,7 @@
 //! group: [k 0..32 of token 0][… of token 1][… of token 2][… of token 3][k 32..64 of token 0] …   zeros up to 32
 //! ```
 
-use super::{BF16, Isa, Matrix, Output, Variant};
+use super::{BF16, F8, I8, Isa, Matrix, Output, Variant};
 use crate::weights::Dtype;
 
 #[cfg(target_arch = "x86_64")]
@@ -34,18 +34,23 @@ mod tests;
 pub(crate) const GROUP: usize = 4;
 /// Elements of one step: a register of pairs.
 pub(crate) const STEP: usize = 32;
+
+/// One step of one token, in a cache line of its own: a load that touches two costs twice.
+#[repr(C, align(64))]
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Step(pub(crate) [u16; STEP]);
 /// Rows of weights whose results are collected before they are written: a cache line of each token's output.
 const LINE: usize = 16;
 
-/// Length of a packed row.
-pub(crate) fn padded(cols: usize) -> usize {
-    cols.next_multiple_of(STEP)
+/// Steps of a packed row.
+pub(crate) fn steps(cols: usize) -> usize {
+    cols.div_ceil(STEP)
 }
 
 /// Packed activations: whole groups, the last one perhaps of fewer tokens.
 #[derive(Clone, Copy)]
 pub(crate) struct Packed<'a> {
-    data: &'a [u16],
+    data: &'a [Step],
     tokens: usize,
 }
 
@@ -54,8 +59,8 @@ impl<'a> Packed<'a> {
     ///
     /// # Panics
     /// If `data` is not exactly those.
-    pub(crate) fn new(data: &'a [u16], tokens: usize, cols: usize) -> Self {
-        assert_eq!(data.len(), tokens * padded(cols), "{tokens} packed rows of {cols}");
+    pub(crate) fn new(data: &'a [Step], tokens: usize, cols: usize) -> Self {
+        assert_eq!(data.len(), tokens * steps(cols), "{tokens} packed rows of {cols}");
         Self { data, tokens }
     }
 }
@@ -71,7 +76,7 @@ struct Product<'a> {
 
 /// Whether a matrix of this type can be multiplied here.
 pub(crate) fn takes(dtype: Dtype) -> bool {
-    dtype == Dtype::Bf16
+    matches!(dtype, Dtype::Bf16 | Dtype::I8 | Dtype::F8)
 }
 
 /// `out[first + t * stride + r] = x[t] · w[r]` for every row `t` of `x` and `r` of `w`, in bf16 products.
@@ -85,7 +90,7 @@ pub(crate) unsafe fn matmul(isa: Isa, x: Packed<'_>, w: Matrix<'_>, out: &Output
     if x.tokens == 0 {
         return;
     }
-    assert_eq!(x.data.len(), x.tokens * padded(w.cols), "activations are of the matrix's width");
+    assert_eq!(x.data.len(), x.tokens * steps(w.cols), "activations are of the matrix's width");
     let kernel = match (isa.0, w.dtype) {
         #[cfg(target_arch = "x86_64")]
         (Variant::Avx512Bf16, Dtype::Bf16) => avx512::matmul::<BF16>,
@@ -93,8 +98,22 @@ pub(crate) unsafe fn matmul(isa: Isa, x: Packed<'_>, w: Matrix<'_>, out: &Output
         (Variant::Avx512, Dtype::Bf16) => emulated::avx512::<BF16>,
         #[cfg(target_arch = "x86_64")]
         (Variant::Avx2, Dtype::Bf16) => emulated::avx2::<BF16>,
-        (Variant::Portable, Dtype::Bf16) => emulated::portable::<BF16> as unsafe fn(Product<'_>),
-        (_, dtype) => panic!("{dtype:?} is not exact in bf16"),
+        (Variant::Portable, Dtype::Bf16) => emulated::portable::<BF16>,
+        #[cfg(target_arch = "x86_64")]
+        (Variant::Avx512Bf16, Dtype::I8) => avx512::matmul::<I8>,
+        #[cfg(target_arch = "x86_64")]
+        (Variant::Avx512, Dtype::I8) => emulated::avx512::<I8>,
+        #[cfg(target_arch = "x86_64")]
+        (Variant::Avx2, Dtype::I8) => emulated::avx2::<I8>,
+        (Variant::Portable, Dtype::I8) => emulated::portable::<I8>,
+        #[cfg(target_arch = "x86_64")]
+        (Variant::Avx512Bf16, Dtype::F8) => avx512::matmul::<F8>,
+        #[cfg(target_arch = "x86_64")]
+        (Variant::Avx512, Dtype::F8) => emulated::avx512::<F8>,
+        #[cfg(target_arch = "x86_64")]
+        (Variant::Avx2, Dtype::F8) => emulated::avx2::<F8>,
+        (Variant::Portable, Dtype::F8) => emulated::portable::<F8> as unsafe fn(Product<'_>),
+        (_, dtype @ (Dtype::F16 | Dtype::F32)) => panic!("{dtype:?} is not exact in bf16"),
     };
     // SAFETY: an `Isa` proves its instructions, and all rows were just checked to be inside.
     unsafe { kernel(Product { x, w, out, first, stride }) }

@@ -8,7 +8,7 @@ use super::{
         LANES,
         portable::{element, reduce},
     },
-    GROUP, LINE, Product, STEP, finish, padded,
+    GROUP, LINE, Product, STEP, finish, steps,
 };
 
 #[cfg(target_arch = "x86_64")]
@@ -32,8 +32,8 @@ pub(super) unsafe fn avx2<const D: u8>(product: Product<'_>) {
 #[inline(always)]
 pub(super) unsafe fn portable<const D: u8>(product: Product<'_>) {
     let (rows, cols, tokens) = (product.w.rows, product.w.cols, product.x.tokens);
-    let padded = padded(cols);
-    let mut weights = vec![0.0f32; padded];
+    let steps = steps(cols);
+    let mut weights = vec![0.0f32; steps * STEP];
     let mut lines = vec![[0.0f32; LINE]; tokens];
     for line in (0..rows).step_by(LINE) {
         let count = LINE.min(rows - line);
@@ -45,9 +45,9 @@ pub(super) unsafe fn portable<const D: u8>(product: Product<'_>) {
             for (token, values) in lines.iter_mut().enumerate() {
                 let (group, place) = (token / GROUP * GROUP, token % GROUP);
                 let size = GROUP.min(tokens - group);
-                let x = &product.x.data[group * padded..][place * STEP..];
-                let steps = weights.as_chunks::<STEP>().0.iter().zip(x.chunks(size * STEP));
-                values[row] = reduce(steps.fold([0.0; LANES], |lanes, (w, x)| step(lanes, &x[..STEP], w)));
+                let x = product.x.data[group * steps..][place..].iter().step_by(size);
+                let pairs = weights.as_chunks::<STEP>().0.iter().zip(x);
+                values[row] = reduce(pairs.fold([0.0; LANES], |lanes, (w, x)| step(lanes, &x.0, w)));
             }
         }
         for (token, values) in lines.iter_mut().enumerate() {
@@ -59,7 +59,7 @@ pub(super) unsafe fn portable<const D: u8>(product: Product<'_>) {
 
 /// What `vdpbf16ps` does to its sixteen lanes.
 #[inline(always)]
-pub(super) fn step(mut lanes: [f32; LANES], x: &[u16], w: &[f32; STEP]) -> [f32; LANES] {
+pub(super) fn step(mut lanes: [f32; LANES], x: &[u16; STEP], w: &[f32; STEP]) -> [f32; LANES] {
     for (i, lane) in lanes.iter_mut().enumerate() {
         let odd = flush(widen(x[2 * i + 1]).mul_add(w[2 * i + 1], *lane));
         *lane = flush(widen(x[2 * i]).mul_add(w[2 * i], odd));

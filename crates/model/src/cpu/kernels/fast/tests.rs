@@ -6,20 +6,20 @@ use proptest::prelude::*;
 use super::{emulated, *};
 use crate::cpu::kernels::{
     elementwise::pack,
-    tests::{Stored, bits, floats, stored},
+    tests::{Stored, bits, dtypes, floats, stored},
 };
 
 /// Activations, matrix, tokens, rows, columns.
 fn products() -> impl Strategy<Value = (Vec<f32>, Stored, usize, usize, usize)> {
-    (1usize..14, 1usize..40, 1usize..140).prop_flat_map(|(tokens, rows, cols)| {
-        (floats(tokens * cols), floats(rows * cols))
-            .prop_map(move |(x, w)| (x, stored(&w, Dtype::Bf16), tokens, rows, cols))
+    (prop_oneof![1usize..14, 17usize..40], 1usize..40, 1usize..140).prop_flat_map(|(tokens, rows, cols)| {
+        (floats(tokens * cols), floats(rows * cols), dtypes().prop_filter("exact in bf16", |dtype| takes(*dtype)))
+            .prop_map(move |(x, w, dtype)| (x, stored(&w, dtype), tokens, rows, cols))
     })
 }
 
 fn run(isa: Isa, x: &[f32], w: &Stored, tokens: usize, rows: usize, cols: usize) -> Vec<f32> {
     // Everything that is to be written holds something else first.
-    let mut packed = vec![0x7fc1; tokens * padded(cols)];
+    let mut packed = vec![Step([0x7fc1; STEP]); tokens * steps(cols)];
     pack(isa, x, cols, &mut packed);
     let mut out = vec![f32::NAN; tokens * rows];
     let matrix = Matrix::new(&w.bytes, w.dtype, rows, cols);
@@ -116,5 +116,55 @@ fn the_instruction_is_what_we_emulate() {
                 theirs[i]
             );
         }
+    }
+}
+
+#[test]
+#[ignore = "a measurement: cargo test --release -p kvasir-model --lib speed_of_fast -- --ignored --nocapture"]
+fn speed_of_fast_products() {
+    let (isa, peak) = (Isa::detect(), crate::cpu::limits::peak_bf16(1).unwrap_or(f64::NAN));
+    // Shapes of qwen3-0.6b, a panel at a time as `Linear` cuts them: panels of one large matrix, so that weights come from
+    // where they come from in a model.
+    for (tokens, cols, panel) in [
+        (252, 1024, 64),
+        (120, 2048, 32),
+        (72, 3072, 16),
+        (16, 1024, 64),
+        (8, 1024, 64),
+        (4, 1024, 64),
+        (16, 3072, 16),
+        (1, 1024, 64),
+        (1, 3072, 16),
+    ] {
+        let rows = if tokens > 32 { 3072 } else { (64 << 20) / cols / panel * panel };
+        let x: Vec<f32> = (0..tokens * cols).map(|i| (i % 17) as f32 - 8.0).collect();
+        let w = vec![Step([0x3f80; STEP]); rows * cols / STEP];
+        // SAFETY: plain numbers.
+        let bytes = unsafe { std::slice::from_raw_parts(w.as_ptr().cast(), rows * cols * 2) };
+        let mut packed = vec![Step::default(); tokens * steps(cols)];
+        pack(isa, &x, cols, &mut packed);
+        let mut out = vec![0.0; tokens * rows];
+        let matrix = Matrix::new(bytes, Dtype::Bf16, rows, cols);
+        let best = (0..5)
+            .map(|_| {
+                let start = std::time::Instant::now();
+                let output = Output::new(&mut out);
+                for row in (0..rows).step_by(panel) {
+                    // SAFETY: one thread.
+                    unsafe {
+                        matmul(isa, Packed::new(&packed, tokens, cols), matrix.slice(row, panel), &output, row, rows)
+                    };
+                }
+                start.elapsed().as_secs_f64()
+            })
+            .fold(f64::MAX, f64::min);
+        let flops = 2.0 * (tokens * rows * cols) as f64 / best;
+        let bytes = 2.0 * (rows * cols) as f64 / best;
+        println!(
+            "{tokens:4} x {cols}: {:6.1} GFLOP/s, {:.2} of peak, weights {:.1} GB/s",
+            flops / 1e9,
+            flops / peak,
+            bytes / 1e9
+        );
     }
 }
