@@ -40,7 +40,7 @@ struct Found<'a> {
 
 /// `accuracy`.
 pub fn run(options: &cli::Accuracy) -> Result<()> {
-    let (reference_name, folder) = source::open(&options.source, options.seed)?;
+    let (reference_name, folder) = source::open(&options.source, options.seed, None)?;
     let sequences = match text::find(options) {
         Some(file) => text::read(&file, folder.config().vocab, options.count as usize)?,
         None => text::draw(&folder, options)?,
@@ -54,6 +54,11 @@ pub fn run(options: &cli::Accuracy) -> Result<()> {
     for dir in &options.against {
         names.push(dir.display().to_string());
         folders.push(open_like(&folders[0], dir)?);
+    }
+    for &rounding in &options.weights {
+        let (name, folder) = source::open(&options.source, options.seed, Some(rounding))?;
+        names.push(name);
+        folders.push(folder);
     }
     let mut candidates = Vec::new();
     for (name, folder) in names.iter().zip(&folders) {

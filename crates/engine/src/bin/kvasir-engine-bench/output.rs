@@ -27,6 +27,8 @@ pub struct Model {
     pub family: &'static str,
     pub parameters: u64,
     pub weight_bytes: u64,
+    /// What most weights are stored in.
+    pub weights: String,
 }
 
 /// How the engine was set up.
@@ -102,6 +104,7 @@ impl Output {
                 family: rig.folder.config().family,
                 parameters: cost.parameters,
                 weight_bytes: cost.weight_bytes,
+                weights: cost.weight_dtype.as_str().to_ascii_lowercase(),
             },
             engine: Engine {
                 threads: rig.threads,
@@ -131,9 +134,12 @@ impl Output {
             padded.join("  ")
         };
         if !std::mem::replace(&mut self.head_shown, true) {
-            let Model { name, parameters, weight_bytes, .. } = &found.model;
+            let Model { name, parameters, weight_bytes, weights, .. } = &found.model;
             let (millions, gb) = (*parameters as f64 / 1e6, *weight_bytes as f64 / 1e9);
-            println!("{name}: {millions:.1} million parameters, {gb:.2} GB; {} threads", found.engine.threads);
+            println!(
+                "{name}: {millions:.1} million parameters, {gb:.2} GB in {weights}; {} threads",
+                found.engine.threads
+            );
             if let Some(machine) = &found.limits {
                 let (peak, read) = (machine.peak_gflops(), machine.read_gb_per_s);
                 println!("the machine's limits: {peak:.0} GFLOP/s, {read:.1} GB/s read\n");
