@@ -132,6 +132,17 @@ fn rounding_keys_and_values_costs_the_more_the_fewer_bits_they_have() {
 }
 
 #[test]
+fn fast_products_cost_something_and_little() {
+    let demo = demo();
+    let found =
+        differences(&["--model", demo.to_str().unwrap(), "--count", "3", "--kv", "f32", "--compute", "exact,fast"]);
+    let [exact, fast] = found.as_slice() else { panic!("two kinds of products: {found:?}") };
+    assert_eq!((&exact["compute"], &fast["compute"]), (&"exact".into(), &"fast".into()));
+    assert!(number(exact, "/mean_kl") < 1e-12 && number(fast, "/mean_kl") < 0.01, "{found:?}");
+    assert!(number(fast, "/mean_kl") > number(exact, "/mean_kl") && number(fast, "/top1_agreement") > 0.95, "{fast}");
+}
+
+#[test]
 fn a_model_of_random_weights_is_compared_on_what_it_writes() {
     let dir = tempfile::tempdir().unwrap();
     let place = dir.path().to_str().unwrap();

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use kvasir_model::quantize::Scheme;
+use kvasir_model::{cpu::Compute, quantize::Scheme};
 use kvasir_types::KvDtype;
 
 /// Measures the Kvasir engine in this process: no network, no tokenizer, no cluster.
@@ -77,6 +77,9 @@ pub struct Setup {
     /// Element type of cached keys and values
     #[arg(long, value_enum, default_value_t = Kv::F16)]
     pub kv: Kv,
+    /// How activations are multiplied with bf16 and 8-bit weights
+    #[arg(long, value_enum, default_value_t = Products::Exact)]
+    pub compute: Products,
     /// Tokens in a block
     #[arg(long, value_name = "TOKENS", default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub block_size: u32,
@@ -205,6 +208,9 @@ pub struct Accuracy {
     /// Element types of cached keys and values to compare, parted by commas
     #[arg(long, value_enum, value_delimiter = ',', default_value = "f32,f16,bf16,fp8")]
     pub kv: Vec<Kv>,
+    /// How products are computed, parted by commas; the reference computes exactly
+    #[arg(long, value_enum, value_delimiter = ',', default_value = "exact")]
+    pub compute: Vec<Products>,
     /// Sequences to read: JSON lines with `prompt_ids` and `output_ids` [default: golden.jsonl of the model's folder, else
     /// sequences drawn from the reference]
     #[arg(long, value_name = "FILE")]
@@ -295,6 +301,24 @@ impl Rounding {
         match self {
             Self::Int8 => "int8",
             Self::Fp8 => "fp8",
+        }
+    }
+}
+
+/// The backend's choices of arithmetic.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Products {
+    /// Activations stay f32
+    Exact,
+    /// Activations are rounded to bf16, as PyTorch and llama.cpp do
+    Fast,
+}
+
+impl Products {
+    pub fn compute(self) -> Compute {
+        match self {
+            Self::Exact => Compute::Exact,
+            Self::Fast => Compute::Fast,
         }
     }
 }

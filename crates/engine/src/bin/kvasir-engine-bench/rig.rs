@@ -80,7 +80,7 @@ impl Rig {
         let arena = HostArena::new(blocks * layout.block_bytes())
             .with_context(|| format!("{blocks} blocks of {} bytes", layout.block_bytes()))?;
         let threads = limits::threads(setup.threads);
-        let backend = CpuBackend::new(&folder, layout, arena, threads)?;
+        let backend = CpuBackend::with_compute(&folder, layout, arena, threads, setup.compute.compute())?;
 
         let usual = Config::default();
         let chunk = plan.chunk.or_else(|| setup.chunk_tokens()).unwrap_or(usual.chunk_tokens);

@@ -15,7 +15,9 @@ use super::plan::{Found, Load, Operation, THREADS, WARM_UP, Who};
 const CHUNK: usize = 512;
 
 /// Weights are rounded when this is first asked for, into a folder that is kept.
-const INT8: [&str; 2] = ["--weights", "int8"];
+const INT8: [&str; 4] = ["--weights", "int8", "--compute", "fast"];
+/// Activations are rounded to bf16 before they are multiplied, as the rivals round them.
+const FAST: [&str; 2] = ["--compute", "fast"];
 
 /// The model's folder.
 pub struct Ours {
@@ -49,17 +51,21 @@ impl Ours {
 
     /// Tokens per second under a load.
     pub fn measure(&self, who: Who, load: Load, found: &mut Found) -> Result<f64> {
-        let rounding = if who == Who::OursInt8 { &INT8[..] } else { &[] };
+        let settings = match who {
+            Who::OursInt8 => &INT8[..],
+            Who::OursExact => &[],
+            _ => &FAST,
+        };
         let [context, steps] = [load.context(), load.steps()].map(|number| number.to_string());
         let said = match load {
             Load::Decode(batch) => {
                 let batch = batch.to_string();
                 let arguments = ["decode", "--batch", &batch, "--context", &context, "--steps", &steps];
-                run(&self.folder, &[&arguments, rounding].concat())?
+                run(&self.folder, &[&arguments, settings].concat())?
             }
             Load::Prefill => {
                 let arguments = ["prefill", "--tokens", &context, "--chunk", &CHUNK.to_string(), "--repeat", "1"];
-                run(&self.folder, &[&arguments, rounding].concat())?
+                run(&self.folder, &[&arguments, settings].concat())?
             }
         };
         let of = |pointer| number(&said, pointer);
@@ -90,7 +96,8 @@ impl Ours {
 
     /// Two requests begin alike.
     pub fn prefix(&self, found: &mut Found) -> Result<()> {
-        let said = run(&self.folder, &["prefix", "--shared", "2000", "--own", "16", "--no-limits"])?;
+        let arguments = ["prefix", "--shared", "2000", "--own", "16", "--no-limits"];
+        let said = run(&self.folder, &[&arguments[..], &FAST].concat())?;
         found.prefix.add(number(&said, "/second_ttft_ms")?, number(&said, "/first_ttft_ms")?);
         Ok(())
     }
@@ -104,8 +111,8 @@ impl Ours {
     pub fn tokens(&self) -> Result<Vec<u64>> {
         let load = Load::Decode(1);
         let [context, steps] = [load.context(), load.steps()].map(|number| number.to_string());
-        let said =
-            run(&self.folder, &["decode", "--context", &context, "--steps", &steps, "--show-tokens", "--no-limits"])?;
+        let arguments = ["decode", "--context", &context, "--steps", &steps, "--show-tokens", "--no-limits"];
+        let said = run(&self.folder, &[&arguments[..], &FAST].concat())?;
         let tokens = said["tokens"].as_array().context("it shows its tokens")?;
         Ok(tokens.iter().filter_map(Value::as_u64).take(steps_of(load)).collect())
     }
