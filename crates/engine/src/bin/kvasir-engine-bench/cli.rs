@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use kvasir_model::cpu::Compute;
+use kvasir_model::{cpu::Compute, quantize::Scheme};
 use kvasir_types::KvDtype;
 
 /// Measures the Kvasir engine in this process: no network, no tokenizer, no cluster.
@@ -68,6 +68,9 @@ pub struct Source {
 pub struct Setup {
     #[command(flatten)]
     pub source: Source,
+    /// Round the weights to this first, into a folder beside the shapes; again only for other weights
+    #[arg(long, value_enum)]
+    pub weights: Option<Rounding>,
     /// Threads that compute [default: one per core]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub threads: Option<u32>,
@@ -199,9 +202,15 @@ pub struct Accuracy {
     /// A folder with the same model's weights in another type, to compare as well; may be given several times
     #[arg(long, value_name = "DIR")]
     pub against: Vec<PathBuf>,
+    /// Compare the model with its weights rounded to these as well, parted by commas; folders are kept beside the shapes
+    #[arg(long, value_enum, value_delimiter = ',')]
+    pub weights: Vec<Rounding>,
     /// Element types of cached keys and values to compare, parted by commas
-    #[arg(long, value_enum, value_delimiter = ',', default_value = "f32,f16,bf16")]
+    #[arg(long, value_enum, value_delimiter = ',', default_value = "f32,f16,bf16,fp8")]
     pub kv: Vec<Kv>,
+    /// How products are computed, parted by commas; the reference computes exactly
+    #[arg(long, value_enum, value_delimiter = ',', default_value = "exact")]
+    pub compute: Vec<Products>,
     /// Sequences to read: JSON lines with `prompt_ids` and `output_ids` [default: golden.jsonl of the model's folder, else
     /// sequences drawn from the reference]
     #[arg(long, value_name = "FILE")]
@@ -267,6 +276,31 @@ impl Kv {
             Self::F16 => KvDtype::F16,
             Self::F32 => KvDtype::F32,
             Self::Fp8 => KvDtype::Fp8,
+        }
+    }
+}
+
+/// What weights are rounded to.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Rounding {
+    /// Bytes, with a scale per row
+    Int8,
+    /// 8-bit floats (e4m3), with a scale per row
+    Fp8,
+}
+
+impl Rounding {
+    pub fn scheme(self) -> Scheme {
+        match self {
+            Self::Int8 => Scheme::Int8,
+            Self::Fp8 => Scheme::Fp8,
+        }
+    }
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Int8 => "int8",
+            Self::Fp8 => "fp8",
         }
     }
 }

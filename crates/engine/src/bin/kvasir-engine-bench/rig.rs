@@ -66,7 +66,7 @@ impl Rig {
     /// Opens the model and builds an engine whose pool holds what the plan needs.
     pub fn build(setup: &cli::Setup, plan: &Plan) -> Result<Self> {
         forget_peak_rss();
-        let (name, folder) = source::open(&setup.source, setup.seed)?;
+        let (name, folder) = source::open(&setup.source, setup.seed, setup.weights)?;
         let layout = folder.kv_layout(setup.block_size, setup.kv.dtype());
         let longest = plan.lengths.iter().copied().max().unwrap_or(1);
         let max_len = folder.config().max_len;
