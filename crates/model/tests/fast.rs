@@ -1,7 +1,5 @@
 //! Fast products (activations in bf16) against the reference's answers, and under the same law: no cut changes a bit.
 
-#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
-
 mod common;
 
 use std::fs;
