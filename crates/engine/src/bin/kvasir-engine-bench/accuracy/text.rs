@@ -6,7 +6,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-use kvasir_model::{Backend, Folder, SeqInput};
+use kvasir_model::{Backend, Folder, SeqInput, cpu::Compute};
 use kvasir_types::{KvDtype, Sampling, TokenId};
 use serde::Deserialize;
 
@@ -44,7 +44,7 @@ pub fn read(file: &Path, vocab: usize, count: usize) -> Result<Vec<Vec<TokenId>>
 /// Sequences drawn from the model itself, at temperature 1, with keys and values in f32. Each begins with a token of its own.
 pub fn draw(folder: &Folder, options: &cli::Accuracy) -> Result<Vec<Vec<TokenId>>> {
     let (count, length) = (options.count as usize, options.tokens as usize);
-    let mut model = Model::load(folder, KvDtype::F32, length, count, options)?;
+    let mut model = Model::load(folder, (KvDtype::F32, Compute::Exact), length, count, options)?;
     let vocab = folder.config().vocab as u64;
     let first = |n: u64| TokenId(((options.seed.wrapping_mul(1_000_003) + n * 104_729) % vocab) as u32);
     let mut sequences: Vec<Vec<TokenId>> = (0..count as u64).map(|n| vec![first(n)]).collect();
