@@ -18,7 +18,7 @@ use kvasir_types::{BlockId, KvDtype, TokenId};
 use serde::Serialize;
 use serde_json::json;
 
-use self::compare::Difference;
+use self::{compare::Difference, text::Sequence};
 use crate::{cli, limits, source};
 
 /// Tokens computed at a time: their logits are what takes memory, 0.6 MiB a token with a vocabulary of 150,000.
@@ -33,7 +33,7 @@ struct Found<'a> {
     compute: Compute,
     weight_bytes: u64,
     sequences: usize,
-    /// Distributions compared: one after each token but the last of a sequence.
+    /// Distributions compared: one for each token of an answer.
     positions: usize,
     #[serde(flatten)]
     difference: compare::Summary,
@@ -46,7 +46,7 @@ pub fn run(options: &cli::Accuracy) -> Result<()> {
         Some(file) => text::read(&file, folder.config().vocab, options.count as usize)?,
         None => text::draw(&folder, options)?,
     };
-    let longest = sequences.iter().map(Vec::len).max().unwrap_or_default();
+    let longest = sequences.iter().map(|sequence| sequence.tokens.len()).max().unwrap_or_default();
     ensure!(longest > 1, "no sequence has two tokens: there is nothing to foretell");
     let mut reference = Model::load(&folder, (KvDtype::F32, Compute::Exact), longest, 1, options)?;
 
@@ -69,14 +69,15 @@ pub fn run(options: &cli::Accuracy) -> Result<()> {
             candidates.push((name, folder.cost().weight_bytes, arithmetic, model, Difference::default()));
         }
     }
-    for (done, tokens) in sequences.iter().enumerate() {
+    for (done, Sequence { tokens, from }) in sequences.iter().enumerate() {
         eprintln!("sequence {} of {}: {} tokens", done + 1, sequences.len(), tokens.len());
         for start in (0..tokens.len() - 1).step_by(CHUNK) {
             let chunk = start..(start + CHUNK).min(tokens.len() - 1);
             let next = &tokens[chunk.start + 1..=chunk.end];
+            let skip = (from - 1).saturating_sub(start).min(next.len());
             let right = reference.logits(&tokens[chunk.clone()], start)?;
             for (_, _, _, model, difference) in &mut candidates {
-                difference.add(&right, &model.logits(&tokens[chunk.clone()], start)?, next);
+                difference.add(&right, &model.logits(&tokens[chunk.clone()], start)?, next, skip);
             }
         }
     }
