@@ -65,9 +65,9 @@ fn tokenizer() -> Vec<u8> {
 
 /// A token of the mask: a random one, but quotes and brackets more often, or strings would not end.
 fn choose(mask: &Mask, random: &mut Random) -> TokenId {
-    let ends = b"\"]},".iter().map(|&byte| TokenId(byte.into())).filter(|&token| mask.allows(token));
+    let mut ends = b"\"]},".iter().map(|&byte| TokenId(byte.into())).filter(|&token| mask.allows(token));
     if random.below(4) == 0
-        && let Some(token) = ends.last()
+        && let Some(token) = ends.next_back()
     {
         return token;
     }
