@@ -29,7 +29,7 @@ fn found(scenario: &str, arguments: &[&str]) -> Vec<Value> {
         String::from_utf8(output.stdout).unwrap().lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     for line in &lines {
         assert_eq!(line["scenario"], scenario);
-        assert_eq!(line["model"]["parameters"], 2_446_976);
+        assert_eq!((&line["model"]["parameters"], &line["model"]["weights"]), (&2_446_976.into(), &"bf16".into()));
         let (used, total) = (line["blocks"]["used"].as_u64().unwrap(), line["blocks"]["total"].as_u64().unwrap());
         assert!(0 < used && used <= total, "{line}");
         assert!(number(line, "/memory/peak_rss_bytes") > 2.0 * 2_446_976.0, "the weights were read: {line}");
@@ -119,16 +119,29 @@ fn rounding_keys_and_values_costs_the_more_the_fewer_bits_they_have() {
     let demo = demo();
     let found = differences(&["--model", demo.to_str().unwrap(), "--count", "4"]);
     let kinds: Vec<_> = found.iter().map(|found| found["kv"].as_str().unwrap()).collect();
-    assert_eq!(kinds, ["f32", "f16", "bf16"]);
+    assert_eq!(kinds, ["f32", "f16", "bf16", "fp8"]);
     let kl: Vec<_> = found.iter().map(|found| number(found, "/mean_kl")).collect();
-    // The reference itself, to the bit; then 11 and 8 significant bits.
-    assert!(kl[0] < 1e-12 && kl[0] < kl[1] && kl[1] < kl[2], "{kl:?}");
-    for found in &found {
+    // The reference itself, to the bit; then 11, 8 and 4 significant bits.
+    assert!(kl[0] < 1e-12 && kl[0] < kl[1] && kl[1] < kl[2] && kl[2] < kl[3], "{kl:?}");
+    for found in &found[..3] {
         // The sequences are the demo model's own answers after short prompts.
         assert!(found["positions"].as_u64().unwrap() > 50);
         assert!(number(found, "/top1_agreement") > 0.97, "{found}");
         assert!(number(found, "/perplexity_change").abs() < 0.01, "{found}");
+        // The model is sure of what it wrote greedily; of what it was asked it could know nothing.
+        assert!(number(found, "/reference_perplexity") < 1.5, "{found}");
     }
+}
+
+#[test]
+fn fast_products_cost_something_and_little() {
+    let demo = demo();
+    let found =
+        differences(&["--model", demo.to_str().unwrap(), "--count", "3", "--kv", "f32", "--compute", "exact,fast"]);
+    let [exact, fast] = found.as_slice() else { panic!("two kinds of products: {found:?}") };
+    assert_eq!((&exact["compute"], &fast["compute"]), (&"exact".into(), &"fast".into()));
+    assert!(number(exact, "/mean_kl") < 1e-12 && number(fast, "/mean_kl") < 0.01, "{found:?}");
+    assert!(number(fast, "/mean_kl") > number(exact, "/mean_kl") && number(fast, "/top1_agreement") > 0.95, "{fast}");
 }
 
 #[test]
@@ -143,6 +156,22 @@ fn a_model_of_random_weights_is_compared_on_what_it_writes() {
     // Less likely than one of the vocabulary's 512 tokens at random, were the sequences not its own.
     assert!(number(itself, "/reference_perplexity") < 512.0 / 2.0, "{itself}");
     assert_eq!(itself["mean_kl"], again["mean_kl"], "the same weights");
+}
+
+#[test]
+fn weights_are_rounded_once_and_cost_half() {
+    let dir = tempfile::tempdir().unwrap();
+    let place = dir.path().to_str().unwrap();
+    let shape = ["--shape", "qwen3-tiny", "--shapes-dir", place];
+    let found = differences(&[&shape[..], &["--weights", "int8,fp8", "--tokens", "40", "--kv", "f32"]].concat());
+    let [exact, int8, fp8] = found.as_slice() else { panic!("three weights: {found:?}") };
+    assert_eq!([exact, int8, fp8].map(|found| number(found, "/mean_kl") > 0.0), [false, true, true]);
+    assert!(number(int8, "/mean_kl") < number(fp8, "/mean_kl"), "7 bits and 4: {int8} {fp8}");
+    let again = run(&[&["decode", "--steps", "2", "--weights", "int8", "--json", "--no-limits"], &shape[..]].concat());
+    assert!(again.status.success() && again.stderr.is_empty(), "{}", String::from_utf8_lossy(&again.stderr));
+    let again: Value = serde_json::from_slice(&again.stdout).unwrap();
+    assert_eq!(again["model"]["weights"], "i8");
+    assert!(number(&again, "/model/weight_bytes") < 0.8 * number(exact, "/weight_bytes"), "{again}");
 }
 
 #[test]

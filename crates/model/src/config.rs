@@ -19,6 +19,7 @@ use crate::{
     graph::{AttentionKind, LayerSpec, NormSpec},
 };
 
+pub(crate) mod quantization;
 pub(crate) mod raw;
 
 pub(crate) use raw::read_json;

@@ -6,7 +6,7 @@
 use crate::{
     Folder,
     graph::{AttentionKind, AttentionSpec, LayerSpec, MlpSpec},
-    weights::{Tensor, expected::EMBEDDING},
+    weights::{Dtype, Tensor, expected::EMBEDDING},
 };
 
 /// The work of one model.
@@ -17,8 +17,10 @@ pub struct Cost {
     /// Bytes of weights that a step has to read, however few tokens it computes: all of them, but for an embedding that is
     /// no output projection, of which a row per token is enough, and for the experts that one token does not choose.
     pub step_weight_bytes: u64,
-    /// Parameters.
+    /// Parameters. Scales of quantized weights are none.
     pub parameters: u64,
+    /// What most parameters are stored in.
+    pub weight_dtype: Dtype,
     layers: Vec<LayerCost>,
     /// Multiply-adds per row of logits.
     output: u64,
@@ -52,11 +54,16 @@ impl Cost {
                 expert * (routed.experts.len() - routed.gate.top_k) as u64
             }
         };
+        let parameters = || all.iter().filter(|(name, _)| !name.ends_with("_scale")).map(|(_, tensor)| *tensor);
+        let stored_in = |dtype| parameters().filter(|tensor| tensor.dtype == dtype).map(elements).sum::<u64>();
+        let most = parameters().max_by_key(|tensor| stored_in(tensor.dtype));
+        let weight_dtype = most.expect("a model has weights").dtype;
         let idle: u64 = config.layers.iter().map(idle).sum();
         Self {
             weight_bytes,
             step_weight_bytes: weight_bytes - looked_up - idle,
-            parameters: all.iter().map(|(_, tensor)| elements(tensor)).sum(),
+            parameters: parameters().map(elements).sum(),
+            weight_dtype,
             layers: config.layers.iter().map(LayerCost::of).collect(),
             output: (config.vocab * config.hidden) as u64,
         }

@@ -6,7 +6,7 @@
 
 use std::path::PathBuf;
 
-use kvasir_types::{BlockId, KvDtype, KvLayout, Retry, TokenId};
+use kvasir_types::{BlockId, KvLayout, Retry, TokenId};
 
 /// Why a model cannot be loaded or a batch not be computed.
 #[derive(Debug, thiserror::Error)]
@@ -115,7 +115,7 @@ pub enum Error {
         file: PathBuf,
     },
     /// A weight is of a type we do not compute with.
-    #[error("{}: tensor {tensor} of shape {shape:?} is {dtype}, expected BF16, F16 or F32", file.display())]
+    #[error("{}: tensor {tensor} of shape {shape:?} is {dtype}, expected BF16, F16, F32, or I8 or F8_E4M3 with a scale", file.display())]
     TensorDtype {
         /// The tensor.
         tensor: String,
@@ -126,6 +126,14 @@ pub enum Error {
         /// The file it is in.
         file: PathBuf,
     },
+    /// The scale of an 8-bit weight is not a positive number for each row.
+    #[error("{}: tensor {tensor} is to scale a weight, but not all of it is above zero and finite", file.display())]
+    BadScale {
+        /// The scale.
+        tensor: String,
+        /// The file it is in.
+        file: PathBuf,
+    },
     /// The KV layout is not this model's.
     #[error("kv layout {layout:?} does not fit the model: expected {expected:?} (any block_size and dtype)")]
     Layout {
@@ -133,12 +141,6 @@ pub enum Error {
         layout: KvLayout,
         /// One that fits.
         expected: KvLayout,
-    },
-    /// Keys and values of a type that the backend does not compute with.
-    #[error("kv dtype {dtype:?} is not supported by this backend")]
-    KvDtype {
-        /// The type.
-        dtype: KvDtype,
     },
     /// More rows of logits are asked for than there are tokens.
     #[error("input {input}: {rows} rows of logits wanted of {tokens} tokens")]

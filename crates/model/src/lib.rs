@@ -3,7 +3,7 @@
 //! Reading order: [`Folder`] opens a directory and checks it whole (`config`, `rope`, `weights`, `fingerprint`); a family
 //! (`families`) turns its configuration into a description of what is to be computed ([`graph`]); a [`Backend`] computes
 //! steps of many sequences at once over the block layout of `kvasir_types::KvLayout`; [`cpu`] is the backend for plain
-//! processors, the reference the others are measured against.
+//! processors, the reference the others are measured against. [`quantize`] makes folders with 8-bit weights.
 //!
 //! This crate knows token ids, tensors and blocks. It knows no text, no scheduler, no network and no async runtime.
 
@@ -18,6 +18,7 @@ mod families;
 mod fingerprint;
 mod folder;
 pub mod graph;
+pub mod quantize;
 mod rope;
 pub mod shapes;
 mod weights;

@@ -4,7 +4,8 @@
 //! file = [header length: u64 le][header: JSON name → {dtype, shape, data_offsets}][tensor bytes]
 //! ```
 //!
-//! Weights stay in the type they are stored in and are widened while a kernel loads them, so a model costs its file's
+//! Weights stay in the type they are stored in (8-bit ones beside a `weight_scale`, as compressed-tensors writes them) and
+//! are widened while a kernel loads them, so a model costs its file's
 //! size in page cache once, however many processes serve it, and nothing more. A folder holds one `model.safetensors` or
 //! an index that says which shard holds which tensor.
 //!
@@ -22,6 +23,7 @@ use serde::Deserialize;
 use crate::{Error, ModelConfig, config::read_json};
 
 pub(crate) mod expected;
+pub(crate) mod fp8;
 mod header;
 mod mapped;
 
@@ -41,6 +43,10 @@ pub enum Dtype {
     F16,
     /// IEEE single precision.
     F32,
+    /// Signed byte, with a scale per row (or one for all).
+    I8,
+    /// 8-bit float of 4 exponent and 3 mantissa bits (OCP e4m3, no infinities), scaled as `I8`.
+    F8,
 }
 
 impl Dtype {
@@ -49,7 +55,13 @@ impl Dtype {
         match self {
             Self::Bf16 | Self::F16 => 2,
             Self::F32 => 4,
+            Self::I8 | Self::F8 => 1,
         }
+    }
+
+    /// Whether elements mean something only together with a scale.
+    pub fn is_scaled(self) -> bool {
+        matches!(self, Self::I8 | Self::F8)
     }
 
     /// Its name in a safetensors header.
@@ -58,11 +70,13 @@ impl Dtype {
             Self::Bf16 => "BF16",
             Self::F16 => "F16",
             Self::F32 => "F32",
+            Self::I8 => "I8",
+            Self::F8 => "F8_E4M3",
         }
     }
 
     fn parse(name: &str) -> Option<Self> {
-        [Self::Bf16, Self::F16, Self::F32].into_iter().find(|dtype| dtype.as_str() == name)
+        [Self::Bf16, Self::F16, Self::F32, Self::I8, Self::F8].into_iter().find(|dtype| dtype.as_str() == name)
     }
 }
 
@@ -74,9 +88,16 @@ pub(crate) struct Tensor {
     pub(crate) dtype: Dtype,
     pub(crate) rows: usize,
     pub(crate) cols: usize,
+    /// What each row is multiplied by; empty for types that need none.
+    scale: Arc<[f32]>,
 }
 
 impl Tensor {
+    /// What each row is multiplied by; empty for types that need none.
+    pub(crate) fn scale(&self) -> &[f32] {
+        &self.scale
+    }
+
     /// Its bytes: row-major, little-endian, of no particular alignment.
     pub(crate) fn bytes(&self) -> &[u8] {
         let len = self.rows * self.cols * self.dtype.bytes();
@@ -87,12 +108,15 @@ impl Tensor {
     pub(crate) fn row_into(&self, row: usize, out: &mut [f32]) {
         let width = self.cols * self.dtype.bytes();
         widen(&self.bytes()[row * width..(row + 1) * width], self.dtype, out);
+        if let Some(scale) = self.scale.get(row) {
+            out.iter_mut().for_each(|value| *value *= scale);
+        }
     }
 
     /// The whole of a small tensor (norms, biases), widened.
     pub(crate) fn to_f32(&self) -> Vec<f32> {
         let mut out = vec![0.0; self.rows * self.cols];
-        widen(self.bytes(), self.dtype, &mut out);
+        out.chunks_exact_mut(self.cols).enumerate().for_each(|(row, out)| self.row_into(row, out));
         out
     }
 }
@@ -113,6 +137,8 @@ pub(crate) fn widen(bytes: &[u8], dtype: Dtype, out: &mut [f32]) {
             let values = bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]));
             out.iter_mut().zip(values).for_each(|(o, v)| *o = v);
         }
+        Dtype::I8 => out.iter_mut().zip(bytes).for_each(|(o, &b)| *o = f32::from(b.cast_signed())),
+        Dtype::F8 => out.iter_mut().zip(bytes).for_each(|(o, &b)| *o = fp8::to_f32(b)),
     }
 }
 
@@ -141,8 +167,9 @@ impl Weights {
         }
         let Index { weight_map } = read_json(&index, MAX_INDEX_BYTES)?;
         let mut shards = HashMap::new();
-        for (name, _) in expected::tensors(config) {
-            let Some(file) = weight_map.get(&name) else { continue }; // reported below, with its shape
+        let names = expected::tensors(config).into_iter().flat_map(|(name, _)| [scale_of(&name), name]);
+        for name in names {
+            let Some(file) = weight_map.get(&name) else { continue }; // reported below, where it is needed
             if !is_plain_shard_name(file) {
                 let file = file.chars().take(128).collect();
                 return Err(Error::BadShardName { index, tensor: name, file });
@@ -166,7 +193,13 @@ impl Weights {
     ) -> Result<Self, Error> {
         let mut tensors = HashMap::new();
         for (name, shape) in expected::tensors(config) {
-            let tensor = shard_of(&name, &shape)?.tensor(&name, &shape)?;
+            let mut tensor = shard_of(&name, &shape)?.tensor(&name, &shape)?;
+            if tensor.dtype.is_scaled() {
+                let name = scale_of(&name);
+                let scale = shard_of(&name, &[tensor.rows, 1])?.scale(&name, tensor.rows)?;
+                tensor.scale = spread(&scale, tensor.rows);
+                tensors.insert(name, scale); // as every tensor that matters, for the fingerprint
+            }
             tensors.insert(name, tensor);
         }
         Ok(Self { tensors })
@@ -193,6 +226,19 @@ impl Weights {
     }
 }
 
+/// What compressed-tensors and its like call the scale of a weight.
+fn scale_of(weight: &str) -> String {
+    format!("{weight}_scale")
+}
+
+/// A scale for each of `rows` rows.
+fn spread(scale: &Tensor, rows: usize) -> Arc<[f32]> {
+    match scale.to_f32()[..] {
+        [one] => vec![one; rows].into(),
+        ref all => all.into(),
+    }
+}
+
 /// An index may only name files that lie in the folder itself, by their plain name.
 fn is_plain_shard_name(file: &str) -> bool {
     let mut components = Path::new(file).components();
@@ -215,10 +261,18 @@ impl Shard {
     }
 
     fn tensor(&self, name: &str, expected: &[usize]) -> Result<Tensor, Error> {
+        match self.entries.get(name) {
+            Some(entry) => self.tensor_of(name, entry, expected),
+            None => Err(Error::MissingTensor {
+                tensor: name.to_owned(),
+                expected: expected.to_vec(),
+                file: self.path.clone(),
+            }),
+        }
+    }
+
+    fn tensor_of(&self, name: &str, entry: &Entry, expected: &[usize]) -> Result<Tensor, Error> {
         let (tensor, file) = (|| name.to_owned(), || self.path.clone());
-        let Some(entry) = self.entries.get(name) else {
-            return Err(Error::MissingTensor { tensor: tensor(), expected: expected.to_vec(), file: file() });
-        };
         if entry.shape != expected {
             let shape = entry.shape.clone();
             return Err(Error::TensorShape { tensor: tensor(), shape, expected: expected.to_vec(), file: file() });
@@ -232,7 +286,26 @@ impl Shard {
             [rows, cols] => (rows, cols),
             _ => unreachable!("expected shapes are vectors and matrices"),
         };
-        Ok(Tensor { file: self.file.clone(), start: entry.start, dtype, rows, cols })
+        Ok(Tensor { file: self.file.clone(), start: entry.start, dtype, rows, cols, scale: Arc::default() })
+    }
+
+    /// The scale of a weight of `rows` rows: one for each, or one for all.
+    fn scale(&self, name: &str, rows: usize) -> Result<Tensor, Error> {
+        let (shape, one): (&[usize], _) = match self.entries.get(name).map(|entry| entry.shape.as_slice()) {
+            Some([] | [1] | [1, 1]) => (&[1], true),
+            Some([n]) if *n == rows => (&[rows], false),
+            _ => (&[rows, 1], false), // or an error that says so
+        };
+        let scale = match self.entries.get(name) {
+            // An element is an element, whatever the shape around it.
+            Some(entry) if one => self.tensor_of(name, &Entry { shape: vec![1], ..entry.clone() }, shape)?,
+            _ => self.tensor(name, shape)?,
+        };
+        let usable = |scale: &f32| scale.is_finite() && *scale > 0.0;
+        if scale.dtype.is_scaled() || !scale.to_f32().iter().all(usable) {
+            return Err(Error::BadScale { tensor: name.to_owned(), file: self.path.clone() });
+        }
+        Ok(scale)
     }
 }
 

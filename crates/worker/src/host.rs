@@ -80,7 +80,7 @@ impl Host {
             0 => std::thread::available_parallelism().map_or(1, usize::from),
             threads => threads,
         };
-        let backend = CpuBackend::new(&folder, layout, transfer.memory(), threads)
+        let backend = CpuBackend::with_compute(&folder, layout, transfer.memory(), threads, config.engine.compute)
             .with_context(|| format!("model.path {}", path.display()))?;
         let model = ModelInfo {
             name: model_name(&config)?,

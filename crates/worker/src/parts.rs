@@ -55,7 +55,7 @@ fn draft_model(config: &Config, target: &Folder, threads: usize) -> anyhow::Resu
         layout.block_bytes()
     );
     let arena = HostArena::new(blocks * layout.block_bytes()).context("engine.speculation.memory_bytes")?;
-    let backend = CpuBackend::new(&folder, layout, arena, threads).with_context(at)?;
+    let backend = CpuBackend::with_compute(&folder, layout, arena, threads, config.engine.compute).with_context(at)?;
     tracing::info!(model = %path.display(), blocks, "draft model loaded");
     Ok(DraftModel::new(Box::new(ModelRunner::new(backend)), &layout, blocks, config.engine.chunk_tokens))
 }

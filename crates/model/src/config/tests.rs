@@ -114,7 +114,7 @@ fn what_would_change_the_arithmetic_is_refused_by_key() {
     assert_eq!(refused(json!({"hidden_act": "gelu"})), "hidden_act");
     assert_eq!(refused(json!({"hidden_act": 3})), "hidden_act");
     assert_eq!(refused(json!({"layer_types": ["full_attention", "sliding_attention"]})), "layer_types");
-    assert_eq!(refused(json!({"quantization_config": {"quant_method": "fp8"}})), "quantization_config");
+    assert_eq!(refused(json!({"quantization_config": {"quant_method": "gptq"}})), "quantization_config");
     assert_eq!(refused(json!({"partial_rotary_factor": 0.5})), "partial_rotary_factor");
     assert_eq!(refused(json!({"rope_scaling": {"type": "longrope", "factor": 2.0}})), "rope_scaling");
     assert_eq!(refused(json!({"rope_scaling": {"type": "yarn", "factor": 2.0, "truncate": false}})), "rope_scaling");

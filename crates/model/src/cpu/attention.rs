@@ -28,8 +28,9 @@ use crate::graph::{AttentionKind, AttentionSpec};
 
 /// Positions of one softmax step: scores of a unit stay in the first-level cache.
 const TILE: usize = 128;
-/// Rows (tokens × query heads) of a unit: enough to fill the register tiles, few enough that decode is not padded.
-const UNIT_ROWS: usize = 16;
+/// Rows (tokens × query heads) of a unit: enough to fill the register tiles (a multiple of 6, 4 and 8: 3 % over 16), few
+/// enough that decode is not padded.
+const UNIT_ROWS: usize = 24;
 
 /// A run of neighbouring tokens of one sequence whose attention is wanted.
 #[derive(Clone, Copy, Debug)]

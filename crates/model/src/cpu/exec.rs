@@ -8,6 +8,8 @@ use std::{
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
+use serde::{Deserialize, Serialize};
+
 use super::{
     kernels::{Isa, fast::Step},
     pool::Pool,
@@ -19,7 +21,8 @@ const SERIAL_FLOPS: usize = 400_000;
 
 /// How products of activations with weights are computed where the weights are bf16 (or narrower). Both keep the law of the
 /// seam; they are different models to the last bits, so all workers of a fleet should use the same.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Compute {
     /// Activations stay `f32`: nothing is lost but the rounding of sums.
     #[default]

@@ -9,7 +9,10 @@ use std::{ops::Range, sync::Arc};
 use kvasir_types::{BlockId, HostMemory, KvDtype, KvLayout};
 
 use super::kernels::Matrix;
-use crate::{Error, weights::Dtype};
+use crate::{
+    Error,
+    weights::{Dtype, fp8},
+};
 
 /// A block arena and how its blocks are laid out.
 pub(super) struct KvArena {
@@ -38,7 +41,7 @@ impl KvArena {
             KvDtype::Bf16 => Dtype::Bf16,
             KvDtype::F16 => Dtype::F16,
             KvDtype::F32 => Dtype::F32,
-            dtype @ KvDtype::Fp8 => return Err(Error::KvDtype { dtype }),
+            KvDtype::Fp8 => Dtype::F8,
         };
         Ok(Self { memory, layout, dtype, blocks })
     }
@@ -82,8 +85,8 @@ impl KvArena {
         self.blocks
     }
 
-    /// Writes one half of one token: `values` are all KV heads', one after the other. In f16 a value beyond the range is kept
-    /// as the largest there is: an infinite key would make its whole row of attention NaN.
+    /// Writes one half of one token: `values` are all KV heads', one after the other. In f16 and fp8 a value beyond the range
+    /// is kept as the largest there is: an infinite key would make its whole row of attention NaN.
     pub(super) fn write(&mut self, block: BlockId, layer: usize, half: Half, slot: usize, values: &[f32]) {
         let dim = self.dim(half);
         assert_eq!(values.len(), dim * self.layout.kv_heads as usize, "one row of all heads");
@@ -97,6 +100,8 @@ impl KvArena {
                     Dtype::Bf16 => store(to, values, |v| half::bf16::from_f32(v).to_bits().to_le()),
                     Dtype::F16 => store(to, values, |v| saturating_f16(v).to_bits().to_le()),
                     Dtype::F32 => store(to, values, |v| v.to_bits().to_le()),
+                    Dtype::F8 => store(to, values, fp8::from_f32),
+                    Dtype::I8 => unreachable!("no KV dtype"),
                 }
             }
         }

@@ -135,8 +135,6 @@ impl Latent {
 
     /// Rows of a head's part of `kv_up`.
     fn part(&self, head: usize, first: usize, count: usize) -> Matrix<'_> {
-        let Tensor { rows, cols, dtype, .. } = self.kv_up;
-        let whole = Matrix::new(self.kv_up.bytes(), dtype, rows, cols);
-        whole.slice(head * (self.nope + self.v_dim) + first, count)
+        self.kv_up.matrix().slice(head * (self.nope + self.v_dim) + first, count)
     }
 }

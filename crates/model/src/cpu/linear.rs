@@ -117,9 +117,15 @@ impl Linear {
     }
 
     fn matrix(&self) -> Matrix<'_> {
-        let Tensor { rows, cols, dtype, .. } = self.weight;
-        let matrix = Matrix::new(self.weight.bytes(), dtype, rows, cols);
+        let matrix = self.weight.matrix();
         self.bias.as_ref().map_or(matrix, |bias| matrix.with_bias(bias))
+    }
+}
+
+impl Tensor {
+    /// The tensor as kernels take it.
+    pub(super) fn matrix(&self) -> Matrix<'_> {
+        Matrix::new(self.bytes(), self.dtype, self.rows, self.cols).with_scale(self.scale())
     }
 }
 

@@ -10,6 +10,7 @@ use crate::{
     weights::Weights,
 };
 
+#[expect(clippy::large_enum_variant, reason = "one per layer, and boxes would only hide where weights are")]
 pub(super) enum Mlp {
     Dense(Gated),
     Routed(Routed),

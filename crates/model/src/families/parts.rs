@@ -3,6 +3,7 @@
 use super::Family;
 use crate::{
     Error, ModelConfig,
+    config::quantization,
     config::raw::{MAX_HEAD_DIM, MAX_HEADS, MAX_LAYERS, MAX_POSITIONS, MAX_VOCAB, MAX_WIDTH, Raw},
     graph::{
         Activation, AttentionKind, AttentionSpec, GateSpec, GatedSpec, GroupedSpec, LayerSpec, LinearSpec, MlpSpec,
@@ -31,9 +32,7 @@ pub(super) struct Decoder<'a> {
 impl<'a> Decoder<'a> {
     /// The sizes that every configuration has, and what every family refuses.
     pub(super) fn read(raw: &'a Raw) -> Result<Self, Error> {
-        if raw.get("quantization_config").is_some() {
-            return Err(raw.bad("quantization_config", "quantised weights are not supported (bf16, f16, f32)"));
-        }
+        quantization::check(raw)?;
         let eps = raw.positive_if_any("rms_norm_eps", 1.0)?.unwrap_or(1e-6) as f32;
         Ok(Self {
             raw,

@@ -14,7 +14,7 @@ const MAX_HEADER_BYTES: u64 = 100_000_000;
 const LENGTH_BYTES: usize = 8;
 
 /// What a header says of one tensor; its bytes are known to lie inside the file.
-#[derive(Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub(super) struct Entry {
     pub(super) dtype: Option<Dtype>,
     pub(super) dtype_name: String,

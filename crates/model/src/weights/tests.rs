@@ -140,7 +140,7 @@ fn a_tensor_of_another_type_is_named_with_it() {
     let mut tensors = good();
     tensors.iter_mut().find(|tensor| tensor.0.contains("k_proj")).unwrap().1 = FileDtype::I16;
     let error = open_single(&tensors).unwrap_err().to_string();
-    assert!(error.contains("k_proj.weight of shape [4, 8] is I16, expected BF16, F16 or F32"), "{error}");
+    assert!(error.contains("k_proj.weight of shape [4, 8] is I16, expected BF16, F16, F32, or I8"), "{error}");
 }
 
 #[test]

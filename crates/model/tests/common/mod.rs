@@ -11,7 +11,7 @@ use std::{path::PathBuf, sync::Arc};
 
 use kvasir_model::{
     Backend, Folder, Logits, SeqInput,
-    cpu::{CpuBackend, HostArena},
+    cpu::{Compute, CpuBackend, HostArena},
 };
 use kvasir_types::{BlockId, GroupKind, HostMemory, KvDtype, KvLayout, TokenId};
 
@@ -62,9 +62,13 @@ pub const BLOCKS: u32 = 2048;
 
 impl Bench {
     pub fn new(folder: &Folder, block_size: u32, dtype: KvDtype, threads: usize) -> Self {
+        Self::with_compute(folder, block_size, dtype, threads, Compute::default())
+    }
+
+    pub fn with_compute(folder: &Folder, block_size: u32, dtype: KvDtype, threads: usize, compute: Compute) -> Self {
         let layout = folder.kv_layout(block_size, dtype);
         let memory = TestMemory::new(layout.block_bytes() * BLOCKS as usize);
-        let backend = CpuBackend::new(folder, layout, memory.clone(), threads).unwrap();
+        let backend = CpuBackend::with_compute(folder, layout, memory.clone(), threads, compute).unwrap();
         Self { backend, memory, layout, next: 0 }
     }
 

@@ -12,13 +12,13 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 use kvasir_model::{
     Backend, Folder, SeqInput,
-    cpu::{CpuBackend, HostArena},
+    cpu::{Compute, CpuBackend, HostArena},
 };
 use kvasir_types::{BlockId, KvDtype, TokenId};
 use serde::Serialize;
 use serde_json::json;
 
-use self::compare::Difference;
+use self::{compare::Difference, text::Sequence};
 use crate::{cli, limits, source};
 
 /// Tokens computed at a time: their logits are what takes memory, 0.6 MiB a token with a vocabulary of 150,000.
@@ -30,9 +30,10 @@ struct Found<'a> {
     reference: &'a str,
     model: &'a str,
     kv: KvDtype,
+    compute: Compute,
     weight_bytes: u64,
     sequences: usize,
-    /// Distributions compared: one after each token but the last of a sequence.
+    /// Distributions compared: one for each token of an answer.
     positions: usize,
     #[serde(flatten)]
     difference: compare::Summary,
@@ -40,14 +41,14 @@ struct Found<'a> {
 
 /// `accuracy`.
 pub fn run(options: &cli::Accuracy) -> Result<()> {
-    let (reference_name, folder) = source::open(&options.source, options.seed)?;
+    let (reference_name, folder) = source::open(&options.source, options.seed, None)?;
     let sequences = match text::find(options) {
         Some(file) => text::read(&file, folder.config().vocab, options.count as usize)?,
         None => text::draw(&folder, options)?,
     };
-    let longest = sequences.iter().map(Vec::len).max().unwrap_or_default();
+    let longest = sequences.iter().map(|sequence| sequence.tokens.len()).max().unwrap_or_default();
     ensure!(longest > 1, "no sequence has two tokens: there is nothing to foretell");
-    let mut reference = Model::load(&folder, KvDtype::F32, longest, 1, options)?;
+    let mut reference = Model::load(&folder, (KvDtype::F32, Compute::Exact), longest, 1, options)?;
 
     let mut names = vec![reference_name.clone()];
     let mut folders = vec![folder];
@@ -55,26 +56,33 @@ pub fn run(options: &cli::Accuracy) -> Result<()> {
         names.push(dir.display().to_string());
         folders.push(open_like(&folders[0], dir)?);
     }
+    for &rounding in &options.weights {
+        let (name, folder) = source::open(&options.source, options.seed, Some(rounding))?;
+        names.push(name);
+        folders.push(folder);
+    }
     let mut candidates = Vec::new();
     for (name, folder) in names.iter().zip(&folders) {
-        for kv in &options.kv {
-            let model = Model::load(folder, kv.dtype(), longest, 1, options)?;
-            candidates.push((name, folder.cost().weight_bytes, kv.dtype(), model, Difference::default()));
+        for (kv, compute) in options.kv.iter().flat_map(|kv| options.compute.iter().map(move |compute| (kv, compute))) {
+            let arithmetic = (kv.dtype(), compute.compute());
+            let model = Model::load(folder, arithmetic, longest, 1, options)?;
+            candidates.push((name, folder.cost().weight_bytes, arithmetic, model, Difference::default()));
         }
     }
-    for (done, tokens) in sequences.iter().enumerate() {
+    for (done, Sequence { tokens, from }) in sequences.iter().enumerate() {
         eprintln!("sequence {} of {}: {} tokens", done + 1, sequences.len(), tokens.len());
         for start in (0..tokens.len() - 1).step_by(CHUNK) {
             let chunk = start..(start + CHUNK).min(tokens.len() - 1);
             let next = &tokens[chunk.start + 1..=chunk.end];
+            let skip = (from - 1).saturating_sub(start).min(next.len());
             let right = reference.logits(&tokens[chunk.clone()], start)?;
             for (_, _, _, model, difference) in &mut candidates {
-                difference.add(&right, &model.logits(&tokens[chunk.clone()], start)?, next);
+                difference.add(&right, &model.logits(&tokens[chunk.clone()], start)?, next, skip);
             }
         }
     }
     let mut head_shown = false;
-    for (name, weight_bytes, kv, _, difference) in &candidates {
+    for (name, weight_bytes, (kv, compute), _, difference) in &candidates {
         let difference = difference.summary();
         let positions = difference.positions;
         let sequences = sequences.len();
@@ -85,6 +93,7 @@ pub fn run(options: &cli::Accuracy) -> Result<()> {
             reference,
             model: name,
             kv: *kv,
+            compute: *compute,
             weight_bytes,
             sequences,
             positions,
@@ -117,13 +126,14 @@ fn show(found: &Found<'_>, head_shown: &mut bool) {
             found.reference, found.sequences, found.positions, d.reference_perplexity
         );
         println!(
-            "{:>8}  {:>9}  {:>9}  {:>11}  {:>8}  {:>10}  model",
-            "kv", "mean KL", "max KL", "max |Δlog p|", "top-1", "perplexity"
+            "{:>8}  {:>8}  {:>9}  {:>9}  {:>12}  {:>8}  {:>10}  model",
+            "kv", "products", "mean KL", "max KL", "max |Δlog p|", "top-1", "perplexity"
         );
     }
     println!(
-        "{:>8}  {:>9.2e}  {:>9.2e}  {:>12.4}  {:>6.2} %  {:>+8.3} %  {} ({:.2} GB)",
+        "{:>8}  {:>8}  {:>9.2e}  {:>9.2e}  {:>12.4}  {:>6.2} %  {:>+8.3} %  {} ({:.2} GB)",
         json!(found.kv).as_str().unwrap_or_default(),
+        json!(found.compute).as_str().unwrap_or_default(),
         d.mean_kl,
         d.max_kl,
         d.max_logprob_difference,
@@ -142,7 +152,13 @@ struct Model {
 }
 
 impl Model {
-    fn load(folder: &Folder, kv: KvDtype, tokens: usize, sequences: usize, options: &cli::Accuracy) -> Result<Self> {
+    fn load(
+        folder: &Folder,
+        (kv, compute): (KvDtype, Compute),
+        tokens: usize,
+        sequences: usize,
+        options: &cli::Accuracy,
+    ) -> Result<Self> {
         let max_len = folder.config().max_len;
         ensure!(tokens <= max_len, "a sequence has {tokens} tokens; the model's context has {max_len}");
         let layout = folder.kv_layout(16, kv);
@@ -150,7 +166,8 @@ impl Model {
         let table_len = layout.blocks_for(tokens);
         let bytes = sequences * groups * table_len * layout.block_bytes();
         let arena = HostArena::new(bytes).with_context(|| format!("{bytes} bytes for keys and values"))?;
-        let backend = CpuBackend::new(folder, layout, arena, limits::threads(options.threads))?;
+        let threads = limits::threads(options.threads);
+        let backend = CpuBackend::with_compute(folder, layout, arena, threads, compute)?;
         let mut ids = (0..).map(BlockId);
         let mut table = || ids.by_ref().take(table_len).collect::<Vec<_>>();
         let tables = (0..sequences).map(|_| (0..groups).map(|_| table()).collect()).collect();

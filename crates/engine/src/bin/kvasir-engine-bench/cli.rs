@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use kvasir_model::{cpu::Compute, quantize::Scheme};
 use kvasir_types::KvDtype;
 
 /// Measures the Kvasir engine in this process: no network, no tokenizer, no cluster.
@@ -67,12 +68,18 @@ pub struct Source {
 pub struct Setup {
     #[command(flatten)]
     pub source: Source,
+    /// Round the weights to this first, into a folder beside the shapes; again only for other weights
+    #[arg(long, value_enum)]
+    pub weights: Option<Rounding>,
     /// Threads that compute [default: one per core]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub threads: Option<u32>,
     /// Element type of cached keys and values
     #[arg(long, value_enum, default_value_t = Kv::F16)]
     pub kv: Kv,
+    /// How activations are multiplied with bf16 and 8-bit weights
+    #[arg(long, value_enum, default_value_t = Products::Exact)]
+    pub compute: Products,
     /// Tokens in a block
     #[arg(long, value_name = "TOKENS", default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub block_size: u32,
@@ -195,9 +202,15 @@ pub struct Accuracy {
     /// A folder with the same model's weights in another type, to compare as well; may be given several times
     #[arg(long, value_name = "DIR")]
     pub against: Vec<PathBuf>,
+    /// Compare the model with its weights rounded to these as well, parted by commas; folders are kept beside the shapes
+    #[arg(long, value_enum, value_delimiter = ',')]
+    pub weights: Vec<Rounding>,
     /// Element types of cached keys and values to compare, parted by commas
-    #[arg(long, value_enum, value_delimiter = ',', default_value = "f32,f16,bf16")]
+    #[arg(long, value_enum, value_delimiter = ',', default_value = "f32,f16,bf16,fp8")]
     pub kv: Vec<Kv>,
+    /// How products are computed, parted by commas; the reference computes exactly
+    #[arg(long, value_enum, value_delimiter = ',', default_value = "exact")]
+    pub compute: Vec<Products>,
     /// Sequences to read: JSON lines with `prompt_ids` and `output_ids` [default: golden.jsonl of the model's folder, else
     /// sequences drawn from the reference]
     #[arg(long, value_name = "FILE")]
@@ -263,6 +276,49 @@ impl Kv {
             Self::F16 => KvDtype::F16,
             Self::F32 => KvDtype::F32,
             Self::Fp8 => KvDtype::Fp8,
+        }
+    }
+}
+
+/// What weights are rounded to.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Rounding {
+    /// Bytes, with a scale per row
+    Int8,
+    /// 8-bit floats (e4m3), with a scale per row
+    Fp8,
+}
+
+impl Rounding {
+    pub fn scheme(self) -> Scheme {
+        match self {
+            Self::Int8 => Scheme::Int8,
+            Self::Fp8 => Scheme::Fp8,
+        }
+    }
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Int8 => "int8",
+            Self::Fp8 => "fp8",
+        }
+    }
+}
+
+/// The backend's choices of arithmetic.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Products {
+    /// Activations stay f32
+    Exact,
+    /// Activations are rounded to bf16, as PyTorch and llama.cpp do
+    Fast,
+}
+
+impl Products {
+    pub fn compute(self) -> Compute {
+        match self {
+            Self::Exact => Compute::Exact,
+            Self::Fast => Compute::Fast,
         }
     }
 }

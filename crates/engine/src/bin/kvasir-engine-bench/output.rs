@@ -27,6 +27,8 @@ pub struct Model {
     pub family: &'static str,
     pub parameters: u64,
     pub weight_bytes: u64,
+    /// What most weights are stored in.
+    pub weights: String,
 }
 
 /// How the engine was set up.
@@ -38,6 +40,8 @@ pub struct Engine {
     pub max_running: usize,
     pub prefix_cache: bool,
     pub kv: Value,
+    /// How products are computed.
+    pub compute: Value,
     pub block_size: u32,
     pub seed: u64,
 }
@@ -102,6 +106,7 @@ impl Output {
                 family: rig.folder.config().family,
                 parameters: cost.parameters,
                 weight_bytes: cost.weight_bytes,
+                weights: cost.weight_dtype.as_str().to_ascii_lowercase(),
             },
             engine: Engine {
                 threads: rig.threads,
@@ -110,6 +115,7 @@ impl Output {
                 max_running: config.max_running,
                 prefix_cache: config.prefix_cache,
                 kv: json!(rig.layout.dtype),
+                compute: json!(self.setup.compute.compute()),
                 block_size: rig.layout.block_size,
                 seed: self.setup.seed,
             },
@@ -131,9 +137,12 @@ impl Output {
             padded.join("  ")
         };
         if !std::mem::replace(&mut self.head_shown, true) {
-            let Model { name, parameters, weight_bytes, .. } = &found.model;
+            let Model { name, parameters, weight_bytes, weights, .. } = &found.model;
             let (millions, gb) = (*parameters as f64 / 1e6, *weight_bytes as f64 / 1e9);
-            println!("{name}: {millions:.1} million parameters, {gb:.2} GB; {} threads", found.engine.threads);
+            let compute = found.engine.compute.as_str().unwrap_or_default();
+            let threads = found.engine.threads;
+            println!("{name}: {millions:.1} million parameters, {gb:.2} GB in {weights}");
+            println!("{threads} threads, {compute} products");
             if let Some(machine) = &found.limits {
                 let (peak, read) = (machine.peak_gflops(), machine.read_gb_per_s);
                 println!("the machine's limits: {peak:.0} GFLOP/s, {read:.1} GB/s read\n");

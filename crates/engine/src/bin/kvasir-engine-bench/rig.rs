@@ -66,7 +66,7 @@ impl Rig {
     /// Opens the model and builds an engine whose pool holds what the plan needs.
     pub fn build(setup: &cli::Setup, plan: &Plan) -> Result<Self> {
         forget_peak_rss();
-        let (name, folder) = source::open(&setup.source, setup.seed)?;
+        let (name, folder) = source::open(&setup.source, setup.seed, setup.weights)?;
         let layout = folder.kv_layout(setup.block_size, setup.kv.dtype());
         let longest = plan.lengths.iter().copied().max().unwrap_or(1);
         let max_len = folder.config().max_len;
@@ -80,7 +80,7 @@ impl Rig {
         let arena = HostArena::new(blocks * layout.block_bytes())
             .with_context(|| format!("{blocks} blocks of {} bytes", layout.block_bytes()))?;
         let threads = limits::threads(setup.threads);
-        let backend = CpuBackend::new(&folder, layout, arena, threads)?;
+        let backend = CpuBackend::with_compute(&folder, layout, arena, threads, setup.compute.compute())?;
 
         let usual = Config::default();
         let chunk = plan.chunk.or_else(|| setup.chunk_tokens()).unwrap_or(usual.chunk_tokens);

@@ -1,6 +1,7 @@
 //! Where the model comes from: a folder, or a shape that is written on first use.
 
 use std::{
+    fs,
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
@@ -8,19 +9,43 @@ use std::{
 use anyhow::{Context, Result};
 use kvasir_model::{
     Folder,
+    quantize::quantize,
     shapes::{SHAPES, Shape},
 };
 
 use crate::cli;
 
-/// The model's folder, and what to call it.
-pub fn open(source: &cli::Source, seed: u64) -> Result<(String, Folder)> {
-    let (name, dir) = match (&source.model, &source.shape) {
+/// The model, its weights rounded if that is asked for, and what to call it.
+pub fn open(source: &cli::Source, seed: u64, rounding: Option<cli::Rounding>) -> Result<(String, Folder)> {
+    let (name, dir) = find(source, seed)?;
+    match rounding {
+        None => Ok((name, Folder::open(&dir)?)),
+        Some(rounding) => round((&name, &dir), rounding, source.shapes_dir.as_deref()),
+    }
+}
+
+/// The same model with its weights rounded. The folder's name says of which weights it is, so it is never another model's.
+fn round((name, dir): (&str, &Path), rounding: cli::Rounding, shapes: Option<&Path>) -> Result<(String, Folder)> {
+    let exact = Folder::open(dir)?;
+    let place = shapes.map_or_else(default_dir, Path::to_owned).join("rounded");
+    let to = place.join(format!("{}-{}", exact.fingerprint(), rounding.name()));
+    if !to.exists() {
+        eprintln!("rounding the weights of {name} to {}, into {}", rounding.name(), to.display());
+        let draft = place.join(format!("draft-{}", std::process::id()));
+        fs::create_dir_all(&place).with_context(|| place.display().to_string())?;
+        quantize(dir, &draft, rounding.scheme())?;
+        fs::rename(&draft, &to).with_context(|| to.display().to_string())?;
+    }
+    Ok((format!("{name} in {}", rounding.name()), Folder::open(&to)?))
+}
+
+/// What to call the model, and its folder.
+fn find(source: &cli::Source, seed: u64) -> Result<(String, PathBuf)> {
+    Ok(match (&source.model, &source.shape) {
         (_, Some(name)) => (name.clone(), shape_dir(name, source.shapes_dir.as_deref(), seed)?),
         (Some(dir), None) => (dir.display().to_string(), dir.clone()),
         (None, None) => unreachable!("the command line wants one of them"),
-    };
-    Ok((name, Folder::open(&dir)?))
+    })
 }
 
 /// `shape`: writes it and says where, or says which there are.

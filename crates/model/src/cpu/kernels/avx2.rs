@@ -4,7 +4,7 @@
 
 use std::arch::x86_64::*;
 
-use super::{BF16, F16, F32, LANES, Matrix, Product, Rows, portable, tiled};
+use super::{BF16, F8, F16, F32, I8, LANES, Matrix, Product, Rows, portable, tiled};
 
 /// Lanes of one register.
 const HALF: usize = LANES / 2;
@@ -112,9 +112,25 @@ unsafe fn load<const D: u8>(base: *const u8, at: usize) -> __m256 {
                 _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(halves)))
             }
             F16 => _mm256_cvtph_ps(_mm_loadu_si128(base.add(at * 2).cast())),
+            I8 => _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(base.add(at).cast()))),
+            F8 => widen_f8(_mm_loadl_epi64(base.add(at).cast())),
             _ => _mm256_loadu_ps(base.add(at * 4).cast()),
         }
     }
+}
+
+/// The lower eight bytes, e4m3 as `weights::fp8` widens it.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn widen_f8(bytes: __m128i) -> __m256 {
+    let words = _mm256_cvtepu8_epi32(bytes);
+    let size = _mm256_and_si256(words, _mm256_set1_epi32(0x7f));
+    let sign = _mm256_slli_epi32::<24>(_mm256_xor_si256(words, size));
+    let rebias = _mm256_castsi256_ps(_mm256_set1_epi32((120 + 127) << 23));
+    let value = _mm256_mul_ps(_mm256_castsi256_ps(_mm256_slli_epi32::<20>(size)), rebias);
+    let nan = _mm256_castsi256_ps(_mm256_cmpeq_epi32(size, _mm256_set1_epi32(0x7f)));
+    let value = _mm256_blendv_ps(value, _mm256_set1_ps(f32::NAN), nan);
+    _mm256_or_ps(value, _mm256_castsi256_ps(sign))
 }
 
 /// See [`super::accumulate`].

@@ -6,7 +6,7 @@
 
 use std::arch::x86_64::*;
 
-use super::{BF16, F16, LANES, Matrix, Product, Rows, tiled};
+use super::{BF16, F8, F16, I8, LANES, Matrix, Product, Rows, tiled};
 
 /// See [`super::matmul`].
 ///
@@ -100,12 +100,14 @@ pub(super) fn reduce4(a: __m512, b: __m512, c: __m512, d: __m512) -> [f32; 4] {
 /// Sixteen elements from element `at` on, widened.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,f16c")]
-unsafe fn load<const D: u8>(base: *const u8, at: usize) -> __m512 {
+pub(super) unsafe fn load<const D: u8>(base: *const u8, at: usize) -> __m512 {
     // SAFETY: the caller's: sixteen elements are there; unaligned loads.
     unsafe {
         match D {
             BF16 => widen_bf16(_mm256_loadu_si256(base.add(at * 2).cast())),
             F16 => _mm512_cvtph_ps(_mm256_loadu_si256(base.add(at * 2).cast())),
+            I8 => _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(base.add(at).cast()))),
+            F8 => widen_f8(_mm_loadu_si128(base.add(at).cast())),
             _ => _mm512_loadu_ps(base.add(at * 4).cast()),
         }
     }
@@ -114,12 +116,14 @@ unsafe fn load<const D: u8>(base: *const u8, at: usize) -> __m512 {
 /// As [`load`], only the elements of the mask; the others are zero.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,f16c")]
-unsafe fn load_masked<const D: u8>(base: *const u8, at: usize, mask: u16) -> __m512 {
+pub(super) unsafe fn load_masked<const D: u8>(base: *const u8, at: usize, mask: u16) -> __m512 {
     // SAFETY: the caller's: the masked elements are there, and no others are touched.
     unsafe {
         match D {
             BF16 => widen_bf16(_mm256_maskz_loadu_epi16(mask, base.add(at * 2).cast())),
             F16 => _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, base.add(at * 2).cast())),
+            I8 => _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(mask, base.add(at).cast()))),
+            F8 => widen_f8(_mm_maskz_loadu_epi8(mask, base.add(at).cast())),
             _ => _mm512_maskz_loadu_ps(mask, base.add(at * 4).cast()),
         }
     }
@@ -130,6 +134,20 @@ unsafe fn load_masked<const D: u8>(base: *const u8, at: usize, mask: u16) -> __m
 #[target_feature(enable = "avx512f")]
 fn widen_bf16(halves: __m256i) -> __m512 {
     _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(halves)))
+}
+
+/// e4m3 as `weights::fp8` widens it.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+fn widen_f8(bytes: __m128i) -> __m512 {
+    let words = _mm512_cvtepu8_epi32(bytes);
+    let size = _mm512_and_si512(words, _mm512_set1_epi32(0x7f));
+    let sign = _mm512_slli_epi32::<24>(_mm512_xor_si512(words, size));
+    let rebias = _mm512_castsi512_ps(_mm512_set1_epi32((120 + 127) << 23));
+    let value = _mm512_mul_ps(_mm512_castsi512_ps(_mm512_slli_epi32::<20>(size)), rebias);
+    let nan = _mm512_cmpeq_epi32_mask(size, _mm512_set1_epi32(0x7f));
+    let value = _mm512_mask_mov_ps(value, nan, _mm512_set1_ps(f32::NAN));
+    _mm512_or_ps(value, _mm512_castsi512_ps(sign))
 }
 
 /// See [`super::accumulate`].

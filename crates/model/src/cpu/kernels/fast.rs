@@ -21,7 +21,7 @@
 //! group: [k 0..32 of token 0][… of token 1][… of token 2][… of token 3][k 32..64 of token 0] …   zeros up to 32
 //! ```
 
-use super::{BF16, Isa, Matrix, Output, Variant};
+use super::{BF16, F8, I8, Isa, Matrix, Output, Variant};
 use crate::weights::Dtype;
 
 #[cfg(target_arch = "x86_64")]
@@ -76,7 +76,7 @@ struct Product<'a> {
 
 /// Whether a matrix of this type can be multiplied here.
 pub(crate) fn takes(dtype: Dtype) -> bool {
-    dtype == Dtype::Bf16
+    matches!(dtype, Dtype::Bf16 | Dtype::I8 | Dtype::F8)
 }
 
 /// `out[first + t * stride + r] = x[t] · w[r]` for every row `t` of `x` and `r` of `w`, in bf16 products.
@@ -98,8 +98,22 @@ pub(crate) unsafe fn matmul(isa: Isa, x: Packed<'_>, w: Matrix<'_>, out: &Output
         (Variant::Avx512, Dtype::Bf16) => emulated::avx512::<BF16>,
         #[cfg(target_arch = "x86_64")]
         (Variant::Avx2, Dtype::Bf16) => emulated::avx2::<BF16>,
-        (Variant::Portable, Dtype::Bf16) => emulated::portable::<BF16> as unsafe fn(Product<'_>),
-        (_, dtype) => panic!("{dtype:?} is not exact in bf16"),
+        (Variant::Portable, Dtype::Bf16) => emulated::portable::<BF16>,
+        #[cfg(target_arch = "x86_64")]
+        (Variant::Avx512Bf16, Dtype::I8) => avx512::matmul::<I8>,
+        #[cfg(target_arch = "x86_64")]
+        (Variant::Avx512, Dtype::I8) => emulated::avx512::<I8>,
+        #[cfg(target_arch = "x86_64")]
+        (Variant::Avx2, Dtype::I8) => emulated::avx2::<I8>,
+        (Variant::Portable, Dtype::I8) => emulated::portable::<I8>,
+        #[cfg(target_arch = "x86_64")]
+        (Variant::Avx512Bf16, Dtype::F8) => avx512::matmul::<F8>,
+        #[cfg(target_arch = "x86_64")]
+        (Variant::Avx512, Dtype::F8) => emulated::avx512::<F8>,
+        #[cfg(target_arch = "x86_64")]
+        (Variant::Avx2, Dtype::F8) => emulated::avx2::<F8>,
+        (Variant::Portable, Dtype::F8) => emulated::portable::<F8> as unsafe fn(Product<'_>),
+        (_, dtype @ (Dtype::F16 | Dtype::F32)) => panic!("{dtype:?} is not exact in bf16"),
     };
     // SAFETY: an `Isa` proves its instructions, and all rows were just checked to be inside.
     unsafe { kernel(Product { x, w, out, first, stride }) }

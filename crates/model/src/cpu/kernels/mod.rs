@@ -39,11 +39,14 @@ const LANES: usize = 16;
 const BF16: u8 = 0;
 const F16: u8 = 1;
 const F32: u8 = 2;
+const I8: u8 = 3;
+const F8: u8 = 4;
 
 /// Bytes of an element of such a type.
 const fn bytes(dtype: u8) -> usize {
     match dtype {
         BF16 | F16 => 2,
+        I8 | F8 => 1,
         _ => 4,
     }
 }
@@ -121,6 +124,8 @@ pub(crate) struct Matrix<'a> {
     dtype: Dtype,
     rows: usize,
     cols: usize,
+    /// What each row is multiplied by; empty for none.
+    scale: &'a [f32],
     /// Added to each row's product; empty for none.
     bias: &'a [f32],
 }
@@ -132,7 +137,17 @@ impl<'a> Matrix<'a> {
     /// If `bytes` are not exactly the matrix.
     pub(crate) fn new(bytes: &'a [u8], dtype: Dtype, rows: usize, cols: usize) -> Self {
         assert_eq!(bytes.len(), rows * cols * dtype.bytes(), "a {rows} x {cols} matrix of {dtype:?}");
-        Self { bytes, dtype, rows, cols, bias: &[] }
+        Self { bytes, dtype, rows, cols, scale: &[], bias: &[] }
+    }
+
+    /// The same with an element per row that the row is multiplied by. Products are summed up unscaled, and the sum is
+    /// scaled; an empty `scale` is none.
+    ///
+    /// # Panics
+    /// If there are not as many as rows.
+    pub(crate) fn with_scale(self, scale: &'a [f32]) -> Self {
+        assert!(scale.is_empty() || scale.len() == self.rows, "a scale per row");
+        Self { scale, ..self }
     }
 
     /// The same with an element per row that is added to the row's products.
@@ -156,13 +171,17 @@ impl<'a> Matrix<'a> {
     /// The rows from `first` on, `count` of them.
     pub(crate) fn slice(&self, first: usize, count: usize) -> Self {
         let width = self.cols * self.dtype.bytes();
-        let bias = if self.bias.is_empty() { self.bias } else { &self.bias[first..first + count] };
-        Self { bytes: &self.bytes[first * width..(first + count) * width], rows: count, bias, ..*self }
+        let part = |all: &'a [f32]| if all.is_empty() { all } else { &all[first..first + count] };
+        let (scale, bias) = (part(self.scale), part(self.bias));
+        Self { bytes: &self.bytes[first * width..(first + count) * width], rows: count, scale, bias, ..*self }
     }
 
     /// What is left to do to one token's products with the rows from `row` on.
     #[inline(always)]
     fn finish(&self, row: usize, values: &mut [f32]) {
+        if !self.scale.is_empty() {
+            values.iter_mut().zip(&self.scale[row..]).for_each(|(value, scale)| *value *= scale);
+        }
         if !self.bias.is_empty() {
             values.iter_mut().zip(&self.bias[row..]).for_each(|(value, bias)| *value += bias);
         }
@@ -285,20 +304,30 @@ pub(crate) unsafe fn matmul(isa: Isa, x: Rows<'_>, w: Matrix<'_>, out: &Output<'
         #[cfg(target_arch = "x86_64")]
         (Variant::Avx512Bf16 | Variant::Avx512, Dtype::F32) => avx512::matmul::<F32>,
         #[cfg(target_arch = "x86_64")]
+        (Variant::Avx512Bf16 | Variant::Avx512, Dtype::I8) => avx512::matmul::<I8>,
+        #[cfg(target_arch = "x86_64")]
+        (Variant::Avx512Bf16 | Variant::Avx512, Dtype::F8) => avx512::matmul::<F8>,
+        #[cfg(target_arch = "x86_64")]
         (Variant::Avx2, Dtype::Bf16) => avx2::matmul::<BF16>,
         #[cfg(target_arch = "x86_64")]
         (Variant::Avx2, Dtype::F16) => avx2::matmul::<F16>,
         #[cfg(target_arch = "x86_64")]
         (Variant::Avx2, Dtype::F32) => avx2::matmul::<F32>,
+        #[cfg(target_arch = "x86_64")]
+        (Variant::Avx2, Dtype::I8) => avx2::matmul::<I8>,
+        #[cfg(target_arch = "x86_64")]
+        (Variant::Avx2, Dtype::F8) => avx2::matmul::<F8>,
         (Variant::Portable, Dtype::Bf16) => portable::matmul::<BF16>,
         (Variant::Portable, Dtype::F16) => portable::matmul::<F16>,
+        (Variant::Portable, Dtype::I8) => portable::matmul::<I8>,
+        (Variant::Portable, Dtype::F8) => portable::matmul::<F8>,
         (Variant::Portable, Dtype::F32) => portable::matmul::<F32> as unsafe fn(Product<'_>),
     };
     // SAFETY: an `Isa` proves its instructions, and all rows were just checked to be inside.
     unsafe { kernel(Product { x, w, out, first, stride }) }
 }
 
-/// `acc[r] += Σ_j p[r][j] · v[j]` for every row `r` of `acc` (`v.cols` long), `j` ascending over the rows of `v`.
+/// `acc[r] += Σ_j (p[r][j] · scale[j]) · v[j]` for every row `r` of `acc` (`v.cols` long), `j` ascending over the rows of `v`.
 ///
 /// # Panics
 /// If `p` or `acc` is shorter than its rows.
@@ -308,6 +337,15 @@ pub(crate) fn accumulate(isa: Isa, p: Rows<'_>, v: Matrix<'_>, acc: &mut [f32]) 
     }
     assert!(p.data.len() >= (p.count - 1) * p.stride + v.rows, "all rows of p are there");
     assert!(acc.len() >= p.count * v.cols, "all rows of acc are there");
+    // Rows of `v` are what `p` runs over: their scales belong to its elements, rounded once before the sum.
+    let scaled: Vec<f32>;
+    let p = if v.scale.is_empty() {
+        p
+    } else {
+        let rows = (0..p.count).flat_map(|r| p.data[r * p.stride..].iter().zip(v.scale));
+        scaled = rows.map(|(p, scale)| p * scale).collect();
+        Rows::new(&scaled, v.rows, p.count)
+    };
     let kernel = match (isa.0, v.dtype) {
         #[cfg(target_arch = "x86_64")]
         (Variant::Avx512Bf16 | Variant::Avx512, Dtype::Bf16) => avx512::accumulate::<BF16>,
@@ -316,11 +354,19 @@ pub(crate) fn accumulate(isa: Isa, p: Rows<'_>, v: Matrix<'_>, acc: &mut [f32]) 
         #[cfg(target_arch = "x86_64")]
         (Variant::Avx512Bf16 | Variant::Avx512, Dtype::F32) => avx512::accumulate::<F32>,
         #[cfg(target_arch = "x86_64")]
+        (Variant::Avx512Bf16 | Variant::Avx512, Dtype::I8) => avx512::accumulate::<I8>,
+        #[cfg(target_arch = "x86_64")]
+        (Variant::Avx512Bf16 | Variant::Avx512, Dtype::F8) => avx512::accumulate::<F8>,
+        #[cfg(target_arch = "x86_64")]
         (Variant::Avx2, Dtype::Bf16) => avx2::accumulate::<BF16>,
         #[cfg(target_arch = "x86_64")]
         (Variant::Avx2, Dtype::F16) => avx2::accumulate::<F16>,
         #[cfg(target_arch = "x86_64")]
         (Variant::Avx2, Dtype::F32) => avx2::accumulate::<F32>,
+        #[cfg(target_arch = "x86_64")]
+        (Variant::Avx2, Dtype::I8) => avx2::accumulate::<I8>,
+        #[cfg(target_arch = "x86_64")]
+        (Variant::Avx2, Dtype::F8) => avx2::accumulate::<F8>,
         (Variant::Portable, _) => portable::accumulate as unsafe fn(Rows<'_>, Matrix<'_>, &mut [f32]),
     };
     // SAFETY: an `Isa` proves its instructions, and all rows were just checked to be inside.

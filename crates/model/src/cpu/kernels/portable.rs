@@ -1,7 +1,7 @@
 //! Plain Rust: every other processor, and the text the other variants are compared with.
 
-use super::{BF16, F16, LANES, Matrix, Product, Rows, tiled};
-use crate::weights::widen;
+use super::{BF16, F8, F16, I8, LANES, Matrix, Product, Rows, tiled};
+use crate::weights::{fp8, widen};
 
 /// See [`super::matmul`].
 ///
@@ -64,6 +64,8 @@ pub(super) unsafe fn element<const D: u8>(base: *const u8, at: usize) -> f32 {
         match D {
             BF16 => half::bf16::from_bits(u16::from_le(base.add(at * 2).cast::<u16>().read_unaligned())).to_f32(),
             F16 => half::f16::from_bits(u16::from_le(base.add(at * 2).cast::<u16>().read_unaligned())).to_f32(),
+            I8 => f32::from(base.add(at).read().cast_signed()),
+            F8 => fp8::to_f32(base.add(at).read()),
             _ => f32::from_bits(u32::from_le(base.add(at * 4).cast::<u32>().read_unaligned())),
         }
     }

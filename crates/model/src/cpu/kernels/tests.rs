@@ -20,6 +20,8 @@ pub(super) fn stored(values: &[f32], dtype: Dtype) -> Stored {
             Dtype::Bf16 => bytes.extend(half::bf16::from_f32(value).to_le_bytes()),
             Dtype::F16 => bytes.extend(half::f16::from_f32(value).to_le_bytes()),
             Dtype::F32 => bytes.extend(value.to_le_bytes()),
+            Dtype::I8 => bytes.push((value * 31.0).round() as i8 as u8),
+            Dtype::F8 => bytes.push(crate::weights::fp8::from_f32(value)),
         }
     }
     let mut exact = vec![0.0; values.len()];
@@ -27,8 +29,8 @@ pub(super) fn stored(values: &[f32], dtype: Dtype) -> Stored {
     Stored { bytes, values: exact, dtype }
 }
 
-fn dtypes() -> impl Strategy<Value = Dtype> {
-    prop::sample::select(vec![Dtype::Bf16, Dtype::F16, Dtype::F32])
+pub(super) fn dtypes() -> impl Strategy<Value = Dtype> {
+    prop::sample::select(vec![Dtype::Bf16, Dtype::F16, Dtype::F32, Dtype::I8, Dtype::F8])
 }
 
 pub(super) fn floats(len: usize) -> impl Strategy<Value = Vec<f32>> {

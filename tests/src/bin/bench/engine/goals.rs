@@ -32,6 +32,9 @@ pub fn rows(found: &Found) -> Vec<Row> {
         rows.extend(beside(found, load, Who::Ours, Who::Transformers));
     }
     for load in [one, many, Load::Prefill] {
+        rows.extend(beside(found, load, Who::OursExact, Who::Llama));
+    }
+    for load in [one, many, Load::Prefill] {
         rows.extend(beside(found, load, Who::OursInt8, Who::LlamaQ8));
     }
     let reads = found.reads.get(&(Who::OursInt8, one));
@@ -54,7 +57,7 @@ pub fn rows(found: &Found) -> Vec<Row> {
 
 /// Somebody's figures beside a rival's, or why there are none. No row if nobody was measured.
 fn beside(found: &Found, load: Load, ours: Who, rival: Who) -> Option<Row> {
-    let what = if ours == Who::Ours { load.name() } else { format!("{}, int8 weights", load.name()) };
+    let what = format!("{}, {}", load.name(), ours.name());
     match (found.get(ours, load), found.get(rival, load)) {
         (Ok(ours), Ok(theirs)) => Some(Row::repeated(what, "tok/s", ours, rival.name(), theirs)),
         (Ok(ours), Err(reason)) => Some(Row::alone(what, "tok/s", ours).without(rival.name(), reason)),
@@ -81,7 +84,7 @@ mod tests {
         found.add(Who::Ours, Load::Decode(1), 20.0);
         found.miss(Who::Llama, "no compiler");
         let rows = rows(&found);
-        let row = rows.iter().find(|row| row.what == "decode, batch 1").unwrap();
+        let row = rows.iter().find(|row| row.what == "decode, batch 1, fast products").unwrap();
         assert_eq!((row.ours, row.theirs, row.met), (20.0, None, None));
         assert_eq!(row.rival, "llama.cpp bf16: no compiler");
         assert!(rows.iter().all(|row| row.met.is_none()));

@@ -5,6 +5,9 @@
 //! others are measured; of a rival only the forward pass is timed, of ours the whole step (scheduler, cache and sampler
 //! too). Before anything counts, llama.cpp and we must write the same tokens for the same prompt.
 //!
+//! All round activations to bf16 before they are multiplied by bf16 weights: llama.cpp and torch always do, we by a setting
+//! (`engine.compute: fast`). Our default, activations in f32, has rows of its own.
+//!
 //! llama.cpp takes flash attention or leaves it: the first repetition measures both, and what was faster for a load counts.
 
 mod goals;

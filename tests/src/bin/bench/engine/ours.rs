@@ -14,30 +14,34 @@ use super::plan::{Found, Load, Operation, THREADS, WARM_UP, Who};
 /// Tokens of a prompt computed in one step where it is alone: as many as llama.cpp takes at a time.
 const CHUNK: usize = 512;
 
-/// The model's folders.
+/// Weights are rounded when this is first asked for, into a folder that is kept.
+const INT8: [&str; 4] = ["--weights", "int8", "--compute", "fast"];
+/// Activations are rounded to bf16 before they are multiplied, as the rivals round them.
+const FAST: [&str; 2] = ["--compute", "fast"];
+
+/// The model's folder.
 pub struct Ours {
-    bf16: PathBuf,
-    int8: PathBuf,
+    folder: PathBuf,
     vocab: u64,
 }
 
 impl Ours {
-    /// Writes the shape's folder, and quantizes it, unless that is done.
+    /// Writes the shape's folder, and rounds its weights, unless that is done.
     pub fn prepare(shape: &str, found: &mut Found) -> Result<Self> {
         let said = output(command("kvasir-engine-bench")?.args(["shape", shape]))?;
         let bf16 = PathBuf::from(said.trim());
-        let int8 = bf16.with_file_name(format!("{shape}-int8"));
-        if let Err(error) = quantize(&bf16, &int8) {
+        println!("rounding its weights to int8");
+        if let Err(error) = run(&bf16, &[&["decode", "--steps", "1", "--no-limits"], &INT8[..]].concat()) {
             found.miss(Who::OursInt8, &format!("{error:#}"));
         }
         let config: Value = serde_json::from_slice(&std::fs::read(bf16.join("config.json"))?)?;
         let vocab = config["vocab_size"].as_u64().context("a vocabulary has a size")?;
-        Ok(Self { bf16, int8, vocab })
+        Ok(Self { folder: bf16, vocab })
     }
 
-    /// The folder with bf16 weights.
+    /// It, with weights in bf16.
     pub fn folder(&self) -> &Path {
-        &self.bf16
+        &self.folder
     }
 
     /// Tokens of its vocabulary.
@@ -47,15 +51,21 @@ impl Ours {
 
     /// Tokens per second under a load.
     pub fn measure(&self, who: Who, load: Load, found: &mut Found) -> Result<f64> {
-        let folder = if who == Who::OursInt8 { &self.int8 } else { &self.bf16 };
+        let settings = match who {
+            Who::OursInt8 => &INT8[..],
+            Who::OursExact => &[],
+            _ => &FAST,
+        };
         let [context, steps] = [load.context(), load.steps()].map(|number| number.to_string());
         let said = match load {
             Load::Decode(batch) => {
                 let batch = batch.to_string();
-                run(folder, &["decode", "--batch", &batch, "--context", &context, "--steps", &steps])?
+                let arguments = ["decode", "--batch", &batch, "--context", &context, "--steps", &steps];
+                run(&self.folder, &[&arguments, settings].concat())?
             }
             Load::Prefill => {
-                run(folder, &["prefill", "--tokens", &context, "--chunk", &CHUNK.to_string(), "--repeat", "1"])?
+                let arguments = ["prefill", "--tokens", &context, "--chunk", &CHUNK.to_string(), "--repeat", "1"];
+                run(&self.folder, &[&arguments, settings].concat())?
             }
         };
         let of = |pointer| number(&said, pointer);
@@ -78,14 +88,16 @@ impl Ours {
 
     /// A long prompt arrives while others write.
     pub fn mixed(&self, found: &mut Found) -> Result<()> {
-        let said = run(&self.bf16, &["mixed", "--running", "8", "--context", "64", "--prompt", "4096", "--no-limits"])?;
+        let said =
+            run(&self.folder, &["mixed", "--running", "8", "--context", "64", "--prompt", "4096", "--no-limits"])?;
         found.gaps.add(number(&said, "/chunked/gap_ms/max")?, number(&said, "/whole/gap_ms/max")?);
         Ok(())
     }
 
     /// Two requests begin alike.
     pub fn prefix(&self, found: &mut Found) -> Result<()> {
-        let said = run(&self.bf16, &["prefix", "--shared", "2000", "--own", "16", "--no-limits"])?;
+        let arguments = ["prefix", "--shared", "2000", "--own", "16", "--no-limits"];
+        let said = run(&self.folder, &[&arguments[..], &FAST].concat())?;
         found.prefix.add(number(&said, "/second_ttft_ms")?, number(&said, "/first_ttft_ms")?);
         Ok(())
     }
@@ -99,8 +111,8 @@ impl Ours {
     pub fn tokens(&self) -> Result<Vec<u64>> {
         let load = Load::Decode(1);
         let [context, steps] = [load.context(), load.steps()].map(|number| number.to_string());
-        let said =
-            run(&self.bf16, &["decode", "--context", &context, "--steps", &steps, "--show-tokens", "--no-limits"])?;
+        let arguments = ["decode", "--context", &context, "--steps", &steps, "--show-tokens", "--no-limits"];
+        let said = run(&self.folder, &[&arguments[..], &FAST].concat())?;
         let tokens = said["tokens"].as_array().context("it shows its tokens")?;
         Ok(tokens.iter().filter_map(Value::as_u64).take(steps_of(load)).collect())
     }
@@ -109,17 +121,6 @@ impl Ours {
 /// Tokens that everybody tells of a decode.
 pub fn steps_of(load: Load) -> usize {
     WARM_UP + load.steps()
-}
-
-/// `kvasir-quantize`, unless it is done and newer than the weights.
-fn quantize(bf16: &Path, int8: &Path) -> Result<()> {
-    let modified = |folder: &Path| folder.join("model.safetensors").metadata().and_then(|file| file.modified()).ok();
-    if modified(int8).is_some_and(|done| modified(bf16).is_some_and(|made| done > made)) {
-        return Ok(());
-    }
-    println!("quantizing into {}", int8.display());
-    output(command("kvasir-quantize")?.arg(bf16).arg(int8).args(["--to", "int8"]))?;
-    Ok(())
 }
 
 fn cache() -> Result<Vec<Operation>> {

@@ -39,9 +39,9 @@ pub struct Summary {
 }
 
 impl Difference {
-    /// Takes in the rows of both after the same tokens; `next` are the tokens that did follow.
-    pub fn add(&mut self, reference: &Logits, candidate: &Logits, next: &[TokenId]) {
-        for ((right, ours), next) in reference.iter().zip(candidate.iter()).zip(next) {
+    /// Takes in the rows of both after the same tokens, but for the first `skip`; `next` are the tokens that did follow.
+    pub fn add(&mut self, reference: &Logits, candidate: &Logits, next: &[TokenId], skip: usize) {
+        for ((right, ours), next) in reference.iter().zip(candidate.iter()).zip(next).skip(skip) {
             self.position(right, ours, next.0 as usize);
         }
     }
@@ -115,7 +115,7 @@ mod tests {
     fn compare(right: &[f32], ours: &[f32], next: u32) -> Summary {
         let rows = |rows: &[f32]| Logits { vocab: rows.len(), rows: rows.to_vec() };
         let mut difference = Difference::default();
-        difference.add(&rows(right), &rows(ours), &[TokenId(next)]);
+        difference.add(&rows(right), &rows(ours), &[TokenId(next)], 0);
         difference.summary()
     }
 

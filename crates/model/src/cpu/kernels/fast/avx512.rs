@@ -12,12 +12,17 @@
 use std::arch::x86_64::*;
 
 use super::{
-    super::{bytes, reduce4},
+    super::{avx512 as exact, bytes, reduce4},
     BF16, GROUP, LINE, Product, STEP, Step, finish, steps,
 };
 
 /// Tokens up to which weights are used where they lie.
 const FEW: usize = 4 * GROUP;
+
+/// Tokens up to which weights of a type are used where they lie: widening takes as long as a group's products.
+const fn few_of(dtype: u8) -> usize {
+    if dtype == BF16 { FEW } else { GROUP }
+}
 
 /// See [`super::matmul`].
 ///
@@ -27,7 +32,7 @@ const FEW: usize = 4 * GROUP;
 pub(super) unsafe fn matmul<const D: u8>(product: Product<'_>) {
     let (rows, tokens, width) = (product.w.rows, product.x.tokens, product.w.cols * bytes(D));
     let mut lines = vec![[0.0f32; LINE]; tokens];
-    let mut panel = vec![Step::default(); if tokens > FEW { 4 * steps(product.w.cols) } else { 0 }];
+    let mut panel = vec![Step::default(); if tokens > few_of(D) { 4 * steps(product.w.cols) } else { 0 }];
     for line in (0..rows).step_by(LINE) {
         let count = LINE.min(rows - line);
         let mut row = 0;
@@ -39,7 +44,7 @@ pub(super) unsafe fn matmul<const D: u8>(product: Product<'_>) {
                 row += 8;
             }
             while count - row >= 4 {
-                if tokens > FEW {
+                if tokens > few_of(D) {
                     copy::<D>(weights(row), product.w.cols, &mut panel);
                     many(&product, &panel, line, row, &mut lines);
                 } else {
@@ -243,20 +248,39 @@ fn dot(sum: __m512, x: __m512i, w: __m512i) -> __m512 {
 
 /// 32 elements as bf16.
 #[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,f16c")]
 unsafe fn load<const D: u8>(from: *const u8) -> __m512i {
-    const { assert!(D == BF16) };
     // SAFETY: the caller's: 32 elements are there; unaligned loads.
-    unsafe { _mm512_loadu_si512(from.cast()) }
+    unsafe {
+        match D {
+            BF16 => _mm512_loadu_si512(from.cast()),
+            _ => narrow(exact::load::<D>(from, 0), exact::load::<D>(from, 16)),
+        }
+    }
 }
 
 /// The elements of `mask` as bf16, the others zero and not touched.
 #[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,f16c")]
 unsafe fn load_masked<const D: u8>(from: *const u8, mask: u32) -> __m512i {
-    const { assert!(D == BF16) };
     // SAFETY: the caller's.
-    unsafe { _mm512_maskz_loadu_epi16(mask, from.cast()) }
+    unsafe {
+        match D {
+            BF16 => _mm512_maskz_loadu_epi16(mask, from.cast()),
+            _ => narrow(
+                exact::load_masked::<D>(from, 0, mask as u16),
+                exact::load_masked::<D>(from, 16, (mask >> 16) as u16),
+            ),
+        }
+    }
+}
+
+/// 32 numbers that bf16 holds exactly, in it.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bf16")]
+fn narrow(low: __m512, high: __m512) -> __m512i {
+    // SAFETY: both types are 64 bytes of which every pattern is valid.
+    unsafe { std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low)) }
 }
 
 /// One step of one dot product, for tests.

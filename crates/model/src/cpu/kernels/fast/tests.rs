@@ -6,14 +6,14 @@ use proptest::prelude::*;
 use super::{emulated, *};
 use crate::cpu::kernels::{
     elementwise::pack,
-    tests::{Stored, bits, floats, stored},
+    tests::{Stored, bits, dtypes, floats, stored},
 };
 
 /// Activations, matrix, tokens, rows, columns.
 fn products() -> impl Strategy<Value = (Vec<f32>, Stored, usize, usize, usize)> {
     (prop_oneof![1usize..14, 17usize..40], 1usize..40, 1usize..140).prop_flat_map(|(tokens, rows, cols)| {
-        (floats(tokens * cols), floats(rows * cols))
-            .prop_map(move |(x, w)| (x, stored(&w, Dtype::Bf16), tokens, rows, cols))
+        (floats(tokens * cols), floats(rows * cols), dtypes().prop_filter("exact in bf16", |dtype| takes(*dtype)))
+            .prop_map(move |(x, w, dtype)| (x, stored(&w, dtype), tokens, rows, cols))
     })
 }
 
