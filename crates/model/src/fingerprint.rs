@@ -16,7 +16,7 @@
 
 use kvasir_types::ModelFingerprint;
 
-use crate::{ModelConfig, weights::Weights};
+use crate::{ModelConfig, cpu::Compute, weights::Weights};
 
 /// Domain separation: bump the version when what is hashed changes.
 const CONTEXT: &str = "kvasir 2026-11 model fingerprint v2";
@@ -53,6 +53,22 @@ fn canonical(config: &ModelConfig) -> String {
     serde_json::to_string(config).expect("a description is plain data")
 }
 
+/// The fingerprint of a model whose products are computed in this way. Exact ones are what the model's own says; others are
+/// different numbers, so their keys and values must not meet.
+pub(crate) fn computed(model: ModelFingerprint, compute: Compute) -> ModelFingerprint {
+    match compute {
+        Compute::Exact => model,
+        Compute::Fast => {
+            let mut hasher = blake3::Hasher::new_derive_key(CONTEXT);
+            hasher.update(&model.0);
+            hasher.update(b"fast products");
+            let mut short = [0; 16];
+            short.copy_from_slice(&hasher.finalize().as_bytes()[..16]);
+            ModelFingerprint(short)
+        }
+    }
+}
+
 /// Hands the parts of a tensor that are hashed to `take`, in order.
 fn sample(bytes: &[u8], mut take: impl FnMut(&[u8])) {
     if bytes.len() <= WHOLE_BYTES {
@@ -72,6 +88,13 @@ fn sample(bytes: &[u8], mut take: impl FnMut(&[u8])) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn exact_and_fast_products_are_different_models() {
+        let model = ModelFingerprint([7; 16]);
+        assert_eq!(computed(model, Compute::Exact), model);
+        assert_ne!(computed(model, Compute::Fast), model);
+    }
 
     #[test]
     fn small_tensors_are_hashed_whole_and_large_ones_from_end_to_end() {

@@ -4,7 +4,7 @@ use std::{path::Path, sync::Arc};
 
 use kvasir_types::{KvDtype, KvGroups, KvLayout, ModelFingerprint};
 
-use crate::{Cost, Error, ModelConfig, fingerprint, weights::Weights};
+use crate::{Cost, Error, ModelConfig, cpu::Compute, fingerprint, weights::Weights};
 
 /// A Hugging Face model folder whose configuration is supported and whose weights all have the shapes it asks for.
 ///
@@ -40,6 +40,11 @@ impl Folder {
     /// Which model this is; equal for equal weights and arithmetic wherever the folder lies.
     pub fn fingerprint(&self) -> ModelFingerprint {
         self.0.fingerprint
+    }
+
+    /// The fingerprint of this model computed in that way: workers that compute in different ways do not pair.
+    pub fn fingerprint_of(&self, compute: Compute) -> ModelFingerprint {
+        fingerprint::computed(self.0.fingerprint, compute)
     }
 
     /// The KV layout of the model with the given block size and element type.

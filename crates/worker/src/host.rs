@@ -84,7 +84,7 @@ impl Host {
             .with_context(|| format!("model.path {}", path.display()))?;
         let model = ModelInfo {
             name: model_name(&config)?,
-            fingerprint: folder.fingerprint(),
+            fingerprint: folder.fingerprint_of(config.engine.compute),
             layout,
             max_model_len: folder.config().max_len as u32,
             tokenizer: parts::tokenizer_id(path)?,

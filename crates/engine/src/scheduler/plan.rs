@@ -54,6 +54,10 @@ impl Scheduler {
         }
         changed |= self.plan_prompts(budget, &mut work);
         work.retain(|next| self.is_live(next.key));
+        debug_assert!(
+            work.iter().map(|next| next.key).collect::<HashSet<_>>().len() == work.len(),
+            "a sequence is in a batch once"
+        );
         (work, changed)
     }
 

@@ -20,7 +20,7 @@ use crate::Error;
 const SERIAL_FLOPS: usize = 400_000;
 
 /// How products of activations with weights are computed where the weights are bf16 (or narrower). Both keep the law of the
-/// seam; they are different models to the last bits, so all workers of a fleet should use the same.
+/// seam; they are different models to the last bits, so they have different fingerprints and their workers do not pair.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Compute {
