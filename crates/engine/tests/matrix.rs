@@ -107,7 +107,13 @@ struct Way {
 
 /// What a client heard so far.
 #[derive(Clone, Default)]
-struct Heard(Arc<Mutex<(Vec<TokenId>, Option<Result<FinishReason, String>>)>>);
+struct Heard(Arc<Mutex<Said>>);
+
+#[derive(Default)]
+struct Said {
+    tokens: Vec<TokenId>,
+    end: Option<Result<FinishReason, String>>,
+}
 
 impl Heard {
     fn sink(&self) -> Box<dyn EventSink> {
@@ -116,9 +122,9 @@ impl Heard {
             let mut heard = heard.lock().unwrap();
             match event {
                 Event::Admitted(_) => {}
-                Event::Token { sampled, .. } => heard.0.push(sampled.token),
-                Event::Finished { reason, .. } => heard.1 = Some(Ok(reason)),
-                Event::Failed(error) => heard.1 = Some(Err(error.to_string())),
+                Event::Token { sampled, .. } => heard.tokens.push(sampled.token),
+                Event::Finished { reason, .. } => heard.end = Some(Ok(reason)),
+                Event::Failed(error) => heard.end = Some(Err(error.to_string())),
             }
         })
     }
@@ -154,7 +160,7 @@ fn serve(subject: &Subject, draft: Option<&Subject>, way: Way) -> (Vec<Vec<Token
 
     let root = BlockHash::root(subject.folder.fingerprint(), &layout, "");
     let mut number = 0u64;
-    let mut request = |prompt: Arc<[TokenId]>, tokens: usize, priority: Priority| Request {
+    let request = |prompt: Arc<[TokenId]>, tokens: usize, priority: Priority| Request {
         id: "matrix".parse().unwrap(),
         prompt,
         root,
@@ -196,11 +202,11 @@ fn serve(subject: &Subject, draft: Option<&Subject>, way: Way) -> (Vec<Vec<Token
         let progress = engine.step();
         running.retain(|&case, (_, heard)| {
             let mut heard = heard.0.lock().unwrap();
-            match heard.1.take() {
+            match heard.end.take() {
                 None => true,
                 Some(end) => {
                     end.unwrap_or_else(|error| panic!("{} case {case}, {way:?}: {error}", subject.name));
-                    answers[case] = std::mem::take(&mut heard.0);
+                    answers[case] = std::mem::take(&mut heard.tokens);
                     false
                 }
             }
@@ -212,7 +218,7 @@ fn serve(subject: &Subject, draft: Option<&Subject>, way: Way) -> (Vec<Vec<Token
     }
     while engine.step() == Progress::Busy {}
     for heard in intruders {
-        assert!(matches!(heard.0.lock().unwrap().1, Some(Ok(_))), "{way:?}: an intruder was not served");
+        assert!(matches!(heard.0.lock().unwrap().end, Some(Ok(_))), "{way:?}: an intruder was not served");
     }
     let stats = engine.stats();
     let counts = stats.blocks;
