@@ -24,19 +24,26 @@ const SURE: f32 = 0.05;
 
 /// How far a first log-probability may be from the float32 reference's. With f32 KV everything is float32 and only the
 /// order of sums differs, which proves the arithmetic. Rounding keys and values moves the logits by as much as the
-/// dtype is coarse: seen on the demo model, at most 0.012 in f16, the default, and 0.059 in bf16; 0.13 on a tiny one whose
-/// scores YaRN lengthens.
-///
-/// With routed experts a rounding can tip a choice between two, which moves the logits by as much as the experts differ, so
-/// only f32 KV says anything about them.
-fn tolerance(folder: &Folder, dtype: KvDtype) -> f32 {
+/// dtype is coarse: seen on the demo model, at most 0.012 in f16, the default, and 0.059 in bf16; 0.13 in
+/// bf16 on `qwen2-window`, whose scores YaRN lengthens.
+fn tolerance(dtype: KvDtype) -> f32 {
     match dtype {
-        KvDtype::Bf16 | KvDtype::F16 | KvDtype::Fp8 if has_experts(folder) => f32::INFINITY,
         KvDtype::F32 => 0.001,
         KvDtype::F16 => 0.02,
-        KvDtype::Bf16 => 0.2,
+        KvDtype::Bf16 => 0.15,
         // Three bits of mantissa: answers may differ, see `kvasir-engine-bench accuracy`.
         KvDtype::Fp8 => 1.0,
+    }
+}
+
+/// The same for any logit at any position. With routed experts a rounding can tip a choice between two, which moves the
+/// logits by as much as the experts differ: 4.1 once in bf16, which therefore says nothing there (`None`); f16 tips none of
+/// these models' choices, but brings one near (0.051).
+fn tolerance_anywhere(folder: &Folder, dtype: KvDtype) -> Option<f32> {
+    match dtype {
+        KvDtype::Bf16 if has_experts(folder) => None,
+        KvDtype::F16 if has_experts(folder) => Some(0.1),
+        dtype => Some(2.0 * tolerance(dtype)),
     }
 }
 
@@ -72,7 +79,7 @@ fn check(dir: &Path, dtype: KvDtype) {
 
         for (&token, &expected) in &line.first_logprobs {
             let ours = log_softmax(&whole, token as usize);
-            let near = (ours - expected).abs() < tolerance(&folder, dtype);
+            let near = (ours - expected).abs() < tolerance(dtype);
             assert!(near, "{what}, {dtype:?}: token {token}: {ours}, expected {expected}");
         }
         let mut answer = vec![argmax(&whole)];
@@ -82,7 +89,7 @@ fn check(dir: &Path, dtype: KvDtype) {
             answer.push(argmax(&logits.rows));
         }
         if answer != tokens(&line.output_ids) {
-            let tipped = dtype != KvDtype::F32 && has_experts(&folder);
+            let tipped = dtype == KvDtype::Bf16 && has_experts(&folder);
             assert!(tipped || line.margin < SURE, "{what}: {answer:?}, expected {:?}", line.output_ids);
             unsure += 1;
         }
@@ -138,7 +145,8 @@ fn logits_are_the_references_at_every_position_in_every_chunk_and_batch() {
                 worst = ours.iter().zip(expected).fold(worst, |worst, (a, b)| worst.max((a - b).abs()));
             }
             println!("{name}, {dtype:?}: logits differ by {worst} at most");
-            assert!(worst < 2.0 * tolerance(&folder, dtype), "{name}, {dtype:?}: logits differ by {worst}");
+            let near = tolerance_anywhere(&folder, dtype).is_none_or(|tolerance| worst < tolerance);
+            assert!(near, "{name}, {dtype:?}: logits differ by {worst}");
         }
     }
 }

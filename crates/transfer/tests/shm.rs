@@ -88,7 +88,7 @@ fn read_back<'a>(mut words: impl Iterator<Item = &'a str>) -> SegmentDescriptor 
 
 /// Not a test: the other process of those below. Without a role it has nothing to do.
 #[test]
-#[ignore = "the other process of the tests beside it"]
+#[ignore = "not a test: the other process of those beside it: cargo nextest run -p kvasir-transfer --test shm"]
 fn the_other_process() {
     let Ok(role) = env::var(ROLE) else { return };
     let engine = engine();

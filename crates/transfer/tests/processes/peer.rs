@@ -124,7 +124,7 @@ impl Directory for FileDirectory {
 }
 
 #[test]
-#[ignore = "not a test: the peer process that the tests start"]
+#[ignore = "not a test: the peer process that the tests start: cargo nextest run -p kvasir-transfer processes"]
 fn process() {
     rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL)).unwrap();
     let mut peer = Peer::default();

@@ -3,9 +3,10 @@
 use std::{sync::Arc, time::Duration};
 
 use kvasir_engine::Mode;
+use kvasir_kv_cache::Geometry;
 use kvasir_proto::{check_protocol, convert, v1};
 use kvasir_runtime::Kind;
-use kvasir_types::{Deadline, GrantKey, GroupKind, KvGroups, KvLayout, RequestId, SegmentDescriptor, TokenId};
+use kvasir_types::{Deadline, GrantKey, KvGroups, KvLayout, RequestId, SegmentDescriptor, TokenId};
 use tonic::{Request, Response, Status};
 
 use super::job;
@@ -104,24 +105,28 @@ fn destination(
     if let Some(bad) = wire.blocks.iter().find(|block| last_offset.is_none_or(|last| block.offset > last)) {
         return Err(Error::Targets(format!("offset {:#x} is outside a segment of {} bytes", bad.offset, segment.len)));
     }
+    let geometry = Geometry::new(layout.block_size as usize, groups);
     let rows = groups.iter().zip(wire.blocks.chunks_exact(a_group));
-    let groups = rows.map(|(group, blocks)| landing(blocks, first_seen(group.kind, prompt_tokens, layout)));
+    // What the prompt's last token looks at: it may have to be computed over there after all.
+    let groups = rows.map(|(group, blocks)| landing(blocks, geometry.first_needed(group.kind, prompt_tokens - 1)));
     let groups = groups.collect::<Result<_, _>>()?;
     Ok(Destination { segment, grant: convert::grant_key(wire.grant), groups })
 }
 
-/// The first block that a prompt's last token looks at.
-fn first_seen(kind: GroupKind, prompt_tokens: usize, layout: &KvLayout) -> usize {
-    match kind {
-        GroupKind::Sliding { window } => prompt_tokens.saturating_sub(window as usize) / layout.block_size as usize,
-        GroupKind::Full | GroupKind::Recurrent => 0,
-    }
-}
-
-/// One group's row. Blocks before `first` are not pushed whoever asks: they leave this worker's table while the prompt goes
-/// on, and another sequence's bytes may be in them by the time they are sent.
+/// One group's row, of which blocks from `first` on are needed.
+///
+/// A needed block that is said to be absent is refused: with blocks present behind it, it would be taken for read when it
+/// was not, and its rubbish go into this worker's cache and the store under a good name. Blocks before `first` are not
+/// pushed whoever asks: they leave this worker's table while the prompt goes on, and another sequence's bytes may be in
+/// them by the time they are sent.
 fn landing(blocks: &[v1::BlockTarget], first: usize) -> Result<Landing, Error> {
     let present = blocks.iter().rposition(|block| block.present).map_or(0, |last| last + 1);
+    if let Some(index) = blocks.iter().skip(first).position(|block| block.absent) {
+        return Err(Error::Targets(format!(
+            "block {} is absent, and the prompt's last token looks at it",
+            first + index
+        )));
+    }
     if blocks[..present].iter().any(|block| !block.present && !block.absent) {
         return Err(Error::Targets("a present block after one that is not".into()));
     }
@@ -141,7 +146,7 @@ impl v1::prefill_server::Prefill for PrefillService {
 
 #[cfg(test)]
 mod tests {
-    use kvasir_types::KvDtype;
+    use kvasir_types::{GroupKind, KvDtype};
 
     use super::*;
 
@@ -178,6 +183,18 @@ mod tests {
         let good = destination(&request(&[(0, true), (9 * block, false)], 10 * block), 5, &LAYOUT, &KvGroups::full(2))
             .unwrap();
         assert_eq!(good.groups, [Landing { offsets: vec![Some(0), Some(9 * block)], present: 1 }]);
+    }
+
+    #[test]
+    fn a_block_that_is_needed_cannot_be_absent() {
+        let block = LAYOUT.block_bytes() as u64;
+        // Present behind it: without the check the first would count as read.
+        let mut wire = request(&[(0, true), (block, true)], 10 * block);
+        wire.blocks[0] = v1::BlockTarget { absent: true, ..Default::default() };
+        let error = destination(&wire, 8, &LAYOUT, &KvGroups::full(2)).map(|_| ()).unwrap_err().to_string();
+        assert!(error.contains("block 0 is absent"), "{error}");
+        let sliding = KvGroups::of_layers(&[GroupKind::Sliding { window: 4 }; 2]);
+        assert!(destination(&wire, 8, &LAYOUT, &sliding).is_ok());
     }
 
     #[test]
