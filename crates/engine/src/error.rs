@@ -51,6 +51,23 @@ pub enum Error {
         /// Blocks of the pool.
         blocks: usize,
     },
+    /// The client asked for an answer that even an idle engine could not write to its end.
+    #[error(
+        "a prompt of {tokens} tokens and an answer of {max_tokens} may need {needed} blocks, there are {blocks}: ask for \
+         at most {at_most} tokens"
+    )]
+    AnswerExceedsPool {
+        /// Tokens of the prompt.
+        tokens: usize,
+        /// Most tokens of the answer, within the model's context.
+        max_tokens: usize,
+        /// Blocks that both may need.
+        needed: usize,
+        /// Blocks of the pool.
+        blocks: usize,
+        /// The most tokens that an answer to this prompt may have here.
+        at_most: usize,
+    },
     /// The engine's duty is another one at present.
     #[error("the engine takes no such request: its duty is {duty:?}")]
     WrongDuty {
@@ -112,9 +129,9 @@ impl Error {
             | Self::PromptTooLong { .. } => Retry::Never,
             Self::QueueFull { .. } => Retry::After(Duration::from_secs(1)),
             Self::Runner(error) => error.retry(),
-            Self::WrongDuty { .. } | Self::PromptExceedsPool { .. } | Self::Closed | Self::OutOfBlocks { .. } => {
-                Retry::Elsewhere
-            }
+            Self::WrongDuty { .. } | Self::Closed | Self::OutOfBlocks { .. } => Retry::Elsewhere,
+            // Another pool may be larger.
+            Self::PromptExceedsPool { .. } | Self::AnswerExceedsPool { .. } => Retry::Elsewhere,
             Self::RunnerBroken { .. } | Self::BadLogits { .. } | Self::SinkPanicked => Retry::Elsewhere,
         }
     }

@@ -1,7 +1,9 @@
 //! What the engine is asked to do, and the checks before it takes a request on.
 //!
 //! Everything that can be known to fail without looking at the pool's present state is refused here, on the caller's
-//! thread, with the request handed back. What passes will be admitted sooner or later.
+//! thread, with the request handed back. What passes will be admitted sooner or later, and gets as many tokens as its
+//! client asked for: a request whose [`Demand`] the whole pool cannot meet is refused with the numbers. Only where nobody
+//! asked for a length ([`Sampling::max_tokens_asked`]) an answer may end with the pool.
 
 use std::{
     fmt,
@@ -105,6 +107,8 @@ impl Duty {
 pub struct Demand {
     /// Without so many it does not start.
     pub to_start: usize,
+    /// With fewer in the whole pool it cannot be answered to its end: what one choice alone has, as long as it may get.
+    pub to_end: usize,
     /// It never has more: all choices as long as they may get, sharing only the prompt.
     pub at_most: usize,
 }
@@ -218,18 +222,38 @@ impl Intake {
         let needed = |tokens| shared.geometry.needed(tokens, shared.chunk_tokens);
         let prompt = request.prompt.len();
         let to_start = needed(prompt + usize::from(request.mode == Mode::Generate));
-        let at_most = match request.mode {
-            Mode::PrefillOnly => to_start,
-            Mode::Generate if prompt >= shared.max_len => to_start,
-            Mode::Generate => {
-                // The last token's KV is never computed.
-                let end = prompt - (request.sampling.continued as usize).min(prompt) + self.output_limit(request) - 1;
-                let whole = needed(end.max(prompt));
-                let shared_blocks = shared.geometry.shared(prompt);
-                whole + (request.answers() as usize).saturating_sub(1) * whole.saturating_sub(shared_blocks)
-            }
-        };
-        Demand { to_start, at_most: at_most.max(to_start) }
+        if request.mode == Mode::PrefillOnly || prompt >= shared.max_len {
+            return Demand { to_start, to_end: to_start, at_most: to_start };
+        }
+        let to_end = self.needed_with(request, self.output_limit(request));
+        let more = (request.answers() as usize).saturating_sub(1);
+        let at_most = to_end + more * to_end.saturating_sub(shared.geometry.shared(prompt));
+        Demand { to_start, to_end: to_end.max(to_start), at_most: at_most.max(to_start) }
+    }
+
+    /// Blocks that the prompt needs with an answer of `output` tokens, those included that are there already.
+    fn needed_with(&self, request: &Request, output: usize) -> usize {
+        let prompt = request.prompt.len();
+        // The last token's KV is never computed.
+        let end = prompt - (request.sampling.continued as usize).min(prompt) + output - 1;
+        self.0.geometry.needed(end.max(prompt), self.0.chunk_tokens)
+    }
+
+    /// The error if the client asked for more than there are blocks for, even with nobody else here.
+    fn answer_fits(&self, request: &Request) -> Result<(), Error> {
+        let (blocks, needed) = (self.0.blocks, self.demand(request).to_end);
+        if !request.sampling.max_tokens_asked || needed <= blocks {
+            return Ok(());
+        }
+        let max_tokens = self.output_limit(request);
+        // So many fit: there are blocks to start with. And so many are too much.
+        let (mut at_most, mut too_many) = (request.sampling.continued as usize + 1, max_tokens);
+        while too_many - at_most > 1 {
+            let middle = at_most.midpoint(too_many);
+            let half = if self.needed_with(request, middle) <= blocks { &mut at_most } else { &mut too_many };
+            *half = middle;
+        }
+        Err(Error::AnswerExceedsPool { tokens: request.prompt.len(), max_tokens, needed, blocks, at_most })
     }
 
     /// From here on every request is refused.
@@ -267,6 +291,7 @@ impl Intake {
         if continued >= tokens || (request.mode == Mode::Generate && continued >= max_tokens) {
             return Err(Error::BadContinuation { continued, tokens, max_tokens });
         }
+        self.answer_fits(request)?;
         let biased = sampling.logit_bias.iter().map(|(token, _)| token);
         match request.prompt.iter().chain(biased).find(|token| token.0 as usize >= shared.vocab) {
             Some(&token) => Err(Error::UnknownToken { token, vocab: shared.vocab }),

@@ -30,3 +30,7 @@ pub const MAX_MESSAGE_BYTES: usize = 16 << 20;
 pub const FIELD_METADATA: &str = "kvasir-field";
 /// The field that says what form an answer must have, in [`FIELD_METADATA`].
 pub const GRAMMAR_FIELD: &str = "sampling.grammar";
+/// The field that asks for a longer answer than the worker's memory holds.
+pub const MAX_TOKENS_FIELD: &str = "sampling.max_tokens";
+/// The field that is more than the worker's memory holds.
+pub const PROMPT_FIELD: &str = "prompt";

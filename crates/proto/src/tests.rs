@@ -33,7 +33,8 @@ prop_compose! {
         bias in prop::collection::btree_map(any::<u32>(), -100f32..=100.0, 0..8),
         (max_tokens, min_tokens, continued) in (1u32..10_000, any::<u32>(), any::<u32>()),
         stop in prop::collection::vec(any::<u32>(), 0..8),
-        (seed, ignore_eos, logprobs) in (any::<u64>(), any::<bool>(), prop::option::of(0u8..=20)),
+        (seed, ignore_eos, max_tokens_asked) in (any::<u64>(), any::<bool>(), any::<bool>()),
+        logprobs in prop::option::of(0u8..=20),
         grammar in prop::option::of(grammars()),
     ) -> Sampling {
         Sampling {
@@ -48,6 +49,7 @@ prop_compose! {
             grammar,
             seed,
             max_tokens,
+            max_tokens_asked,
             min_tokens,
             continued,
             stop_token_ids: convert::tokens(&stop),

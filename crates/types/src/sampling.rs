@@ -32,6 +32,9 @@ pub struct Sampling {
     pub seed: u64,
     /// Most tokens of the answer, at least 1.
     pub max_tokens: u32,
+    /// `max_tokens` is what the client asked for: a worker that could never hold so many refuses the request. Else it is
+    /// a bound that nobody chose (the server's, what the context leaves), and the answer goes as far as the blocks do.
+    pub max_tokens_asked: bool,
     /// No end or stop token is chosen before the answer has so many tokens, unless its grammar leaves nothing else.
     pub min_tokens: u32,
     /// How many of the prompt's last tokens are the beginning of the answer: a request that goes on after another worker
@@ -60,6 +63,7 @@ impl Default for Sampling {
             grammar: None,
             seed: 0,
             max_tokens: 16,
+            max_tokens_asked: false,
             min_tokens: 0,
             continued: 0,
             stop_token_ids: Vec::new(),
@@ -117,7 +121,7 @@ pub struct Sampled {
 pub enum FinishReason {
     /// An end token, or a stop token or string.
     Stop,
-    /// `max_tokens` or the model's context length.
+    /// `max_tokens`, the model's context length, or the worker's memory.
     Length,
 }
 

@@ -1,6 +1,7 @@
 //! What can go wrong with a request on a worker, and what the caller is told.
 
-use kvasir_proto::{FIELD_METADATA, GRAMMAR_FIELD};
+use kvasir_engine::Error as Refused;
+use kvasir_proto::{FIELD_METADATA, GRAMMAR_FIELD, MAX_TOKENS_FIELD, PROMPT_FIELD};
 use kvasir_transfer::Refusal;
 use kvasir_types::{KvLayout, ModelFingerprint, Retry, TokenId};
 use tonic::{Code, Status, metadata::MetadataValue};
@@ -98,6 +99,10 @@ impl Error {
         let code = match self {
             Self::Message(_) | Self::Token { .. } | Self::Targets(_) => Code::InvalidArgument,
             Self::Model { .. } | Self::Layout { .. } => Code::FailedPrecondition,
+            // Waiting would not help. The caller may know of a worker with more memory.
+            Self::Rejected(Refused::PromptExceedsPool { .. } | Refused::AnswerExceedsPool { .. }) => {
+                Code::InvalidArgument
+            }
             Self::Rejected(error) => match error.retry() {
                 Retry::Never => Code::InvalidArgument,
                 Retry::Elsewhere | Retry::After(_) => Code::ResourceExhausted,
@@ -110,12 +115,15 @@ impl Error {
             }
             Self::Engine(_) | Self::Diverged { .. } => Code::Internal,
         };
-        // The client sees this one as it is, beside the name of the field that asked for the form.
-        if let Self::Rejected(kvasir_engine::Error::Grammar(bad)) = self {
-            let mut status = Status::new(code, bad.to_string());
-            status.metadata_mut().insert(FIELD_METADATA, MetadataValue::from_static(GRAMMAR_FIELD));
-            return status;
-        }
-        Status::new(code, kvasir_runtime::chain(self))
+        // The client sees these as they are, beside the name of the field at fault.
+        let (field, message) = match self {
+            Self::Rejected(Refused::Grammar(bad)) => (GRAMMAR_FIELD, bad.to_string()),
+            Self::Rejected(error @ Refused::AnswerExceedsPool { .. }) => (MAX_TOKENS_FIELD, error.to_string()),
+            Self::Rejected(error @ Refused::PromptExceedsPool { .. }) => (PROMPT_FIELD, error.to_string()),
+            _ => return Status::new(code, kvasir_runtime::chain(self)),
+        };
+        let mut status = Status::new(code, message);
+        status.metadata_mut().insert(FIELD_METADATA, MetadataValue::from_static(field));
+        status
     }
 }

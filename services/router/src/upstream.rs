@@ -10,7 +10,7 @@
 //! | it says UNAVAILABLE (draining), or can't be reached | `Unavailable` | yes |
 //! | the connection breaks | `Broken` | yes |
 //! | it says FAILED_PRECONDITION (another model by now) | `Unavailable` | yes |
-//! | it says INVALID_ARGUMENT | `Refused` | no |
+//! | it says INVALID_ARGUMENT | `Refused` | where another's memory may be larger |
 //! | any other status | `Failed` | no |
 //! | a message that means nothing, or an end without `finished` | `Protocol` | no |
 //! | silence between two tokens | `Stalled` | no |
@@ -20,7 +20,7 @@ use std::{error::Error as _, time::Duration};
 
 use kvasir_cluster::Member;
 use kvasir_proto::{
-    FIELD_METADATA, GRAMMAR_FIELD, MAX_MESSAGE_BYTES,
+    FIELD_METADATA, GRAMMAR_FIELD, MAX_MESSAGE_BYTES, MAX_TOKENS_FIELD, PROMPT_FIELD,
     v1::{self, decode_client::DecodeClient, generate_event},
 };
 use kvasir_types::{Deadline, FinishReason, MemberId, Retry, Sampled, Usage};
@@ -37,6 +37,28 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 const PING_INTERVAL: Duration = Duration::from_secs(5);
 /// … and is given up if it does not answer within this.
 const PING_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// What of a request a worker can't do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Field {
+    /// Give the answer its form.
+    Form,
+    /// Hold an answer so long.
+    MaxTokens,
+    /// Hold the prompt.
+    Prompt,
+}
+
+impl Field {
+    fn of(name: &str) -> Option<Self> {
+        match name {
+            GRAMMAR_FIELD => Some(Self::Form),
+            MAX_TOKENS_FIELD => Some(Self::MaxTokens),
+            PROMPT_FIELD => Some(Self::Prompt),
+            _ => None,
+        }
+    }
+}
 
 /// Why a worker gave no (further) answer.
 #[derive(Debug, thiserror::Error)]
@@ -59,8 +81,8 @@ pub(crate) enum Error {
     Refused {
         worker: MemberId,
         message: String,
-        /// It is the answer's form that it can't give.
-        form: bool,
+        /// What it can't do, if that is the client's to know.
+        field: Option<Field>,
     },
     /// It failed.
     #[error("worker {worker} failed with {code:?}: {message}")]
@@ -81,6 +103,7 @@ impl Error {
     pub(crate) fn retry(&self) -> Retry {
         match self {
             Self::Busy { .. } | Self::Unavailable { .. } | Self::Broken { .. } => Retry::Elsewhere,
+            Self::Refused { field: Some(Field::MaxTokens | Field::Prompt), .. } => Retry::Elsewhere,
             Self::Refused { .. }
             | Self::Failed { .. }
             | Self::Protocol { .. }
@@ -112,8 +135,8 @@ impl Error {
             // A status with a source was not sent by the worker: tonic made it of an error of the connection.
             _ if status.source().is_some() => Self::Broken { worker, status: Box::new(status) },
             Code::InvalidArgument => {
-                let field = status.metadata().get(FIELD_METADATA);
-                Self::Refused { worker, message, form: field.is_some_and(|field| field == GRAMMAR_FIELD) }
+                let field = status.metadata().get(FIELD_METADATA).and_then(|field| Field::of(field.to_str().ok()?));
+                Self::Refused { worker, message, field }
             }
             Code::DeadlineExceeded => Self::Deadline { worker },
             code => Self::Failed { worker, code, message },

@@ -1,6 +1,6 @@
 //! What a client gets wrong is told as OpenAI tells it: a 4xx, the error object, the parameter's name. No worker hears of it.
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use kvasir_tests::{Cluster, Service};
 use serde_json::{Value, json};
 
@@ -42,6 +42,33 @@ async fn bad_requests_name_the_parameter_and_start_nothing() -> Result<()> {
                 }
             }
             nothing_started(cluster).await
+        })
+        .await
+}
+
+#[tokio::test]
+async fn an_answer_longer_than_any_memory_is_refused_if_it_was_asked_for() -> Result<()> {
+    Cluster::builder()
+        .set(Service::Decode, "kv.memory_bytes", 64 * 20_480) // 64 blocks: 1,024 tokens
+        .run(async |cluster| {
+            let client = cluster.client();
+            let mut body = chat("demo", QUESTION);
+            body["max_tokens"] = 2000.into();
+            let reply = client.post("/v1/chat/completions", &body).await?;
+            let error = &reply.body["error"];
+            ensure!(reply.status == 400 && error["param"] == "max_tokens", "HTTP {} {}", reply.status, reply.body);
+            let message = error["message"].as_str().unwrap_or_default();
+            let at_most = message.split("ask for at most ").nth(1).and_then(|rest| rest.split(' ').next());
+            let at_most: u64 = at_most.and_then(|number| number.parse().ok()).with_context(|| message.to_owned())?;
+            ensure!(message.contains("there are 64") && (900..1024).contains(&at_most), "{message}");
+            let prefilled = cluster.node(Service::Prefill, 0).status().await?.requests_total;
+            ensure!(prefilled == 0, "it was computed for nothing");
+            for max_tokens in [json!(at_most), Value::Null] {
+                body["max_tokens"] = max_tokens;
+                let reply = client.post("/v1/chat/completions", &body).await?;
+                ensure!(reply.status == 200, "HTTP {} {}", reply.status, reply.body);
+            }
+            Ok(())
         })
         .await
 }

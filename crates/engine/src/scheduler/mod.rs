@@ -19,7 +19,7 @@
 //!
 //! Why this ends: the first in order that runs is never a victim of another, and takes from everybody else; waiting long
 //! enough makes anybody the first; a sequence that holds the whole pool and wants more is finished with `Length` (its pool
-//! is its context); a sequence that preempted itself waits first in line for blocks of sequences that their callers hold;
+//! is its context; the door lets nobody in who asked for more); a sequence that preempted itself waits first in line for blocks of sequences that their callers hold;
 //! and whoever waits for another's blocks waits for one that got work in the same step.
 
 mod admission;

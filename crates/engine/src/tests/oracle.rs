@@ -25,6 +25,8 @@ pub enum Op {
         family: u32,
         len: usize,
         max_tokens: u32,
+        /// The client asked for so many, and must get them or be refused.
+        asked: bool,
         temperature: bool,
         prefill_only: bool,
         offline: bool,
@@ -61,9 +63,11 @@ pub fn op() -> impl Strategy<Value = Op> {
     let choices = prop_oneof![6 => Just(1u32), 1 => 2u32..5];
     prop_oneof![
         // Few families: prompts of one family are prefixes of one another, so they share blocks.
-        6 => ((0u32..3, 1usize..30, 1u32..24), any::<bool>(), prop::bool::weighted(0.25), any::<bool>(), choices).prop_map(
-            |((family, len, max_tokens), temperature, prefill_only, offline, choices)| Op::Admit {
-                family, len, max_tokens, temperature, prefill_only, offline, choices,
+        6 => (
+            (0u32..3, 1usize..30, 1u32..24, any::<bool>()), any::<bool>(), prop::bool::weighted(0.25), any::<bool>(), choices
+        ).prop_map(
+            |((family, len, max_tokens, asked), temperature, prefill_only, offline, choices)| Op::Admit {
+                family, len, max_tokens, asked, temperature, prefill_only, offline, choices,
             }
         ),
         3 => (who(), 0usize..9).prop_map(|(who, blocks)| Op::Land { who, blocks }),
@@ -243,7 +247,8 @@ impl Asked {
             [] => {}
             [told] if tokens.len() == expected.len() => assert_eq!(told, reason),
             [told] => {
-                // Its pool was its context.
+                // Its pool was its context, and nobody had asked for more.
+                assert!(!self.sampling.max_tokens_asked, "ended before the length that was asked for");
                 let written = prompt + usize::from(self.resumed && choice == 0) + tokens.len();
                 assert_eq!(told, FinishReason::Length);
                 assert!(rig.needed(written, BLOCK) > given.blocks, "ended early: {written} tokens");
@@ -283,7 +288,8 @@ impl World {
     }
 
     fn admit(&mut self, op: &Op) {
-        let &Op::Admit { family, len, max_tokens, temperature, prefill_only, offline, choices } = op else { return };
+        let &Op::Admit { family, len, max_tokens, asked: max_tokens_asked, .. } = op else { return };
+        let &Op::Admit { temperature, prefill_only, offline, choices, .. } = op else { return };
         let (prompt, seed) = (prompt(family, len), u64::from(family));
         let temperature = if temperature { 1.3 } else { 0.0 };
         // Some answers depend on every token before them, and some are the rest of an answer begun elsewhere.
@@ -291,6 +297,7 @@ impl World {
             if family % 2 == 1 { (0.4, 3, family.min(2).min(len as u32 - 1)) } else { (0.0, 0, 0) };
         let sampling = Sampling {
             max_tokens: max_tokens + continued,
+            max_tokens_asked,
             temperature,
             top_p: 0.9,
             frequency_penalty,
@@ -302,25 +309,40 @@ impl World {
         let mode = if prefill_only { Mode::PrefillOnly } else { Mode::Generate };
         let priority = if offline { Priority::Offline } else { Priority::Online };
         let asked = Request { priority, choices, ..request(&prompt, sampling.clone(), mode) };
-        let demand = self.rig.engine.intake().demand(&asked);
+        let intake = self.rig.engine.intake();
+        let (demand, blocks) = (intake.demand(&asked), self.given.blocks);
+        let demand_of = |max_tokens: usize| {
+            let sampling = Sampling { max_tokens: max_tokens as u32, ..sampling.clone() };
+            intake.demand(&Request { sampling, ..asked.clone() }).to_end
+        };
+        let at_most = (1..=sampling.max_tokens as usize).rev().find(|&tokens| demand_of(tokens) <= blocks);
         match self.rig.try_admit(asked) {
-            Ok((seq, client)) => self.asked.push(Asked {
-                seq,
-                client,
-                prompt,
-                sampling,
-                mode,
-                choices: if prefill_only { 1 } else { choices },
-                landed: 0,
-                told_to_go: false,
-                resumed: false,
-                watched: false,
-                aborted: false,
-                events_at_abort: 0,
-            }),
+            Ok((seq, client)) => {
+                assert!(!max_tokens_asked || demand.to_end <= blocks, "{demand:?} of {blocks} blocks");
+                self.asked.push(Asked {
+                    seq,
+                    client,
+                    prompt,
+                    sampling,
+                    mode,
+                    choices: if prefill_only { 1 } else { choices },
+                    landed: 0,
+                    told_to_go: false,
+                    resumed: false,
+                    watched: false,
+                    aborted: false,
+                    events_at_abort: 0,
+                });
+            }
             Err(rejected) => match rejected.error {
                 Error::QueueFull { .. } => {}
-                Error::PromptExceedsPool { needed, .. } => assert_eq!(needed, demand.to_start),
+                Error::PromptExceedsPool { needed, .. } => assert!(needed == demand.to_start && needed > blocks),
+                Error::AnswerExceedsPool { needed, at_most: told, .. } => {
+                    assert!(
+                        max_tokens_asked && needed == demand.to_end && needed > blocks && demand.to_start <= blocks
+                    );
+                    assert_eq!(Some(told), at_most);
+                }
                 Error::WrongDuty { duty } => assert_ne!(duty, Duty::Mixed),
                 other => panic!("{other}"),
             },

@@ -182,14 +182,14 @@ fn a_request_says_how_many_blocks_it_needs_and_may_come_to_need() {
     let rig = Rig::new(64, config());
     let ask = |prompt_len, max_tokens, choices, mode| {
         let request = Request { choices, ..request(&prompt(1, prompt_len), greedy(max_tokens), mode) };
-        let Demand { to_start, at_most } = rig.engine.intake().demand(&request);
-        (to_start, at_most)
+        let Demand { to_start, to_end, at_most } = rig.engine.intake().demand(&request);
+        (to_start, to_end, at_most)
     };
-    assert_eq!(ask(8, 1, 1, Mode::Generate), (3, 3));
-    assert_eq!(ask(8, 10, 1, Mode::Generate), (3, 5)); // KV of 17 tokens
-    assert_eq!(ask(8, 10, 3, Mode::Generate), (3, 5 + 2 * 3));
-    assert_eq!(ask(8, 1000, 1, Mode::Generate), (3, 12)); // the context ends at 48
-    assert_eq!(ask(8, 1000, 4, Mode::PrefillOnly), (2, 2));
+    assert_eq!(ask(8, 1, 1, Mode::Generate), (3, 3, 3));
+    assert_eq!(ask(8, 10, 1, Mode::Generate), (3, 5, 5)); // KV of 17 tokens
+    assert_eq!(ask(8, 10, 3, Mode::Generate), (3, 5, 5 + 2 * 3));
+    assert_eq!(ask(8, 1000, 1, Mode::Generate), (3, 12, 12)); // the context ends at 48
+    assert_eq!(ask(8, 1000, 4, Mode::PrefillOnly), (2, 2, 2));
 }
 
 /// What was moved out, of whom.

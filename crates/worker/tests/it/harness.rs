@@ -25,8 +25,12 @@ pub(crate) struct Cluster {
 
 impl Cluster {
     pub(crate) async fn with_decode() -> Self {
+        Self::with_decode_of(config()).await
+    }
+
+    pub(crate) async fn with_decode_of(config: Config) -> Self {
         let (context, hub, local) = (Context::detached("test"), MemoryHub::new(), LocalNet::new());
-        let decode = start(&context, &hub, local.clone(), Role::Decode, config()).await;
+        let decode = start(&context, &hub, local.clone(), Role::Decode, config).await;
         Self { context, local, hub, decode }
     }
 

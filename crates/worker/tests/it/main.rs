@@ -4,4 +4,5 @@
 
 mod failing_prefill;
 mod harness;
+mod memory;
 mod pair;

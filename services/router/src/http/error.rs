@@ -12,7 +12,10 @@ use axum::response::{IntoResponse, Response};
 use http::{HeaderValue, StatusCode, header};
 use serde_json::{Value, json};
 
-use crate::{text, upstream};
+use crate::{
+    text,
+    upstream::{self, Field},
+};
 
 /// How long a refused client should wait: long enough to let a few answers end, short enough not to idle.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
@@ -34,6 +37,17 @@ impl BadParam {
     pub(crate) fn new(param: impl Into<String>, code: &'static str, message: impl Into<String>) -> Self {
         Self { param: param.into(), code, message: message.into() }
     }
+}
+
+/// What the client calls what workers may refuse.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Params {
+    /// Asked for the answer's form, if anything did.
+    pub(crate) form: Option<&'static str>,
+    /// Asked for the answer's length, if anything did.
+    pub(crate) max_tokens: Option<&'static str>,
+    /// Holds the prompt.
+    pub(crate) prompt: &'static str,
 }
 
 /// Why a request is not answered.
@@ -175,13 +189,19 @@ impl Error {
         }
     }
 
-    /// The same, blaming `form_param` if a worker can't give answers the form that was asked for.
-    pub(crate) fn naming(self, form_param: Option<&'static str>) -> Self {
-        match (self, form_param) {
-            (Self::Upstream(upstream::Error::Refused { message, form: true, .. }), Some(param)) => {
-                BadParam::new(param, "invalid_value", format!("'{param}' can't be followed: {message}")).into()
-            }
-            (error, _) => error,
+    /// The same, blaming the client's parameter if a worker can't do what that asks for.
+    pub(crate) fn naming(self, params: Params) -> Self {
+        let Self::Upstream(upstream::Error::Refused { ref message, field: Some(field), .. }) = self else {
+            return self;
+        };
+        let (param, code, what) = match field {
+            Field::Form => (params.form, "invalid_value", "can't be followed"),
+            Field::MaxTokens => (params.max_tokens, "above_max_value", "is more than this server can hold"),
+            Field::Prompt => (Some(params.prompt), "context_length_exceeded", "is more than this server can hold"),
+        };
+        match param {
+            Some(param) => BadParam::new(param, code, format!("'{param}' {what}: {message}")).into(),
+            None => self,
         }
     }
 

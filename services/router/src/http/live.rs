@@ -21,7 +21,7 @@ use tracing::{Span, info, warn};
 
 use super::{
     app::{Admitted, App},
-    error::{BadParam, Error},
+    error::{BadParam, Error, Params},
     types::Common,
 };
 use crate::{
@@ -105,7 +105,9 @@ impl Live {
         let call =
             Call { app, id: &id, prompt: &prompt, sampling: &sampling, salt: &common.cache_salt, max_tokens, deadline };
         let placed = call.place(&model, crew).await;
-        let (worker, lease, events) = placed.map_err(|error| error.naming(common.form_param))?;
+        let asked = common.max_tokens.map(|(param, _)| param);
+        let params = Params { form: common.form_param, max_tokens: asked, prompt: param };
+        let (worker, lease, events) = placed.map_err(|error| error.naming(params))?;
         let span = Span::current();
         span.record("worker", worker.member.id.as_str());
 

@@ -29,7 +29,8 @@
 //! | `logprobs` | 0 to 20 alternatives a token |
 //!
 //! An answer that reaches the model's context length ends with `finish_reason` `length`; a `max_tokens` beyond that is
-//! no error. **Known, not supported**: accepted with the values that mean nothing ([`CHAT_UNSUPPORTED`],
+//! no error. A `max_tokens` (or such a context) that no worker's memory holds even for this request alone is refused; with
+//! no `max_tokens` asked for, such an answer ends where the memory does, with `length`. **Known, not supported**: accepted with the values that mean nothing ([`CHAT_UNSUPPORTED`],
 //! [`COMPLETION_UNSUPPORTED`]), else refused by name. **Unknown**: refused by name. `null` is as good as absent.
 
 use kvasir_proto::convert::{MAX_LOGPROBS, MAX_SALT_BYTES};
@@ -146,6 +147,7 @@ impl ChatRequest {
             return Err(BadParam::new("max_tokens", "invalid_value", message).into());
         }
         common.max_tokens = new.or(old);
+        common.sampling.max_tokens_asked = common.max_tokens.is_some();
         check_min_tokens(&common)?;
 
         let logprobs = fields.bool("logprobs")?.unwrap_or(false);
@@ -166,7 +168,9 @@ impl CompletionRequest {
         let mut fields = Fields::parse(body)?;
         let mut common = common(&mut fields)?;
         let prompt = prompt(fields.require("prompt")?)?;
-        common.max_tokens = max_tokens(&mut fields, "max_tokens")?.or(Some(("max_tokens", COMPLETION_TOKENS)));
+        let asked = max_tokens(&mut fields, "max_tokens")?;
+        common.sampling.max_tokens_asked = asked.is_some();
+        common.max_tokens = asked.or(Some(("max_tokens", COMPLETION_TOKENS)));
         check_min_tokens(&common)?;
         common.sampling.logprobs = fields.integer("logprobs", 0, MAX_LOGPROBS.into())?.map(|n| n as u8);
         fields.finish(COMPLETION_UNSUPPORTED)?;

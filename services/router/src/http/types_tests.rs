@@ -36,7 +36,11 @@ fn the_least_request_has_openais_defaults() {
     let common = chat(json!({})).unwrap().common;
     assert_eq!((common.sampling.temperature, common.sampling.top_p, common.sampling.top_k), (1.0, 1.0, 0));
     assert_eq!((common.seed, common.max_tokens, common.stream), (None, None, None));
-    assert_eq!(completion(json!({})).unwrap().common.max_tokens, Some(("max_tokens", 16)));
+    assert!(!common.sampling.max_tokens_asked);
+    let common = completion(json!({})).unwrap().common;
+    assert_eq!((common.max_tokens, common.sampling.max_tokens_asked), (Some(("max_tokens", 16)), false));
+    let common = completion(json!({"max_tokens": 16})).unwrap().common;
+    assert_eq!((common.max_tokens, common.sampling.max_tokens_asked), (Some(("max_tokens", 16)), true));
 }
 
 #[test]
@@ -60,6 +64,7 @@ fn every_supported_field_arrives() {
         (Some(u64::MAX), Some(("max_completion_tokens", 9)), "tenant")
     );
     assert_eq!(common.stream, Some(Streaming { include_usage: true }));
+    assert!(common.sampling.max_tokens_asked);
     let Sampling { temperature, top_p, top_k, ignore_eos, logprobs, stop_token_ids, .. } = common.sampling;
     assert_eq!((temperature, top_k, ignore_eos, logprobs), (0.0, 5, true, Some(3)));
     assert!(top_p > 0.0 && top_p < 1e-30 && stop_token_ids == [TokenId(7)]);

@@ -1,5 +1,6 @@
 use std::sync::Arc;
 
+use kvasir_proto::{MAX_TOKENS_FIELD, PROMPT_FIELD};
 use kvasir_types::Role;
 use serde_json::{Value, json};
 use tokio::{io::AsyncWriteExt, net::TcpStream, sync::Semaphore};
@@ -63,6 +64,28 @@ async fn a_worker_that_does_not_begin_is_passed_over_once() {
         assert_eq!(cluster.ask(CHAT, Cluster::chat(json!({}))).await.0, 503);
         let tried = bad.requests().len() - 3 + worse.iter().map(|mock| mock.requests().len()).sum::<usize>();
         assert_eq!(tried, 2, "one other worker is tried, not all");
+    }
+}
+
+#[tokio::test]
+async fn what_one_workers_memory_cannot_hold_another_is_asked_and_then_it_is_the_clients_to_change() {
+    for (field, fields, param, code) in [
+        (MAX_TOKENS_FIELD, json!({"max_completion_tokens": 200}), "max_completion_tokens", "above_max_value"),
+        (PROMPT_FIELD, json!({}), "messages", "context_length_exceeded"),
+    ] {
+        let cluster = Cluster::start(|_| {}).await;
+        let small = cluster.worker(move |_| vec![Step::Refuse(field)]).await;
+        let (status, body) = cluster.ask(CHAT, Cluster::chat(fields.clone())).await;
+        assert_eq!((status, &body["error"]["param"], &body["error"]["code"]), (400, &json!(param), &json!(code)));
+        let message = format!("'{param}' is more than this server can hold: at most 7");
+        assert_eq!(body["error"]["message"], message);
+        assert_eq!(small.requests()[0].sampling.as_ref().unwrap().max_tokens_asked, field == MAX_TOKENS_FIELD);
+
+        let large = cluster.worker(|_| vec![Step::Token(973), stop()]).await;
+        for _ in 0..2 {
+            assert_eq!(cluster.ask(CHAT, Cluster::chat(fields.clone())).await.0, 200);
+        }
+        assert_eq!(large.requests().len(), 2);
     }
 }
 

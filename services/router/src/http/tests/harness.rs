@@ -46,6 +46,8 @@ pub(super) enum Step {
     Finish(v1::finished::Reason),
     /// Ends with a status.
     Fail(Code),
+    /// Finds a field unacceptable.
+    Refuse(&'static str),
     /// Sends a message that means nothing.
     Nonsense,
 }
@@ -143,6 +145,12 @@ impl Run {
                 Some(Step::Fail(code)) => {
                     self.ended = true;
                     return Some(Err(Status::new(code, "the script says so")));
+                }
+                Some(Step::Refuse(field)) => {
+                    self.ended = true;
+                    let mut status = Status::invalid_argument("at most 7");
+                    status.metadata_mut().insert(kvasir_proto::FIELD_METADATA, field.parse().unwrap());
+                    return Some(Err(status));
                 }
                 Some(Step::Nonsense) => None,
                 Some(Step::Token(id)) => {
