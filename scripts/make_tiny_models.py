@@ -39,6 +39,8 @@ YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "beta_fast": 32, 
         "original_max_position_embeddings": 128}
 # Scores so far apart that rounded keys and values seldom tip the choice of an expert.
 ROUTER_GAIN = 6.0
+# How far logits lie apart.
+SPREAD = 2.5
 
 VARIANTS = {
     # The demo's family with another shape: heads wider than hidden / heads.
@@ -70,14 +72,15 @@ VARIANTS = {
                            num_key_value_heads=1, tie_word_embeddings=True,
                            rope_parameters={"rope_type": "default", "rope_theta": 1e6}),
         dtype=torch.bfloat16),
-    # Upper layers slide, and YaRN as its authors recommend it for long contexts.
+    # Upper layers slide, and YaRN as its authors recommend it for long contexts. It lengthens scores, and with them what
+    # rounded keys move: logits that are spread less keep that in the same bounds as elsewhere.
     "qwen2-window": dict(
         config=Qwen2Config(**COMMON, hidden_size=48, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
                            num_key_value_heads=2, tie_word_embeddings=True, use_sliding_window=True, sliding_window=41,
                            max_window_layers=1,
                            rope_parameters={"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0,
                                             "original_max_position_embeddings": 128}),
-        dtype=torch.bfloat16),
+        dtype=torch.bfloat16, spread=1.6),
     "mistral-window": dict(
         config=MistralConfig(**COMMON, hidden_size=48, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
                              num_key_value_heads=2, head_dim=16, tie_word_embeddings=False, sliding_window=37,
@@ -133,8 +136,8 @@ VARIANTS = {
 }
 
 
-def draw(model, seed):
-    """Fills a model with weights whose answers depend on the whole prompt."""
+def draw(model, seed, spread):
+    """Fills a model with weights whose answers depend on the whole prompt; its logits are spread by about `spread`."""
     generator = torch.Generator().manual_seed(seed)
     from_one = "gemma" in model.config.model_type  # norms are stored as offsets from one
     for name, b in model.named_buffers():
@@ -153,7 +156,7 @@ def draw(model, seed):
         elif name.endswith("bias"):
             p.data = 0.3 * noise
         elif "embed_tokens" in name or "lm_head" in name:
-            p.data = noise * 2.5 / p.shape[1] ** 0.5  # logits spread by about 2.5
+            p.data = noise * spread / p.shape[1] ** 0.5
         else:
             gain = {"o_proj": 3.0, "down_proj": 4.0, "q_proj": 1.5, "k_proj": 1.5, "q_b_proj": 1.5,
                     "kv_b_proj": 1.5}.get(name.split(".")[-2], 1.0)
@@ -164,7 +167,7 @@ def save(variant, folder, demo, seed):
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     model = AutoModelForCausalLM.from_config(variant["config"])
-    draw(model, seed)
+    draw(model, seed, variant.get("spread", SPREAD))
     model.to(variant["dtype"]).save_pretrained(folder, max_shard_size=variant.get("shard", "1GB"))
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copyfile(demo / name, folder / name)
