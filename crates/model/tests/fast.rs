@@ -2,53 +2,30 @@
 
 mod common;
 
-use std::fs;
-
-use common::{Bench, argmax, assert_same_bits, models, tokens};
+use common::{Bench, answer, assert_same_bits, golden, logprobs_apart, models, nan_max, tokens};
 use kvasir_model::{Backend, Folder, SeqInput, cpu::Compute};
 use kvasir_types::{KvDtype, TokenId};
-
-#[derive(serde::Deserialize)]
-struct Golden {
-    prompt_ids: Vec<u32>,
-    output_ids: Vec<u32>,
-    first_logprobs: std::collections::HashMap<u32, f32>,
-    margin: f32,
-}
 
 /// Seen: 0.038 (f32 KV) and 0.050 (f16) on the demo model, 0.062 on random weights. Exact products are within 0.00002.
 const TOLERANCE: f32 = 0.1;
 /// Under this gap between the best and the second logit the rounding may choose differently.
 const SURE: f32 = 0.2;
 
-fn log_softmax(row: &[f32], token: usize) -> f32 {
-    let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let sum: f64 = row.iter().map(|&v| f64::from(v - max).exp()).sum();
-    row[token] - max - sum.ln() as f32
-}
-
 #[test]
 fn fast_products_answer_as_the_reference_does() {
     for name in ["demo", "tiny/qwen3-tied", "tiny/qwen2-tied", "tiny/llama3-untied"] {
         let dir = models().join(name);
         let folder = Folder::open(&dir).unwrap();
-        let text = fs::read_to_string(dir.join("golden.jsonl")).unwrap();
         let (mut worst, mut wrong) = (0.0f32, 0);
         for dtype in [KvDtype::F16, KvDtype::F32] {
             let mut bench = Bench::with_compute(&folder, 16, dtype, 2, Compute::Fast);
-            for line in text.lines().map(|line| serde_json::from_str::<Golden>(line).unwrap()) {
+            for line in golden(&dir) {
                 let prompt = tokens(&line.prompt_ids);
                 bench.forget();
                 let tables = bench.tables(prompt.len() + line.output_ids.len());
                 let first = bench.prefill(&prompt, &tables, prompt.len());
-                for (&token, &expected) in &line.first_logprobs {
-                    worst = worst.max((log_softmax(&first, token as usize) - expected).abs());
-                }
-                let mut answer = vec![argmax(&first)];
-                while answer.len() < line.output_ids.len() {
-                    let at = prompt.len() + answer.len() - 1;
-                    answer.push(argmax(&bench.step(&answer[answer.len() - 1..], at, &tables).rows));
-                }
+                worst = nan_max(worst, logprobs_apart(&first, &line));
+                let answer = answer(&mut bench, &line, &first, &tables);
                 if answer != tokens(&line.output_ids) {
                     assert!(line.margin < SURE, "{name}: {answer:?}, expected {:?}", line.output_ids);
                     wrong += 1;

@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex};
 
 use kvasir_model::{Logits, SeqInput};
-use kvasir_types::{BlockHash, FinishReason, GroupKind, KvGroups, ModelFingerprint, Retry, Sampling, TokenId};
+use kvasir_types::{BlockHash, FinishReason, ModelFingerprint, Sampling, TokenId};
 
 use super::rig::*;
 use crate::{Command, Config, Engine, Error, Event, LayerDone, Mode, Progress, Request, Runner, RunnerSpec};
@@ -192,43 +192,6 @@ fn an_answer_that_outgrows_the_whole_pool_ends_with_length() {
     assert_eq!(client.tokens(), rig.answer(&prompt, 12));
     assert_eq!(client.finished(), Some(FinishReason::Length));
     rig.assert_no_leak();
-}
-
-#[test]
-fn a_client_that_asks_for_more_than_the_pool_can_hold_is_refused_with_the_numbers() {
-    let asked = |max_tokens| Sampling { max_tokens_asked: true, ..greedy(max_tokens) };
-    let long = prompt(2, 5);
-    let ask = |groups: KvGroups, sampling, choices| {
-        let mut rig = Rig::with_groups(4, config(), groups);
-        let (seq, client) =
-            rig.try_admit(Request { choices, ..request(&long, sampling, Mode::Generate) }).map_err(|rejected| {
-                assert_eq!(rejected.error.retry(), Retry::Elsewhere, "another pool may be larger");
-                rejected.error.to_string()
-            })?;
-        rig.engine.apply(Command::Compute(seq, None));
-        rig.settle();
-        rig.assert_no_leak();
-        Ok::<_, String>((0..choices).map(|choice| client.choice(choice).len()).collect::<Vec<_>>())
-    };
-    let full = || KvGroups::full(LAYERS);
-    let refused = |sampling| ask(full(), sampling, 1).unwrap_err();
-    // 16 slots hold the KV of 5 + 11 tokens; the 12th token of the answer needs none.
-    let told = "a prompt of 5 tokens and an answer of 13 may need 5 blocks, there are 4: ask for at most 12 tokens";
-    assert_eq!(refused(asked(13)), told);
-    assert_eq!(ask(full(), asked(12), 1), Ok(vec![12]));
-    assert_eq!(ask(full(), greedy(13), 1), Ok(vec![12]), "nobody asked for 13");
-    // What the context leaves is all that can be meant: 43 tokens, whose last needs no slot.
-    let told = "a prompt of 5 tokens and an answer of 43 may need 12 blocks, there are 4: ask for at most 12 tokens";
-    assert_eq!(refused(asked(1_000_000)), told);
-    // Of an answer that is being continued, the tokens that are there count: 2 of these 14.
-    let told = "a prompt of 5 tokens and an answer of 15 may need 5 blocks, there are 4: ask for at most 14 tokens";
-    assert_eq!(refused(Sampling { continued: 2, ..asked(15) }), told);
-    // Several choices may have the pool one after another: only what one alone needs must be there.
-    assert_eq!(ask(full(), asked(12), 3), Ok(vec![12; 3]));
-    assert!(ask(full(), asked(13), 3).is_err());
-    // A window keeps what an answer needs small, however long it gets.
-    let window = KvGroups::of_layers(&[GroupKind::Sliding { window: 5 }; LAYERS]);
-    assert_eq!(ask(window, asked(40), 1), Ok(vec![40]));
 }
 
 #[test]
@@ -574,7 +537,7 @@ impl Runner for Rows {
 #[test]
 fn logits_that_make_no_sense_fail_the_sequence() {
     for rows in [vec![0.0, f32::NAN], vec![f32::NEG_INFINITY; 2], vec![0.0, f32::INFINITY], vec![], vec![0.0; 4]] {
-        let spec = RunnerSpec { vocab: 2, max_len: 16, eos: vec![], groups: KvGroups::full(1) };
+        let spec = RunnerSpec { vocab: 2, max_len: 16, eos: vec![], groups: kvasir_types::KvGroups::full(1) };
         let length = rows.len();
         let runner = Rows(spec, Arc::new(Mutex::new(rows)));
         let mut engine = Engine::new(config(), layout(), 8, Box::new(runner));

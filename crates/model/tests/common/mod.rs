@@ -7,7 +7,12 @@
     reason = "every test binary uses its own part of this module"
 )]
 
-use std::{path::PathBuf, sync::Arc};
+use std::{
+    collections::HashMap,
+    fs,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use kvasir_model::{
     Backend, Folder, Logits, SeqInput,
@@ -40,7 +45,7 @@ impl HostMemory for TestMemory {
 
 /// The folders of `models/tiny`, by name.
 pub fn tiny() -> Vec<String> {
-    let names = std::fs::read_dir(models().join("tiny")).unwrap();
+    let names = fs::read_dir(models().join("tiny")).unwrap();
     let mut names: Vec<String> = names.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
     names.sort();
     names
@@ -127,6 +132,56 @@ pub fn argmax(row: &[f32]) -> TokenId {
 
 pub fn tokens(ids: &[u32]) -> Vec<TokenId> {
     ids.iter().copied().map(TokenId).collect()
+}
+
+/// A prompt and the reference implementation's greedy answer to it.
+#[derive(serde::Deserialize)]
+pub struct Golden {
+    pub prompt_ids: Vec<u32>,
+    pub output_ids: Vec<u32>,
+    /// Of the likeliest first tokens.
+    pub first_logprobs: HashMap<u32, f32>,
+    /// The least distance between the best and the second logit.
+    pub margin: f32,
+}
+
+/// All of a model's.
+pub fn golden(dir: &Path) -> Vec<Golden> {
+    let text = fs::read_to_string(dir.join("golden.jsonl")).unwrap();
+    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+/// The greedy answer to the prompt in `tables`, `first` being the logits after it.
+pub fn answer(bench: &mut Bench, line: &Golden, first: &[f32], tables: &[Vec<BlockId>]) -> Vec<TokenId> {
+    let mut answer = vec![argmax(first)];
+    while answer.len() < line.output_ids.len() {
+        let at = line.prompt_ids.len() + answer.len() - 1;
+        answer.push(argmax(&bench.step(&answer[answer.len() - 1..], at, tables).rows));
+    }
+    answer
+}
+
+/// How far the log-probabilities of a row are from the reference's, at most.
+pub fn logprobs_apart(row: &[f32], line: &Golden) -> f32 {
+    let apart = |(&token, &expected): (&u32, &f32)| (log_softmax(row, token as usize) - expected).abs();
+    line.first_logprobs.iter().map(apart).fold(0.0, nan_max)
+}
+
+/// The largest distance between two rows.
+pub fn furthest(a: &[f32], b: &[f32]) -> f32 {
+    assert_eq!(a.len(), b.len());
+    a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, nan_max)
+}
+
+/// What is not a number is as far away as can be: `f32::max` would drop it.
+pub fn nan_max(worst: f32, next: f32) -> f32 {
+    if next.is_nan() { f32::INFINITY } else { worst.max(next) }
+}
+
+fn log_softmax(row: &[f32], token: usize) -> f32 {
+    let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let sum: f64 = row.iter().map(|&v| f64::from(v - max).exp()).sum();
+    row[token] - max - sum.ln() as f32
 }
 
 /// Equality of floats by their bits, telling where they differ.
