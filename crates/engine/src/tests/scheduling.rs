@@ -255,7 +255,7 @@ impl Spill for Keeps {
 
 /// Two answers that do not fit side by side; the younger one's blocks are moved out.
 fn spilling(keeps: &Keeps) -> (Rig, [Client; 2]) {
-    let full = kvasir_types::KvGroups::full(LAYERS);
+    let full = KvGroups::full(LAYERS);
     let mut rig = Rig::with_parts(9, config(), full, |_, parts| parts.spill = Some(Box::new(keeps.clone())));
     let clients = [1, 2].map(|name| rig.generate(&prompt(name, 10), 14).1);
     while rig.stats().preemptions == 0 {

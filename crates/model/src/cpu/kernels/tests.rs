@@ -44,6 +44,49 @@ fn products() -> impl Strategy<Value = (Vec<f32>, Stored, usize, usize, usize)> 
     })
 }
 
+/// What computes products: variant, activations, matrix, tokens, rows, columns.
+pub(super) type Run = fn(Isa, &[f32], &Stored, usize, usize, usize) -> Vec<f32>;
+
+/// In every variant the products are the exact ones of `x`, as `run` takes it, within rounding.
+pub(super) fn are_exact(
+    run: Run,
+    x: &[f32],
+    taken: impl Fn(f32) -> f64,
+    w: &Stored,
+    [tokens, rows, cols]: [usize; 3],
+) -> Result<(), TestCaseError> {
+    for isa in Isa::available() {
+        let out = run(isa, x, w, tokens, rows, cols);
+        for t in 0..tokens {
+            for r in 0..rows {
+                let terms = (0..cols).map(|k| taken(x[t * cols + k]) * f64::from(w.values[r * cols + k]));
+                let (sum, magnitude) = terms.fold((0.0, 0.0), |(sum, size), term| (sum + term, size + term.abs()));
+                let error = (f64::from(out[t * rows + r]) - sum).abs();
+                prop_assert!(error <= magnitude * 1e-6 + 1e-12, "{isa:?} [{t}][{r}]: off by {error:e} of {magnitude}");
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Every variant gives the same bits, for all tokens and for each of them alone.
+pub(super) fn are_the_same(
+    run: Run,
+    x: &[f32],
+    w: &Stored,
+    [tokens, rows, cols]: [usize; 3],
+) -> Result<(), TestCaseError> {
+    let expected = bits(&run(Isa::detect(), x, w, tokens, rows, cols));
+    for isa in Isa::available() {
+        prop_assert_eq!(&bits(&run(isa, x, w, tokens, rows, cols)), &expected, "{:?}", isa);
+        for t in 0..tokens {
+            let alone = run(isa, &x[t * cols..(t + 1) * cols], w, 1, rows, cols);
+            prop_assert_eq!(&bits(&alone), &expected[t * rows..(t + 1) * rows], "{:?}, token {} alone", isa, t);
+        }
+    }
+    Ok(())
+}
+
 fn run(isa: Isa, x: &[f32], w: &Stored, tokens: usize, rows: usize, cols: usize) -> Vec<f32> {
     let mut out = vec![f32::NAN; tokens * rows];
     let matrix = Matrix::new(&w.bytes, w.dtype, rows, cols);
@@ -59,29 +102,12 @@ pub(super) fn bits(values: &[f32]) -> Vec<u32> {
 proptest! {
     #[test]
     fn a_product_is_the_exact_one_within_rounding((x, w, tokens, rows, cols) in products()) {
-        for isa in Isa::available() {
-            let out = run(isa, &x, &w, tokens, rows, cols);
-            for t in 0..tokens {
-                for r in 0..rows {
-                    let terms = (0..cols).map(|k| f64::from(x[t * cols + k]) * f64::from(w.values[r * cols + k]));
-                    let (sum, magnitude) = terms.fold((0.0, 0.0), |(sum, size), term| (sum + term, size + term.abs()));
-                    let error = (f64::from(out[t * rows + r]) - sum).abs();
-                    prop_assert!(error <= magnitude * 1e-6 + 1e-12, "{isa:?} [{t}][{r}]: off by {error:e} of {magnitude}");
-                }
-            }
-        }
+        are_exact(run, &x, f64::from, &w, [tokens, rows, cols])?;
     }
 
     #[test]
     fn every_variant_and_every_tile_returns_the_same_bits((x, w, tokens, rows, cols) in products()) {
-        let expected = bits(&run(Isa::detect(), &x, &w, tokens, rows, cols));
-        for isa in Isa::available() {
-            prop_assert_eq!(&bits(&run(isa, &x, &w, tokens, rows, cols)), &expected, "{:?}", isa);
-            for t in 0..tokens {
-                let alone = run(isa, &x[t * cols..(t + 1) * cols], &w, 1, rows, cols);
-                prop_assert_eq!(&bits(&alone), &expected[t * rows..(t + 1) * rows], "{:?}, token {} alone", isa, t);
-            }
-        }
+        are_the_same(run, &x, &w, [tokens, rows, cols])?;
     }
 
     #[test]

@@ -6,7 +6,7 @@ use proptest::prelude::*;
 use super::{emulated, *};
 use crate::cpu::kernels::{
     elementwise::pack,
-    tests::{Stored, bits, dtypes, floats, stored},
+    tests::{Stored, are_exact, are_the_same, bits, dtypes, floats, stored},
 };
 
 /// Activations, matrix, tokens, rows, columns.
@@ -31,30 +31,12 @@ fn run(isa: Isa, x: &[f32], w: &Stored, tokens: usize, rows: usize, cols: usize)
 proptest! {
     #[test]
     fn a_fast_product_is_the_exact_one_of_rounded_activations((x, w, tokens, rows, cols) in products()) {
-        for isa in Isa::available() {
-            let out = run(isa, &x, &w, tokens, rows, cols);
-            for t in 0..tokens {
-                for r in 0..rows {
-                    let rounded = |k: usize| half::bf16::from_f32(x[t * cols + k]).to_f64();
-                    let terms = (0..cols).map(|k| rounded(k) * f64::from(w.values[r * cols + k]));
-                    let (sum, magnitude) = terms.fold((0.0, 0.0), |(sum, size), term| (sum + term, size + term.abs()));
-                    let error = (f64::from(out[t * rows + r]) - sum).abs();
-                    prop_assert!(error <= magnitude * 1e-6 + 1e-12, "{isa:?} [{t}][{r}]: off by {error:e} of {magnitude}");
-                }
-            }
-        }
+        are_exact(run, &x, |x| half::bf16::from_f32(x).to_f64(), &w, [tokens, rows, cols])?;
     }
 
     #[test]
     fn every_variant_and_every_group_returns_the_same_bits((x, w, tokens, rows, cols) in products()) {
-        let expected = bits(&run(Isa::detect(), &x, &w, tokens, rows, cols));
-        for isa in Isa::available() {
-            prop_assert_eq!(&bits(&run(isa, &x, &w, tokens, rows, cols)), &expected, "{:?}", isa);
-            for t in 0..tokens {
-                let alone = run(isa, &x[t * cols..(t + 1) * cols], &w, 1, rows, cols);
-                prop_assert_eq!(&bits(&alone), &expected[t * rows..(t + 1) * rows], "{:?}, token {} alone", isa, t);
-            }
-        }
+        are_the_same(run, &x, &w, [tokens, rows, cols])?;
     }
 
     /// Numbers of every exponent, subnormal ones included: what the hardware flushes, we flush.
