@@ -8,6 +8,7 @@
 mod child;
 mod engine;
 mod first_light;
+mod record;
 mod report;
 mod rivals;
 mod transfer;
@@ -42,7 +43,8 @@ async fn run() -> Result<()> {
         [name] => (name, 9),
         [name, "--quick"] => (name, 2),
         [name, "--smoke"] => (name, 1),
-        _ => bail!("usage: bench NAME [--quick | --smoke]"),
+        [name, "--record"] => return record::record(name),
+        _ => bail!("usage: bench NAME [--quick | --smoke | --record]"),
     };
     let options = Options { repetitions, smoke: repetitions == 1 };
     let report: Report = match name {

@@ -1,29 +1,33 @@
 //! What a benchmark found: a table for people, JSON for programs.
 
-use std::{fs, process::Command};
+use std::{borrow::Cow, fs, path::PathBuf, process::Command};
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use kvasir_tests::workspace;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// All rows of one benchmark.
-#[derive(Serialize)]
+#[derive(Serialize, Deserialize)]
 pub struct Report {
-    name: String,
-    commit: String,
-    machine: String,
-    rows: Vec<Row>,
+    /// The benchmark's.
+    pub name: String,
+    /// What was measured.
+    pub commit: String,
+    /// Where.
+    pub machine: String,
+    /// The figures.
+    pub rows: Vec<Row>,
 }
 
 /// One figure beside its rival's.
-#[derive(Serialize, Default)]
+#[derive(Serialize, Deserialize, Default)]
 pub struct Row {
     /// What was measured.
     pub what: String,
     /// Our figure.
     pub ours: f64,
     /// Unit of both figures.
-    pub unit: &'static str,
+    pub unit: Cow<'static, str>,
     /// The program or the limit beside us; if it could not be started, why. Empty: there is none.
     pub rival: String,
     /// The rival's figure.
@@ -45,7 +49,7 @@ pub struct Row {
 impl Row {
     /// A figure of ours alone.
     pub fn new(what: impl Into<String>, ours: f64, unit: &'static str) -> Self {
-        Self { what: what.into(), ours, unit, ..Self::default() }
+        Self { what: what.into(), ours, unit: unit.into(), ..Self::default() }
     }
 
     /// Puts a rival's figure beside it.
@@ -120,11 +124,18 @@ impl Report {
         let goals = self.rows.iter().filter(|row| row.goal.is_some()).count();
         let met = self.rows.iter().filter(|row| row.met == Some(true)).count();
         println!("\n{met} of {goals} goals met");
-        let path = workspace::target_dir().join("bench").join(format!("{}.json", self.name));
+        let path = path(&self.name);
         fs::create_dir_all(path.parent().expect("joined above"))?;
         fs::write(&path, serde_json::to_string_pretty(&self)? + "\n")?;
         println!("\nalso in {}", path.display());
         Ok(())
+    }
+
+    /// What the last run of a benchmark found.
+    pub fn read(name: &str) -> Result<Self> {
+        let path = path(name);
+        let text = fs::read_to_string(&path).with_context(|| format!("{}: run it first", path.display()))?;
+        serde_json::from_str(&text).with_context(|| path.display().to_string())
     }
 
     fn table(&self) -> String {
@@ -133,7 +144,7 @@ impl Report {
             [
                 row.what.clone(),
                 with_range(row.ours, row.ours_range),
-                row.unit.to_owned(),
+                row.unit.to_string(),
                 row.theirs.map(|theirs| with_range(theirs, row.theirs_range)).unwrap_or_default(),
                 row.rival.clone(),
                 row.ratio.map(number).unwrap_or_default(),
@@ -152,7 +163,13 @@ impl Report {
     }
 }
 
-fn with_range(value: f64, range: Option<[f64; 2]>) -> String {
+/// The file of a benchmark's results.
+fn path(name: &str) -> PathBuf {
+    workspace::target_dir().join("bench").join(format!("{name}.json"))
+}
+
+/// A figure, and its lowest and highest.
+pub fn with_range(value: f64, range: Option<[f64; 2]>) -> String {
     let range = range.map(|[low, high]| format!(" ({}–{})", number(low), number(high)));
     number(value) + &range.unwrap_or_default()
 }
@@ -163,7 +180,7 @@ fn range(figures: &[f64]) -> [f64; 2] {
 }
 
 /// Three digits that mean something.
-fn number(value: f64) -> String {
+pub fn number(value: f64) -> String {
     match value.abs() {
         v if v >= 100.0 => format!("{value:.0}"),
         v if v >= 10.0 => format!("{value:.1}"),
