@@ -243,7 +243,7 @@ fn files() -> Vec<PathBuf> {
             let skipped = name == "target" || name == "__pycache__" || name == ".git";
             match kind.is_dir() {
                 true if !skipped => todo.push(path),
-                false if kind.is_file() => found.push(path),
+                false if !skipped && kind.is_file() => found.push(path), // `.git` is a file in a work tree
                 _ => {}
             }
         }
