@@ -39,8 +39,9 @@ const SEEN: [(&str, [Rows; 3]); 15] = [
     ("demo",                  [Rows(0.0028, 0.0048, 0.0448), Rows(0.023, 0.037, 0.397), Rows(0.36, 0.58, 5.94)]),
 ];
 
-/// How far from what was seen is still the same: other processors add in another order.
-const SLACK: f32 = 1.5;
+/// How far from what was seen is still the same: another order of sums is no mistake, cutting digits off instead of rounding
+/// is one, and moves the median by 1.4.
+const SLACK: f32 = 1.25;
 
 #[test]
 fn rounded_keys_and_values_move_logits_as_far_as_they_are_coarse_and_no_further() {
