@@ -188,15 +188,16 @@ impl Default for Config {
 
 impl Default for EngineConfig {
     fn default() -> Self {
+        let engine = kvasir_engine::Config::default();
         Self {
             threads: 0,
             compute: Compute::Exact,
-            chunk_tokens: 512,
-            max_batch_tokens: 1024,
-            max_running: 64,
-            max_waiting: 256,
-            prefix_cache: true,
-            mask_threads: 1,
+            chunk_tokens: engine.chunk_tokens,
+            max_batch_tokens: engine.max_batch_tokens,
+            max_running: engine.max_running,
+            max_waiting: engine.max_waiting,
+            prefix_cache: engine.prefix_cache,
+            mask_threads: engine.mask_threads,
             speculation: SpeculationConfig::default(),
         }
     }
