@@ -161,6 +161,23 @@ pub struct StoreConfig {
     pub enabled: bool,
     /// Consecutive blocks of a prompt placed on the same node; the same on all workers. Default 32.
     pub group_blocks: usize,
+    /// Keeping what preempted sequences have computed, on decode workers.
+    pub spill: SpillConfig,
+}
+
+/// Sequences that lose their blocks to others, because there are not enough for all, get them back later. What they had
+/// computed is kept in the store meanwhile, if it has room, and read back rather than computed again. Not for models
+/// whose layers form several groups (sliding windows), and not without `engine.prefix_cache`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct SpillConfig {
+    /// Memory for blocks on their way to the store, in bytes, beside `kv.memory_bytes`. What finds no room in it is not
+    /// kept. 0: off. Default 67108864 (64 MiB).
+    pub staging_bytes: u64,
+    /// How long a sequence's blocks may take to the store; they stay staged for so long. Default 5000.
+    pub write_timeout_ms: u64,
+    /// How long reading them back may take before the rest is computed. Default 1000.
+    pub read_timeout_ms: u64,
 }
 
 impl Default for Config {
@@ -234,7 +251,13 @@ impl Default for PrefillConfig {
 
 impl Default for StoreConfig {
     fn default() -> Self {
-        Self { enabled: true, group_blocks: 32 }
+        Self { enabled: true, group_blocks: 32, spill: SpillConfig::default() }
+    }
+}
+
+impl Default for SpillConfig {
+    fn default() -> Self {
+        Self { staging_bytes: 64 << 20, write_timeout_ms: 5_000, read_timeout_ms: 1_000 }
     }
 }
 

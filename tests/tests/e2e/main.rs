@@ -14,4 +14,5 @@ mod openai_client;
 mod pairing;
 mod prompts;
 mod scripts;
+mod spill;
 mod telemetry;

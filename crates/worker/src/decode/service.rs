@@ -68,7 +68,7 @@ impl DecodeService {
             root: self.host.root(&checked.salt),
             sampling: checked.sampling.clone(),
         };
-        let sequence = Sequence::admit(&self.host.engine, prompt, Mode::Generate, max_len).await?;
+        let sequence = Sequence::admit(&self.host, prompt, Mode::Generate).await?;
         let (caller, events) = Caller::new((checked.sampling.max_tokens as usize).min(max_len) + 4, checked.deadline);
         let span = tracing::info_span!(
             "decode",
