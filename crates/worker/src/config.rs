@@ -72,8 +72,12 @@ pub struct EngineConfig {
     pub max_batch_tokens: usize,
     /// Sequences that hold blocks at the same time. Default 64.
     pub max_running: usize,
-    /// Sequences that wait for blocks; one more is refused. Default 256.
+    /// Online requests that wait for blocks; one more is refused. Default 256.
     pub max_waiting: usize,
+    /// The same for offline requests (`service_tier: flex`), which get what online ones leave. Default 1024.
+    pub max_waiting_offline: usize,
+    /// Steps without a turn after which an offline request counts as an online one. Default 1000.
+    pub offline_patience: u64,
     /// Whether finished blocks are kept for later prompts. Default true.
     pub prefix_cache: bool,
     /// Threads that compute which tokens a grammar allows, beside the model. Default 1.
@@ -212,6 +216,8 @@ impl Default for EngineConfig {
             max_batch_tokens: 1024,
             max_running: 64,
             max_waiting: 256,
+            max_waiting_offline: 1024,
+            offline_patience: 1000,
             prefix_cache: true,
             mask_threads: 1,
             speculation: SpeculationConfig::default(),
@@ -315,6 +321,7 @@ impl Config {
             ("engine.max_batch_tokens", self.engine.max_batch_tokens),
             ("engine.max_running", self.engine.max_running),
             ("engine.max_waiting", self.engine.max_waiting),
+            ("engine.max_waiting_offline", self.engine.max_waiting_offline),
             ("engine.mask_threads", self.engine.mask_threads),
             ("engine.speculation.tokens", self.engine.speculation.tokens),
             ("kv.block_size", self.kv.block_size as usize),

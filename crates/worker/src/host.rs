@@ -201,6 +201,8 @@ fn engine_config(config: &Config) -> kvasir_engine::Config {
         chunk_tokens: engine.chunk_tokens,
         max_running: engine.max_running,
         max_waiting: engine.max_waiting,
+        max_waiting_offline: engine.max_waiting_offline,
+        offline_patience: engine.offline_patience,
         prefix_cache: engine.prefix_cache,
         mask_threads: engine.mask_threads,
         draft_tokens: engine.speculation.tokens,

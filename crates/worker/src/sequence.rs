@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
-use kvasir_engine::{Admission, Event, Handle, Mode, Priority, Request, SeqId};
-use kvasir_types::{BlockHash, RequestId, Sampled, Sampling, TokenId};
+use kvasir_engine::{Admission, Event, Handle, Mode, Request, SeqId};
+use kvasir_types::{BlockHash, Priority, RequestId, Sampled, Sampling, TokenId};
 use tokio::sync::mpsc;
 
 use crate::{caller::Caller, error::Error, host::Host, spill::Spills};
@@ -24,6 +24,7 @@ pub(crate) struct Prompt {
     pub(crate) tokens: Arc<[TokenId]>,
     pub(crate) root: BlockHash,
     pub(crate) sampling: Sampling,
+    pub(crate) priority: Priority,
 }
 
 impl Sequence {
@@ -54,7 +55,7 @@ impl Sequence {
             root: prompt.root,
             sampling: prompt.sampling,
             mode,
-            priority: Priority::Online,
+            priority: prompt.priority,
             choices: 1,
         };
         let sink = Box::new(move |event: Event| {

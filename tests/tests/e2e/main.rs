@@ -12,6 +12,7 @@ mod golden;
 mod http_errors;
 mod openai_client;
 mod pairing;
+mod priority;
 mod prompts;
 mod scripts;
 mod spill;

@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Duration};
 use kvasir_engine::Mode;
 use kvasir_proto::{check_protocol, convert, v1};
 use kvasir_runtime::Kind;
-use kvasir_types::{Deadline, RequestId, Sampling, TokenId};
+use kvasir_types::{Deadline, Priority, RequestId, Sampling, TokenId};
 use tonic::{Request, Response, Status};
 
 use super::{answer::Answer, request};
@@ -26,6 +26,7 @@ pub(super) struct Checked {
     pub(super) prompt: Arc<[TokenId]>,
     pub(super) salt: String,
     pub(super) sampling: Sampling,
+    pub(super) priority: Priority,
     pub(super) candidates: Vec<v1::PrefillCandidate>,
     pub(super) deadline: Deadline,
 }
@@ -53,7 +54,9 @@ impl DecodeService {
         let mut candidates = wire.prefill;
         candidates.truncate(MAX_CANDIDATES);
         let limit = Duration::from_millis(self.host.config.decode.max_request_ms);
-        Ok(Checked { id, prompt, salt, sampling, candidates, deadline: Deadline::from_wire(wire.deadline_ms, limit) })
+        let priority = convert::priority(wire.priority);
+        let deadline = Deadline::from_wire(wire.deadline_ms, limit);
+        Ok(Checked { id, prompt, salt, sampling, priority, candidates, deadline })
     }
 
     async fn start(&self, wire: v1::GenerateRequest) -> Result<Events<v1::GenerateEvent>, Error> {
@@ -67,6 +70,7 @@ impl DecodeService {
             tokens: checked.prompt.clone(),
             root: self.host.root(&checked.salt),
             sampling: checked.sampling.clone(),
+            priority: checked.priority,
         };
         let sequence = Sequence::admit(&self.host, prompt, Mode::Generate).await?;
         let (caller, events) = Caller::new((checked.sampling.max_tokens as usize).min(max_len) + 4, checked.deadline);

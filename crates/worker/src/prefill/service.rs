@@ -73,6 +73,7 @@ impl PrefillService {
             tokens: prompt.clone(),
             root: self.host.root(convert::salt(&wire.cache_salt)?),
             sampling: wire.sampling.as_ref().ok_or(kvasir_proto::Error::Missing("sampling"))?.try_into()?,
+            priority: convert::priority(wire.priority),
         };
         let sequence = Sequence::admit(&self.host, admitted, Mode::PrefillOnly).await?;
         let (caller, events) = Caller::new(4, deadline); // first token, done, an error, one to spare

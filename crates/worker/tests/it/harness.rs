@@ -48,6 +48,7 @@ impl Cluster {
             cache_salt: String::new(),
             prefill,
             deadline_ms: 20_000,
+            priority: v1::Priority::Unspecified.into(),
         }
     }
 

@@ -15,14 +15,14 @@ use std::{
 
 use kvasir_proto::{convert, v1};
 use kvasir_runtime::{chain, random_u64};
-use kvasir_types::{Deadline, FinishReason, PROTOCOL_VERSION, RequestId, Retry, Sampling, TokenId, Usage};
+use kvasir_types::{Deadline, FinishReason, PROTOCOL_VERSION, Priority, RequestId, Retry, Sampling, TokenId, Usage};
 use tokio::sync::OwnedSemaphorePermit;
 use tracing::{Span, info, warn};
 
 use super::{
     app::{Admitted, App},
     error::{BadParam, Error},
-    types::Common,
+    types::{Common, ServiceTier},
 };
 use crate::{
     fleet::{Crew, Lease, Worker},
@@ -74,6 +74,8 @@ pub(crate) struct Live {
     pub(crate) model: Arc<Model>,
     /// Which weights answer.
     pub(crate) fingerprint: String,
+    /// Who went first, if the client said.
+    pub(crate) service_tier: Option<ServiceTier>,
     /// `None` once the answer has ended: ending it early resets the stream at once.
     events: Option<Events>,
     answer: Answer,
@@ -102,8 +104,16 @@ impl Live {
         biases_in_vocabulary(&common.sampling, &model)?;
 
         let sampling = Sampling { seed: common.seed.unwrap_or_else(random_u64), ..common.sampling };
-        let call =
-            Call { app, id: &id, prompt: &prompt, sampling: &sampling, salt: &common.cache_salt, max_tokens, deadline };
+        let call = Call {
+            app,
+            id: &id,
+            prompt: &prompt,
+            sampling: &sampling,
+            salt: &common.cache_salt,
+            priority: common.service_tier.map_or_else(Priority::default, Priority::from),
+            max_tokens,
+            deadline,
+        };
         let placed = call.place(&model, crew).await;
         let (worker, lease, events) = placed.map_err(|error| error.naming(common.form_param))?;
         let span = Span::current();
@@ -121,6 +131,7 @@ impl Live {
             id,
             model,
             fingerprint,
+            service_tier: common.service_tier,
             events: Some(events),
             prompt_tokens: prompt.len() as u32,
             output_tokens: 0,
@@ -226,6 +237,7 @@ struct Call<'a> {
     prompt: &'a [TokenId],
     sampling: &'a Sampling,
     salt: &'a str,
+    priority: Priority,
     max_tokens: u32,
     deadline: Deadline,
 }
@@ -296,6 +308,7 @@ impl Call<'_> {
             cache_salt: self.salt.to_owned(),
             prefill: prefill.iter().map(candidate).collect(),
             deadline_ms: self.deadline.to_wire(),
+            priority: v1::Priority::from(self.priority).into(),
         }
     }
 }

@@ -9,6 +9,7 @@
 //! | `seed` | any integer; the same seed and prompt give the same answer; absent: random |
 //! | `stop` | a string or up to 4; the answer ends before the first that appears |
 //! | `stream`, `stream_options.include_usage` | server-sent events; with a last chunk that holds the usage |
+//! | `service_tier` | `auto`, `default`, or `flex`: served with what the others leave; the answer says which it was |
 //! | `user`, `safety_identifier` | accepted, not used yet |
 //! | `cache_salt` (extension) | up to 256 bytes; prompts share cached blocks only under the same salt |
 //!
@@ -33,7 +34,8 @@
 //! [`COMPLETION_UNSUPPORTED`]), else refused by name. **Unknown**: refused by name. `null` is as good as absent.
 
 use kvasir_proto::convert::{MAX_LOGPROBS, MAX_SALT_BYTES};
-use kvasir_types::{Sampling, TokenId};
+use kvasir_types::{Priority, Sampling, TokenId};
+use serde::Serialize;
 use serde_json::Value;
 
 use super::{
@@ -63,7 +65,6 @@ pub(crate) const CHAT_UNSUPPORTED: &[Unsupported] = &[
     ("prompt_cache_key", &[]),
     ("prompt_cache_retention", &[]),
     ("reasoning_effort", &[]),
-    ("service_tier", &["\"auto\"", "\"default\""]),
     ("store", &["false"]),
     ("tool_choice", &["\"none\"", "\"auto\""]),
     ("tools", &[]),
@@ -92,8 +93,29 @@ pub(crate) struct Common {
     pub(crate) stop: Vec<String>,
     /// The tenant's salt.
     pub(crate) cache_salt: String,
+    /// Who goes first, if the client says.
+    pub(crate) service_tier: Option<ServiceTier>,
     /// Whether to stream, and how.
     pub(crate) stream: Option<Streaming>,
+}
+
+/// OpenAI's word for priorities.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum ServiceTier {
+    /// As everybody.
+    Default,
+    /// After everybody.
+    Flex,
+}
+
+impl From<ServiceTier> for Priority {
+    fn from(tier: ServiceTier) -> Self {
+        match tier {
+            ServiceTier::Default => Self::Online,
+            ServiceTier::Flex => Self::Offline,
+        }
+    }
 }
 
 /// Options of a stream.
@@ -195,8 +217,22 @@ fn common(fields: &mut Fields) -> Result<Common, BadParam> {
         max_tokens: None,
         stop: stop(fields)?,
         cache_salt,
+        service_tier: service_tier(fields)?,
         stream: streaming(fields)?,
     })
+}
+
+fn service_tier(fields: &mut Fields) -> Result<Option<ServiceTier>, BadParam> {
+    match fields.string("service_tier")?.as_deref() {
+        None => Ok(None),
+        Some("auto" | "default") => Ok(Some(ServiceTier::Default)),
+        Some("flex") => Ok(Some(ServiceTier::Flex)),
+        Some(other) => {
+            let got: String = other.chars().take(40).collect();
+            let message = format!("'service_tier' must be auto, default or flex on this server, got {got:?}");
+            Err(BadParam::new("service_tier", "unsupported_value", message))
+        }
+    }
 }
 
 fn max_tokens(fields: &mut Fields, name: &'static str) -> Result<Option<(&'static str, u32)>, BadParam> {

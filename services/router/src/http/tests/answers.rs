@@ -1,3 +1,4 @@
+use kvasir_proto::v1::Priority;
 use serde_json::{Value, json};
 
 use super::harness::*;
@@ -57,6 +58,28 @@ async fn a_completion_is_streamed() {
     {"object":"text_completion","choices":[{"text":"","index":0,"logprobs":null,"finish_reason":"length"}]}
     [DONE]
     "#);
+}
+
+#[tokio::test]
+async fn flex_is_offline_and_said_again() {
+    let (cluster, mock) = Cluster::with_worker([say("KV"), vec![stop()]].concat()).await;
+    for (tier, said, priority) in [
+        (json!("flex"), json!("flex"), Priority::Offline),
+        (json!("auto"), json!("default"), Priority::Online),
+        (json!("default"), json!("default"), Priority::Online),
+        (Value::Null, Value::Null, Priority::Online),
+    ] {
+        let (status, answer) = cluster.ask(CHAT, Cluster::chat(json!({"service_tier": tier}))).await;
+        assert_eq!((status, &answer["service_tier"]), (200, &said));
+        assert_eq!(answer.get("service_tier").is_some(), !said.is_null(), "only where it was asked for: {answer}");
+        let body = json!({"model": "demo", "prompt": "hi", "stream": true, "service_tier": tier});
+        let chunks = cluster.post(COMPLETIONS, body).await.text().await.unwrap();
+        for chunk in events(&chunks).iter().filter(|event| *event != "[DONE]") {
+            assert_eq!(serde_json::from_str::<Value>(chunk).unwrap()["service_tier"], said);
+        }
+        let seen = mock.requests().split_off(mock.requests().len() - 2);
+        assert!(seen.iter().all(|request| request.priority() == priority), "{tier}");
+    }
 }
 
 #[tokio::test]
