@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use kvasir_engine::{Admission, Event, Handle, Mode, Request, SeqId};
+use kvasir_engine::{Admission, Event, Handle, MAX_CHOICES, Mode, Request, SeqId};
 use kvasir_types::{BlockHash, Priority, RequestId, Sampled, Sampling, TokenId};
 use tokio::sync::mpsc;
 
@@ -25,6 +25,7 @@ pub(crate) struct Prompt {
     pub(crate) root: BlockHash,
     pub(crate) sampling: Sampling,
     pub(crate) priority: Priority,
+    pub(crate) choices: u32,
 }
 
 impl Sequence {
@@ -42,9 +43,12 @@ impl Sequence {
     }
 
     fn admit_now(host: &Host, prompt: Prompt, mode: Mode) -> Result<Self, Error> {
-        // One event for each token, admission and end: the engine's thread never finds the channel full.
+        // One event for each token, each choice's end, and admission: the engine's thread never finds the channel full.
         let capacity = 4 + match mode {
-            Mode::Generate => (prompt.sampling.max_tokens as usize).min(host.max_len()),
+            Mode::Generate => {
+                let answers = prompt.choices.min(MAX_CHOICES) as usize;
+                answers * (1 + (prompt.sampling.max_tokens as usize).min(host.max_len()))
+            }
             Mode::PrefillOnly => 1,
         };
         let (sender, events) = mpsc::channel(capacity);
@@ -56,7 +60,7 @@ impl Sequence {
             sampling: prompt.sampling,
             mode,
             priority: prompt.priority,
-            choices: 1,
+            choices: prompt.choices,
         };
         let sink = Box::new(move |event: Event| {
             // Closed means that the owner let go; its abort is on the way.

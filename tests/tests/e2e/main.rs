@@ -6,6 +6,7 @@
 
 mod bad_start;
 mod cache;
+mod choices;
 mod ctl;
 mod faults;
 mod golden;

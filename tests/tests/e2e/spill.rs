@@ -14,9 +14,9 @@ use crate::prompts::{chat, long, text};
 /// Requests at the same time.
 const REQUESTS: usize = 6;
 /// Blocks of the decode worker: room for about two of them at their full length.
-const BLOCKS: u64 = 48;
+pub(crate) const BLOCKS: u64 = 48;
 /// The demo model's blocks: 16 tokens of 5 layers with a key and a value of 2 heads of 32 numbers, two bytes each.
-const BLOCK_BYTES: u64 = 16 * 5 * 2 * 2 * 32 * 2;
+pub(crate) const BLOCK_BYTES: u64 = 16 * 5 * 2 * 2 * 32 * 2;
 
 fn tight() -> Builder {
     Cluster::builder().set(Service::Decode, "kv.memory_bytes", BLOCKS * BLOCK_BYTES)

@@ -74,6 +74,7 @@ impl PrefillService {
             root: self.host.root(convert::salt(&wire.cache_salt)?),
             sampling: wire.sampling.as_ref().ok_or(kvasir_proto::Error::Missing("sampling"))?.try_into()?,
             priority: convert::priority(wire.priority),
+            choices: 1, // the others' first tokens are drawn by the decode worker
         };
         let sequence = Sequence::admit(&self.host, admitted, Mode::PrefillOnly).await?;
         let (caller, events) = Caller::new(4, deadline); // first token, done, an error, one to spare

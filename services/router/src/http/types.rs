@@ -6,7 +6,8 @@
 //! | --- | --- |
 //! | `model` | required; a name of `/v1/models` |
 //! | how tokens are chosen | see [`super::choosing`] |
-//! | `seed` | any integer; the same seed and prompt give the same answer; absent: random |
+//! | `n` | how many choices, at least 1 and at most the server's `limits.max_choices`; default 1 |
+//! | `seed` | any integer; the same seed and prompt give the same choices, the first one whatever `n` is; absent: random |
 //! | `stop` | a string or up to 4; the answer ends before the first that appears |
 //! | `stream`, `stream_options.include_usage` | server-sent events; with a last chunk that holds the usage |
 //! | `service_tier` | `auto`, `default`, or `flex`: served with what the others leave; the answer says which it was |
@@ -45,6 +46,8 @@ use super::{
 };
 use crate::text::Message;
 
+/// Most choices, as OpenAI has it; the server's own limit is less or equal.
+pub(crate) const MAX_CHOICES: u32 = 128;
 /// Most stop strings, as OpenAI has it.
 const MAX_STOPS: usize = 4;
 /// Longest stop string, in bytes: it bounds the text that may be held back.
@@ -59,7 +62,6 @@ pub(crate) const CHAT_UNSUPPORTED: &[Unsupported] = &[
     ("functions", &[]),
     ("metadata", &[]),
     ("modalities", &["[\"text\"]"]),
-    ("n", &["1"]),
     ("parallel_tool_calls", &["true", "false"]),
     ("prediction", &[]),
     ("prompt_cache_key", &[]),
@@ -74,7 +76,7 @@ pub(crate) const CHAT_UNSUPPORTED: &[Unsupported] = &[
 
 /// Fields of completion requests that are known and not supported, with their neutral values.
 pub(crate) const COMPLETION_UNSUPPORTED: &[Unsupported] =
-    &[("best_of", &["1"]), ("echo", &["false"]), ("n", &["1"]), ("suffix", &["\"\""])];
+    &[("best_of", &["1"]), ("echo", &["false"]), ("suffix", &["\"\""])];
 
 /// What both endpoints take.
 #[derive(Debug, PartialEq)]
@@ -89,6 +91,8 @@ pub(crate) struct Common {
     pub(crate) seed: Option<u64>,
     /// Most tokens, if the client says, with the name of the field that says it.
     pub(crate) max_tokens: Option<(&'static str, u32)>,
+    /// How many answers.
+    pub(crate) choices: u32,
     /// Stop strings.
     pub(crate) stop: Vec<String>,
     /// The tenant's salt.
@@ -215,6 +219,7 @@ fn common(fields: &mut Fields) -> Result<Common, BadParam> {
         form_param,
         seed: seed(fields)?,
         max_tokens: None,
+        choices: fields.integer("n", 1, MAX_CHOICES.into())?.unwrap_or(1) as u32,
         stop: stop(fields)?,
         cache_salt,
         service_tier: service_tier(fields)?,

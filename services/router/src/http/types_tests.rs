@@ -171,7 +171,7 @@ fn what_chat_does_not_take_is_refused_by_name() {
         (json!({"top_logprobs": 1}), "top_logprobs", "invalid_value"),
         (json!({"logprobs": true, "top_logprobs": 21}), "top_logprobs", "above_max_value"),
         (json!({"logprobs": 3}), "logprobs", "invalid_type"),
-        (json!({"n": 2}), "n", "unsupported_parameter"),
+        (json!({"n": 0}), "n", "below_min_value"),
         (json!({"presence_penalty": 2.5}), "presence_penalty", "above_max_value"),
         (json!({"frequency_penalty": -2.5}), "frequency_penalty", "below_min_value"),
         (json!({"repetition_penalty": 0}), "repetition_penalty", "below_min_value"),

@@ -7,7 +7,7 @@ use serde::{
 };
 
 use super::{
-    live::{End, Live},
+    live::{Cost, Live},
     types::ServiceTier,
 };
 use crate::text::{Logged, Vocab};
@@ -69,7 +69,7 @@ pub(crate) struct Envelope<'a, C> {
     usage: Option<Option<Usage>>,
 }
 
-/// What an answer cost.
+/// What the answers cost.
 #[derive(Clone, Copy, Serialize)]
 pub(crate) struct Usage {
     prompt_tokens: u32,
@@ -85,14 +85,14 @@ struct PromptDetails {
     cached_tokens: u32,
 }
 
-impl From<&End> for Usage {
-    fn from(end: &End) -> Self {
-        let kvasir_types::Usage { prompt, cached, output } = end.usage;
+impl From<Cost> for Usage {
+    fn from(cost: Cost) -> Self {
+        let kvasir_types::Usage { prompt, cached, output } = cost.usage;
         Self {
             prompt_tokens: prompt,
             completion_tokens: output,
             total_tokens: prompt.saturating_add(output),
-            prompt_tokens_details: end.cached_known.then_some(PromptDetails { cached_tokens: cached }),
+            prompt_tokens_details: cost.cached_known.then_some(PromptDetails { cached_tokens: cached }),
         }
     }
 }
