@@ -7,9 +7,9 @@
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
     /// Most tokens computed in one step, over all sequences. Decoding sequences come first with one token each, chunks of
-    /// prompts share what is left. Default 512; at least `max_running` + one block, so that neither kind starves.
+    /// prompts share what is left. Default 1024; at least `max_running` + one block, so that neither kind starves.
     pub max_batch_tokens: usize,
-    /// Most tokens of one prompt computed in one step. Default 256; rounded down to whole blocks, at least one block.
+    /// Most tokens of one prompt computed in one step. Default 512; rounded down to whole blocks, at least one block.
     /// Smaller: layers are pushed to the decode worker sooner, and other sequences wait less. Larger: fewer, fatter
     /// matrix products.
     pub chunk_tokens: usize,
@@ -41,8 +41,8 @@ pub struct Config {
 impl Default for Config {
     fn default() -> Self {
         Self {
-            max_batch_tokens: 512,
-            chunk_tokens: 256,
+            max_batch_tokens: 1024,
+            chunk_tokens: 512,
             max_running: 64,
             max_waiting: 256,
             max_waiting_offline: 1024,

@@ -61,7 +61,7 @@ pub(crate) fn computed(model: ModelFingerprint, compute: Compute) -> ModelFinger
         Compute::Fast => {
             let mut hasher = blake3::Hasher::new_derive_key(CONTEXT);
             hasher.update(&model.0);
-            hasher.update(b"fast products");
+            hasher.update(b"fast products, attention too");
             let mut short = [0; 16];
             short.copy_from_slice(&hasher.finalize().as_bytes()[..16]);
             ModelFingerprint(short)

@@ -209,17 +209,18 @@ impl Default for Config {
 
 impl Default for EngineConfig {
     fn default() -> Self {
+        let engine = kvasir_engine::Config::default();
         Self {
             threads: 0,
             compute: Compute::Exact,
-            chunk_tokens: 512,
-            max_batch_tokens: 1024,
-            max_running: 64,
-            max_waiting: 256,
-            max_waiting_offline: 1024,
-            offline_patience: 1000,
-            prefix_cache: true,
-            mask_threads: 1,
+            chunk_tokens: engine.chunk_tokens,
+            max_batch_tokens: engine.max_batch_tokens,
+            max_running: engine.max_running,
+            max_waiting: engine.max_waiting,
+            max_waiting_offline: engine.max_waiting_offline,
+            offline_patience: engine.offline_patience,
+            prefix_cache: engine.prefix_cache,
+            mask_threads: engine.mask_threads,
             speculation: SpeculationConfig::default(),
         }
     }

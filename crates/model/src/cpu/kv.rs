@@ -6,13 +6,11 @@
 
 use std::{ops::Range, sync::Arc};
 
+use half::slice::HalfFloatSliceExt;
 use kvasir_types::{BlockId, HostMemory, KvDtype, KvLayout};
 
-use super::kernels::Matrix;
-use crate::{
-    Error,
-    weights::{Dtype, fp8},
-};
+use super::kernels::{self, Isa, Matrix};
+use crate::{Error, weights::Dtype};
 
 /// A block arena and how its blocks are laid out.
 pub(super) struct KvArena {
@@ -23,7 +21,7 @@ pub(super) struct KvArena {
 }
 
 /// Which half of a layer.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Half {
     Keys,
     Values,
@@ -76,6 +74,11 @@ impl KvArena {
         }
     }
 
+    /// What its elements are stored as.
+    pub(super) fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
     pub(super) fn layout(&self) -> &KvLayout {
         &self.layout
     }
@@ -87,7 +90,7 @@ impl KvArena {
 
     /// Writes one half of one token: `values` are all KV heads', one after the other. In f16 and fp8 a value beyond the range
     /// is kept as the largest there is: an infinite key would make its whole row of attention NaN.
-    pub(super) fn write(&mut self, block: BlockId, layer: usize, half: Half, slot: usize, values: &[f32]) {
+    pub(super) fn write(&mut self, isa: Isa, block: BlockId, layer: usize, half: Half, slot: usize, values: &[f32]) {
         let dim = self.dim(half);
         assert_eq!(values.len(), dim * self.layout.kv_heads as usize, "one row of all heads");
         for (head, values) in values.chunks_exact(dim).enumerate() {
@@ -97,10 +100,10 @@ impl KvArena {
             unsafe {
                 let to = self.memory.base().add(offset);
                 match self.dtype {
-                    Dtype::Bf16 => store(to, values, |v| half::bf16::from_f32(v).to_bits().to_le()),
-                    Dtype::F16 => store(to, values, |v| saturating_f16(v).to_bits().to_le()),
-                    Dtype::F32 => store(to, values, |v| v.to_bits().to_le()),
-                    Dtype::F8 => store(to, values, fp8::from_f32),
+                    Dtype::Bf16 => store(to, values, |from, to| kernels::to_bf16(isa, from, to)),
+                    Dtype::F16 => store(to, values, saturating_f16),
+                    Dtype::F32 => store(to, values, |from, to| each(from, to, f32::to_bits)),
+                    Dtype::F8 => store(to, values, |from, to| kernels::to_fp8(isa, from, to)),
                     Dtype::I8 => unreachable!("no KV dtype"),
                 }
             }
@@ -142,20 +145,39 @@ impl KvArena {
     }
 }
 
-/// Stores converted elements one after the other.
+/// Elements converted at a time: on the stack, in the first-level cache.
+const PART: usize = 128;
+
+/// Stores converted elements one after the other, the lowest byte first.
 ///
 /// # Safety
 /// Room for all of them at `to`.
-unsafe fn store<T>(to: *mut u8, values: &[f32], convert: impl Fn(f32) -> T) {
-    for (i, &value) in values.iter().enumerate() {
-        // SAFETY: element i of the caller's room.
-        unsafe { to.cast::<T>().add(i).write_unaligned(convert(value)) };
+unsafe fn store<T: Copy + Default>(to: *mut u8, values: &[f32], convert: impl Fn(&[f32], &mut [T])) {
+    const { assert!(cfg!(target_endian = "little"), "numbers in the arena are little endian") };
+    let mut part = [T::default(); PART];
+    for (i, values) in values.chunks(PART).enumerate() {
+        let part = &mut part[..values.len()];
+        convert(values, part);
+        // SAFETY: elements i * PART.. of the caller's room, which is no part of this stack.
+        unsafe {
+            let to = to.add(i * PART * size_of::<T>());
+            std::ptr::copy_nonoverlapping(part.as_ptr().cast(), to, size_of_val(part));
+        }
     }
 }
 
-fn saturating_f16(value: f32) -> half::f16 {
-    // NaN stays NaN.
-    half::f16::from_f32(value.clamp(half::f16::MIN.to_f32(), half::f16::MAX.to_f32()))
+fn each<T>(from: &[f32], to: &mut [T], convert: impl Fn(f32) -> T) {
+    from.iter().zip(to).for_each(|(&from, to)| *to = convert(from));
+}
+
+/// A NaN stays one.
+fn saturating_f16(from: &[f32], to: &mut [half::f16]) {
+    /// The largest number of f16.
+    const MAX: f32 = 65_504.0;
+    let mut part = [0.0; PART];
+    let part = &mut part[..from.len()];
+    each(from, part, |value| value.clamp(-MAX, MAX));
+    to.convert_from_f32_slice(part);
 }
 
 #[cfg(test)]
@@ -164,10 +186,9 @@ mod tests {
 
     #[test]
     fn values_beyond_f16_become_its_largest() {
-        assert_eq!(saturating_f16(1e9), half::f16::MAX);
-        assert_eq!(saturating_f16(f32::NEG_INFINITY), half::f16::MIN);
-        assert_eq!(saturating_f16(65_519.0), half::f16::MAX);
-        assert_eq!(saturating_f16(-0.1).to_f32(), half::f16::from_f32(-0.1).to_f32());
-        assert!(saturating_f16(f32::NAN).is_nan());
+        let mut out = [half::f16::ZERO; 5];
+        saturating_f16(&[1e9, f32::NEG_INFINITY, 65_519.0, -0.1, f32::NAN], &mut out);
+        assert_eq!(out[..4], [half::f16::MAX, half::f16::MIN, half::f16::MAX, half::f16::from_f32(-0.1)]);
+        assert!(out[4].is_nan());
     }
 }

@@ -14,11 +14,13 @@ use crate::{
     weights::{Tensor, Weights},
 };
 
-/// Activations of one task: half a second-level cache.
-const BLOCK_BYTES: usize = 512 << 10;
-/// Tokens of one task at most and at least; multiples of every tile's tokens (6, 4, 3) so that few are left over.
-const MAX_BLOCK: usize = 252;
+/// Activations of one task: most of a second-level cache.
+const BLOCK_BYTES: usize = 768 << 10;
+/// Tokens of one task at most and at least.
+const MAX_BLOCK: usize = 256;
 const MIN_BLOCK: usize = 24;
+/// Tokens of a block are a multiple of every tile's (6, 4), so that none is left over in the middle.
+const BLOCK_STEP: usize = 12;
 /// Weights of one task: at the speed of memory some 5 µs, so that a section's end is not ragged by more.
 const PANEL_BYTES: usize = 128 << 10;
 /// Weight rows of one task at least and at most, in steps of a cache line of output.
@@ -91,7 +93,9 @@ impl Linear {
             });
         }
         let row_bytes = cols * if fast { 2 } else { 4 };
-        let block = (BLOCK_BYTES / row_bytes / MIN_BLOCK * MIN_BLOCK).clamp(MIN_BLOCK, MAX_BLOCK);
+        // Of one size: a last block of a few tokens would read all weights for them.
+        let blocks = tokens.div_ceil((BLOCK_BYTES / row_bytes).clamp(MIN_BLOCK, MAX_BLOCK));
+        let block = tokens.div_ceil(blocks).next_multiple_of(BLOCK_STEP);
         let blocks = tokens.div_ceil(block);
         let panels: Vec<_> = (maps.iter())
             .flat_map(|(matrix, out)| {

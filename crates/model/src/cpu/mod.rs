@@ -143,9 +143,9 @@ impl CpuBackend {
         let tokens = batch.iter().flat_map(|seq| positions(seq).map(|at| (&seq.tables[group], at)));
         for (row, (table, at)) in tokens.enumerate() {
             let (block, slot) = (table[at / size], at % size);
-            self.kv.write(block, place, Half::Keys, slot, &k[row * k_width..(row + 1) * k_width]);
+            self.kv.write(self.exec.isa, block, place, Half::Keys, slot, &k[row * k_width..(row + 1) * k_width]);
             if v_width > 0 {
-                self.kv.write(block, place, Half::Values, slot, &v[row * v_width..(row + 1) * v_width]);
+                self.kv.write(self.exec.isa, block, place, Half::Values, slot, &v[row * v_width..(row + 1) * v_width]);
             }
         }
     }

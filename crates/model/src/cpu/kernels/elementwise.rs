@@ -6,8 +6,9 @@
 use super::{
     Isa, LANES, Variant,
     fast::{GROUP, STEP, Step, steps},
-    portable::reduce,
+    portable::{fold, reduce},
 };
+use crate::weights::fp8;
 
 /// Compiles `body::$name` for each instruction set and dispatches.
 macro_rules! per_isa {
@@ -73,6 +74,26 @@ per_isa! {
 }
 
 per_isa! {
+    /// The nearest numbers of bf16, ties to even.
+    fn to_bf16(x: &[f32], out: &mut [u16])
+}
+
+per_isa! {
+    /// `factor · x` as products in bf16 take it: the nearest numbers, subnormal ones zero.
+    fn to_operand(x: &[f32], factor: f32, out: &mut [u16])
+}
+
+per_isa! {
+    /// Two running softmaxes over different scores become one: what was summed up, and each one's `max` and `sum`.
+    fn merge(acc: &mut [f32], mine: &mut (f32, f32), more: &[f32], theirs: (f32, f32))
+}
+
+per_isa! {
+    /// The nearest numbers of e4m3, see [`fp8`].
+    fn to_fp8(x: &[f32], out: &mut [u8])
+}
+
+per_isa! {
     /// `x += y`, element by element.
     fn add(x: &mut [f32], y: &[f32])
 }
@@ -81,6 +102,12 @@ per_isa! {
     /// One step of a running softmax: takes a row's next scores, turns them into weights relative to the largest score so
     /// far, and rescales what was summed up relative to an earlier one. `max` starts at minus infinity, `sum` at zero.
     fn softmax_step(scores: &mut [f32], max: &mut f32, sum: &mut f32, acc: &mut [f32])
+}
+
+per_isa! {
+    /// The same for products in bf16: the weights are written to `out` as operands, and what is summed up is what they were
+    /// rounded to, so that they still are shares of one.
+    fn softmax_step_rounded(scores: &[f32], max: &mut f32, sum: &mut f32, acc: &mut [f32], out: &mut [u16])
 }
 
 mod body {
@@ -161,15 +188,45 @@ mod body {
         }
     }
 
-    /// To nearest, ties to even; subnormal numbers to zero, as the instruction would take them; a NaN stays one.
+    /// To nearest, ties to even; a NaN stays one.
+    #[inline(always)]
+    fn nearest_bf16(x: f32) -> u16 {
+        let bits = x.to_bits();
+        let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1));
+        let rounded = if bits & 0x7fff_ffff > 0x7f80_0000 { bits | 0x0040_0000 } else { rounded };
+        (rounded >> 16) as u16
+    }
+
+    /// The same, and subnormal numbers to zero, as the instruction would take them.
     #[inline(always)]
     fn round_to_bf16(x: f32) -> u16 {
         let bits = x.to_bits();
-        let size = bits & 0x7fff_ffff;
-        let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1));
-        let rounded = if size > 0x7f80_0000 { bits | 0x0040_0000 } else { rounded };
-        let rounded = if size < 0x0080_0000 { bits & 0x8000_0000 } else { rounded };
-        (rounded >> 16) as u16
+        if bits & 0x7fff_ffff < 0x0080_0000 { (bits >> 16) as u16 & 0x8000 } else { nearest_bf16(x) }
+    }
+
+    #[inline(always)]
+    pub(super) fn to_bf16(x: &[f32], out: &mut [u16]) {
+        x.iter().zip(out).for_each(|(&x, out)| *out = nearest_bf16(x));
+    }
+
+    #[inline(always)]
+    pub(super) fn to_operand(x: &[f32], factor: f32, out: &mut [u16]) {
+        x.iter().zip(out).for_each(|(&x, out)| *out = round_to_bf16(factor * x));
+    }
+
+    #[inline(always)]
+    pub(super) fn merge(acc: &mut [f32], mine: &mut (f32, f32), more: &[f32], theirs: (f32, f32)) {
+        let max = if theirs.0 > mine.0 { theirs.0 } else { mine.0 };
+        let (factor, other) = (exp(mine.0 - max), exp(theirs.0 - max));
+        *mine = (max, theirs.1.mul_add(other, mine.1 * factor));
+        for (acc, &more) in acc.iter_mut().zip(more) {
+            *acc = more.mul_add(other, *acc * factor);
+        }
+    }
+
+    #[inline(always)]
+    pub(super) fn to_fp8(x: &[f32], out: &mut [u8]) {
+        x.iter().zip(out).for_each(|(&x, out)| *out = fp8::from_f32(x));
     }
 
     #[inline(always)]
@@ -181,26 +238,9 @@ mod body {
 
     #[inline(always)]
     pub(super) fn softmax_step(scores: &mut [f32], max: &mut f32, sum: &mut f32, acc: &mut [f32]) {
-        // A maximum has no rounding, so its order is free; lanes let it vectorise.
-        let mut maxima = [*max; LANES];
-        let (chunks, rest) = scores.as_chunks_mut::<LANES>();
-        for chunk in chunks.iter() {
-            for (max, &score) in maxima.iter_mut().zip(chunk) {
-                *max = if score > *max { score } else { *max };
-            }
-        }
-        for (max, &score) in maxima.iter_mut().zip(rest.iter()) {
-            *max = if score > *max { score } else { *max };
-        }
-        let new_max = maxima.into_iter().fold(*max, |a, b| if b > a { b } else { a });
-        if new_max > *max {
-            let scale = exp(*max - new_max);
-            *sum *= scale;
-            acc.iter_mut().for_each(|value| *value *= scale);
-            *max = new_max;
-        }
-
+        let new_max = raise(scores, max, sum, acc);
         let mut lanes = [0.0f32; LANES];
+        let (chunks, rest) = scores.as_chunks_mut::<LANES>();
         for chunk in chunks {
             for (lane, score) in lanes.iter_mut().zip(chunk) {
                 *score = exp(*score - new_max);
@@ -212,6 +252,64 @@ mod body {
             *lane += *score;
         }
         *sum += reduce(lanes);
+    }
+
+    #[inline(always)]
+    pub(super) fn softmax_step_rounded(scores: &[f32], max: &mut f32, sum: &mut f32, acc: &mut [f32], out: &mut [u16]) {
+        let new_max = raise(scores, max, sum, acc);
+        let mut lanes = [0.0f32; LANES];
+        let ((chunks, rest), (outs, out)) = (scores.as_chunks::<LANES>(), out.as_chunks_mut::<LANES>());
+        for (scores, out) in chunks.iter().zip(outs) {
+            for ((lane, &score), out) in lanes.iter_mut().zip(scores).zip(out) {
+                let weight = round_weight(exp(score - new_max));
+                *out = (weight.to_bits() >> 16) as u16;
+                *lane += weight;
+            }
+        }
+        if !rest.is_empty() {
+            // All lanes, and what is not there is not taken: one by one would cost as much as a whole tile.
+            let (mut scores, mut weights) = ([new_max; LANES], [0; LANES]);
+            scores[..rest.len()].copy_from_slice(rest);
+            for (i, ((lane, &score), out)) in lanes.iter_mut().zip(&scores).zip(&mut weights).enumerate() {
+                let weight = round_weight(exp(score - new_max));
+                *out = (weight.to_bits() >> 16) as u16;
+                *lane += if i < rest.len() { weight } else { 0.0 };
+            }
+            out.copy_from_slice(&weights[..rest.len()]);
+        }
+        *sum += reduce(lanes);
+    }
+
+    /// A result of `exp` to the nearest of bf16, ties to even. There is no sign and no subnormal number to see to; a NaN
+    /// becomes infinite, which makes a NaN of its row in the end.
+    #[inline(always)]
+    fn round_weight(x: f32) -> f32 {
+        let bits = x.to_bits().min(f32::INFINITY.to_bits());
+        f32::from_bits(bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) & 0xffff_0000)
+    }
+
+    /// The largest score so far; if it is a new one, what was summed up becomes relative to it.
+    #[inline(always)]
+    fn raise(scores: &[f32], max: &mut f32, sum: &mut f32, acc: &mut [f32]) -> f32 {
+        // A maximum has no rounding, so its order is free; lanes let it vectorise.
+        let mut maxima = [*max; LANES];
+        let (chunks, rest) = scores.as_chunks::<LANES>();
+        for chunk in chunks {
+            for (max, &score) in maxima.iter_mut().zip(chunk) {
+                *max = if score > *max { score } else { *max };
+            }
+        }
+        for (max, &score) in maxima.iter_mut().zip(rest) {
+            *max = if score > *max { score } else { *max };
+        }
+        let new_max = fold(maxima, |a, b| if b > a { b } else { a });
+        if new_max > *max {
+            let scale = exp(*max - new_max);
+            *sum *= scale;
+            acc.iter_mut().for_each(|value| *value *= scale);
+            *max = new_max;
+        }
+        new_max
     }
 
     /// `e^x` within 2 units in the last place, for the whole range of finite results (a result below the smallest normal

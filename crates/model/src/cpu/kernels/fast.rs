@@ -27,6 +27,7 @@ use crate::weights::Dtype;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod emulated;
+pub(crate) mod pairs;
 #[cfg(test)]
 mod tests;
 

@@ -30,7 +30,10 @@ mod tests;
 
 #[cfg(target_arch = "x86_64")]
 use avx512::reduce4;
-pub(crate) use elementwise::{add, add_scaled, gelu_mul, pack, rms_norm, sigmoid, silu_mul, soft_cap, softmax_step};
+pub(crate) use elementwise::{
+    add, add_scaled, gelu_mul, merge, pack, rms_norm, sigmoid, silu_mul, soft_cap, softmax_step, softmax_step_rounded,
+    to_bf16, to_fp8, to_operand,
+};
 
 /// Lanes of every dot product.
 const LANES: usize = 16;
@@ -161,6 +164,11 @@ impl<'a> Matrix<'a> {
 
     pub(crate) fn rows(&self) -> usize {
         self.rows
+    }
+
+    /// Its rows as they are stored.
+    pub(crate) fn stored_rows(&self) -> impl Iterator<Item = &'a [u8]> {
+        self.bytes.chunks_exact(self.row_bytes())
     }
 
     /// Bytes of one row.

@@ -44,13 +44,16 @@ unsafe fn tile<const D: u8, const T: usize, const R: usize>(
 /// The tree that ends every sum.
 #[inline(always)]
 pub(super) fn reduce(lanes: [f32; LANES]) -> f32 {
-    let mut sums = lanes;
-    for width in [8, 4, 2, 1] {
-        for i in 0..width {
-            sums[i] += sums[i + width];
-        }
-    }
-    sums[0]
+    fold(lanes, |a, b| a + b)
+}
+
+/// A tree over lanes: `i` with `i + 8`, then with `i + 4`, `i + 2`, `i + 1`. Written out, so that it stays in registers.
+#[inline(always)]
+pub(super) fn fold(lanes: [f32; LANES], with: impl Fn(f32, f32) -> f32) -> f32 {
+    let eight: [f32; 8] = std::array::from_fn(|i| with(lanes[i], lanes[i + 8]));
+    let four: [f32; 4] = std::array::from_fn(|i| with(eight[i], eight[i + 4]));
+    let two: [f32; 2] = std::array::from_fn(|i| with(four[i], four[i + 2]));
+    with(two[0], two[1])
 }
 
 /// Element `at` of a matrix, widened.

@@ -188,3 +188,21 @@ fn speed_of_the_kernels() {
         }
     }
 }
+
+proptest! {
+    #[test]
+    fn stored_numbers_are_the_nearest(bits in prop::collection::vec(any::<u32>(), 1..300)) {
+        let x: Vec<f32> = bits.into_iter().map(f32::from_bits).collect();
+        for isa in Isa::available() {
+            let (mut halves, mut bytes, mut operands) = (vec![0; x.len()], vec![0; x.len()], vec![0; x.len()]);
+            to_bf16(isa, &x, &mut halves);
+            to_fp8(isa, &x, &mut bytes);
+            to_operand(isa, &x, 1.0, &mut operands);
+            for (i, &x) in x.iter().enumerate() {
+                let half = half::bf16::from_f32(x).to_bits();
+                prop_assert_eq!((halves[i], bytes[i]), (half, crate::weights::fp8::from_f32(x)), "{:?} of {}", isa, x);
+                prop_assert_eq!(operands[i], if x.is_subnormal() { half & 0x8000 } else { half }, "{:?} of {}", isa, x);
+            }
+        }
+    }
+}

@@ -32,7 +32,8 @@ const fn few_of(dtype: u8) -> usize {
 pub(super) unsafe fn matmul<const D: u8>(product: Product<'_>) {
     let (rows, tokens, width) = (product.w.rows, product.x.tokens, product.w.cols * bytes(D));
     let mut lines = vec![[0.0f32; LINE]; tokens];
-    let mut panel = vec![Step::default(); if tokens > few_of(D) { 4 * steps(product.w.cols) } else { 0 }];
+    let copied = tokens > few_of(D);
+    let mut panel = vec![Step::default(); if copied { 4 * steps(product.w.cols) } else { 0 }];
     for line in (0..rows).step_by(LINE) {
         let count = LINE.min(rows - line);
         let mut row = 0;
@@ -44,7 +45,7 @@ pub(super) unsafe fn matmul<const D: u8>(product: Product<'_>) {
                 row += 8;
             }
             while count - row >= 4 {
-                if tokens > few_of(D) {
+                if copied {
                     copy::<D>(weights(row), product.w.cols, &mut panel);
                     many(&product, &panel, line, row, &mut lines);
                 } else {
@@ -116,28 +117,100 @@ unsafe fn few<const D: u8, const R: usize>(
 }
 
 /// Four copied rows against all tokens.
+///
+/// Not in pieces of fewer columns, though long rows and a group of tokens together fill the first-level cache: sums put
+/// aside cost more than that.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma,f16c")]
 unsafe fn many(product: &Product<'_>, panel: &[Step], line: usize, at: usize, lines: &mut [[f32; LINE]]) {
-    let (cols, tokens) = (product.w.cols, product.x.tokens);
-    let first = panel.as_ptr().cast::<u8>();
-    let weights = Weights { first, row: size_of::<Step>(), step: 4 * size_of::<Step>(), cols: steps(cols) * STEP };
+    let (tokens, steps) = (product.x.tokens, steps(product.w.cols));
     for token in (0..tokens).step_by(GROUP) {
         let count = GROUP.min(tokens - token);
         let lines = &mut lines[token..token + count];
         let out = lines.as_flattened_mut()[at..].as_mut_ptr();
-        let x = product.x.data[token * steps(cols)..].as_ptr();
-        // SAFETY: as in `few`; the panel is four rows of whole steps.
+        let x = product.x.data[token * steps..].as_ptr();
+        // SAFETY: a group of `count` tokens, elements `at..at + 4` of their lines; the panel is four rows of whole steps.
         unsafe {
             match count {
-                4 => tile::<BF16, 4, 4, 0>(x, weights, out, first),
-                3 => tile::<BF16, 3, 4, 0>(x, weights, out, first),
-                2 => tile::<BF16, 2, 4, 0>(x, weights, out, first),
-                _ => tile::<BF16, 1, 4, 0>(x, weights, out, first),
-            };
+                4 => grid::<4>(x, panel, out),
+                3 => grid::<3>(x, panel, out),
+                2 => grid::<2>(x, panel, out),
+                _ => grid::<1>(x, panel, out),
+            }
             write(product, token, line, at + 4, lines);
         }
     }
+}
+
+/// A group of `T` tokens against four copied rows.
+#[inline(never)]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma,f16c")]
+unsafe fn grid<const T: usize>(x: *const Step, panel: &[Step], out: *mut f32) {
+    let mut sums = [[_mm512_setzero_ps(); 4]; GROUP];
+    for (k, rows) in panel.as_chunks::<4>().0.iter().enumerate() {
+        // SAFETY: steps are whole cache lines; step k of T tokens.
+        unsafe {
+            let weights = [
+                _mm512_load_si512(rows[0].0.as_ptr().cast()),
+                _mm512_load_si512(rows[1].0.as_ptr().cast()),
+                _mm512_load_si512(rows[2].0.as_ptr().cast()),
+                _mm512_load_si512(rows[3].0.as_ptr().cast()),
+            ];
+            let sums: &mut [[__m512; 4]; T] = sums.first_chunk_mut().expect("T is at most a group");
+            step(sums, x.add(k * T), &weights);
+        }
+    }
+    for (t, four) in reduce16(sums)[..T].iter().enumerate() {
+        // SAFETY: four elements of token t's line.
+        unsafe { _mm_storeu_ps(out.add(t * LINE), *four) };
+    }
+}
+
+/// The trees of sixteen sums at once, in the order of [`reduce`](super::super::portable::reduce): at every level two
+/// registers become one. Four results for each token.
+#[inline]
+#[target_feature(enable = "avx512f,avx512dq")]
+fn reduce16(sums: [[__m512; 4]; GROUP]) -> [__m128; GROUP] {
+    // Row r of every token in one register, a quarter each; then rows 0 to 3 side by side in each quarter.
+    let mut rows = [_mm512_setzero_ps(); 4];
+    for (r, row) in rows.iter_mut().enumerate() {
+        *row = quarters(halves(sums[0][r], sums[1][r]), halves(sums[2][r], sums[3][r]));
+    }
+    let all = lanes(pairs(rows[0], rows[1]), pairs(rows[2], rows[3]));
+    [
+        _mm512_castps512_ps128(all),
+        _mm512_extractf32x4_ps::<1>(all),
+        _mm512_extractf32x4_ps::<2>(all),
+        _mm512_extractf32x4_ps::<3>(all),
+    ]
+}
+
+/// Quarters 0 + 2 and 1 + 3 of `a`, then of `b`.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn halves(a: __m512, b: __m512) -> __m512 {
+    _mm512_add_ps(_mm512_shuffle_f32x4::<0b01_00_01_00>(a, b), _mm512_shuffle_f32x4::<0b11_10_11_10>(a, b))
+}
+
+/// Quarters 0 + 1 and 2 + 3 of `a`, then of `b`.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn quarters(a: __m512, b: __m512) -> __m512 {
+    _mm512_add_ps(_mm512_shuffle_f32x4::<0b10_00_10_00>(a, b), _mm512_shuffle_f32x4::<0b11_01_11_01>(a, b))
+}
+
+/// Inside each quarter: lanes 0 + 2 and 1 + 3 of `a`, then of `b`.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn pairs(a: __m512, b: __m512) -> __m512 {
+    _mm512_add_ps(_mm512_shuffle_ps::<0b01_00_01_00>(a, b), _mm512_shuffle_ps::<0b11_10_11_10>(a, b))
+}
+
+/// Inside each quarter: lanes 0 + 1 and 2 + 3 of `a`, then of `b`.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn lanes(a: __m512, b: __m512) -> __m512 {
+    _mm512_add_ps(_mm512_shuffle_ps::<0b10_00_10_00>(a, b), _mm512_shuffle_ps::<0b11_01_11_01>(a, b))
 }
 
 /// Copies four rows of `cols` elements from `w` on: a step of each in turn, padded with zeros.
@@ -240,7 +313,7 @@ unsafe fn step<const T: usize, const R: usize>(sums: &mut [[__m512; R]; T], x: *
 /// `vdpbf16ps` on registers of sixteen-bit patterns.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bf16")]
-fn dot(sum: __m512, x: __m512i, w: __m512i) -> __m512 {
+pub(super) fn dot(sum: __m512, x: __m512i, w: __m512i) -> __m512 {
     // SAFETY: both types are 64 bytes of which every pattern is valid.
     let (x, w) = unsafe { (std::mem::transmute::<__m512i, __m512bh>(x), std::mem::transmute::<__m512i, __m512bh>(w)) };
     _mm512_dpbf16_ps(sum, x, w)
@@ -249,7 +322,7 @@ fn dot(sum: __m512, x: __m512i, w: __m512i) -> __m512 {
 /// 32 elements as bf16.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,f16c")]
-unsafe fn load<const D: u8>(from: *const u8) -> __m512i {
+pub(super) unsafe fn load<const D: u8>(from: *const u8) -> __m512i {
     // SAFETY: the caller's: 32 elements are there; unaligned loads.
     unsafe {
         match D {
@@ -262,7 +335,7 @@ unsafe fn load<const D: u8>(from: *const u8) -> __m512i {
 /// The elements of `mask` as bf16, the others zero and not touched.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,f16c")]
-unsafe fn load_masked<const D: u8>(from: *const u8, mask: u32) -> __m512i {
+pub(super) unsafe fn load_masked<const D: u8>(from: *const u8, mask: u32) -> __m512i {
     // SAFETY: the caller's.
     unsafe {
         match D {
