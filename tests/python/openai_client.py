@@ -65,6 +65,47 @@ def seeded():
     assert len({draw(seed) for seed in range(8)}) > 1
 
 
+def choices():
+    def ask(n, **arguments):
+        return client.chat.completions.create(
+            model=model, messages=[{"role": "user", "content": "Repeat:"}], temperature=2, seed=7, max_tokens=16, n=n,
+            **arguments)
+
+    answer = ask(3)
+    texts = [choice.message.content for choice in answer.choices]
+    assert [choice.index for choice in answer.choices] == [0, 1, 2] and len(set(texts)) == 3, answer
+    assert answer.choices[0].message.content == ask(1).choices[0].message.content
+    assert 3 <= answer.usage.completion_tokens <= 48, answer.usage
+    streamed, ends = ["", "", ""], [None, None, None]
+    for chunk in ask(3, stream=True, stream_options={"include_usage": True}):
+        for choice in chunk.choices:
+            streamed[choice.index] += choice.delta.content or ""
+            ends[choice.index] = choice.finish_reason or ends[choice.index]
+    assert streamed == texts and ends == [choice.finish_reason for choice in answer.choices], (streamed, ends, texts)
+    assert chunk.usage.completion_tokens == answer.usage.completion_tokens, chunk
+    plain = client.completions.create(model=model, prompt="Repeat:", temperature=2, seed=7, max_tokens=16, n=2, logprobs=1)
+    assert [len(choice.logprobs.tokens) > 0 for choice in plain.choices] == [True, True], plain
+    try:
+        ask(17)
+    except openai.BadRequestError as error:
+        assert error.param == "n" and error.code == "above_max_value", error
+    else:
+        raise AssertionError("n=17 was accepted")
+
+
+def tiers():
+    for asked, said in [("auto", "default"), ("default", "default"), ("flex", "flex")]:
+        answer = client.chat.completions.create(
+            model=model, messages=messages, temperature=0, max_tokens=64, service_tier=asked)
+        assert answer.service_tier == said and answer.choices[0].message.content == ANSWER, answer
+    try:
+        client.chat.completions.create(model=model, messages=messages, service_tier="priority")
+    except openai.BadRequestError as error:
+        assert error.param == "service_tier", error
+    else:
+        raise AssertionError("service_tier priority was accepted")
+
+
 def penalties_and_biases():
     def write(**arguments):
         answer = client.chat.completions.create(
@@ -178,8 +219,8 @@ def bad_parameter():
         raise AssertionError("a negative temperature was accepted")
 
 
-for check in (models, chat, chat_logprobs, chat_stop, chat_stream, seeded, penalties_and_biases, structured,
-              structured_extensions, structured_mistakes, completion, completion_stream, unknown_model,
+for check in (models, chat, chat_logprobs, chat_stop, chat_stream, seeded, choices, tiers,
+              penalties_and_biases, structured, structured_extensions, structured_mistakes, completion, completion_stream, unknown_model,
               bad_parameter):
     check()
     print("fine:", check.__name__)

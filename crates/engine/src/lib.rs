@@ -48,7 +48,7 @@ pub use constrain::{BadGrammar, Constraint, Constraints};
 pub use engine::{Command, Engine, Parts, Progress};
 pub use error::Error;
 pub use event::{Admission, Event, EventSink, LayerDone, LayerSink, Spill, SpilledBlock};
-pub use request::{Demand, Duty, Intake, MAX_CHOICES, Mode, NewSequence, Priority, Rejected, Request, SeqId};
+pub use request::{Demand, Duty, Intake, MAX_CHOICES, Mode, NewSequence, Rejected, Request, SeqId};
 pub use runner::{ModelRunner, Runner, RunnerSpec};
 pub use sampler::{Ask, History, Mask, Sampler, choice_seed, sample, uniform};
 pub use scripted::{Script, ScriptedRunner};
@@ -59,6 +59,7 @@ pub use thread::{Handle, spawn};
 // What a caller names together with this crate's API.
 pub use kvasir_kv_cache::{Batch as CacheBatch, CacheEvent, Counts, Snapshot as CacheSnapshot, Stored};
 pub use kvasir_model::{Logits, SeqInput};
+pub use kvasir_types::Priority;
 
 #[cfg(test)]
 mod tests;

@@ -14,7 +14,7 @@ use std::{
 };
 
 use kvasir_kv_cache::Geometry;
-use kvasir_types::{BlockHash, RequestId, Sampling, TokenId, chain};
+use kvasir_types::{BlockHash, Priority, RequestId, Sampling, TokenId, chain};
 
 use crate::{
     BadGrammar, Config, Constraints, Error, EventSink, RunnerSpec, constrain::Constrained, engine::Command,
@@ -47,7 +47,9 @@ pub struct Request {
     pub sampling: Sampling,
     /// What to do once the prompt is there.
     pub mode: Mode,
-    /// Who goes before whom.
+    /// Who goes before whom: the order of admission, of the batch, and, backwards, of losing blocks. An offline request
+    /// that was without a turn for a number of steps ([`Config::offline_patience`]) counts as online: then its age puts it
+    /// before those that came later, so it cannot starve.
     pub priority: Priority,
     /// How many answers to write to the prompt, 1 to [`MAX_CHOICES`]; each with its own seed
     /// ([`crate::choice_seed`]), the first with the request's. A `PrefillOnly` sequence draws the first one's token only.
@@ -62,17 +64,6 @@ impl Request {
             Mode::PrefillOnly => 1,
         }
     }
-}
-
-/// Who goes before whom. The order of admission, of the batch, and, backwards, of losing blocks.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Priority {
-    /// Somebody waits for the answer.
-    #[default]
-    Online,
-    /// Uses what the others leave. After a number of steps without a turn ([`Config::offline_patience`]) it counts as
-    /// online: then its age puts it before those that came later, so it cannot starve.
-    Offline,
 }
 
 /// What an engine takes on. It can change while it runs, and refuses nothing that is under way: a change shows at the

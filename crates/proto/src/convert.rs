@@ -7,7 +7,7 @@ use bytes::Bytes;
 use kvasir_types as types;
 use kvasir_types::{
     BadId, BadLayout, BlockHash, FinishReason, GrantKey, Incarnation, KvDtype, KvLayout, ModelFingerprint,
-    PROTOCOL_VERSION, Sampled, SegmentId, TokenId, TopLogprob, TransportKind,
+    PROTOCOL_VERSION, Priority, Sampled, SegmentId, TokenId, TopLogprob, TransportKind,
 };
 
 pub use crate::sampling::{MAX_BIASES, MAX_GRAMMAR_BYTES, MAX_LOGPROBS, MAX_STOP_TOKENS};
@@ -253,6 +253,23 @@ impl From<v1::TransferPeer> for types::PeerTraffic {
 /// A grant key from its wire form.
 pub fn grant_key(wire: u64) -> GrantKey {
     GrantKey(wire)
+}
+
+impl From<Priority> for v1::Priority {
+    fn from(priority: Priority) -> Self {
+        match priority {
+            Priority::Online => Self::Online,
+            Priority::Offline => Self::Offline,
+        }
+    }
+}
+
+/// A priority from its wire form. What a peer does not say, or we do not know, is online: nobody starves by mistake.
+pub fn priority(wire: i32) -> Priority {
+    match v1::Priority::try_from(wire) {
+        Ok(v1::Priority::Offline) => Priority::Offline,
+        Ok(v1::Priority::Online | v1::Priority::Unspecified) | Err(_) => Priority::Online,
+    }
 }
 
 impl From<&Sampled> for v1::Token {

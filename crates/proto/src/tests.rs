@@ -1,8 +1,8 @@
 //! Laws of the conversions: what we send comes back as it was, what is out of bounds is refused by name.
 
 use kvasir_types::{
-    Grammar, Incarnation, KvDtype, KvLayout, PROTOCOL_VERSION, RegionInfo, Sampled, Sampling, SegmentDescriptor,
-    SegmentId, TokenId, TopLogprob, TransportAddress, TransportKind,
+    Grammar, Incarnation, KvDtype, KvLayout, PROTOCOL_VERSION, Priority, RegionInfo, Sampled, Sampling,
+    SegmentDescriptor, SegmentId, TokenId, TopLogprob, TransportAddress, TransportKind,
 };
 use proptest::prelude::*;
 
@@ -117,6 +117,16 @@ fn another_protocol_version_is_refused_by_number() {
 fn what_an_older_peer_does_not_say_means_none() {
     let wire = v1::Sampling { repetition_penalty: None, ..v1::Sampling::from(&Sampling::default()) };
     assert_eq!(Sampling::try_from(&wire), Ok(Sampling::default()));
+}
+
+#[test]
+fn a_priority_nobody_knows_is_online() {
+    for priority in [Priority::Online, Priority::Offline] {
+        assert_eq!(convert::priority(v1::Priority::from(priority).into()), priority);
+    }
+    for unknown in [0, 3, -1, i32::MAX] {
+        assert_eq!(convert::priority(unknown), Priority::Online, "{unknown}");
+    }
 }
 
 #[test]

@@ -82,7 +82,20 @@ impl StoreClient {
         block_bytes: u64,
         deadline: Deadline,
     ) -> ReadReport {
-        read::read(&self.inner, request, blocks, block_bytes, deadline).await
+        read::read(&self.inner, request, blocks, 0, block_bytes, deadline).await
+    }
+
+    /// The same for the rest of a chain of which the first `have` blocks are there already: the run begins behind them, and
+    /// only its blocks are read. They are named all the same because where a block is depends on its place in the chain.
+    pub async fn read_on(
+        &self,
+        request: &RequestId,
+        blocks: &[(BlockHash, u64)],
+        have: usize,
+        block_bytes: u64,
+        deadline: Deadline,
+    ) -> ReadReport {
+        read::read(&self.inner, request, blocks, have.min(blocks.len()), block_bytes, deadline).await
     }
 
     /// Offers `blocks` to the store: those it does not have are written from their offsets in the own arena.
@@ -110,11 +123,14 @@ impl Inner {
         Placement::of(&self.members.borrow())
     }
 
-    /// Which node is asked for which of `blocks`, in calls of a bounded size.
-    fn shares(&self, blocks: &[(BlockHash, u64)]) -> Vec<Share> {
+    /// Which node is asked for which of `blocks`, the first `have` left out, in calls of a bounded size.
+    fn shares(&self, blocks: &[(BlockHash, u64)], have: usize) -> Vec<Share> {
         let placement = self.placement();
         self.peers.keep_only(&placement);
-        placement.shares(blocks, self.config.group_blocks.clamp(1, MAX_HASHES), MAX_HASHES)
+        let mut shares = placement.shares(blocks, self.config.group_blocks.clamp(1, MAX_HASHES), MAX_HASHES);
+        shares.iter_mut().for_each(|share| share.blocks.retain(|&block| block >= have));
+        shares.retain(|share| !share.blocks.is_empty());
+        shares
     }
 
     /// The bytes of a node did not move: if the way to it is at fault, it is left alone for a while.

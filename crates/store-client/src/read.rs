@@ -25,7 +25,7 @@ const RELEASE_TIMEOUT: Duration = Duration::from_millis(50);
 /// What a read brought.
 #[derive(Debug, Default)]
 pub struct ReadReport {
-    /// Blocks in the run: the first so many are in place, complete and verified.
+    /// Blocks in the run: so many, from the first that was wanted on, are in place, complete and verified.
     pub blocks: usize,
     /// Bytes of those.
     pub bytes: u64,
@@ -62,11 +62,12 @@ pub(crate) async fn read(
     inner: &Inner,
     request: &RequestId,
     blocks: &[(BlockHash, u64)],
+    have: usize,
     block_bytes: u64,
     deadline: Deadline,
 ) -> ReadReport {
-    let lookups =
-        inner.shares(blocks).into_iter().map(|share| lookup(inner, request, blocks, block_bytes, deadline, share));
+    let shares = inner.shares(blocks, have);
+    let lookups = shares.into_iter().map(|share| lookup(inner, request, blocks, block_bytes, deadline, share));
     let results: Vec<_> = stream::iter(lookups).buffer_unordered(MAX_CALLS).collect().await;
     let mut error = None;
     let mut answers = Vec::with_capacity(results.len());
@@ -76,7 +77,7 @@ pub(crate) async fn read(
             Err(failure) => error = error.or(Some(failure)),
         }
     }
-    let run = run_length(&answers, blocks.len());
+    let run = run_end(&answers, have, blocks.len());
     let fetched =
         join_all(submit(inner, &answers, blocks, block_bytes, run, deadline).into_iter().map(|piece| async {
             let (first, len) = (piece.answer.share.blocks[piece.first], piece.len);
@@ -93,7 +94,7 @@ pub(crate) async fn read(
         error = error.or(failure);
     }
     join_all(answers.iter().map(|answer| release(inner, answer))).await;
-    ReadReport { blocks: end, bytes: end as u64 * block_bytes, error }
+    ReadReport { blocks: end - have, bytes: (end - have) as u64 * block_bytes, error }
 }
 
 async fn lookup(
@@ -144,9 +145,10 @@ pub(crate) fn later(start: Instant, ms: u64) -> Deadline {
     Deadline::after(lasts.saturating_sub(start.elapsed()))
 }
 
-/// How many blocks from the first on have an answer.
-fn run_length(answers: &[Answer], blocks: usize) -> usize {
+/// Behind the last of the blocks that, from number `have` on, all have an answer.
+fn run_end(answers: &[Answer], have: usize, blocks: usize) -> usize {
     let mut has = vec![false; blocks];
+    has[..have].fill(true);
     for answer in answers {
         answer.share.blocks[..answer.found.len()].iter().for_each(|&block| has[block] = true);
     }

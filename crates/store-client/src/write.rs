@@ -48,7 +48,7 @@ pub(crate) async fn write(
     deadline: Deadline,
 ) -> WriteReport {
     let offer = Offer { inner, request, blocks, block_bytes, deadline };
-    let shares = inner.shares(blocks).into_iter().map(|share| offer.write_share(share));
+    let shares = inner.shares(blocks, 0).into_iter().map(|share| offer.write_share(share));
     let mut reports = stream::iter(shares).buffer_unordered(MAX_CALLS);
     let mut total = WriteReport::default();
     while let Some(report) = reports.next().await {

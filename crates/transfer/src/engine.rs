@@ -344,6 +344,20 @@ impl TransferEngine {
         Ok(())
     }
 
+    /// Copies registered bytes to another place of this segment, at once and on this thread. The usual discipline applies:
+    /// nobody writes the bytes at `from` meanwhile, nobody reads or writes those at `to`.
+    ///
+    /// # Errors
+    /// [`Error::OutOfBounds`], [`Error::ReadOnly`].
+    pub fn copy_within(&self, from: u64, to: u64, len: u64) -> Result<(), Error> {
+        let (source, sink) = (self.own(from, len)?, self.own(to, len)?);
+        self.check_writable(&sink, to, len)?;
+        // SAFETY: both ranges were checked against their regions, which `source` and `sink` keep mapped; no references into
+        // them exist; `copy` allows for overlap.
+        unsafe { std::ptr::copy(source.at(from, len).cast_const(), sink.at(to, len), len as usize) };
+        Ok(())
+    }
+
     /// Stops everything: transfers in progress fail with [`Error::Shutdown`], grants are revoked, connections cut,
     /// threads joined. When it returns, no thread of this engine touches registered memory any more. Done again, it does
     /// nothing.

@@ -25,7 +25,7 @@ pub use ids::{BadId, BlockId, Incarnation, MemberId, RequestId, Role, TokenId};
 pub use layout::{BadLayout, KvDtype, KvLayout};
 pub use memory::HostMemory;
 pub use retry::Retry;
-pub use sampling::{FinishReason, Grammar, Sampled, Sampling, TopLogprob, Usage};
+pub use sampling::{FinishReason, Grammar, Priority, Sampled, Sampling, TopLogprob, Usage};
 pub use segment::{
     GrantKey, PeerTraffic, RegionInfo, SegmentDescriptor, SegmentId, TransportAddress, TransportKind, Transports,
     UnknownTransport,

@@ -115,6 +115,16 @@ pub struct Sampled {
     pub top: Vec<TopLogprob>,
 }
 
+/// Who goes before whom, wherever requests wait for one another.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Priority {
+    /// Somebody waits for the answer.
+    #[default]
+    Online,
+    /// Uses what the others leave.
+    Offline,
+}
+
 /// Why an answer ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]

@@ -72,8 +72,12 @@ pub struct EngineConfig {
     pub max_batch_tokens: usize,
     /// Sequences that hold blocks at the same time. Default 64.
     pub max_running: usize,
-    /// Sequences that wait for blocks; one more is refused. Default 256.
+    /// Online requests that wait for blocks; one more is refused. Default 256.
     pub max_waiting: usize,
+    /// The same for offline requests (`service_tier: flex`), which get what online ones leave. Default 1024.
+    pub max_waiting_offline: usize,
+    /// Steps without a turn after which an offline request counts as an online one. Default 1000.
+    pub offline_patience: u64,
     /// Whether finished blocks are kept for later prompts. Default true.
     pub prefix_cache: bool,
     /// Threads that compute which tokens a grammar allows, beside the model. Default 1.
@@ -161,6 +165,23 @@ pub struct StoreConfig {
     pub enabled: bool,
     /// Consecutive blocks of a prompt placed on the same node; the same on all workers. Default 32.
     pub group_blocks: usize,
+    /// Keeping what preempted sequences have computed, on decode workers.
+    pub spill: SpillConfig,
+}
+
+/// Sequences that lose their blocks to others, because there are not enough for all, get them back later. What they had
+/// computed is kept in the store meanwhile, if it has room, and read back rather than computed again. Not for models
+/// whose layers form several groups (sliding windows), and not without `engine.prefix_cache`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct SpillConfig {
+    /// Memory for blocks on their way to the store, in bytes, beside `kv.memory_bytes`. What finds no room in it is not
+    /// kept. 0: off. Default 67108864 (64 MiB).
+    pub staging_bytes: u64,
+    /// How long a sequence's blocks may take to the store; they stay staged for so long. Default 5000.
+    pub write_timeout_ms: u64,
+    /// How long reading them back may take before the rest is computed. Default 1000.
+    pub read_timeout_ms: u64,
 }
 
 impl Default for Config {
@@ -196,6 +217,8 @@ impl Default for EngineConfig {
             max_batch_tokens: engine.max_batch_tokens,
             max_running: engine.max_running,
             max_waiting: engine.max_waiting,
+            max_waiting_offline: engine.max_waiting_offline,
+            offline_patience: engine.offline_patience,
             prefix_cache: engine.prefix_cache,
             mask_threads: engine.mask_threads,
             speculation: SpeculationConfig::default(),
@@ -235,7 +258,13 @@ impl Default for PrefillConfig {
 
 impl Default for StoreConfig {
     fn default() -> Self {
-        Self { enabled: true, group_blocks: 32 }
+        Self { enabled: true, group_blocks: 32, spill: SpillConfig::default() }
+    }
+}
+
+impl Default for SpillConfig {
+    fn default() -> Self {
+        Self { staging_bytes: 64 << 20, write_timeout_ms: 5_000, read_timeout_ms: 1_000 }
     }
 }
 
@@ -293,6 +322,7 @@ impl Config {
             ("engine.max_batch_tokens", self.engine.max_batch_tokens),
             ("engine.max_running", self.engine.max_running),
             ("engine.max_waiting", self.engine.max_waiting),
+            ("engine.max_waiting_offline", self.engine.max_waiting_offline),
             ("engine.mask_threads", self.engine.mask_threads),
             ("engine.speculation.tokens", self.engine.speculation.tokens),
             ("kv.block_size", self.kv.block_size as usize),

@@ -127,3 +127,12 @@ impl Error {
         status
     }
 }
+
+/// Logs that something went on without the store: once for each failure, not for each request that skips a node because of
+/// it.
+pub(crate) fn went_without_store(error: &kvasir_store_client::Error, what: &'static str) {
+    match error {
+        kvasir_store_client::Error::Away { .. } => tracing::debug!(error = kvasir_runtime::chain(error), what),
+        error => tracing::warn!(error = kvasir_runtime::chain(error), "{what}"),
+    }
+}

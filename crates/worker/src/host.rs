@@ -10,7 +10,7 @@ use std::{
 
 use anyhow::{Context as _, ensure};
 use kvasir_cluster::{ModelInfo, Registry};
-use kvasir_engine::{Handle, ModelRunner, Parts};
+use kvasir_engine::{Handle, ModelRunner, Parts, Spill};
 use kvasir_model::{Folder, cpu::CpuBackend};
 use kvasir_proto::convert;
 use kvasir_runtime::{Context, Tasks, chain};
@@ -23,8 +23,9 @@ use crate::{
     config::Config,
     directory::Members,
     error::Error,
-    metrics::{Metrics, Outcome},
+    metrics::{Metrics, Outcome, SpillMetrics},
     parts,
+    spill::Spills,
 };
 
 /// One worker. Shared by all request tasks; everything in it is either immutable or its own lock.
@@ -37,6 +38,7 @@ pub(crate) struct Host {
     pub(crate) engine: Handle,
     pub(crate) transfer: TransferEngine,
     pub(crate) store: Option<StoreClient>,
+    pub(crate) spills: Option<Spills>,
     pub(crate) metrics: Metrics,
     pub(crate) tasks: Tasks,
     pub(crate) started: Instant,
@@ -90,18 +92,24 @@ impl Host {
             tokenizer: parts::tokenizer_id(path)?,
         };
         let vocab = folder.config().vocab;
+        let groups = folder.kv_groups();
+        let store = config.store.enabled.then(|| {
+            let store = kvasir_store_client::Config { group_blocks: config.store.group_blocks, ..Default::default() };
+            StoreClient::new(store, registry.view(), transfer.clone())
+        });
+        let spill_metrics = SpillMetrics::new(&context.metrics);
+        let spills = match store.as_ref().filter(|_| role == Role::Decode && keep_whole_prompts(&groups)) {
+            Some(store) => Spills::new(&config, layout, &transfer, store, &context.tasks, spill_metrics)?,
+            None => None,
+        };
         let parts = Parts {
             runner: Box::new(ModelRunner::new(backend)),
             constraints: parts::grammars(&folder, path)?,
             // Prefill workers write one token of each answer.
             proposer: if role == Role::Decode { parts::proposer(&config, &folder, threads)? } else { None },
-            spill: None,
+            spill: spills.clone().map(|spills| Box::new(spills) as Box<dyn Spill>),
         };
         let (engine, _thread) = kvasir_engine::spawn(engine_config(&config), layout, blocks as usize, parts);
-        let store = config.store.enabled.then(|| {
-            let store = kvasir_store_client::Config { group_blocks: config.store.group_blocks, ..Default::default() };
-            StoreClient::new(store, registry.view(), transfer.clone())
-        });
         let metrics = Metrics::new(&context.metrics, engine.clone(), transfer.clone());
         tracing::info!(
             model = model.name,
@@ -115,10 +123,11 @@ impl Host {
             id,
             role,
             model,
-            groups: folder.kv_groups(),
+            groups,
             engine,
             transfer,
             store,
+            spills,
             metrics,
             tasks: context.tasks.clone(),
             started: Instant::now(),
@@ -141,7 +150,7 @@ impl Host {
     /// Whether a prompt's blocks are all there at its end, so that others can go on from any of them. Of a model with
     /// sliding windows only the last ones are: such prompts are computed rather than fetched, and not offered to the store.
     pub(crate) fn keeps_whole_prompts(&self) -> bool {
-        self.groups.len() == 1 && self.groups[0].kind == GroupKind::Full
+        keep_whole_prompts(&self.groups)
     }
 
     /// Where the chain of block hashes starts for a tenant's salt.
@@ -181,6 +190,10 @@ impl Host {
     }
 }
 
+fn keep_whole_prompts(groups: &KvGroups) -> bool {
+    groups.len() == 1 && groups[0].kind == GroupKind::Full
+}
+
 fn engine_config(config: &Config) -> kvasir_engine::Config {
     let engine = &config.engine;
     kvasir_engine::Config {
@@ -188,6 +201,8 @@ fn engine_config(config: &Config) -> kvasir_engine::Config {
         chunk_tokens: engine.chunk_tokens,
         max_running: engine.max_running,
         max_waiting: engine.max_waiting,
+        max_waiting_offline: engine.max_waiting_offline,
+        offline_patience: engine.offline_patience,
         prefix_cache: engine.prefix_cache,
         mask_threads: engine.mask_threads,
         draft_tokens: engine.speculation.tokens,

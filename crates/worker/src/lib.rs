@@ -27,8 +27,9 @@ mod peers;
 mod prefill;
 mod sequence;
 mod serve;
+mod spill;
 mod status;
 
-pub use config::{Config, DecodeConfig, EngineConfig, KvConfig, ModelConfig, PrefillConfig, StoreConfig};
+pub use config::{Config, DecodeConfig, EngineConfig, KvConfig, ModelConfig, PrefillConfig, SpillConfig, StoreConfig};
 pub use kvasir_types::Role;
 pub use serve::{run, run_with_etcd};

@@ -147,6 +147,33 @@ impl Metrics {
     }
 }
 
+/// What became of blocks of sequences that lost their place.
+#[derive(Clone)]
+pub(crate) struct SpillMetrics {
+    /// Blocks that the store has, written to it or there before.
+    pub(crate) spilled: Counter,
+    /// Blocks read back from it.
+    pub(crate) recalled: Counter,
+    /// Blocks not kept because no staging slot was free.
+    pub(crate) no_staging: Counter,
+    /// Blocks that the store did not take.
+    pub(crate) not_taken: Counter,
+}
+
+impl SpillMetrics {
+    pub(crate) fn new(page: &kvasir_runtime::Metrics) -> Self {
+        let dropped: Family<[(&'static str, &'static str); 1], Counter> =
+            page.counters("kvasir_worker_spill_dropped_blocks", "Blocks of preempted sequences not kept, by reason");
+        let dropped = |reason| dropped.get_or_create(&[("reason", reason)]).clone();
+        Self {
+            spilled: page.counter("kvasir_worker_spilled_blocks", "Blocks of preempted sequences that the store keeps"),
+            recalled: page.counter("kvasir_worker_recalled_blocks", "Blocks read back for sequences preempted before"),
+            no_staging: dropped("staging_full"),
+            not_taken: dropped("store"),
+        }
+    }
+}
+
 /// What the engine counts, copied over when somebody looks.
 struct EnginePage {
     blocks: Family<[(&'static str, &'static str); 1], Gauge>,

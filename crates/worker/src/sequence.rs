@@ -2,16 +2,18 @@
 
 use std::sync::Arc;
 
-use kvasir_engine::{Admission, Event, Handle, Mode, Priority, Request, SeqId};
-use kvasir_types::{BlockHash, RequestId, Sampled, Sampling, TokenId};
+use kvasir_engine::{Admission, Event, Handle, MAX_CHOICES, Mode, Request, SeqId};
+use kvasir_types::{BlockHash, Priority, RequestId, Sampled, Sampling, TokenId};
 use tokio::sync::mpsc;
 
-use crate::{caller::Caller, error::Error};
+use crate::{caller::Caller, error::Error, host::Host, spill::Spills};
 
 /// Owns a sequence: dropping it gives the sequence's blocks back. Whoever holds it must have fenced every peer and
 /// awaited every transfer that touches those blocks before letting it go.
 pub(crate) struct Sequence {
     engine: Handle,
+    /// Who may be reading into its blocks without its owner's knowledge.
+    spills: Option<Spills>,
     id: SeqId,
     events: mpsc::Receiver<Event>,
 }
@@ -22,6 +24,8 @@ pub(crate) struct Prompt {
     pub(crate) tokens: Arc<[TokenId]>,
     pub(crate) root: BlockHash,
     pub(crate) sampling: Sampling,
+    pub(crate) priority: Priority,
+    pub(crate) choices: u32,
 }
 
 impl Sequence {
@@ -29,37 +33,45 @@ impl Sequence {
     ///
     /// Compiling a grammar takes milliseconds, so that is done where it keeps no other request's bytes waiting. A caller that
     /// goes away meanwhile drops the sequence as soon as it is there.
-    pub(crate) async fn admit(engine: &Handle, prompt: Prompt, mode: Mode, max_len: usize) -> Result<Self, Error> {
+    pub(crate) async fn admit(host: &Arc<Host>, prompt: Prompt, mode: Mode) -> Result<Self, Error> {
         if prompt.sampling.grammar.is_none() {
-            return Self::admit_now(engine, prompt, mode, max_len);
+            return Self::admit_now(host, prompt, mode);
         }
-        let engine = engine.clone();
-        let admitted = tokio::task::spawn_blocking(move || Self::admit_now(&engine, prompt, mode, max_len));
+        let host = host.clone();
+        let admitted = tokio::task::spawn_blocking(move || Self::admit_now(&host, prompt, mode));
         admitted.await.unwrap_or_else(|_| Err(Error::Engine(kvasir_engine::Error::Closed)))
     }
 
-    fn admit_now(engine: &Handle, prompt: Prompt, mode: Mode, max_len: usize) -> Result<Self, Error> {
-        // One event for each token, admission and end: the engine's thread never finds the channel full.
+    fn admit_now(host: &Host, prompt: Prompt, mode: Mode) -> Result<Self, Error> {
+        // One event for each token, each choice's end, and admission: the engine's thread never finds the channel full.
         let capacity = 4 + match mode {
-            Mode::Generate => (prompt.sampling.max_tokens as usize).min(max_len),
+            Mode::Generate => {
+                let answers = prompt.choices.min(MAX_CHOICES) as usize;
+                answers * (1 + (prompt.sampling.max_tokens as usize).min(host.max_len()))
+            }
             Mode::PrefillOnly => 1,
         };
         let (sender, events) = mpsc::channel(capacity);
+        let id = prompt.id.clone();
         let request = Request {
             id: prompt.id,
             prompt: prompt.tokens,
             root: prompt.root,
             sampling: prompt.sampling,
             mode,
-            priority: Priority::Online,
-            choices: 1,
+            priority: prompt.priority,
+            choices: prompt.choices,
         };
         let sink = Box::new(move |event: Event| {
             // Closed means that the owner let go; its abort is on the way.
             let _ = sender.try_send(event);
         });
-        let id = engine.admit(request, sink).map_err(|rejected| Error::Rejected(rejected.error))?;
-        Ok(Self { engine: engine.clone(), id, events })
+        let (engine, spills) = (host.engine.clone(), host.spills.clone());
+        let seq = engine.admit(request, sink).map_err(|rejected| Error::Rejected(rejected.error))?;
+        if let Some(spills) = &spills {
+            spills.enter(seq, engine.clone(), id);
+        }
+        Ok(Self { engine, spills, id: seq, events })
     }
 
     /// Its name in the engine.
@@ -98,6 +110,9 @@ impl Sequence {
 
 impl Drop for Sequence {
     fn drop(&mut self) {
-        self.engine.abort(self.id); // idempotent: a sequence that ended has nothing left to free
+        // One that is being brought back from the store is aborted when the read into its blocks has ended.
+        if !self.spills.as_ref().is_some_and(|spills| spills.leave(self.id)) {
+            self.engine.abort(self.id); // idempotent: a sequence that ended has nothing left to free
+        }
     }
 }

@@ -61,6 +61,8 @@ pub struct Limits {
     pub max_connections: usize,
     /// Tokens of an answer: the default of chat requests that don't say, and the most anybody may ask for. Default 32768.
     pub max_output_tokens: u32,
+    /// Choices of one request (`n`), 1 to 128. Default 16.
+    pub max_choices: u32,
     /// From a request's head to the end of its answer, in milliseconds; then 504. Default 600000.
     pub request_timeout_ms: u64,
     /// For a request's body to arrive, in milliseconds; then 408. Default 30000.
@@ -105,6 +107,7 @@ impl Default for Limits {
             max_inflight: 4096,
             max_connections: 16_384,
             max_output_tokens: 32_768,
+            max_choices: 16,
             request_timeout_ms: 600_000,
             body_timeout_ms: 30_000,
             idle_timeout_ms: 60_000,
@@ -153,6 +156,7 @@ impl Config {
             ("max_inflight", limits.max_inflight == 0),
             ("max_connections", limits.max_connections == 0),
             ("max_output_tokens", limits.max_output_tokens == 0),
+            ("max_choices", limits.max_choices == 0),
             ("request_timeout_ms", limits.request_timeout_ms == 0),
             ("body_timeout_ms", limits.body_timeout_ms == 0),
             ("idle_timeout_ms", limits.idle_timeout_ms == 0),

@@ -89,12 +89,12 @@ pub(crate) struct Inflight {
 }
 
 impl Inflight {
-    /// Its answer has begun: the first token is here.
-    pub(crate) fn begun(self, prompt_tokens: usize) -> Progress {
+    /// Its answer, of so many choices, has begun: the first token is here.
+    pub(crate) fn begun(self, prompt_tokens: usize, choices: usize) -> Progress {
         let now = Instant::now();
         self.metrics.ttft.observe((now - self.start).as_secs_f64());
         self.metrics.prompt_tokens.inc_by(prompt_tokens as u64);
-        Progress { inflight: self, last: None, outcome: "cancelled" }
+        Progress { inflight: self, last: vec![None; choices], outcome: "cancelled" }
     }
 }
 
@@ -107,15 +107,16 @@ impl Drop for Inflight {
 /// An answer under way. Dropped without an outcome, the client has left.
 pub(crate) struct Progress {
     inflight: Inflight,
-    last: Option<Instant>,
+    /// When each choice had its last token.
+    last: Vec<Option<Instant>>,
     outcome: &'static str,
 }
 
 impl Progress {
-    /// A token came.
-    pub(crate) fn token(&mut self) {
+    /// A token of a choice came.
+    pub(crate) fn token(&mut self, choice: usize) {
         let (now, metrics) = (Instant::now(), &self.inflight.metrics);
-        if let Some(last) = self.last.replace(now) {
+        if let Some(last) = self.last[choice].replace(now) {
             metrics.inter_token.observe((now - last).as_secs_f64());
         }
         metrics.output_tokens.inc();

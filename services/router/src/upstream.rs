@@ -162,10 +162,10 @@ pub(crate) fn connect(member: &Member) -> Result<Channel, Error> {
 /// What a worker tells.
 #[derive(Debug, PartialEq)]
 pub(crate) enum Event {
-    /// The next token.
-    Token(Sampled),
-    /// The end.
-    Finished(FinishReason, Usage),
+    /// The next token of a choice.
+    Token(usize, Sampled),
+    /// The end of a choice.
+    Finished(usize, FinishReason, Usage),
 }
 
 /// One request's stream. Dropping it cancels the request.
@@ -174,6 +174,8 @@ pub(crate) struct Events {
     /// Already here: the first event decides whether the worker took the request.
     first: Option<Event>,
     worker: MemberId,
+    /// How many answers were asked for.
+    choices: u32,
     idle: Duration,
     deadline: Deadline,
 }
@@ -191,16 +193,17 @@ impl Events {
         let mut client = DecodeClient::new(worker.channel()?)
             .max_decoding_message_size(MAX_MESSAGE_BYTES)
             .max_encoding_message_size(MAX_MESSAGE_BYTES);
+        let choices = request.choices.max(1);
         let answer = tokio::time::timeout_at(deadline.instant().into(), async {
             let stream = client.generate(request).await.map_err(|status| Error::of(&id, status))?.into_inner();
-            let mut events = Self { stream, first: None, worker: id.clone(), idle, deadline };
+            let mut events = Self { stream, first: None, worker: id.clone(), choices, idle, deadline };
             events.first = Some(events.receive().await?);
             Ok(events)
         });
         answer.await.map_err(|_| Error::Deadline { worker: id.clone() })?
     }
 
-    /// The next event. After `Finished` or an error there is none: don't ask.
+    /// The next event. After the `Finished` of the last choice or an error there is none: don't ask.
     pub(crate) async fn next(&mut self) -> Result<Event, Error> {
         if let Some(first) = self.first.take() {
             return Ok(first);
@@ -218,18 +221,22 @@ impl Events {
         let broken = |what: &dyn ToString| Error::Protocol { worker: self.worker.clone(), what: what.to_string() };
         match message {
             None => Err(broken(&"the stream ended without `finished`")),
+            Some(message) if message.choice >= self.choices => {
+                Err(broken(&format!("choice {} of {}", message.choice, self.choices)))
+            }
             Some(message) => event(message).map_err(|error| broken(&error)),
         }
     }
 }
 
 fn event(message: v1::GenerateEvent) -> Result<Event, kvasir_proto::Error> {
+    let choice = message.choice as usize;
     match message.event {
-        Some(generate_event::Event::Token(token)) => Ok(Event::Token(Sampled::try_from(&token)?)),
+        Some(generate_event::Event::Token(token)) => Ok(Event::Token(choice, Sampled::try_from(&token)?)),
         Some(generate_event::Event::Finished(finished)) => {
             let reason = FinishReason::try_from(finished.reason())?;
             let v1::Finished { prompt_tokens: prompt, cached_tokens: cached, output_tokens: output, .. } = finished;
-            Ok(Event::Finished(reason, Usage { prompt, cached, output }))
+            Ok(Event::Finished(choice, reason, Usage { prompt, cached, output }))
         }
         None => Err(kvasir_proto::Error::Missing("event")),
     }
@@ -260,8 +267,8 @@ mod tests {
 
     #[test]
     fn messages_that_mean_nothing_are_errors() {
-        assert!(event(v1::GenerateEvent { event: None }).is_err());
+        assert!(event(v1::GenerateEvent { event: None, choice: 0 }).is_err());
         let no_reason = generate_event::Event::Finished(v1::Finished::default());
-        assert!(event(v1::GenerateEvent { event: Some(no_reason) }).is_err());
+        assert!(event(v1::GenerateEvent { event: Some(no_reason), choice: 0 }).is_err());
     }
 }

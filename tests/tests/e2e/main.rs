@@ -6,12 +6,15 @@
 
 mod bad_start;
 mod cache;
+mod choices;
 mod ctl;
 mod faults;
 mod golden;
 mod http_errors;
 mod openai_client;
 mod pairing;
+mod priority;
 mod prompts;
 mod scripts;
+mod spill;
 mod telemetry;

@@ -3,7 +3,9 @@
 use std::{collections::HashSet, thread, time::Duration};
 
 use futures_util::future::join_all;
-use kvasir_transfer::{Access, Config, Error, GrantRange, LocalNet, Memory, Op, Refusal, TransferEngine, Transports};
+use kvasir_transfer::{
+    Access, Allocation, Config, Error, GrantRange, LocalNet, Memory, Op, Refusal, TransferEngine, Transports,
+};
 use kvasir_types::{Deadline, GrantKey, Incarnation, SegmentId, TransportKind};
 
 mod parts;
@@ -413,6 +415,21 @@ fn memory_of_this_host_that_cannot_be_mapped_is_reached_by_ucx() {
     assert_eq!(bytes(&client, 100, 5000), pattern(4, 5000));
     let why = &client.peers()[0].reason;
     assert!(why.starts_with("same host, memory that can't be mapped"), "{why}");
+}
+
+#[test]
+fn bytes_are_copied_between_regions_of_a_segment_and_nowhere_else() {
+    let owner = engine(Config::default(), MIB);
+    let beside = owner.register(Memory::Allocate(Allocation::new(8192))).unwrap();
+    owner.write_bytes(100, &pattern(1, 5000)).unwrap();
+    owner.copy_within(100, beside.base() + 10, 5000).unwrap();
+    assert_eq!(bytes(&owner, beside.base() + 10, 5000), pattern(1, 5000));
+    owner.copy_within(beside.base() + 10, 5000, 5000).unwrap();
+    assert_eq!(bytes(&owner, 5000, 5000), pattern(1, 5000));
+    for (from, to) in [(100, beside.base() + 8000), (MIB as u64 - 10, 0), (u64::MAX - 10, 0)] {
+        let error = owner.copy_within(from, to, 5000).unwrap_err();
+        assert!(matches!(error, Error::OutOfBounds { .. }), "{error}");
+    }
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! The answer as it goes back to the router: every token once, then one end.
+//! The answer as it goes back to the router: of every choice each token once, then its end.
 
 use std::{sync::Arc, time::Instant};
 
@@ -12,16 +12,22 @@ pub(super) struct Answer {
     caller: Caller<GenerateEvent>,
     host: Arc<Host>,
     started: Instant,
-    last: Instant,
-    sent_tokens: u32,
-    /// The first token, once sent. A prefill that is repeated must not send another.
+    choices: Vec<Choice>,
+    /// The first choice's first token, once sent. A prefill that is repeated must not send another.
     first: Option<TokenId>,
 }
 
+/// What has been sent of one choice.
+#[derive(Clone, Default)]
+struct Choice {
+    tokens: u32,
+    last: Option<Instant>,
+}
+
 impl Answer {
-    pub(super) fn new(caller: Caller<GenerateEvent>, host: Arc<Host>) -> Self {
-        let now = Instant::now();
-        Self { caller, host, started: now, last: now, sent_tokens: 0, first: None }
+    pub(super) fn new(caller: Caller<GenerateEvent>, host: Arc<Host>, choices: u32) -> Self {
+        let choices = vec![Choice::default(); choices as usize];
+        Self { caller, host, started: Instant::now(), choices, first: None }
     }
 
     /// Who waits for it.
@@ -29,11 +35,11 @@ impl Answer {
         &self.caller
     }
 
-    /// Sends the first token, unless an earlier attempt has sent it; an attempt that chose another one is refused, as
+    /// Sends the first choice's first token, unless an earlier attempt has sent it; an attempt that chose another one is refused, as
     /// its KV would belong to another answer.
     pub(super) fn first(&mut self, sampled: &Sampled) -> Result<(), Error> {
         match self.first {
-            None => self.token(sampled),
+            None => self.token(0, sampled),
             Some(first) if first == sampled.token => Ok(()),
             Some(first) => Err(Error::Diverged { first, second: sampled.token }),
         }
@@ -44,38 +50,49 @@ impl Answer {
         self.first.is_some()
     }
 
-    /// Sends a token.
-    pub(super) fn token(&mut self, sampled: &Sampled) -> Result<(), Error> {
-        self.caller.send(GenerateEvent { event: Some(Event::Token(sampled.into())) })?;
-        let now = Instant::now();
-        if self.sent_tokens == 0 {
-            self.first = Some(sampled.token);
-            self.host.metrics.ttft.observe((now - self.started).as_secs_f64());
-        } else {
-            self.host.metrics.inter_token.observe((now - self.last).as_secs_f64());
+    /// Tokens sent, of all choices.
+    pub(super) fn sent_tokens(&self) -> u32 {
+        self.choices.iter().map(|choice| choice.tokens).sum()
+    }
+
+    /// Sends a token of a choice.
+    pub(super) fn token(&mut self, choice: u32, sampled: &Sampled) -> Result<(), Error> {
+        self.caller.send(GenerateEvent { event: Some(Event::Token(sampled.into())), choice })?;
+        if choice == 0 {
+            self.first.get_or_insert(sampled.token);
         }
-        self.last = now;
-        self.sent_tokens += 1;
+        let (now, is_first) = (Instant::now(), self.sent_tokens() == 0);
+        let choice = &mut self.choices[choice as usize];
+        match choice.last.replace(now) {
+            Some(last) => self.host.metrics.inter_token.observe((now - last).as_secs_f64()),
+            None if is_first => self.host.metrics.ttft.observe((now - self.started).as_secs_f64()),
+            None => {}
+        }
+        choice.tokens += 1;
         Ok(())
     }
 
-    /// Ends it.
-    pub(super) fn finish(
-        self,
+    /// Sends the end of a choice.
+    pub(super) fn finished(
+        &self,
+        choice: u32,
         reason: FinishReason,
         prompt_tokens: usize,
         cached_tokens: usize,
-        prefill_member: String,
-    ) {
+        prefill_member: &str,
+    ) -> Result<(), Error> {
         let finished = Finished {
             reason: Reason::from(reason).into(),
             prompt_tokens: prompt_tokens as u32,
             cached_tokens: cached_tokens as u32,
-            output_tokens: self.sent_tokens,
-            prefill_member,
+            output_tokens: self.choices[choice as usize].tokens,
+            prefill_member: prefill_member.to_owned(),
         };
-        // A caller that left in this very moment has its answer or does not want it: the outcome is the same.
-        let _ = self.caller.send(GenerateEvent { event: Some(Event::Finished(finished)) });
+        self.caller.send(GenerateEvent { event: Some(Event::Finished(finished)), choice })
+    }
+
+    /// All choices have ended.
+    pub(super) fn complete(self) {
         self.host.metrics.outcome(Outcome::Finished);
     }
 

@@ -11,7 +11,7 @@ use std::{sync::Arc, time::Instant};
 use kvasir_engine::{Admission, Event};
 use kvasir_runtime::chain;
 use kvasir_transfer::Revoke;
-use kvasir_types::{FinishReason, TokenId};
+use kvasir_types::TokenId;
 
 use super::{
     answer::Answer,
@@ -44,7 +44,7 @@ pub(super) async fn run(
                 prefill = end.member,
                 "finished"
             );
-            answer.finish(end.reason, request.prompt.len(), end.cached_tokens, end.member);
+            answer.complete();
         }
         Err(error) => {
             match error {
@@ -64,9 +64,8 @@ pub(super) async fn run(
 }
 
 struct End {
-    reason: FinishReason,
     cached_tokens: usize,
-    output_tokens: usize,
+    output_tokens: u32,
     member: String,
 }
 
@@ -81,14 +80,12 @@ async fn live(
     let admission = sequence.admitted(answer.caller()).await?;
     let prefilled = prefill_elsewhere(host, peers, request, &admission, answer, open_fences).await?;
 
-    let mut output_tokens = 0;
     // A first token that an attempt sent before it failed comes out of the engine once more and is compared, not sent.
     let mut repeated_first = false;
     let (cached_tokens, member) = match prefilled {
         Some(done) => {
             host.engine.landed(sequence.id(), request.prompt.len());
             host.engine.resume(sequence.id(), done.first);
-            output_tokens += 1;
             (done.cached_tokens, done.member)
         }
         None => {
@@ -102,11 +99,16 @@ async fn live(
 
     loop {
         match sequence.next(answer.caller()).await? {
-            Event::Token { sampled, .. } => {
-                output_tokens += 1;
-                if std::mem::take(&mut repeated_first) { answer.first(&sampled)? } else { answer.token(&sampled)? }
+            Event::Token { choice: 0, sampled } if std::mem::take(&mut repeated_first) => answer.first(&sampled)?,
+            Event::Token { choice, sampled } => answer.token(choice, &sampled)?,
+            Event::Finished { choice, reason, left } => {
+                let told = answer.finished(choice, reason, request.prompt.len(), cached_tokens, &member);
+                if left == 0 {
+                    // A caller that left in this very moment has its answers or does not want them: the end is the same.
+                    return Ok(End { cached_tokens, output_tokens: answer.sent_tokens(), member });
+                }
+                told?;
             }
-            Event::Finished { reason, .. } => return Ok(End { reason, cached_tokens, output_tokens, member }),
             Event::Admitted(_) | Event::Failed(_) => {} // admitted once already; failures come out of `next` as errors
         }
     }

@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Duration};
 use kvasir_engine::Mode;
 use kvasir_proto::{check_protocol, convert, v1};
 use kvasir_runtime::Kind;
-use kvasir_types::{Deadline, RequestId, Sampling, TokenId};
+use kvasir_types::{Deadline, Priority, RequestId, Sampling, TokenId};
 use tonic::{Request, Response, Status};
 
 use super::{answer::Answer, request};
@@ -26,6 +26,9 @@ pub(super) struct Checked {
     pub(super) prompt: Arc<[TokenId]>,
     pub(super) salt: String,
     pub(super) sampling: Sampling,
+    pub(super) priority: Priority,
+    /// Answers to write; the engine bounds it.
+    pub(super) choices: u32,
     pub(super) candidates: Vec<v1::PrefillCandidate>,
     pub(super) deadline: Deadline,
 }
@@ -53,7 +56,10 @@ impl DecodeService {
         let mut candidates = wire.prefill;
         candidates.truncate(MAX_CANDIDATES);
         let limit = Duration::from_millis(self.host.config.decode.max_request_ms);
-        Ok(Checked { id, prompt, salt, sampling, candidates, deadline: Deadline::from_wire(wire.deadline_ms, limit) })
+        let priority = convert::priority(wire.priority);
+        let deadline = Deadline::from_wire(wire.deadline_ms, limit);
+        let choices = wire.choices.max(1); // an older router says nothing
+        Ok(Checked { id, prompt, salt, sampling, priority, choices, candidates, deadline })
     }
 
     async fn start(&self, wire: v1::GenerateRequest) -> Result<Events<v1::GenerateEvent>, Error> {
@@ -61,22 +67,24 @@ impl DecodeService {
             return Err(Error::Draining);
         }
         let checked = self.check(wire)?;
-        let max_len = self.host.max_len();
         let prompt = Prompt {
             id: checked.id.clone(),
             tokens: checked.prompt.clone(),
             root: self.host.root(&checked.salt),
             sampling: checked.sampling.clone(),
+            priority: checked.priority,
+            choices: checked.choices,
         };
-        let sequence = Sequence::admit(&self.host.engine, prompt, Mode::Generate, max_len).await?;
-        let (caller, events) = Caller::new((checked.sampling.max_tokens as usize).min(max_len) + 4, checked.deadline);
+        let sequence = Sequence::admit(&self.host, prompt, Mode::Generate).await?;
+        let most_tokens = (checked.sampling.max_tokens as usize).min(self.host.max_len());
+        let (caller, events) = Caller::new(checked.choices as usize * (most_tokens + 1) + 4, checked.deadline);
         let span = tracing::info_span!(
             "decode",
             request_id = %checked.id,
             worker = %self.host.id,
             tokens = checked.prompt.len()
         );
-        let answer = Answer::new(caller, self.host.clone());
+        let answer = Answer::new(caller, self.host.clone(), checked.choices);
         let work = request::run(self.host.clone(), self.peers.clone(), checked, sequence, answer);
         self.host.tasks.spawn_in(Kind::Request, "decode", span, async move {
             work.await;

@@ -16,7 +16,7 @@ use kvasir_types::{BlockHash, Deadline};
 use super::{push::Writes, service::Checked};
 use crate::{
     caller::Caller,
-    error::Error,
+    error::{Error, went_without_store},
     host::Host,
     metrics::{Outcome, Source},
     sequence::Sequence,
@@ -132,10 +132,10 @@ impl Job<'_> {
             }
         }
         if let Some(store) = self.host.store.as_ref().filter(|_| have < wanted) {
-            let blocks = located(self.host, admission, have..wanted);
-            let report = store.read(self.id, &blocks, layout.block_bytes() as u64, deadline).await;
+            let blocks = located(self.host, admission, wanted);
+            let report = store.read_on(self.id, &blocks, have, layout.block_bytes() as u64, deadline).await;
             if let Some(error) = &report.error {
-                told(error, "store not read, going on without");
+                went_without_store(error, "store not read, going on without");
             }
             sources.store = report.blocks * block_size;
         }
@@ -177,24 +177,16 @@ async fn write_back(host: &Host, id: &kvasir_types::RequestId, admission: &Admis
     let worth_keeping = host.keeps_whole_prompts() && !admission.hashes.is_empty();
     let Some(store) = host.store.as_ref().filter(|_| worth_keeping) else { return };
     let deadline = Deadline::after(Duration::from_millis(host.config.prefill.write_back_timeout_ms));
-    let blocks = located(host, admission, 0..admission.hashes.len());
+    let blocks = located(host, admission, admission.hashes.len());
     let report = store.write(id, &blocks, host.model.layout.block_bytes() as u64, deadline).await;
     if let Some(error) = &report.error {
-        told(error, "blocks not written back to the store");
+        went_without_store(error, "blocks not written back to the store");
     }
     tracing::debug!(written = report.written, skipped = report.skipped, bytes = report.bytes, "written back");
 }
 
-/// Logs that a request went on without the store: once for each failure, not for each request that skips a node because of
-/// it.
-fn told(error: &kvasir_store_client::Error, what: &'static str) {
-    match error {
-        kvasir_store_client::Error::Away { .. } => tracing::debug!(error = chain(error), what),
-        error => tracing::warn!(error = chain(error), "{what}"),
-    }
-}
-
-/// Full blocks of the prompt with their hashes and where they are in this worker's arena.
-fn located(host: &Host, admission: &Admission, blocks: std::ops::Range<usize>) -> Vec<(BlockHash, u64)> {
-    blocks.map(|i| (admission.hashes[i], host.model.layout.block_offset(admission.tables[0][i]) as u64)).collect()
+/// The first full blocks of the prompt with their hashes and where they are in this worker's arena.
+fn located(host: &Host, admission: &Admission, blocks: usize) -> Vec<(BlockHash, u64)> {
+    let place = |block| host.model.layout.block_offset(block) as u64;
+    admission.hashes.iter().zip(&admission.tables[0]).take(blocks).map(|(&hash, &block)| (hash, place(block))).collect()
 }

@@ -73,8 +73,10 @@ impl PrefillService {
             tokens: prompt.clone(),
             root: self.host.root(convert::salt(&wire.cache_salt)?),
             sampling: wire.sampling.as_ref().ok_or(kvasir_proto::Error::Missing("sampling"))?.try_into()?,
+            priority: convert::priority(wire.priority),
+            choices: 1, // the others' first tokens are drawn by the decode worker
         };
-        let sequence = Sequence::admit(&self.host.engine, admitted, Mode::PrefillOnly, self.host.max_len()).await?;
+        let sequence = Sequence::admit(&self.host, admitted, Mode::PrefillOnly).await?;
         let (caller, events) = Caller::new(4, deadline); // first token, done, an error, one to spare
         let span = tracing::info_span!("prefill", request_id = %id, worker = %self.host.id, tokens = prompt.len());
         let checked = Checked { id, prompt, destination, deadline };

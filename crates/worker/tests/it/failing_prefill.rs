@@ -98,8 +98,12 @@ async fn a_first_token_sent_before_the_failure_is_not_sent_again() {
         events.try_send(Err(Status::internal("out of luck"))).unwrap();
     })
     .await;
-    let (tokens, _) = cluster.answer(cluster.request(&golden, vec![dying])).await.unwrap();
-    assert_eq!(tokens, golden.output_ids);
+    for choices in [1, 3] {
+        let request = v1::GenerateRequest { choices, ..cluster.request(&golden, vec![dying.clone()]) };
+        for (tokens, _) in cluster.choices(v1::GenerateRequest { cache_salt: format!("{choices}"), ..request }).await {
+            assert_eq!(tokens, golden.output_ids);
+        }
+    }
 
     // One that lied about the token: what the client has can't be unsaid, and another answer can't be glued to it.
     let (lying, _) = mock(&cluster.context, move |_, events| {
@@ -185,6 +189,8 @@ async fn requests_that_cannot_be_served_are_refused_before_anything_is_reserved(
         (v1::GenerateRequest { prompt: vec![], ..good.clone() }, Code::InvalidArgument),
         (v1::GenerateRequest { prompt: vec![5; 100_000], ..good.clone() }, Code::InvalidArgument),
         (v1::GenerateRequest { sampling: None, ..good.clone() }, Code::InvalidArgument),
+        (v1::GenerateRequest { choices: 129, ..good.clone() }, Code::InvalidArgument),
+        (v1::GenerateRequest { choices: u32::MAX, ..good.clone() }, Code::InvalidArgument),
         (v1::GenerateRequest { request_id: "a b".into(), ..good.clone() }, Code::InvalidArgument),
         (v1::GenerateRequest { cache_salt: "x".repeat(1000), ..good.clone() }, Code::InvalidArgument),
     ] {

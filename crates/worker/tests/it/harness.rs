@@ -52,6 +52,8 @@ impl Cluster {
             cache_salt: String::new(),
             prefill,
             deadline_ms: 20_000,
+            priority: v1::Priority::Unspecified.into(),
+            choices: 0,
         }
     }
 
@@ -75,6 +77,24 @@ impl Cluster {
             }
         }
         panic!("the stream ended without an end");
+    }
+
+    /// The tokens and the end of each of so many answers.
+    pub(crate) async fn choices(&self, request: v1::GenerateRequest) -> Vec<(Vec<u32>, v1::Finished)> {
+        let mut choices = vec![(Vec::new(), None); request.choices as usize];
+        let mut stream = self.generate(request).await.unwrap();
+        while choices.iter().any(|(_, finished)| finished.is_none()) {
+            let event = tokio::time::timeout(LIMIT, stream.message()).await.expect("no answer hangs").unwrap();
+            let event = event.expect("all end before the stream does");
+            let (tokens, end) = &mut choices[event.choice as usize];
+            assert!(end.is_none(), "nothing comes after a choice's end");
+            match event.event.unwrap() {
+                v1::generate_event::Event::Token(token) => tokens.push(token.id),
+                v1::generate_event::Event::Finished(finished) => *end = Some(finished),
+            }
+        }
+        assert!(stream.message().await.unwrap().is_none(), "nothing comes after the last end");
+        choices.into_iter().map(|(tokens, end)| (tokens, end.unwrap())).collect()
     }
 
     /// Law: with no request running, free + cached = total, on every worker.

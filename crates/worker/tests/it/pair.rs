@@ -1,6 +1,8 @@
 //! A decode worker and a prefill worker, both real.
 
-use kvasir_proto::v1::GenerateRequest;
+use kvasir_engine::choice_seed;
+use kvasir_proto::v1::{Finished, GenerateRequest};
+use kvasir_types::Sampling;
 
 use crate::harness::{Cluster, config, golden, goldens};
 
@@ -42,6 +44,36 @@ async fn answers_are_the_references_over_tcp() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn answers_are_the_references_in_small_chunks_over_tcp() {
     answers_are_the_references(false, 16).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_choices_of_a_request_are_those_of_its_seed_wherever_its_prompt_was_computed() {
+    let (cluster, golden) = (Cluster::with_decode().await, golden());
+    let prefill = cluster.add_prefill(config(), false).await;
+    let seeded = |seed| Sampling { max_tokens: 40, temperature: 2.0, ignore_eos: true, seed, ..Sampling::default() };
+    let request = |seed, choices, prefill, salt: &str| GenerateRequest {
+        sampling: Some((&seeded(seed)).into()),
+        choices,
+        cache_salt: salt.into(),
+        ..cluster.request(&golden, prefill)
+    };
+    let tokens = |choices: Vec<(Vec<u32>, Finished)>| choices.into_iter().map(|(tokens, _)| tokens).collect::<Vec<_>>();
+
+    let remote = cluster.choices(request(5, 4, vec![prefill.clone()], "remote")).await;
+    for (tokens, finished) in &remote {
+        assert_eq!((finished.prefill_member.as_str(), finished.cached_tokens), ("prefill-1", 0));
+        assert_eq!(finished.output_tokens as usize, tokens.len());
+    }
+    let remote = tokens(remote);
+    assert!((1..4).all(|choice| remote[choice] != remote[0]), "they are drawn apart: {remote:?}");
+    assert_eq!(tokens(cluster.choices(request(5, 4, vec![], "here")).await), remote);
+    assert_eq!(tokens(cluster.choices(request(5, 4, vec![prefill], "remote")).await), remote, "from the cache");
+    for (choice, tokens) in (0..).zip(&remote) {
+        let alone = cluster.answer(request(choice_seed(5, choice), 1, vec![], "alone")).await.unwrap();
+        assert_eq!(&alone.0, tokens, "choice {choice}");
+    }
+    cluster.assert_no_leak().await;
+    cluster.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -119,6 +119,10 @@ impl Client {
         self.store.read(&request(), blocks, BLOCK, soon()).await
     }
 
+    pub(super) async fn read_on(&self, blocks: &[(BlockHash, u64)], have: usize) -> kvasir_store_client::ReadReport {
+        self.store.read_on(&request(), blocks, have, BLOCK, soon()).await
+    }
+
     /// Whether these blocks have the content that belongs to their hashes.
     pub(super) fn has(&self, blocks: &[(BlockHash, u64)]) -> bool {
         blocks.iter().all(|&(hash, offset)| self.bytes(offset) == content(hash))

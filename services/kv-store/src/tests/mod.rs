@@ -49,6 +49,25 @@ async fn a_run_ends_at_the_first_block_that_is_not_there() {
 }
 
 #[tokio::test]
+async fn the_rest_of_a_chain_is_found_wherever_it_begins() {
+    let cluster = Cluster::new();
+    let mut nodes = Vec::new();
+    for id in ["kv-0", "kv-1", "kv-2"] {
+        nodes.push(cluster.node(id, |_| {}).await);
+    }
+    let writer = cluster.client(30);
+    writer.write(&writer.prepare(0, &hashes(0..30))).await;
+    for have in 0..=30 {
+        let reader = cluster.client(30);
+        let blocks = reader.places(0, &hashes(0..30));
+        let report = reader.read_on(&blocks, have).await;
+        assert_eq!(report.blocks, 30 - have, "{report:?}");
+        assert!(reader.has(&blocks[have..]));
+        assert!(blocks[..have].iter().all(|&(_, offset)| reader.bytes(offset).iter().all(|&byte| byte == 0)));
+    }
+}
+
+#[tokio::test]
 async fn a_second_writer_is_told_that_the_blocks_are_there() {
     let cluster = Cluster::new();
     let node = cluster.node("kv-0", |_| {}).await;

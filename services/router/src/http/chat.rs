@@ -16,12 +16,12 @@ use tracing::Span;
 use super::{
     app::{App, unix_now},
     error::{BadParam, Error},
-    live::{Delta, End, Live, Prepared},
+    live::{Delta, Live, Prepared},
     sse::{self, Shape},
     types::ChatRequest,
     wire::{ChatLogprobs, Head, Usage, finish_reason},
 };
-use crate::text::{self, Logged};
+use crate::text;
 
 /// Answers a conversation.
 pub(crate) async fn chat(
@@ -60,24 +60,20 @@ fn told(error: text::Error) -> Error {
 }
 
 async fn whole(mut live: Live, head: &Head, logprobs: bool) -> Result<Response, Error> {
-    let (mut text, mut logged, mut end): (String, Vec<Logged>, Option<End>) = Default::default();
-    while let Some(delta) = live.next().await? {
-        text.push_str(&delta.text);
-        logged.extend(delta.logged);
-        end = delta.end;
-    }
-    let choice = Choice {
-        index: 0,
-        message: Message { role: "assistant", content: &text, refusal: None },
-        logprobs: logprobs.then_some(ChatLogprobs { vocab: live.model.vocab(), logged: &logged }),
-        finish_reason: end.map(|end| finish_reason(end.reason)),
-    };
-    Ok(Json(head.around("chat.completion", &[choice], Some(end.as_ref().map(Usage::from)))).into_response())
+    let (wholes, cost) = live.whole().await?;
+    let choices = wholes.iter().enumerate().map(|(index, whole)| Choice {
+        index,
+        message: Message { role: "assistant", content: &whole.text, refusal: None },
+        logprobs: logprobs.then_some(ChatLogprobs { vocab: live.model.vocab(), logged: &whole.logged }),
+        finish_reason: whole.end.map(finish_reason),
+    });
+    let choices: Vec<_> = choices.collect();
+    Ok(Json(head.around("chat.completion", &choices, Some(cost.map(Usage::from)))).into_response())
 }
 
 #[derive(Serialize)]
 struct Choice<'a> {
-    index: u32,
+    index: usize,
     message: Message<'a>,
     logprobs: Option<ChatLogprobs<'a>>,
     finish_reason: Option<&'static str>,
@@ -97,7 +93,7 @@ struct Chat {
 
 #[derive(Serialize)]
 struct ChunkChoice<'a> {
-    index: u32,
+    index: usize,
     delta: DeltaMessage<'a>,
     logprobs: Option<ChatLogprobs<'a>>,
     finish_reason: Option<&'static str>,
@@ -115,18 +111,18 @@ impl Shape for Chat {
     const CHUNK: &'static str = "chat.completion.chunk";
     type Choice<'a> = ChunkChoice<'a>;
 
-    fn opening(&self) -> Option<ChunkChoice<'_>> {
+    fn opening(&self, index: usize) -> Option<ChunkChoice<'_>> {
         let delta = DeltaMessage { role: Some("assistant"), content: Some("") };
-        Some(ChunkChoice { index: 0, delta, logprobs: None, finish_reason: None })
+        Some(ChunkChoice { index, delta, logprobs: None, finish_reason: None })
     }
 
     fn text<'a>(&'a self, live: &'a Live, delta: &'a Delta) -> ChunkChoice<'a> {
         let logprobs = self.logprobs.then(|| ChatLogprobs { vocab: live.model.vocab(), logged: &delta.logged });
-        let delta = DeltaMessage { role: None, content: Some(&delta.text) };
-        ChunkChoice { index: 0, delta, logprobs, finish_reason: None }
+        let message = DeltaMessage { role: None, content: Some(&delta.text) };
+        ChunkChoice { index: delta.choice, delta: message, logprobs, finish_reason: None }
     }
 
-    fn end(&self, reason: &'static str) -> ChunkChoice<'_> {
-        ChunkChoice { index: 0, delta: DeltaMessage::default(), logprobs: None, finish_reason: Some(reason) }
+    fn end(&self, index: usize, reason: &'static str) -> ChunkChoice<'_> {
+        ChunkChoice { index, delta: DeltaMessage::default(), logprobs: None, finish_reason: Some(reason) }
     }
 }

@@ -16,12 +16,12 @@ use tracing::Span;
 use super::{
     app::{App, unix_now},
     error::{BadParam, Error},
-    live::{Delta, End, Live, Prepared},
+    live::{Delta, Live, Prepared},
     sse::{self, Shape},
     types::{CompletionRequest, Prompt},
     wire::{CompletionLogprobs, Head, Usage, finish_reason},
 };
-use crate::text::{Logged, Model};
+use crate::text::Model;
 
 /// Continues a text.
 pub(crate) async fn completions(
@@ -67,26 +67,22 @@ fn in_vocabulary(tokens: Vec<TokenId>, model: &Model) -> Result<Vec<TokenId>, Ba
 }
 
 async fn whole(mut live: Live, head: &Head, logprobs: bool) -> Result<Response, Error> {
-    let (mut text, mut logged, mut end): (String, Vec<Logged>, Option<End>) = Default::default();
-    while let Some(delta) = live.next().await? {
-        text.push_str(&delta.text);
-        logged.extend(delta.logged);
-        end = delta.end;
-    }
-    let choice = Choice {
-        text: &text,
-        index: 0,
-        logprobs: logprobs.then(|| CompletionLogprobs::of(live.model.vocab(), &logged)),
-        finish_reason: end.map(|end| finish_reason(end.reason)),
-    };
-    Ok(Json(head.around(Completion::CHUNK, &[choice], Some(end.as_ref().map(Usage::from)))).into_response())
+    let (wholes, cost) = live.whole().await?;
+    let choices = wholes.iter().enumerate().map(|(index, whole)| Choice {
+        text: &whole.text,
+        index,
+        logprobs: logprobs.then(|| CompletionLogprobs::of(live.model.vocab(), &whole.logged)),
+        finish_reason: whole.end.map(finish_reason),
+    });
+    let choices: Vec<_> = choices.collect();
+    Ok(Json(head.around(Completion::CHUNK, &choices, Some(cost.map(Usage::from)))).into_response())
 }
 
 /// Completions have the same form whole and in chunks.
 #[derive(Serialize)]
 struct Choice<'a> {
     text: &'a str,
-    index: u32,
+    index: usize,
     logprobs: Option<CompletionLogprobs>,
     finish_reason: Option<&'static str>,
 }
@@ -99,16 +95,16 @@ impl Shape for Completion {
     const CHUNK: &'static str = "text_completion";
     type Choice<'a> = Choice<'a>;
 
-    fn opening(&self) -> Option<Choice<'_>> {
+    fn opening(&self, _: usize) -> Option<Choice<'_>> {
         None
     }
 
     fn text<'a>(&'a self, live: &'a Live, delta: &'a Delta) -> Choice<'a> {
         let logprobs = self.logprobs.then(|| CompletionLogprobs::of(live.model.vocab(), &delta.logged));
-        Choice { text: &delta.text, index: 0, logprobs, finish_reason: None }
+        Choice { text: &delta.text, index: delta.choice, logprobs, finish_reason: None }
     }
 
-    fn end(&self, reason: &'static str) -> Choice<'_> {
-        Choice { text: "", index: 0, logprobs: None, finish_reason: Some(reason) }
+    fn end(&self, index: usize, reason: &'static str) -> Choice<'_> {
+        Choice { text: "", index, logprobs: None, finish_reason: Some(reason) }
     }
 }

@@ -15,14 +15,14 @@ use std::{
 
 use kvasir_proto::{convert, v1};
 use kvasir_runtime::{chain, random_u64};
-use kvasir_types::{Deadline, FinishReason, PROTOCOL_VERSION, RequestId, Retry, Sampling, TokenId, Usage};
+use kvasir_types::{Deadline, FinishReason, PROTOCOL_VERSION, Priority, RequestId, Retry, Sampling, TokenId, Usage};
 use tokio::sync::OwnedSemaphorePermit;
 use tracing::{Span, info, warn};
 
 use super::{
     app::{Admitted, App},
     error::{BadParam, Error, Params},
-    types::Common,
+    types::{Common, ServiceTier},
 };
 use crate::{
     fleet::{Crew, Lease, Worker},
@@ -44,29 +44,39 @@ pub(crate) struct Prepared {
     pub(crate) param: &'static str,
 }
 
-/// What a token, or the end, added to the answer.
+/// What a token, or the end, added to one of the answers.
 #[derive(Debug)]
 pub(crate) struct Delta {
+    /// Which one.
+    pub(crate) choice: usize,
     /// New text.
     pub(crate) text: String,
     /// Log-probabilities of the tokens that became visible.
     pub(crate) logged: Vec<Logged>,
-    /// The end, if this is it.
-    pub(crate) end: Option<End>,
+    /// Why the answer ends here, if it does.
+    pub(crate) end: Option<FinishReason>,
+    /// What all of them cost, if this is the end of the last one.
+    pub(crate) cost: Option<Cost>,
 }
 
-/// How the answer ended.
+/// What a request cost.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) struct End {
-    /// Why.
-    pub(crate) reason: FinishReason,
-    /// What it cost. `cached` is known only if the worker itself ended the answer.
+pub(crate) struct Cost {
+    /// In tokens; the output is that of all choices.
     pub(crate) usage: Usage,
-    /// Whether `usage.cached` is known.
+    /// Whether `usage.cached` is known: the worker tells it when it ends an answer itself.
     pub(crate) cached_known: bool,
 }
 
-/// An answer under way.
+/// One of the answers.
+struct Choice {
+    answer: Answer,
+    tokens: u32,
+    /// What comes after its end is not looked at: the worker does not know of stop strings, and goes on.
+    ended: bool,
+}
+
+/// Answers under way: the choices of one request.
 pub(crate) struct Live {
     /// The request's name.
     pub(crate) id: RequestId,
@@ -74,11 +84,13 @@ pub(crate) struct Live {
     pub(crate) model: Arc<Model>,
     /// Which weights answer.
     pub(crate) fingerprint: String,
-    /// `None` once the answer has ended: ending it early resets the stream at once.
+    /// Who went first, if the client said.
+    pub(crate) service_tier: Option<ServiceTier>,
+    /// `None` once all have ended: ending them early resets the stream at once.
     events: Option<Events>,
-    answer: Answer,
+    choices: Vec<Choice>,
     prompt_tokens: u32,
-    output_tokens: u32,
+    cached_tokens: Option<u32>,
     progress: Progress,
     span: Span,
     lease: Lease,
@@ -99,11 +111,21 @@ impl Live {
         let fleet = Arc::clone(&app.fleet.borrow());
         let crew = crew(fleet.crew(model.name()), &model, prompt.len(), param)?;
         let max_tokens = max_tokens(common.max_tokens, app.limits.max_output_tokens)?;
+        few_choices(common.choices, app.limits.max_choices)?;
         biases_in_vocabulary(&common.sampling, &model)?;
 
         let sampling = Sampling { seed: common.seed.unwrap_or_else(random_u64), ..common.sampling };
-        let call =
-            Call { app, id: &id, prompt: &prompt, sampling: &sampling, salt: &common.cache_salt, max_tokens, deadline };
+        let call = Call {
+            app,
+            id: &id,
+            prompt: &prompt,
+            sampling: &sampling,
+            salt: &common.cache_salt,
+            priority: common.service_tier.map_or_else(Priority::default, Priority::from),
+            choices: common.choices,
+            max_tokens,
+            deadline,
+        };
         let placed = call.place(&model, crew).await;
         let asked = common.max_tokens.map(|(param, _)| param);
         let params = Params { form: common.form_param, max_tokens: asked, prompt: param };
@@ -117,16 +139,21 @@ impl Live {
         }
         let fingerprint =
             worker.member.model.as_ref().map_or_else(String::new, |info| format!("fp_{}", info.fingerprint));
+        let hidden = Arc::new(hidden);
+        let choice = |_| {
+            let answer = Answer::new(Arc::clone(&model), common.stop.clone(), Hidden { tokens: Arc::clone(&hidden) });
+            Choice { answer: answer.at_least(sampling.min_tokens), tokens: 0, ended: false }
+        };
         Ok(Self {
-            answer: Answer::new(Arc::clone(&model), common.stop, Hidden { tokens: hidden })
-                .at_least(sampling.min_tokens),
+            choices: (0..common.choices).map(choice).collect(),
             id,
             model,
             fingerprint,
+            service_tier: common.service_tier,
             events: Some(events),
             prompt_tokens: prompt.len() as u32,
-            output_tokens: 0,
-            progress: inflight.begun(prompt.len()),
+            cached_tokens: None,
+            progress: inflight.begun(prompt.len(), common.choices as usize),
             span,
             lease,
             worker_rest: app.limits.worker_rest(),
@@ -147,35 +174,77 @@ impl Live {
                     return Err(error.into());
                 }
             };
-            let (piece, end) = match event {
-                Event::Token(sampled) => {
-                    self.progress.token();
-                    self.output_tokens += 1;
-                    (self.answer.push(sampled), None)
+            let (at, piece, reason) = match event {
+                Event::Token(at, sampled) => {
+                    self.progress.token(at);
+                    let choice = &mut self.choices[at];
+                    if choice.ended {
+                        continue;
+                    }
+                    choice.tokens += 1;
+                    (at, choice.answer.push(sampled), None)
                 }
-                Event::Finished(reason, usage) => {
-                    (self.answer.finish(), Some(End { reason, usage, cached_known: true }))
+                Event::Finished(at, reason, usage) => {
+                    self.cached_tokens = Some(usage.cached);
+                    let choice = &mut self.choices[at];
+                    if choice.ended {
+                        continue;
+                    }
+                    choice.tokens = usage.output;
+                    (at, choice.answer.finish(), Some(reason))
                 }
             };
-            let end = if piece.stopped { Some(self.stopped(end)) } else { end };
-            if let Some(end) = &end {
-                self.events = None;
-                self.progress.complete(end.usage.cached);
-                let (output_tokens, cached_tokens) = (end.usage.output, end.usage.cached);
-                self.span.in_scope(|| info!(output_tokens, cached_tokens, "answered"));
-            }
+            let end = if piece.stopped { Some(FinishReason::Stop) } else { reason };
+            self.choices[at].ended = end.is_some();
+            let cost = self.choices.iter().all(|choice| choice.ended).then(|| self.over());
             if end.is_some() || !piece.text.is_empty() || !piece.logged.is_empty() {
-                return Ok(Some(Delta { text: piece.text, logged: piece.logged, end }));
+                return Ok(Some(Delta { choice: at, text: piece.text, logged: piece.logged, end, cost }));
             }
         }
         Ok(None)
     }
 
-    /// The end at a stop string: the worker is not asked any more, so what it alone knows stays unknown.
-    fn stopped(&self, told: Option<End>) -> End {
-        let usage = Usage { prompt: self.prompt_tokens, cached: 0, output: self.output_tokens };
-        let end = told.unwrap_or(End { reason: FinishReason::Stop, usage, cached_known: false });
-        End { reason: FinishReason::Stop, ..end }
+    /// All answers have ended. If a stop string ended the last, the worker is not asked any more.
+    fn over(&mut self) -> Cost {
+        self.events = None;
+        let output_tokens = self.choices.iter().map(|choice| choice.tokens).sum();
+        let cached_tokens = self.cached_tokens.unwrap_or(0);
+        self.progress.complete(cached_tokens);
+        self.span.in_scope(|| info!(output_tokens, cached_tokens, "answered"));
+        let usage = Usage { prompt: self.prompt_tokens, cached: cached_tokens, output: output_tokens };
+        Cost { usage, cached_known: self.cached_tokens.is_some() }
+    }
+
+    /// How many answers there are.
+    pub(crate) fn choices(&self) -> usize {
+        self.choices.len()
+    }
+}
+
+/// One answer as a whole.
+#[derive(Debug, Default)]
+pub(crate) struct Whole {
+    /// Its text.
+    pub(crate) text: String,
+    /// Log-probabilities of its visible tokens.
+    pub(crate) logged: Vec<Logged>,
+    /// Why it ended.
+    pub(crate) end: Option<FinishReason>,
+}
+
+impl Live {
+    /// All answers to their ends, and what they cost.
+    pub(crate) async fn whole(&mut self) -> Result<(Vec<Whole>, Option<Cost>), Error> {
+        let mut wholes: Vec<Whole> = self.choices.iter().map(|_| Whole::default()).collect();
+        let mut cost = None;
+        while let Some(delta) = self.next().await? {
+            let whole = &mut wholes[delta.choice];
+            whole.text.push_str(&delta.text);
+            whole.logged.extend(delta.logged);
+            whole.end = delta.end;
+            cost = delta.cost;
+        }
+        Ok((wholes, cost))
     }
 }
 
@@ -209,6 +278,14 @@ fn max_tokens(asked: Option<(&'static str, u32)>, limit: u32) -> Result<u32, Err
     }
 }
 
+fn few_choices(asked: u32, limit: u32) -> Result<(), BadParam> {
+    if asked <= limit {
+        return Ok(());
+    }
+    let message = format!("'n' is {asked}, this server gives at most {limit} choices");
+    Err(BadParam::new("n", "above_max_value", message))
+}
+
 fn biases_in_vocabulary(sampling: &Sampling, model: &Model) -> Result<(), BadParam> {
     let size = model.vocab_size();
     match sampling.logit_bias.iter().find(|(token, _)| token.0 as usize >= size) {
@@ -228,6 +305,8 @@ struct Call<'a> {
     prompt: &'a [TokenId],
     sampling: &'a Sampling,
     salt: &'a str,
+    priority: Priority,
+    choices: u32,
     max_tokens: u32,
     deadline: Deadline,
 }
@@ -298,6 +377,8 @@ impl Call<'_> {
             cache_salt: self.salt.to_owned(),
             prefill: prefill.iter().map(candidate).collect(),
             deadline_ms: self.deadline.to_wire(),
+            priority: v1::Priority::from(self.priority).into(),
+            choices: self.choices,
         }
     }
 }

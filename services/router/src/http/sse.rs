@@ -32,12 +32,12 @@ pub(crate) trait Shape: Send + 'static {
     where
         Self: 'a;
 
-    /// A chunk before all others, if there is one.
-    fn opening(&self) -> Option<Self::Choice<'_>>;
+    /// A choice's chunk before all others, if there is one.
+    fn opening(&self, choice: usize) -> Option<Self::Choice<'_>>;
     /// A chunk with text.
     fn text<'a>(&'a self, live: &'a Live, delta: &'a Delta) -> Self::Choice<'a>;
-    /// The chunk that says why the answer ended.
-    fn end(&self, reason: &'static str) -> Self::Choice<'_>;
+    /// The chunk that says why a choice ended.
+    fn end(&self, choice: usize, reason: &'static str) -> Self::Choice<'_>;
 }
 
 /// Streams the answer.
@@ -80,23 +80,24 @@ impl<S: Shape> Writer<S> {
         // With usage asked for, every chunk has the field, null until the last one.
         let no_usage = self.include_usage.then_some(None);
         let chunk = |out: &mut BytesMut, choice| event(out, &self.head.around(S::CHUNK, &[choice], no_usage));
-        if !std::mem::replace(&mut self.opened, true)
-            && let Some(choice) = self.shape.opening()
-        {
-            chunk(&mut out, choice);
+        if !std::mem::replace(&mut self.opened, true) {
+            let openings = (0..self.live.choices()).filter_map(|choice| self.shape.opening(choice));
+            openings.for_each(|choice| chunk(&mut out, choice));
         }
         if !delta.text.is_empty() || !delta.logged.is_empty() {
             chunk(&mut out, self.shape.text(&self.live, &delta));
         }
-        if let Some(end) = &delta.end {
-            chunk(&mut out, self.shape.end(super::wire::finish_reason(end.reason)));
+        if let Some(reason) = delta.end {
+            chunk(&mut out, self.shape.end(delta.choice, super::wire::finish_reason(reason)));
+        }
+        if let Some(cost) = delta.cost {
             if self.include_usage {
                 let no_choice: &[S::Choice<'_>] = &[];
-                event(&mut out, &self.head.around(S::CHUNK, no_choice, Some(Some(Usage::from(end)))));
+                event(&mut out, &self.head.around(S::CHUNK, no_choice, Some(Some(Usage::from(cost)))));
             }
             out.extend_from_slice(b"data: [DONE]\n\n");
         }
-        Some((out.freeze(), delta.end.is_none()))
+        Some((out.freeze(), delta.cost.is_none()))
     }
 }
 

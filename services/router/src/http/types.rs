@@ -6,9 +6,11 @@
 //! | --- | --- |
 //! | `model` | required; a name of `/v1/models` |
 //! | how tokens are chosen | see [`super::choosing`] |
-//! | `seed` | any integer; the same seed and prompt give the same answer; absent: random |
+//! | `n` | how many choices, at least 1 and at most the server's `limits.max_choices`; default 1 |
+//! | `seed` | any integer; the same seed and prompt give the same choices, the first one whatever `n` is; absent: random |
 //! | `stop` | a string or up to 4; the answer ends before the first that appears |
 //! | `stream`, `stream_options.include_usage` | server-sent events; with a last chunk that holds the usage |
+//! | `service_tier` | `auto`, `default`, or `flex`: served with what the others leave; the answer says which it was |
 //! | `user`, `safety_identifier` | accepted, not used yet |
 //! | `cache_salt` (extension) | up to 256 bytes; prompts share cached blocks only under the same salt |
 //!
@@ -34,7 +36,8 @@
 //! [`COMPLETION_UNSUPPORTED`]), else refused by name. **Unknown**: refused by name. `null` is as good as absent.
 
 use kvasir_proto::convert::{MAX_LOGPROBS, MAX_SALT_BYTES};
-use kvasir_types::{Sampling, TokenId};
+use kvasir_types::{Priority, Sampling, TokenId};
+use serde::Serialize;
 use serde_json::Value;
 
 use super::{
@@ -44,6 +47,8 @@ use super::{
 };
 use crate::text::Message;
 
+/// Most choices, as OpenAI has it; the server's own limit is less or equal.
+pub(crate) const MAX_CHOICES: u32 = 128;
 /// Most stop strings, as OpenAI has it.
 const MAX_STOPS: usize = 4;
 /// Longest stop string, in bytes: it bounds the text that may be held back.
@@ -58,13 +63,11 @@ pub(crate) const CHAT_UNSUPPORTED: &[Unsupported] = &[
     ("functions", &[]),
     ("metadata", &[]),
     ("modalities", &["[\"text\"]"]),
-    ("n", &["1"]),
     ("parallel_tool_calls", &["true", "false"]),
     ("prediction", &[]),
     ("prompt_cache_key", &[]),
     ("prompt_cache_retention", &[]),
     ("reasoning_effort", &[]),
-    ("service_tier", &["\"auto\"", "\"default\""]),
     ("store", &["false"]),
     ("tool_choice", &["\"none\"", "\"auto\""]),
     ("tools", &[]),
@@ -74,7 +77,7 @@ pub(crate) const CHAT_UNSUPPORTED: &[Unsupported] = &[
 
 /// Fields of completion requests that are known and not supported, with their neutral values.
 pub(crate) const COMPLETION_UNSUPPORTED: &[Unsupported] =
-    &[("best_of", &["1"]), ("echo", &["false"]), ("n", &["1"]), ("suffix", &["\"\""])];
+    &[("best_of", &["1"]), ("echo", &["false"]), ("suffix", &["\"\""])];
 
 /// What both endpoints take.
 #[derive(Debug, PartialEq)]
@@ -89,12 +92,35 @@ pub(crate) struct Common {
     pub(crate) seed: Option<u64>,
     /// Most tokens, if the client says, with the name of the field that says it.
     pub(crate) max_tokens: Option<(&'static str, u32)>,
+    /// How many answers.
+    pub(crate) choices: u32,
     /// Stop strings.
     pub(crate) stop: Vec<String>,
     /// The tenant's salt.
     pub(crate) cache_salt: String,
+    /// Who goes first, if the client says.
+    pub(crate) service_tier: Option<ServiceTier>,
     /// Whether to stream, and how.
     pub(crate) stream: Option<Streaming>,
+}
+
+/// OpenAI's word for priorities.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum ServiceTier {
+    /// As everybody.
+    Default,
+    /// After everybody.
+    Flex,
+}
+
+impl From<ServiceTier> for Priority {
+    fn from(tier: ServiceTier) -> Self {
+        match tier {
+            ServiceTier::Default => Self::Online,
+            ServiceTier::Flex => Self::Offline,
+        }
+    }
 }
 
 /// Options of a stream.
@@ -197,10 +223,25 @@ fn common(fields: &mut Fields) -> Result<Common, BadParam> {
         form_param,
         seed: seed(fields)?,
         max_tokens: None,
+        choices: fields.integer("n", 1, MAX_CHOICES.into())?.unwrap_or(1) as u32,
         stop: stop(fields)?,
         cache_salt,
+        service_tier: service_tier(fields)?,
         stream: streaming(fields)?,
     })
+}
+
+fn service_tier(fields: &mut Fields) -> Result<Option<ServiceTier>, BadParam> {
+    match fields.string("service_tier")?.as_deref() {
+        None => Ok(None),
+        Some("auto" | "default") => Ok(Some(ServiceTier::Default)),
+        Some("flex") => Ok(Some(ServiceTier::Flex)),
+        Some(other) => {
+            let got: String = other.chars().take(40).collect();
+            let message = format!("'service_tier' must be auto, default or flex on this server, got {got:?}");
+            Err(BadParam::new("service_tier", "unsupported_value", message))
+        }
+    }
 }
 
 fn max_tokens(fields: &mut Fields, name: &'static str) -> Result<Option<(&'static str, u32)>, BadParam> {

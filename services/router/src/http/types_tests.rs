@@ -71,6 +71,17 @@ fn every_supported_field_arrives() {
 }
 
 #[test]
+fn who_goes_first_is_said_by_both_endpoints() {
+    use ServiceTier::{Default, Flex};
+    for (said, tier) in [("auto", Default), ("default", Default), ("flex", Flex)] {
+        let body = json!({"service_tier": said});
+        assert_eq!(chat(body.clone()).unwrap().common.service_tier, Some(tier));
+        assert_eq!(completion(body).unwrap().common.service_tier, Some(tier));
+    }
+    assert_eq!(chat(json!({})).unwrap().common.service_tier, None);
+}
+
+#[test]
 fn every_way_to_choose_tokens_arrives() {
     let body = json!({
         "min_p": 0.25, "repetition_penalty": 1.5, "presence_penalty": -2, "frequency_penalty": 2, "min_tokens": 4,
@@ -165,7 +176,7 @@ fn what_chat_does_not_take_is_refused_by_name() {
         (json!({"top_logprobs": 1}), "top_logprobs", "invalid_value"),
         (json!({"logprobs": true, "top_logprobs": 21}), "top_logprobs", "above_max_value"),
         (json!({"logprobs": 3}), "logprobs", "invalid_type"),
-        (json!({"n": 2}), "n", "unsupported_parameter"),
+        (json!({"n": 0}), "n", "below_min_value"),
         (json!({"presence_penalty": 2.5}), "presence_penalty", "above_max_value"),
         (json!({"frequency_penalty": -2.5}), "frequency_penalty", "below_min_value"),
         (json!({"repetition_penalty": 0}), "repetition_penalty", "below_min_value"),
@@ -196,7 +207,8 @@ fn what_chat_does_not_take_is_refused_by_name() {
         (json!({"guided_regex": "a", "response_format": {"type": "json_object"}}), "guided_regex", "invalid_value"),
         (json!({"structured_outputs": {"regex": "a", "json_object": true}}), "structured_outputs", "invalid_value"),
         (json!({"structured_outputs": {"xml": "a"}}), "structured_outputs.xml", "unknown_parameter"),
-        (json!({"service_tier": "flex"}), "service_tier", "unsupported_parameter"),
+        (json!({"service_tier": "priority"}), "service_tier", "unsupported_value"),
+        (json!({"service_tier": 1}), "service_tier", "invalid_type"),
         (json!({"tempurature": 1}), "tempurature", "unknown_parameter"),
     ] {
         assert_eq!(refused(chat(changes.clone())), (param.to_owned(), code), "{changes}");

@@ -6,7 +6,10 @@ use serde::{
     ser::{SerializeMap, SerializeSeq},
 };
 
-use super::live::{End, Live};
+use super::{
+    live::{Cost, Live},
+    types::ServiceTier,
+};
 use crate::text::{Logged, Vocab};
 
 /// What JSON can't hold: OpenAI writes this for "never".
@@ -22,6 +25,8 @@ pub(crate) struct Head {
     pub(crate) model: String,
     /// Which weights.
     pub(crate) system_fingerprint: String,
+    /// Who went first, if the client said.
+    pub(crate) service_tier: Option<ServiceTier>,
 }
 
 impl Head {
@@ -32,6 +37,7 @@ impl Head {
             created,
             model: live.model.name().to_owned(),
             system_fingerprint: live.fingerprint.clone(),
+            service_tier: live.service_tier,
         }
     }
 
@@ -42,8 +48,9 @@ impl Head {
         choices: &'a [C],
         usage: Option<Option<Usage>>,
     ) -> Envelope<'a, C> {
-        let Self { id, created, model, system_fingerprint } = self;
-        Envelope { id, object, created: *created, model, system_fingerprint, choices, usage }
+        let Self { id, created, model, system_fingerprint, service_tier } = self;
+        let (created, service_tier) = (*created, *service_tier);
+        Envelope { id, object, created, model, system_fingerprint, service_tier, choices, usage }
     }
 }
 
@@ -55,12 +62,14 @@ pub(crate) struct Envelope<'a, C> {
     created: u64,
     model: &'a str,
     system_fingerprint: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    service_tier: Option<ServiceTier>,
     choices: &'a [C],
     #[serde(skip_serializing_if = "Option::is_none")]
     usage: Option<Option<Usage>>,
 }
 
-/// What an answer cost.
+/// What the answers cost.
 #[derive(Clone, Copy, Serialize)]
 pub(crate) struct Usage {
     prompt_tokens: u32,
@@ -76,14 +85,14 @@ struct PromptDetails {
     cached_tokens: u32,
 }
 
-impl From<&End> for Usage {
-    fn from(end: &End) -> Self {
-        let kvasir_types::Usage { prompt, cached, output } = end.usage;
+impl From<Cost> for Usage {
+    fn from(cost: Cost) -> Self {
+        let kvasir_types::Usage { prompt, cached, output } = cost.usage;
         Self {
             prompt_tokens: prompt,
             completion_tokens: output,
             total_tokens: prompt.saturating_add(output),
-            prompt_tokens_details: end.cached_known.then_some(PromptDetails { cached_tokens: cached }),
+            prompt_tokens_details: cost.cached_known.then_some(PromptDetails { cached_tokens: cached }),
         }
     }
 }

@@ -19,7 +19,7 @@ use super::{Model, detok::Detokenizer, stop::StopScanner};
 pub(crate) struct Hidden {
     /// The model's end tokens, unless the answer goes on past them, and the request's stop tokens. The tokenizer's
     /// special tokens are hidden in any case.
-    pub(crate) tokens: HashSet<TokenId>,
+    pub(crate) tokens: Arc<HashSet<TokenId>>,
 }
 
 /// A visible token with its log-probabilities.
@@ -202,7 +202,7 @@ mod tests {
 
     #[test]
     fn end_tokens_and_special_tokens_are_neither_shown_nor_logged() {
-        let hidden = Hidden { tokens: HashSet::from([TokenId(500)]) };
+        let hidden = Hidden { tokens: Arc::new(HashSet::from([TokenId(500)])) };
         let mut answer = Answer::new(demo(), Vec::new(), hidden);
         for token in [2, 500] {
             assert_eq!(answer.push(sampled(TokenId(token))), Piece::default());

@@ -1,3 +1,4 @@
+use kvasir_proto::v1::Priority;
 use serde_json::{Value, json};
 
 use super::harness::*;
@@ -57,6 +58,100 @@ async fn a_completion_is_streamed() {
     {"object":"text_completion","choices":[{"text":"","index":0,"logprobs":null,"finish_reason":"length"}]}
     [DONE]
     "#);
+}
+
+/// Two choices whose tokens come in turns; the second one ends first.
+fn two() -> Vec<Step> {
+    let turn = |choice, token| vec![Step::Choice(choice), Step::Token(token)];
+    let end = |choice, reason| vec![Step::Choice(choice), Step::Finish(reason)];
+    let length = kvasir_proto::v1::finished::Reason::Length;
+    let stop = kvasir_proto::v1::finished::Reason::Stop;
+    [turn(0, 973), turn(1, 883), turn(1, 973), end(1, length), turn(0, 883), turn(0, 883), end(0, stop)].concat()
+}
+
+#[tokio::test]
+async fn choices_are_answered_whole_and_all_of_them_counted() {
+    let (cluster, mock) = Cluster::with_worker(two()).await;
+    let (status, mut answer) = cluster.ask(CHAT, Cluster::chat(json!({"n": 2}))).await;
+    stable(&mut answer);
+    assert_eq!(status, 200);
+    insta::assert_snapshot!(answer, @r#"{"object":"chat.completion","choices":[{"index":0,"message":{"role":"assistant","content":" prefix cache cache","refusal":null},"logprobs":null,"finish_reason":"stop"},{"index":1,"message":{"role":"assistant","content":" cache prefix","refusal":null},"logprobs":null,"finish_reason":"length"}],"usage":{"prompt_tokens":14,"completion_tokens":5,"total_tokens":19,"prompt_tokens_details":{"cached_tokens":16}}}"#);
+    let (_, mut answer) = cluster.ask(COMPLETIONS, json!({"model": "demo", "prompt": "hi", "n": 2})).await;
+    stable(&mut answer);
+    insta::assert_snapshot!(answer, @r#"{"object":"text_completion","choices":[{"text":" prefix cache cache","index":0,"logprobs":null,"finish_reason":"stop"},{"text":" cache prefix","index":1,"logprobs":null,"finish_reason":"length"}],"usage":{"prompt_tokens":1,"completion_tokens":5,"total_tokens":6,"prompt_tokens_details":{"cached_tokens":16}}}"#);
+    assert!(mock.requests().iter().all(|seen| seen.choices == 2));
+    assert_eq!(mock.cancelled(), 0);
+}
+
+#[tokio::test]
+async fn choices_are_streamed_by_their_index() {
+    let (cluster, _mock) = Cluster::with_worker(two()).await;
+    let body = Cluster::chat(json!({"n": 2, "stream": true, "stream_options": {"include_usage": true}}));
+    let streamed = cluster.post(CHAT, body).await.text().await.unwrap();
+    insta::assert_snapshot!(events(&streamed).join("\n"), @r#"
+    {"object":"chat.completion.chunk","choices":[{"index":0,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}],"usage":null}
+    {"object":"chat.completion.chunk","choices":[{"index":1,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}],"usage":null}
+    {"object":"chat.completion.chunk","choices":[{"index":0,"delta":{"content":" prefix"},"logprobs":null,"finish_reason":null}],"usage":null}
+    {"object":"chat.completion.chunk","choices":[{"index":1,"delta":{"content":" cache"},"logprobs":null,"finish_reason":null}],"usage":null}
+    {"object":"chat.completion.chunk","choices":[{"index":1,"delta":{"content":" prefix"},"logprobs":null,"finish_reason":null}],"usage":null}
+    {"object":"chat.completion.chunk","choices":[{"index":1,"delta":{},"logprobs":null,"finish_reason":"length"}],"usage":null}
+    {"object":"chat.completion.chunk","choices":[{"index":0,"delta":{"content":" cache"},"logprobs":null,"finish_reason":null}],"usage":null}
+    {"object":"chat.completion.chunk","choices":[{"index":0,"delta":{"content":" cache"},"logprobs":null,"finish_reason":null}],"usage":null}
+    {"object":"chat.completion.chunk","choices":[{"index":0,"delta":{},"logprobs":null,"finish_reason":"stop"}],"usage":null}
+    {"object":"chat.completion.chunk","choices":[],"usage":{"prompt_tokens":14,"completion_tokens":5,"total_tokens":19,"prompt_tokens_details":{"cached_tokens":16}}}
+    [DONE]
+    "#);
+}
+
+#[tokio::test]
+async fn a_stop_string_ends_its_choice_only_and_the_last_one_the_work() {
+    let steps = [
+        vec![Step::Choice(0)],
+        say("one END two"),
+        vec![Step::Choice(1)],
+        say("three"),
+        vec![Step::Choice(0), stop(), Step::Choice(1)],
+        say(" four END"),
+        vec![Step::Hang],
+    ];
+    let (cluster, mock) = Cluster::with_worker(steps.concat()).await;
+    let (status, answer) = cluster.ask(CHAT, Cluster::chat(json!({"n": 2, "stop": ["END"]}))).await;
+    assert_eq!(status, 200);
+    for (index, text) in [(0, "one "), (1, "three four ")] {
+        let choice = &answer["choices"][index];
+        assert_eq!(choice["message"]["content"], text);
+        assert_eq!((&choice["finish_reason"], &choice["index"]), (&json!("stop"), &json!(index)));
+    }
+    eventually("the worker is told", async || mock.cancelled() == 1).await;
+}
+
+#[tokio::test]
+async fn a_choice_that_nobody_asked_for_is_the_workers_mistake() {
+    let (cluster, _mock) = Cluster::with_worker(vec![Step::Token(973), Step::Choice(1), Step::Token(883)]).await;
+    let (status, answer) = cluster.ask(CHAT, Cluster::chat(json!({}))).await;
+    assert_eq!((status, &answer["error"]["type"]), (502, &json!("server_error")), "{answer}");
+}
+
+#[tokio::test]
+async fn flex_is_offline_and_said_again() {
+    let (cluster, mock) = Cluster::with_worker([say("KV"), vec![stop()]].concat()).await;
+    for (tier, said, priority) in [
+        (json!("flex"), json!("flex"), Priority::Offline),
+        (json!("auto"), json!("default"), Priority::Online),
+        (json!("default"), json!("default"), Priority::Online),
+        (Value::Null, Value::Null, Priority::Online),
+    ] {
+        let (status, answer) = cluster.ask(CHAT, Cluster::chat(json!({"service_tier": tier}))).await;
+        assert_eq!((status, &answer["service_tier"]), (200, &said));
+        assert_eq!(answer.get("service_tier").is_some(), !said.is_null(), "only where it was asked for: {answer}");
+        let body = json!({"model": "demo", "prompt": "hi", "stream": true, "service_tier": tier});
+        let chunks = cluster.post(COMPLETIONS, body).await.text().await.unwrap();
+        for chunk in events(&chunks).iter().filter(|event| *event != "[DONE]") {
+            assert_eq!(serde_json::from_str::<Value>(chunk).unwrap()["service_tier"], said);
+        }
+        let seen = mock.requests().split_off(mock.requests().len() - 2);
+        assert!(seen.iter().all(|request| request.priority() == priority), "{tier}");
+    }
 }
 
 #[tokio::test]

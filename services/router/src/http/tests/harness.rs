@@ -1,6 +1,7 @@
 //! A router in this process, mock decode workers on runtimes of their own (so that one can be killed), a client.
 
 use std::{
+    collections::BTreeMap,
     pin::Pin,
     sync::{Arc, Mutex},
     time::Duration,
@@ -50,6 +51,8 @@ pub(super) enum Step {
     Refuse(&'static str),
     /// Sends a message that means nothing.
     Nonsense,
+    /// What follows is of this choice.
+    Choice(u32),
 }
 
 /// The tokens of a text.
@@ -112,7 +115,9 @@ struct MockDecode {
 struct Run {
     steps: std::vec::IntoIter<Step>,
     seen: Arc<Seen>,
-    sent: u32,
+    choice: u32,
+    /// Tokens of each choice.
+    sent: BTreeMap<u32, u32>,
     prompt: u32,
     ended: bool,
 }
@@ -153,12 +158,16 @@ impl Run {
                     return Some(Err(status));
                 }
                 Some(Step::Nonsense) => None,
+                Some(Step::Choice(choice)) => {
+                    self.choice = choice;
+                    continue;
+                }
                 Some(Step::Token(id)) => {
-                    self.sent += 1;
+                    *self.sent.entry(self.choice).or_default() += 1;
                     Some(generate_event::Event::Token(v1::Token { id, logprob: None, top: Vec::new() }))
                 }
                 Some(Step::Logged(id, logprob, top)) => {
-                    self.sent += 1;
+                    *self.sent.entry(self.choice).or_default() += 1;
                     let top = top.into_iter().map(|(token, logprob)| v1::TopLogprob { token, logprob }).collect();
                     Some(generate_event::Event::Token(v1::Token { id, logprob: Some(logprob), top }))
                 }
@@ -166,11 +175,11 @@ impl Run {
                     reason: reason.into(),
                     prompt_tokens: self.prompt,
                     cached_tokens: 16,
-                    output_tokens: self.sent,
+                    output_tokens: self.sent.get(&self.choice).copied().unwrap_or(0),
                     prefill_member: String::new(),
                 })),
             };
-            return Some(Ok(v1::GenerateEvent { event }));
+            return Some(Ok(v1::GenerateEvent { event, choice: self.choice }));
         }
     }
 }
@@ -182,8 +191,8 @@ impl Decode for MockDecode {
     async fn generate(&self, request: Request<v1::GenerateRequest>) -> Result<Response<Self::GenerateStream>, Status> {
         let request = request.into_inner();
         let steps = (self.script)(&request).into_iter();
-        let run =
-            Run { steps, seen: Arc::clone(&self.seen), sent: 0, prompt: request.prompt.len() as u32, ended: false };
+        let prompt = request.prompt.len() as u32;
+        let run = Run { steps, seen: Arc::clone(&self.seen), choice: 0, sent: BTreeMap::new(), prompt, ended: false };
         self.seen.requests.lock().unwrap().push(request);
         Ok(Response::new(Box::pin(stream::unfold(run, |mut run| async move { Some((run.next().await?, run)) }))))
     }
