@@ -96,19 +96,22 @@ impl Tiles {
 
         self.weights.clear();
         self.weights.resize(rows * TILE, 0);
-        let scores = pairs::flat(&mut self.scores).chunks_exact_mut(TILE).zip(self.weights.chunks_exact_mut(TILE));
-        for (row, (scores, weights)) in scores.take(rows).enumerate() {
-            let visible = unit.visible(tokens.start + row / group, tile);
-            let scores = &mut scores[visible.clone()];
-            if !scores.is_empty() {
-                if let Some(cap) = heads.soft_cap {
-                    kernels::soft_cap(exec.isa, scores, cap);
-                }
-                let (max, sum) = &mut sums.running[first + row];
-                let stride = sums.width / LANES;
-                let acc = pairs::flat(&mut sums.acc[(first + row) * stride..][..stride]);
-                kernels::softmax_step_rounded(exec.isa, scores, max, sum, acc, &mut weights[visible]);
+        let scores = pairs::flat(&mut self.scores);
+        let visible = |row: usize| unit.visible(tokens.start + row / group, tile);
+        let stride = sums.width / LANES;
+        for (row, scores) in scores.chunks_exact_mut(TILE).take(rows).enumerate() {
+            let scores = &mut scores[visible(row)];
+            if let Some(cap) = heads.soft_cap {
+                kernels::soft_cap(exec.isa, scores, cap);
             }
+            let (max, sum) = &mut sums.running[first + row];
+            let acc = pairs::flat(&mut sums.acc[(first + row) * stride..][..stride]);
+            kernels::raise(exec.isa, scores, max, sum, acc);
+        }
+        let weights = self.weights.chunks_exact_mut(TILE);
+        for (row, (scores, weights)) in scores.chunks_exact(TILE).zip(weights).enumerate() {
+            let (max, sum) = &mut sums.running[first + row];
+            kernels::weigh(exec.isa, &scores[visible(row)], *max, sum, &mut weights[visible(row)]);
         }
     }
 

@@ -105,9 +105,15 @@ per_isa! {
 }
 
 per_isa! {
-    /// The same for products in bf16: the weights are written to `out` as operands, and what is summed up is what they were
-    /// rounded to, so that they still are shares of one.
-    fn softmax_step_rounded(scores: &[f32], max: &mut f32, sum: &mut f32, acc: &mut [f32], out: &mut [u16])
+    /// The first half of such a step: only the largest score so far and what follows from it. For several rows one after
+    /// the other, before [`weigh`]: a row's weights need its maximum, and other rows' maxima are found meanwhile.
+    fn raise(scores: &[f32], max: &mut f32, sum: &mut f32, acc: &mut [f32])
+}
+
+per_isa! {
+    /// The second half, for products in bf16: weights are written to `out` as operands, and what is summed up is what they
+    /// were rounded to, so that they still are shares of one.
+    fn weigh(scores: &[f32], max: f32, sum: &mut f32, out: &mut [u16])
 }
 
 mod body {
@@ -238,7 +244,8 @@ mod body {
 
     #[inline(always)]
     pub(super) fn softmax_step(scores: &mut [f32], max: &mut f32, sum: &mut f32, acc: &mut [f32]) {
-        let new_max = raise(scores, max, sum, acc);
+        raise(scores, max, sum, acc);
+        let new_max = *max;
         let mut lanes = [0.0f32; LANES];
         let (chunks, rest) = scores.as_chunks_mut::<LANES>();
         for chunk in chunks {
@@ -255,23 +262,22 @@ mod body {
     }
 
     #[inline(always)]
-    pub(super) fn softmax_step_rounded(scores: &[f32], max: &mut f32, sum: &mut f32, acc: &mut [f32], out: &mut [u16]) {
-        let new_max = raise(scores, max, sum, acc);
+    pub(super) fn weigh(scores: &[f32], max: f32, sum: &mut f32, out: &mut [u16]) {
         let mut lanes = [0.0f32; LANES];
         let ((chunks, rest), (outs, out)) = (scores.as_chunks::<LANES>(), out.as_chunks_mut::<LANES>());
         for (scores, out) in chunks.iter().zip(outs) {
             for ((lane, &score), out) in lanes.iter_mut().zip(scores).zip(out) {
-                let weight = round_weight(exp(score - new_max));
+                let weight = round_weight(exp(score - max));
                 *out = (weight.to_bits() >> 16) as u16;
                 *lane += weight;
             }
         }
         if !rest.is_empty() {
             // All lanes, and what is not there is not taken: one by one would cost as much as a whole tile.
-            let (mut scores, mut weights) = ([new_max; LANES], [0; LANES]);
+            let (mut scores, mut weights) = ([max; LANES], [0; LANES]);
             scores[..rest.len()].copy_from_slice(rest);
             for (i, ((lane, &score), out)) in lanes.iter_mut().zip(&scores).zip(&mut weights).enumerate() {
-                let weight = round_weight(exp(score - new_max));
+                let weight = round_weight(exp(score - max));
                 *out = (weight.to_bits() >> 16) as u16;
                 *lane += if i < rest.len() { weight } else { 0.0 };
             }
@@ -288,9 +294,8 @@ mod body {
         f32::from_bits(bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) & 0xffff_0000)
     }
 
-    /// The largest score so far; if it is a new one, what was summed up becomes relative to it.
     #[inline(always)]
-    fn raise(scores: &[f32], max: &mut f32, sum: &mut f32, acc: &mut [f32]) -> f32 {
+    pub(super) fn raise(scores: &[f32], max: &mut f32, sum: &mut f32, acc: &mut [f32]) {
         // A maximum has no rounding, so its order is free; lanes let it vectorise.
         let mut maxima = [*max; LANES];
         let (chunks, rest) = scores.as_chunks::<LANES>();
@@ -309,7 +314,6 @@ mod body {
             acc.iter_mut().for_each(|value| *value *= scale);
             *max = new_max;
         }
-        new_max
     }
 
     /// `e^x` within 2 units in the last place, for the whole range of finite results (a result below the smallest normal

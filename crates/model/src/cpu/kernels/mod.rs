@@ -31,8 +31,8 @@ mod tests;
 #[cfg(target_arch = "x86_64")]
 use avx512::reduce4;
 pub(crate) use elementwise::{
-    add, add_scaled, gelu_mul, merge, pack, rms_norm, sigmoid, silu_mul, soft_cap, softmax_step, softmax_step_rounded,
-    to_bf16, to_fp8, to_operand,
+    add, add_scaled, gelu_mul, merge, pack, raise, rms_norm, sigmoid, silu_mul, soft_cap, softmax_step, to_bf16,
+    to_fp8, to_operand, weigh,
 };
 
 /// Lanes of every dot product.
