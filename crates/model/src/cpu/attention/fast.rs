@@ -67,9 +67,13 @@ impl super::Tiles for Tiles {
         let Unit { kv, heads, span, .. } = *unit;
         let (group, dtype) = (heads.group(), kv.dtype());
         let keys = rows(unit, Half::Keys, tile);
+        if heads.values == Half::Values {
+            fetch(unit, Half::Values, tile);
+        }
         pairs::pack_columns(exec.isa, &keys, dtype, heads.k_dim, &mut self.keys);
         let values = if heads.values == Half::Keys { keys } else { rows(unit, heads.values, tile) };
         pairs::pack_rows(exec.isa, &values, dtype, heads.v_dim, &mut self.values);
+        fetch(unit, Half::Keys, Tile { start: tile.end, end: unit.seen().end.min(tile.end + TILE) });
         let few = Self::tokens(group);
         for first in (0..span.count).step_by(few) {
             let tokens = first..span.count.min(first + few);
@@ -181,6 +185,14 @@ impl Weighted<'_> {
 fn pairs_in(positions: Range<usize>) -> Range<usize> {
     let start = positions.start.div_ceil(2);
     start..(positions.end / 2).max(start)
+}
+
+/// Brings one half of a tile's positions nearer. Decoding has little to compute with each: it would wait for a few lines at
+/// a time, where this asks for all.
+fn fetch(unit: &Unit<'_>, half: Half, tile: Tile) {
+    for (block, slots, _) in runs(unit.kv, unit.span.table, tile.start.max(unit.seen().start)..tile.end) {
+        kernels::prefetch(unit.kv.read(block, unit.layer, half, unit.kv_head, slots).stored());
+    }
 }
 
 /// One half of a tile's positions as they are stored; what is before all that is seen is empty.
