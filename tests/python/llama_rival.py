@@ -81,7 +81,7 @@ class Rival:
 
     def do_prefill(self, prompt, flash):
         self.context(1, len(prompt) + 1, flash)
-        self.prompt(prompt[:64], 0)
+        self.prompt(prompt, 0)
         c.llama_memory_clear(c.llama_get_memory(self.ctx), True)
         return {"seconds": self.prompt(prompt, 0)}
 

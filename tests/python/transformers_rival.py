@@ -29,7 +29,7 @@ class Rival:
         return time.perf_counter() - start, logits[:, -1].argmax(-1, keepdim=True)
 
     def do_prefill(self, prompt):
-        self.forward(torch.tensor([prompt[:64]]), DynamicCache())
+        self.forward(torch.tensor([prompt]), DynamicCache())
         return {"seconds": self.forward(torch.tensor([prompt]), DynamicCache())[0]}
 
     def do_decode(self, prompts, steps, warm_up):
