@@ -257,7 +257,8 @@ fn run<T: Tiles>(
     let output = Output::new(out);
     if units.len() >= 2 * exec.threads() {
         return exec.each(units.len(), flops, |i| {
-            let unit = &units[i];
+            // The longest come first: at the end threads wait for one another as little as may be.
+            let unit = &units[units.len() - 1 - i];
             T::scratch().with_borrow_mut(|Scratch { tiles, sums, part }| {
                 tiles.begin(exec, unit, q);
                 for (number, index) in unit.parts().enumerate() {

@@ -37,8 +37,9 @@ thread_local! {
 }
 
 impl super::Tiles for Tiles {
-    /// Packing keys takes as long as the products of seven rows.
-    const ROWS: usize = 264;
+    /// Packing keys takes as long as the products of seven rows; sums, queries and packed tiles together are half of a
+    /// second-level cache.
+    const ROWS: usize = 528;
 
     fn scratch() -> &'static LocalKey<RefCell<Scratch<Self>>> {
         &SCRATCH
