@@ -63,7 +63,7 @@ pub struct EngineConfig {
     /// Threads that compute. 0: one for every core. Default 0.
     pub threads: usize,
     /// How activations are multiplied with bf16 and 8-bit weights: `exact` (they stay f32) or `fast` (rounded to bf16, as
-    /// PyTorch and llama.cpp do: about twice the speed on processors with AVX-512 BF16). Workers of different kinds
+    /// PyTorch and llama.cpp do: up to twice the speed on processors with AVX-512 BF16). Workers of different kinds
     /// do not pair. Default exact.
     pub compute: Compute,
     /// Tokens of one prompt computed in one step, rounded to whole blocks. Default 512.

@@ -28,7 +28,7 @@ pub enum Compute {
     #[default]
     Exact,
     /// Activations (keys, values and the weights of attention among them) are rounded to bf16 before each product, as
-    /// PyTorch does: more than twice as fast on processors with `vdpbf16ps`, slower than exact on others. First
+    /// PyTorch does: up to twice as fast on processors with `vdpbf16ps`, slower than exact on others. First
     /// log-probabilities of the checked-in models move by up to 0.1 (0.00002 with exact products; 0.24 when PyTorch computes
     /// them in bf16); no greedy answer changes.
     Fast,
