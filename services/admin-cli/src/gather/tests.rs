@@ -63,6 +63,7 @@ fn decode(id: &str, grpc: &str, admin: &str) -> Member {
         version: "0.1.0".to_owned(),
         model: None,
         segment: None,
+        store: None,
         draining: false,
     }
 }
