@@ -261,7 +261,8 @@ pub(crate) mod tests {
         bad.grpc = "x".repeat(MAX_TEXT + 1);
         assert!(Member::parse(bad.record().as_bytes()).unwrap_err().contains("address"));
         assert!(Member::parse(&vec![b' '; MAX_RECORD_BYTES + 1]).unwrap_err().contains("at most"));
-        let stores: [(&str, fn(&mut StoreInfo)); 8] = [
+        type Change = fn(&mut StoreInfo);
+        let stores: [(&str, Change); 8] = [
             ("store.weight", |store| store.weight = 0.0),
             ("store.weight", |store| store.weight = -1.0),
             ("store.weight", |store| store.weight = 1e300),

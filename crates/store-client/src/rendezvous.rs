@@ -164,7 +164,8 @@ mod tests {
 
     fn rendezvous(nodes: &Nodes) -> Rendezvous {
         let zones: Vec<String> = nodes.values().map(|(_, zone)| format!("z{zone}")).collect();
-        let spot = |((name, &(weight, _)), zone): ((&'_ String, &(f64, u8)), &'_ String)| (name.clone(), weight, zone.clone());
+        let spot =
+            |((name, &(weight, _)), zone): ((&'_ String, &(f64, u8)), &'_ String)| (name.clone(), weight, zone.clone());
         let spots: Vec<_> = nodes.iter().zip(&zones).map(spot).collect();
         Rendezvous::new(spots.iter().map(|(name, weight, zone)| Spot { name, weight: *weight, zone, stays: true }))
     }

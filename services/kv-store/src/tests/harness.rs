@@ -45,8 +45,13 @@ impl Cluster {
     }
 
     pub(super) async fn node(&self, id: &str, change: impl FnOnce(&mut Config)) -> TestNode {
-        let mut config =
-            Config { id: Some(id.to_owned()), capacity_bytes: 8 << 20, slab_bytes: 1 << 20, group_blocks: 4, ..Config::default() };
+        let mut config = Config {
+            id: Some(id.to_owned()),
+            capacity_bytes: 8 << 20,
+            slab_bytes: 1 << 20,
+            group_blocks: 4,
+            ..Config::default()
+        };
         config.transfer.transports = Transports::Named(self.transports.clone());
         change(&mut config);
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
