@@ -254,7 +254,7 @@ impl Handover {
         let mut known: HashMap<u64, bool> = HashMap::new();
         let foreign = |group: u64| *known.entry(group).or_insert_with(|| !self.client.is_home(group, &self.id));
         let mut groups = groups(&self.node, foreign).await;
-        groups.sort_unstable_by(|a, b| b.last_use.cmp(&a.last_use));
+        groups.sort_unstable_by_key(|group| std::cmp::Reverse(group.last_use));
         groups
     }
 

@@ -51,7 +51,7 @@ impl Store {
                 return;
             }
             let size = self.index.size(id);
-            let group = groups.entry((of, size, entry.origin)).or_insert(Group {
+            let group = groups.entry((of, size, entry.origin)).or_insert_with(|| Group {
                 group: of,
                 size,
                 last_use: Use::default(),
