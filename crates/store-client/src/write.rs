@@ -98,11 +98,12 @@ pub(crate) async fn write(
     request: &RequestId,
     origin: &Origin,
     blocks: &[(BlockHash, u64)],
+    have: usize,
     block_bytes: u64,
     deadline: Deadline,
 ) -> WriteReport {
     let sums = blocks.iter().map(|_| OnceLock::new()).collect();
-    Offer { inner, request, origin, blocks, group: None, block_bytes, deadline, sums }.run().await
+    Offer { inner, request, origin, blocks, group: None, block_bytes, deadline, sums }.run(have).await
 }
 
 /// Offers a group's blocks to its homes other than the one that gives them.
@@ -115,7 +116,7 @@ pub(crate) async fn hand_over(
     deadline: Deadline,
 ) -> WriteReport {
     let (blocks, sums) = (&group.blocks, group.blocks.iter().map(|_| OnceLock::new()).collect());
-    Offer { inner, request, origin, blocks, group: Some(group), block_bytes, deadline, sums }.run().await
+    Offer { inner, request, origin, blocks, group: Some(group), block_bytes, deadline, sums }.run(0).await
 }
 
 /// What all shares of one write have in common.
@@ -133,9 +134,10 @@ struct Offer<'a> {
 }
 
 impl Offer<'_> {
-    async fn run(&self) -> WriteReport {
+    /// Offers them but for the first `have`.
+    async fn run(&self, have: usize) -> WriteReport {
         let (mut fates, mut error) = (vec![Fate::Skipped; self.blocks.len()], None);
-        let mut todo: Vec<usize> = (0..self.blocks.len()).collect();
+        let mut todo: Vec<usize> = (have..self.blocks.len()).collect();
         for _ in 0..MAX_ROUNDS {
             let placement = self.inner.placement();
             let shares =
@@ -155,7 +157,7 @@ impl Offer<'_> {
         }
         let count = |fate| fates.iter().filter(|&&each| each == fate).count();
         let (written, present) = (count(Fate::Written), count(Fate::Present));
-        let skipped = self.blocks.len() - written - present;
+        let skipped = self.blocks.len() - have - written - present;
         WriteReport { written, present, skipped, bytes: written as u64 * self.block_bytes, error }
     }
 
