@@ -118,7 +118,11 @@ pub(crate) async fn start(
         reservation,
         started: Instant::now(),
         hot: handover.hot.clone(),
-        drain: Drain { registry: registry.clone(), member: member.clone(), progress: handover.progress.clone() },
+        drain: Drain {
+            registry: Arc::downgrade(registry),
+            member: member.clone(),
+            progress: handover.progress.clone(),
+        },
         membership: Membership::new(registry.view(), Duration::from_millis(config.warm_ms)),
     };
     let expiring = expiry::run(node.clone(), context.tasks.clone(), context.shutdown.clone());

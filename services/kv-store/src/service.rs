@@ -6,7 +6,7 @@
 
 use std::{
     collections::HashMap,
-    sync::Arc,
+    sync::{Arc, Weak},
     time::{Duration, Instant},
 };
 
@@ -50,7 +50,8 @@ pub(crate) struct StoreService {
 
 /// How the node says that it is about to leave.
 pub(crate) struct Drain {
-    pub(crate) registry: Arc<dyn Registry>,
+    /// Not held: with it, the record of a node that is gone would stay.
+    pub(crate) registry: Weak<dyn Registry>,
     /// Its record, as long as it stays.
     pub(crate) member: Member,
     pub(crate) progress: Arc<Progress>,
@@ -58,12 +59,13 @@ pub(crate) struct Drain {
 
 impl Drain {
     /// Takes no new blocks from here on. What is there is handed over once the node sees that others know.
-    async fn begin(&self) -> Result<(), kvasir_cluster::Error> {
+    async fn begin(&self) -> Result<(), Error> {
+        let registry = self.registry.upgrade().ok_or(Error::Leaving)?;
         if self.progress.leaving() == Leaving::No {
             self.progress.set_leaving(Leaving::Draining);
             tracing::info!("draining");
         }
-        self.registry.update(Member { draining: true, ..self.member.clone() }).await
+        registry.update(Member { draining: true, ..self.member.clone() }).await.map_err(Error::Registry)
     }
 }
 
@@ -140,7 +142,7 @@ impl v1::store_server::Store for StoreService {
 
     async fn drain(&self, _request: Request<v1::DrainRequest>) -> Answer<v1::DrainResponse> {
         let _timer = self.metrics.time(Call::Drain);
-        self.drain.begin().await.map_err(Error::Registry)?;
+        self.drain.begin().await?;
         Ok(Response::new(v1::DrainResponse {}))
     }
 
