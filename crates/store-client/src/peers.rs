@@ -3,7 +3,10 @@
 use std::{
     collections::HashMap,
     future::Future,
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -20,10 +23,24 @@ use crate::{
     placement::{Node, Placement},
 };
 
+/// Bytes that are under way from a node; no longer once this is dropped.
+pub(crate) struct Load {
+    counter: Arc<AtomicU64>,
+    bytes: u64,
+}
+
+impl Drop for Load {
+    fn drop(&mut self) {
+        self.counter.fetch_sub(self.bytes, Ordering::Relaxed);
+    }
+}
+
 struct Peer {
     incarnation: Incarnation,
     channel: Channel,
     breaker: Breaker,
+    /// Bytes that this client is reading from it. A hint for the choice among copies, so no order is asked for.
+    load: Arc<AtomicU64>,
 }
 
 /// The nodes this client has talked to. Written and read by whatever task makes a call; the lock is held for a map look-up
@@ -83,6 +100,18 @@ impl Peers {
         self.with(node, |breaker| breaker.failed(Instant::now()));
     }
 
+    /// So many bytes are under way from the node from now on.
+    pub(crate) fn load(&self, node: &Node, bytes: u64) -> Load {
+        let counter = self.lock().get(&node.id).map_or_else(Arc::default, |peer| peer.load.clone());
+        counter.fetch_add(bytes, Ordering::Relaxed);
+        Load { counter, bytes }
+    }
+
+    /// How many bytes are under way from the node.
+    pub(crate) fn loaded(&self, node: &Node) -> u64 {
+        self.lock().get(&node.id).map_or(0, |peer| peer.load.load(Ordering::Relaxed))
+    }
+
     fn channel(&self, node: &Node) -> Result<Channel, Error> {
         let mut peers = self.lock();
         if let Some(peer) = peers.get_mut(&node.id)
@@ -96,7 +125,12 @@ impl Peers {
             address: node.grpc.clone(),
             source,
         })?;
-        let peer = Peer { incarnation: node.incarnation, channel: channel.clone(), breaker: Breaker::new(self.wait) };
+        let peer = Peer {
+            incarnation: node.incarnation,
+            channel: channel.clone(),
+            breaker: Breaker::new(self.wait),
+            load: Arc::default(),
+        };
         peers.insert(node.id.clone(), peer);
         Ok(channel)
     }

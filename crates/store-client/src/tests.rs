@@ -106,6 +106,7 @@ fn found(blocks: usize) -> v1::LookupResponse {
         grant: 1,
         lease: 1,
         lease_ms: 5_000,
+        ..Default::default()
     }
 }
 
@@ -152,6 +153,7 @@ async fn no_answer_to_a_reservation_makes_a_write_more_than_skipped() {
         grant: 1,
         reservation: 1,
         reservation_ms: 5_000,
+        view: None,
     };
     let cases = [
         ("too few slots", reserve(vec![slot(reserved, 0); 3]), 0),

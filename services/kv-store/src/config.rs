@@ -48,6 +48,9 @@ pub struct Config {
     pub group_blocks: u32,
     /// On how many nodes each block is kept, 1 to 8; the same on all nodes, or most decide. Default 1.
     pub replicas: u32,
+    /// For how long after its start the node tells readers that others may have what it lacks, in milliseconds: those who
+    /// had its share before. It costs them a second lookup. Default 60000.
+    pub warm_ms: u64,
     /// How long a block that a reader was told of stays where it is, in milliseconds. Default 5000.
     pub lease_ms: u64,
     /// How long a writer may take from reserving to committing, in milliseconds. Default 5000.
@@ -93,6 +96,7 @@ impl Default for Config {
             zone: String::new(),
             group_blocks: 32,
             replicas: 1,
+            warm_ms: 60_000,
             lease_ms: 5_000,
             reservation_ms: 5_000,
             verify_on_commit: true,

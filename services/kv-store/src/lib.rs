@@ -18,6 +18,7 @@
 mod config;
 mod error;
 mod expiry;
+mod membership;
 mod metrics;
 mod node;
 mod serve;

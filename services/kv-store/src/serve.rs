@@ -17,6 +17,7 @@ use tonic::transport::{Server, server::TcpIncoming};
 use crate::{
     config::Config,
     expiry,
+    membership::Membership,
     metrics::Metrics,
     node::Node,
     service::{MAX_REQUEST_BYTES, StoreService},
@@ -86,6 +87,7 @@ pub(crate) async fn start(
         lease: settings.lease,
         reservation: settings.reservation,
         started: Instant::now(),
+        membership: Membership::new(registry.view(), Duration::from_millis(config.warm_ms)),
     };
     let expiring = expiry::run(node.clone(), context.tasks.clone(), context.shutdown.clone());
     context.tasks.spawn(Kind::Critical, "expiry", async move {

@@ -11,12 +11,13 @@ use std::{
 
 use kvasir_proto::{check_protocol, convert, v1};
 use kvasir_runtime::{Kind, Tasks};
-use kvasir_types::{BlockHash, MemberId, PROTOCOL_VERSION};
+use kvasir_types::{BlockHash, Epoch, MemberId, PROTOCOL_VERSION};
 use tokio::sync::oneshot;
 use tonic::{Request, Response, Status};
 
 use crate::{
     error::Error,
+    membership::Membership,
     metrics::{Call, Metrics},
     node::Node,
     store::{BlockBytes, Checksum, LeaseId, ReservationId, SlotState},
@@ -36,6 +37,7 @@ pub(crate) struct StoreService {
     pub(crate) lease: Duration,
     pub(crate) reservation: Duration,
     pub(crate) started: Instant,
+    pub(crate) membership: Membership,
 }
 
 #[tonic::async_trait]
@@ -119,7 +121,12 @@ impl StoreService {
             found = found.as_ref().map_or(0, |(f, _)| f.blocks.len()),
             "lookup"
         );
-        let Some((found, key)) = found else { return Ok(v1::LookupResponse::default()) };
+        let rest = v1::LookupResponse {
+            view: self.membership.newer_than(Epoch(request.epoch)),
+            warming: self.membership.warming(Instant::now()),
+            ..Default::default()
+        };
+        let Some((found, key)) = found else { return Ok(rest) };
         Ok(v1::LookupResponse {
             offsets: found.blocks.iter().map(|block| block.offset).collect(),
             checksums: convert::pack16(found.blocks.iter().map(|block| &block.checksum)),
@@ -127,12 +134,17 @@ impl StoreService {
             grant: key.0,
             lease: found.lease.0,
             lease_ms: self.lease.as_millis() as u64,
+            ..rest
         })
     }
 
     fn make_room(&self, request: &v1::ReserveRequest) -> Result<v1::ReserveResponse, Error> {
         check_protocol(request.protocol_version)?;
         let (size, hashes) = (block_bytes(request.block_bytes)?, hashes(&request.hashes)?);
+        if let Some(view) = self.membership.newer_than(Epoch(request.epoch)) {
+            // Written here, others might not look for it here.
+            return Ok(v1::ReserveResponse { view: Some(view), ..Default::default() });
+        }
         let (reserved, key) = self.node.reserve(Instant::now(), size, &hashes)?;
         let slots = reserved.slots.iter().map(|slot| match *slot {
             SlotState::Reserved { offset } => (v1::slot::State::Reserved, offset),
@@ -146,6 +158,7 @@ impl StoreService {
             grant: key.map_or(0, |key| key.0),
             reservation: reserved.reservation.map_or(0, |id| id.0),
             reservation_ms: self.reservation.as_millis() as u64,
+            view: None,
         })
     }
 }
