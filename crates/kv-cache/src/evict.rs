@@ -31,7 +31,7 @@ pub use s3_fifo::S3Fifo;
 /// How far a request got: the same for all of its blocks.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Ask {
-    /// Blocks of the prompt that were there, from its start.
+    /// One past the last block of the prompt that was there, as far as known: all before it were there once, too.
     pub found: u32,
     /// Blocks of the prompt, as far as known.
     pub blocks: u32,

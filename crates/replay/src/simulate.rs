@@ -2,8 +2,8 @@
 //! there.
 //!
 //! Placement is the store's own ([`Rendezvous`], by the first block of each group), and so are the eviction policies. What
-//! a node tells its policy is what a node knows: of a prompt, the blocks that it is asked for, and the positions of those
-//! it is to take. A hit is a block of the longest run that is there from the prompt's start, wherever its parts are: a
+//! a node tells its policy is what a node is told: the prompt's length, the positions of the blocks it is asked for, and,
+//! when it is to take blocks, up to where any node had some. A hit is a block of the longest run that is there from the prompt's start, wherever its parts are: a
 //! block behind a gap is of no use. While a request runs, its blocks are held.
 //!
 //! With a disk, what memory gives up goes there; a block found there is read into memory and stays on disk too, until the
@@ -39,7 +39,7 @@ pub struct Plan {
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum Error {
     /// No policy has that name.
-    #[error("{0:?} is no eviction policy; there are {}", POLICIES.join(", "))]
+    #[error("{0:?} is no eviction policy; there are {all}", all = POLICIES.join(", "))]
     Policy(String),
     /// No nodes, or too many.
     #[error("{0} nodes: there must be one, and at most {MAX_NODES}")]
@@ -125,9 +125,11 @@ pub fn simulate(trace: &Trace, plan: &Plan, mut progress: impl FnMut(usize)) -> 
             part.iter().find(|(_, name)| !store[*node].has(*name)).map(|&(position, _)| position)
         };
         let run = parts.iter().filter_map(end).min().unwrap_or(request.blocks.len() as u32);
+        let there = |(node, part): &(usize, Vec<(u32, u32)>)| store[*node].known(part);
+        let (known, blocks) = (parts.iter().map(there).max().unwrap_or(0), request.blocks.len() as u32);
         for (node, part) in &parts {
             outcome.asked_of_node[*node] += part.len() as u64;
-            store[*node].serve(part, run, &mut outcome);
+            store[*node].serve(part, run, Ask { found: known, blocks }, &mut outcome);
         }
         outcome.asked += request.blocks.len() as u64;
     }
@@ -186,15 +188,18 @@ impl Node {
         self.at.contains_key(&name)
     }
 
-    /// A request asks for these blocks, of which those before `run` are of use to it, and writes the others.
-    fn serve(&mut self, part: &[(u32, u32)], run: u32, outcome: &mut Outcome) {
-        let found = part.iter().take_while(|(position, name)| *position < run && self.has(*name)).count();
-        let ask = Ask { found: found as u32, blocks: part.len() as u32 };
+    /// One past the last of these blocks that is here.
+    fn known(&self, part: &[(u32, u32)]) -> u32 {
+        part.iter().rfind(|(_, name)| self.has(*name)).map_or(0, |&(position, _)| position + 1)
+    }
+
+    /// A request asks for these blocks of its prompt, of which those before `run` are of use to it, and writes the others,
+    /// with what it has heard from all nodes.
+    fn serve(&mut self, part: &[(u32, u32)], run: u32, writes: Ask, outcome: &mut Outcome) {
+        // While it looks, a node knows of its own blocks only.
+        let ask = Ask { found: self.known(part), ..writes };
         self.memory.order.ask(ask);
         self.disk.order.ask(ask);
-        // What a writer says: the positions of its blocks.
-        let first_new = part.get(found).map_or(0, |&(position, _)| position);
-        let writes = Ask { found: first_new, blocks: part.last().map_or(0, |&(position, _)| position + 1) };
         let mut held = Vec::with_capacity(part.len());
         for &(position, name) in part {
             let known = self.at.get(&name).copied();

@@ -44,7 +44,7 @@ fn hit_density_is_never_below_lru_on_conversations_and_far_above_where_room_is_s
 fn hit_density_is_not_below_lru_on_other_reuse() {
     for name in generate::NAMES {
         let trace = generate::generate(name, 1).unwrap();
-        for percent in [1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 50.0, 100.0] {
+        for percent in [1.0, 5.0, 20.0, 100.0] {
             let (lru, ours) = (hit_rate(&trace, "lru", percent), hit_rate(&trace, "hit-density", percent));
             assert!(ours >= lru * 0.99, "{name} {percent}%: {ours} beside {lru}");
         }
@@ -84,6 +84,18 @@ fn groups_spread_over_nodes_and_hits_stay() {
     assert_eq!(many.asked_of_node.iter().sum::<u64>(), many.asked);
     assert!(one.imbalance() == 1.0 && many.imbalance() < 2.0, "{}", many.imbalance());
     assert!(many.hit_rate() > 0.95 * one.hit_rate());
+}
+
+/// Parts of a prompt on several nodes are of use together only: each node's own order costs more than LRU's.
+#[test]
+fn hit_density_is_not_below_lru_on_several_nodes() {
+    let trace = conversation();
+    let rate = |policy| {
+        let plan = Plan { nodes: 4, ..plan(policy, trace.distinct as usize / 10) };
+        simulate(&trace, &plan, |_| {}).unwrap().hit_rate()
+    };
+    let (lru, ours) = (rate("lru"), rate("hit-density"));
+    assert!(ours >= lru * 0.99, "{ours} beside {lru}");
 }
 
 #[test]

@@ -44,6 +44,7 @@ type Curve = [f32; AGES];
 
 #[derive(Clone, Copy, Debug)]
 struct Sample {
+    name: u32,
     class: Class,
     step: u8,
     /// Which entry of the queues is the valid one.
@@ -54,8 +55,10 @@ struct Sample {
 
 #[derive(Debug)]
 pub(super) struct Learner {
-    watched: HashMap<u32, Sample>,
-    /// Names by the step of age they are in, oldest first; an entry whose stamp is not the sample's is no more valid.
+    samples: Vec<Sample>,
+    /// Where the block of a name is in `samples`.
+    watched: HashMap<u32, u32>,
+    /// Samples by the step of age they are in, oldest first; an entry whose stamp is not the sample's is no more valid.
     queues: Vec<VecDeque<(u32, u32)>>,
     stamp: u32,
     /// One name in so many is watched.
@@ -69,6 +72,7 @@ pub(super) struct Learner {
 impl Learner {
     pub(super) fn new(capacity: usize) -> Self {
         let mut learner = Self {
+            samples: Vec::new(),
             watched: HashMap::new(),
             queues: vec![VecDeque::new(); AGES],
             stamp: 0,
@@ -93,40 +97,56 @@ impl Learner {
             return;
         }
         self.stamp = self.stamp.wrapping_add(1);
-        let sample = Sample { class, step: 0, stamp: self.stamp, last: now, weight: weight(ask.blocks) };
-        if let Some(before) = self.watched.insert(name, sample) {
-            let step = age_step(now.wrapping_sub(before.last));
-            self.count_reached(before, step);
-            self.hit[before.class.index() * AGES + step] += before.weight;
-        }
+        let sample = Sample { name, class, step: 0, stamp: self.stamp, last: now, weight: weight(ask.blocks) };
+        let at = match self.watched.get(&name) {
+            Some(&at) => {
+                let before = std::mem::replace(&mut self.samples[at as usize], sample);
+                let step = age_step(now.wrapping_sub(before.last));
+                self.count_reached(before, step);
+                self.hit[before.class.index() * AGES + step] += before.weight;
+                at
+            }
+            None => {
+                let at = match self.samples.len() < MOST_WATCHED {
+                    true => {
+                        self.samples.push(sample);
+                        self.samples.len() as u32 - 1
+                    }
+                    false => {
+                        let at = self.drop_oldest();
+                        self.samples[at as usize] = sample;
+                        at
+                    }
+                };
+                self.watched.insert(name, at);
+                at
+            }
+        };
         self.reached[class.index() * AGES] += sample.weight;
-        self.queues[0].push_back((name, self.stamp));
-        if self.watched.len() > MOST_WATCHED {
-            self.drop_oldest();
-        }
+        self.queues[0].push_back((at, self.stamp));
         self.seen += 1;
     }
 
     /// A watched block is of another class since it was last seen.
     pub(super) fn reclass(&mut self, name: u32, class: Class) {
-        if let Some(sample) = self.watched.get_mut(&name) {
-            sample.class = class;
+        if let Some(&at) = self.watched.get(&name) {
+            self.samples[at as usize].class = class;
         }
     }
 
     /// Counts what is older now than before.
     pub(super) fn advance(&mut self, now: u32) {
         for step in 0..AGES - 1 {
-            while let Some(&(name, stamp)) = self.queues[step].front() {
-                let valid = self.watched.get(&name).copied().filter(|sample| sample.stamp == stamp);
-                if let Some(sample) = valid {
+            while let Some(&(at, stamp)) = self.queues[step].front() {
+                let sample = self.samples[at as usize];
+                if sample.stamp == stamp {
                     let due = age_step(now.wrapping_sub(sample.last));
                     if due <= step {
                         break;
                     }
                     self.count_reached(sample, due);
-                    self.watched.entry(name).and_modify(|sample| sample.step = due as u8);
-                    self.queues[due].push_back((name, stamp));
+                    self.samples[at as usize].step = due as u8;
+                    self.queues[due].push_back((at, stamp));
                 }
                 self.queues[step].pop_front();
             }
@@ -140,15 +160,18 @@ impl Learner {
         }
     }
 
-    fn drop_oldest(&mut self) {
+    /// Stops watching the block that was asked for longest ago: its place.
+    fn drop_oldest(&mut self) -> u32 {
         for queue in self.queues.iter_mut().rev() {
-            while let Some((name, stamp)) = queue.pop_front() {
-                if self.watched.get(&name).is_some_and(|sample| sample.stamp == stamp) {
-                    self.watched.remove(&name);
-                    return;
+            while let Some((at, stamp)) = queue.pop_front() {
+                let sample = self.samples[at as usize];
+                if sample.stamp == stamp {
+                    self.watched.remove(&sample.name);
+                    return at;
                 }
             }
         }
+        unreachable!("every sample is in a queue")
     }
 
     /// What each cell is worth, whenever enough more has been seen.
