@@ -122,7 +122,11 @@ fn load(name: &str, seed: u64) -> anyhow::Result<Trace> {
 
 fn run(args: &Args, name: &str, trace: &Trace, rows: &mut Vec<Row>) -> anyhow::Result<()> {
     let (requests, blocks) = (trace.requests.len(), trace.references);
-    eprintln!("{name}: {requests} requests for {blocks} blocks, {} distinct: bound {:.4}", trace.distinct, trace.bound());
+    eprintln!(
+        "{name}: {requests} requests for {blocks} blocks, {} distinct: bound {:.4}",
+        trace.distinct,
+        trace.bound()
+    );
     let policies: Vec<&str> = match args.policy.as_slice() {
         [] => POLICIES.to_vec(),
         some => some.iter().map(String::as_str).collect(),

@@ -79,7 +79,8 @@ mod tests {
         };
         let rows = [row("lru", 1, 0.2), row("lru", 2, 0.4), row("other", 1, 0.3), row("other", 3, 0.5)];
         let table = table(&rows);
-        let ratios: Vec<&str> = table.lines().skip(1).map(|line| line.split_whitespace().rev().nth(1).unwrap()).collect();
+        let ratios: Vec<&str> =
+            table.lines().skip(1).map(|line| line.split_whitespace().rev().nth(1).unwrap()).collect();
         assert_eq!(ratios, ["1.000", "1.000", "1.500", "-"]);
     }
 }

@@ -108,9 +108,8 @@ pub fn simulate(trace: &Trace, plan: &Plan, mut progress: impl FnMut(usize)) -> 
         // Each node's part of the prompt: position and name of its blocks.
         let mut parts: Vec<(usize, Vec<(u32, u32)>)> = Vec::new();
         for (group, start) in request.blocks.chunks(group_blocks).zip((0u32..).step_by(group_blocks)) {
-            let home = *homes
-                .entry(group[0])
-                .or_insert_with(|| placement.home(hash(group[0])).expect("there is a node"));
+            let home =
+                *homes.entry(group[0]).or_insert_with(|| placement.home(hash(group[0])).expect("there is a node"));
             let part = match parts.iter().position(|(node, _)| *node == home) {
                 Some(part) => part,
                 None => {

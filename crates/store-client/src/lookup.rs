@@ -194,12 +194,20 @@ impl Search<'_> {
         (share.blocks.clone(), self.lookup(share, epoch).await)
     }
 
+    /// How long a node may wait for its disk: half of what it has for an answer, or of what is left.
+    fn disk_wait(&self) -> u32 {
+        let left = u64::try_from(self.deadline.remaining().as_millis()).unwrap_or(u64::MAX);
+        u32::try_from(left.min(self.inner.peers.timeout_ms()) / 2).unwrap_or(u32::MAX)
+    }
+
     async fn lookup(&self, share: Share, epoch: Epoch) -> Result<Reply, Error> {
         let message = v1::LookupRequest {
             protocol_version: PROTOCOL_VERSION,
             request_id: self.request.to_string(),
             hashes: convert::pack16(share.blocks.iter().map(|&block| &self.blocks[block].0.0)),
             block_bytes: self.block_bytes,
+            wait_ms: self.disk_wait(),
+            ended: Vec::new(),
             epoch: epoch.0,
         };
         let asked = Instant::now();

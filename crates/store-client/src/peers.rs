@@ -60,6 +60,11 @@ impl Peers {
         }
     }
 
+    /// What a node has for an answer.
+    pub(crate) fn timeout_ms(&self) -> u64 {
+        u64::try_from(self.timeout.as_millis()).unwrap_or(u64::MAX)
+    }
+
     /// Forgets nodes that are gone or have restarted: their addresses would pile up for ever.
     pub(crate) fn keep_only(&self, placement: &Placement) {
         self.lock().retain(|id, peer| placement.has(id, peer.incarnation));

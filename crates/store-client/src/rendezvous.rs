@@ -128,6 +128,11 @@ impl Rendezvous {
     }
 }
 
+/// What decides where a group is: the first eight bytes of the hash of its first block.
+pub fn group_key(first: BlockHash) -> u64 {
+    first_eight(&first.0)
+}
+
 pub(crate) fn first_eight(bytes: &[u8]) -> u64 {
     let mut eight = [0; 8];
     eight.copy_from_slice(&bytes[..8]);

@@ -37,6 +37,24 @@ impl store_server::Store for Liar {
     async fn commit(&self, _: Request<v1::CommitRequest>) -> Result<Response<v1::CommitResponse>, Status> {
         Ok(Response::new(v1::CommitResponse { committed: self.committed }))
     }
+    async fn exists(&self, _: Request<v1::ExistsRequest>) -> Result<Response<v1::ExistsResponse>, Status> {
+        Err(Status::internal("no"))
+    }
+    async fn get(&self, _: Request<v1::GetRequest>) -> Result<Response<v1::GetResponse>, Status> {
+        Err(Status::internal("no"))
+    }
+    async fn put(&self, _: Request<v1::PutRequest>) -> Result<Response<v1::PutResponse>, Status> {
+        Err(Status::internal("no"))
+    }
+    async fn report(&self, _: Request<v1::ReportRequest>) -> Result<Response<v1::ReportResponse>, Status> {
+        Err(Status::internal("no"))
+    }
+    async fn pin(&self, _: Request<v1::PinRequest>) -> Result<Response<v1::PinResponse>, Status> {
+        Err(Status::internal("no"))
+    }
+    async fn evict(&self, _: Request<v1::EvictRequest>) -> Result<Response<v1::EvictResponse>, Status> {
+        Err(Status::internal("no"))
+    }
     async fn store_status(
         &self,
         _: Request<v1::StoreStatusRequest>,

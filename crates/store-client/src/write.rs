@@ -23,6 +23,7 @@ use crate::{
     in_flight::InFlight,
     placement::{Node, Placement, Share, collect},
     read::later,
+    rendezvous::group_key,
 };
 
 /// What became of blocks offered to the store.
@@ -203,13 +204,30 @@ impl Offer<'_> {
             request_id: self.request.to_string(),
             hashes: convert::pack16(share.blocks.iter().map(|&block| &self.blocks[block].0.0)),
             block_bytes: self.block_bytes,
-            positions: share.blocks.iter().map(|&block| u32::try_from(block).unwrap_or(u32::MAX)).collect(),
+            runs: self.runs(share),
             model: self.origin.model.map_or_else(Default::default, |model| convert::bytes16(&model.0)),
             tenant: self.origin.tenant.clone(),
             epoch: epoch.0,
         };
         let call = async |mut client: Client| client.reserve(message).await;
         self.inner.peers.call(&share.node, self.deadline, call).await
+    }
+
+    /// Where in the prompt the share's blocks are, a run for each stretch of a placement group.
+    fn runs(&self, share: &Share) -> Vec<v1::BlockRun> {
+        let group = share.group_blocks;
+        let run = |part: &[usize]| {
+            let first = part[0];
+            v1::BlockRun {
+                blocks: u32::try_from(part.len()).unwrap_or(u32::MAX),
+                position: u32::try_from(first).unwrap_or(u32::MAX),
+                group: group_key(self.blocks[first / group * group].0),
+                parent: first
+                    .checked_sub(1)
+                    .map_or_else(Default::default, |before| convert::bytes16(&self.blocks[before].0.0)),
+            }
+        };
+        share.blocks.chunk_by(|a, b| a / group == b / group && a + 1 == *b).map(run).collect()
     }
 
     /// Writes the new blocks, a batch for each group, and computes their checksums meanwhile. What to commit.

@@ -375,7 +375,7 @@ impl TransferEngine {
         if self.0.stopped.load(Ordering::SeqCst) { Err(Error::Shutdown) } else { Ok(()) }
     }
 
-    fn own(&self, offset: u64, len: u64) -> Result<Arc<Mapped>, Error> {
+    pub(crate) fn own(&self, offset: u64, len: u64) -> Result<Arc<Mapped>, Error> {
         self.find(&self.0.owner.space.snapshot(), offset, len).cloned()
     }
 
@@ -385,7 +385,7 @@ impl TransferEngine {
         regions.find(offset, len).ok_or_else(|| Error::OutOfBounds { segment, offset, len, limit: regions.end() })
     }
 
-    fn check_writable(&self, region: &Mapped, offset: u64, len: u64) -> Result<(), Error> {
+    pub(crate) fn check_writable(&self, region: &Mapped, offset: u64, len: u64) -> Result<(), Error> {
         let segment = self.0.owner.segment;
         if region.writable { Ok(()) } else { Err(Error::ReadOnly { segment, offset, len }) }
     }

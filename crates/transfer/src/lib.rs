@@ -46,6 +46,7 @@ mod choice;
 mod config;
 mod engine;
 mod error;
+mod files;
 mod segment;
 mod settings;
 
@@ -85,6 +86,7 @@ pub use builder::Builder;
 pub use config::{Config, ShmConfig, TlsConfig, UcxConfig};
 pub use engine::{Region, TransferEngine};
 pub use error::{Error, Refusal};
+pub use files::MemoryRange;
 pub use grant::{Access, Grant, GrantRange, Revoke};
 pub use histogram::{BUCKETS, Histogram};
 pub use local::LocalNet;

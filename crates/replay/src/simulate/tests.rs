@@ -34,7 +34,9 @@ fn lru_hits_what_it_is_known_to_hit() {
 #[test]
 fn hit_density_is_never_below_lru_on_conversations_and_far_above_where_room_is_scarce() {
     let trace = conversation();
-    for (percent, least) in [(1.0, 1.8), (2.0, 1.7), (5.0, 1.17), (10.0, 1.06), (20.0, 1.0), (30.0, 1.0), (50.0, 1.0), (100.0, 1.0)] {
+    for (percent, least) in
+        [(1.0, 1.8), (2.0, 1.7), (5.0, 1.17), (10.0, 1.06), (20.0, 1.0), (30.0, 1.0), (50.0, 1.0), (100.0, 1.0)]
+    {
         let (lru, ours) = (hit_rate(&trace, "lru", percent), hit_rate(&trace, "hit-density", percent));
         assert!(ours >= lru * least, "{percent}%: {ours} beside {lru}");
     }

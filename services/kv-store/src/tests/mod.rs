@@ -1,5 +1,7 @@
 //! A node and its clients over real sockets: what each promises the other, with peers that stall, lie and die.
 
+mod calls;
+mod disk;
 mod division;
 mod harness;
 
@@ -171,7 +173,7 @@ async fn a_reservation_that_nobody_commits_gives_its_room_back() {
 }
 
 #[tokio::test]
-async fn a_reader_that_stalls_past_its_lease_reads_nothing_and_stops_nobody() {
+async fn a_reader_that_stalls_past_its_lease_never_has_wrong_bytes_and_stops_nobody() {
     let cluster = Cluster::new();
     // Room for exactly 50 blocks: one slab.
     let node = cluster.node("kv-0", |config| (config.capacity_bytes, config.lease_ms) = (1 << 20, 50)).await;
@@ -180,9 +182,13 @@ async fn a_reader_that_stalls_past_its_lease_reads_nothing_and_stops_nobody() {
     let old = node.raw().await.lookup(lookup_request(&hashes(0..50))).await.unwrap().into_inner();
     assert!(node.node.usage().pinned > 40);
     eventually("the lease has ended", || node.node.usage().pinned == 0).await;
-    let report = client.write(&client.prepare(51, &hashes(100..150))).await;
-    assert_eq!(report.written, 50, "its blocks may go: {report:?}");
-    client.touch(Op::Read, &node, old.grant, old.offsets[0]).await.unwrap_err();
+    let report = client.write(&client.prepare(51, &hashes(100..151))).await;
+    assert_eq!(report.written, 51, "its blocks may go: {report:?}");
+    // All slots have been used again. What he reads now is somebody else's, and he can tell.
+    for (&offset, checksum) in old.offsets.iter().zip(old.checksums.as_chunks::<16>().0) {
+        client.touch(Op::Read, &node, old.grant, offset).await.unwrap();
+        assert_ne!(&client.engine.checksum(0, BLOCK).unwrap(), checksum);
+    }
     assert_eq!(client.read(&client.places(0, &hashes(100..150))).await.blocks, 50);
 }
 
@@ -200,8 +206,9 @@ async fn what_is_leased_is_not_evicted() {
         assert_eq!(client.bytes(0), content(hash));
     }
     raw.release(v1::ReleaseRequest { lease: held.lease }).await.unwrap();
-    eventually("released", || node.node.usage().pinned == 0).await;
-    client.touch(Op::Read, &node, held.grant, held.offsets[0]).await.unwrap_err();
+    assert_eq!(node.node.usage().pinned, 0);
+    client.touch(Op::Write, &node, held.grant, held.offsets[0]).await.unwrap_err();
+    assert_eq!(client.write(&client.prepare(0, &hashes(200..230))).await.written, 30);
 }
 
 #[tokio::test]

@@ -155,7 +155,9 @@ impl Learner {
 
     fn count_reached(&mut self, sample: Sample, step: usize) {
         let first = sample.class.index() * AGES;
-        for reached in &mut self.reached[first..][usize::from(sample.step) + 1..(step + 1).max(usize::from(sample.step) + 1)] {
+        for reached in
+            &mut self.reached[first..][usize::from(sample.step) + 1..(step + 1).max(usize::from(sample.step) + 1)]
+        {
             *reached += sample.weight;
         }
     }
