@@ -208,6 +208,7 @@ impl Search<'_> {
             block_bytes: self.block_bytes,
             wait_ms: self.disk_wait(),
             ended: Vec::new(),
+            prompt_blocks: u32::try_from(self.blocks.len()).unwrap_or(u32::MAX),
             epoch: epoch.0,
         };
         let asked = Instant::now();
