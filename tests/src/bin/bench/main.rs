@@ -11,6 +11,7 @@ mod first_light;
 mod record;
 mod report;
 mod rivals;
+mod shared_prompt;
 mod transfer;
 
 use std::process::ExitCode;
@@ -50,8 +51,9 @@ async fn run() -> Result<()> {
     let report: Report = match name {
         "engine" => engine::run(&options)?,
         "first-light" => first_light::run(&options).await?,
+        "shared-prompt" => shared_prompt::run(&options).await?,
         "transfer" => transfer::run(&options)?,
-        _ => bail!("there is no benchmark '{name}'; there are: engine, first-light, transfer"),
+        _ => bail!("there is no benchmark '{name}'; there are: engine, first-light, shared-prompt, transfer"),
     };
     report.finish()
 }
