@@ -12,9 +12,9 @@
 //!
 //! | policy | bytes a block | for |
 //! | --- | --- | --- |
-//! | [`Lru`] | 8 | a worker's pool, whose chains the pool itself keeps in order |
+//! | [`Lru`] | 8 | a worker's pool, whose chains the pool itself keeps in order; nodes that share prompts |
 //! | [`S3Fifo`] | 20 to 40 | comparison: what page caches do |
-//! | [`HitDensity`] | 36 to 44, and up to 6 MB a policy | the KV store |
+//! | [`HitDensity`] | 36 to 44, and up to 6 MB a policy | a store whose prompts are on one node |
 //!
 //! docs/eviction.md has the measurements.
 

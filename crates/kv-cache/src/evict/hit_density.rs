@@ -204,7 +204,7 @@ impl Evict<BlockId> for HitDensity {
         }
         // A block among known ones was here too, though that is forgotten: the parts of a prompt that are on several nodes
         // are of use together only, so they must not be told apart by what each happens to remember.
-        let uses = before.map_or(u8::from(position < ask.found), |uses| uses + 1);
+        let uses = before.map_or_else(|| u8::from(position < ask.found), |uses| uses + 1);
         let last_of_prompt = position.saturating_add(1) >= ask.blocks;
         let class = Class::of(uses, !last_of_prompt, Ask { found: self.writing.1, ..ask });
         let now = self.now;

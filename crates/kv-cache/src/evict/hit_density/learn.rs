@@ -33,7 +33,7 @@ const FIRST_LESSON: u32 = 1 << 10;
 const LESSON_PART: u32 = 16;
 /// How many expected hits a scale, and how many blocks a step of age, must have seen to count as much as what was known
 /// before: a few prompts (see [`weight`]).
-const SCALE_PRIOR: f32 = 10.0;
+const SCALE_PRIOR: f32 = 40.0;
 const SHAPE_PRIOR: f32 = 50.0;
 /// The factors of the branch's values have settled after that many rounds.
 const ROUNDS: usize = 4;
@@ -93,7 +93,7 @@ impl Learner {
 
     /// A block was asked for, or written, by a request for so many blocks, and is of that class now.
     pub(super) fn seen(&mut self, name: u32, class: Class, now: u32, ask: Ask) {
-        if name.wrapping_mul(0xc2b2_ae35).rotate_left(15) % self.one_in != 0 {
+        if !name.wrapping_mul(0xc2b2_ae35).rotate_left(15).is_multiple_of(self.one_in) {
             return;
         }
         self.stamp = self.stamp.wrapping_add(1);
