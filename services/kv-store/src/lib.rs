@@ -37,5 +37,6 @@ mod store;
 #[cfg(test)]
 mod tests;
 
-pub use config::{Config, HandoverConfig, LimitsConfig, ReplicationConfig};
+pub use config::{Config, EvictionConfig, HandoverConfig, LimitsConfig, QuotasConfig, ReplicationConfig};
 pub use serve::{run, run_with_etcd};
+pub use store::Policy;
