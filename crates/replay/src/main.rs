@@ -1,5 +1,7 @@
 //! `kvasir-replay`: request traces against a KV store. See `--help`.
 
+#![forbid(unsafe_code)]
+
 use std::{
     fs::File,
     io::{BufReader, IsTerminal, Write},
