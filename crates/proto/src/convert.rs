@@ -13,6 +13,8 @@ use kvasir_types::{
 pub use crate::sampling::{MAX_BIASES, MAX_GRAMMAR_BYTES, MAX_LOGPROBS, MAX_STOP_TOKENS};
 use crate::v1;
 
+/// Longest name of a tenant accepted, in bytes.
+const MAX_TENANT_BYTES: usize = 64;
 /// Longest cache salt accepted, in bytes.
 pub const MAX_SALT_BYTES: usize = 256;
 /// Most addresses read from one segment descriptor.
@@ -45,6 +47,16 @@ pub enum Error {
         got: usize,
         /// Bytes expected.
         expected: usize,
+    },
+    /// More values than one message may name.
+    #[error("field {field} names {got} values, at most {limit} are allowed")]
+    TooMany {
+        /// Which field.
+        field: &'static str,
+        /// Values received.
+        got: usize,
+        /// Most that are allowed.
+        limit: usize,
     },
     /// A value outside its range.
     #[error("field {field} is {got}, allowed is {allowed}")]
@@ -80,6 +92,43 @@ fn sixteen(field: &'static str, bytes: &[u8]) -> Result<[u8; 16], Error> {
 /// A model fingerprint from its wire form.
 pub fn fingerprint(bytes: &[u8]) -> Result<ModelFingerprint, Error> {
     sixteen("fingerprint", bytes).map(ModelFingerprint)
+}
+
+/// Values of 16 bytes that lie one after the other; `limit` bounds how many, before anything is allocated.
+fn packed16(field: &'static str, bytes: &[u8], limit: usize) -> Result<impl Iterator<Item = [u8; 16]>, Error> {
+    let (values, rest) = bytes.as_chunks::<16>();
+    if !rest.is_empty() {
+        return Err(Error::Length { field, got: bytes.len(), expected: values.len() * 16 + 16 });
+    }
+    if values.len() > limit {
+        return Err(Error::TooMany { field, got: values.len(), limit });
+    }
+    Ok(values.iter().copied())
+}
+
+/// Block hashes that lie one after the other, at most `limit`.
+pub fn block_hashes(bytes: &[u8], limit: usize) -> Result<Vec<BlockHash>, Error> {
+    Ok(packed16("hashes", bytes, limit)?.map(BlockHash).collect())
+}
+
+/// Checksums that lie one after the other, at most `limit`.
+pub fn checksums(bytes: &[u8], limit: usize) -> Result<Vec<[u8; 16]>, Error> {
+    Ok(packed16("checksums", bytes, limit)?.collect())
+}
+
+/// The wire form of many values of 16 bytes: one after the other.
+pub fn pack16<'a>(values: impl ExactSizeIterator<Item = &'a [u8; 16]>) -> Bytes {
+    let mut bytes = Vec::with_capacity(values.len() * 16);
+    values.for_each(|value| bytes.extend_from_slice(value));
+    bytes.into()
+}
+
+/// A tenant's name: bounded, without control characters.
+pub fn tenant(text: &str) -> Result<&str, Error> {
+    if text.len() > MAX_TENANT_BYTES || text.chars().any(char::is_control) {
+        return Err(out_of_range("tenant", format!("{} bytes", text.len()), "at most 64 bytes of printable text"));
+    }
+    Ok(text)
 }
 
 /// A block hash from its wire form.

@@ -163,3 +163,19 @@ fn bad_values_are_refused_by_name() {
     assert!(convert::fingerprint(&[0; 15]).is_err());
     assert!(convert::salt(&"x".repeat(257)).is_err());
 }
+
+proptest! {
+    #[test]
+    fn packed_hashes_come_back_and_others_are_refused(hashes in prop::collection::vec(any::<[u8; 16]>(), 0..20), cut in 1usize..16) {
+        let packed = convert::pack16(hashes.iter());
+        let back = convert::block_hashes(&packed, hashes.len()).unwrap();
+        prop_assert!(back.iter().map(|hash| hash.0).eq(hashes.iter().copied()));
+        prop_assert_eq!(convert::checksums(&packed, 20).unwrap(), hashes.clone());
+        if let Some(limit) = hashes.len().checked_sub(1) {
+            let (got, field) = (hashes.len(), "hashes");
+            prop_assert_eq!(convert::block_hashes(&packed, limit), Err(Error::TooMany { field, got, limit }));
+            let torn = convert::block_hashes(&packed[cut..], 20);
+            prop_assert!(matches!(torn, Err(Error::Length { .. })), "{torn:?}");
+        }
+    }
+}

@@ -33,7 +33,7 @@ use std::sync::Arc;
 
 use kvasir_cluster::View;
 use kvasir_transfer::TransferEngine;
-use kvasir_types::{BlockHash, Deadline, RequestId};
+use kvasir_types::{BlockHash, Deadline, ModelFingerprint, RequestId};
 use tokio::sync::watch;
 
 pub use config::Config;
@@ -48,6 +48,15 @@ use placement::{Node, Placement, Share};
 const MAX_HASHES: usize = 1024;
 /// Calls of one request that are open at the same time: enough for every node of a small cluster, and a bound in a large one.
 const MAX_CALLS: usize = 16;
+
+/// Whose blocks are written: what the store's quotas count, and what an operator evicts by.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Origin {
+    /// The model that computed them.
+    pub model: Option<ModelFingerprint>,
+    /// A name for the tenant, at most 64 bytes of printable text; empty: nobody in particular.
+    pub tenant: String,
+}
 
 /// The store as a worker sees it. Clones share connections and what is known about the nodes.
 #[derive(Clone)]
@@ -98,18 +107,20 @@ impl StoreClient {
         read::read(&self.inner, request, blocks, have.min(blocks.len()), block_bytes, deadline).await
     }
 
-    /// Offers `blocks` to the store: those it does not have are written from their offsets in the own arena.
+    /// Offers `blocks`, a prompt's from its first one on, to the store: those it does not have are written from their
+    /// offsets in the own arena.
     ///
     /// The caller keeps the blocks unchanged until it returns. What is said of a dropped future at [`StoreClient::read`]
     /// holds here too; nothing of what it wrote becomes visible.
     pub async fn write(
         &self,
         request: &RequestId,
+        origin: &Origin,
         blocks: &[(BlockHash, u64)],
         block_bytes: u64,
         deadline: Deadline,
     ) -> WriteReport {
-        write::write(&self.inner, request, blocks, block_bytes, deadline).await
+        write::write(&self.inner, request, origin, blocks, block_bytes, deadline).await
     }
 
     /// How many store nodes are known now; with none, reads and writes return at once.

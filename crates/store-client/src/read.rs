@@ -108,27 +108,23 @@ async fn lookup(
     let message = v1::LookupRequest {
         protocol_version: PROTOCOL_VERSION,
         request_id: request.to_string(),
-        hashes: share.blocks.iter().map(|&block| convert::bytes16(&blocks[block].0.0)).collect(),
+        hashes: convert::pack16(share.blocks.iter().map(|&block| &blocks[block].0.0)),
         block_bytes,
     };
     let asked = Instant::now();
     let call = async |mut client: Client| client.lookup(message).await;
     let response = inner.peers.call(&share.node, deadline, call).await?;
-    if response.found.is_empty() {
+    if response.offsets.is_empty() {
         return Ok(None);
     }
     let member = &share.node.id;
-    if response.found.len() > share.blocks.len() {
-        let (asked, got) = (share.blocks.len(), response.found.len());
+    let unacceptable = |source| Error::Answer { member: member.clone(), source };
+    let sums = convert::checksums(&response.checksums, share.blocks.len()).map_err(unacceptable)?;
+    if response.offsets.len() != sums.len() || sums.len() > share.blocks.len() {
+        let (asked, got) = (share.blocks.len(), response.offsets.len());
         return Err(Error::Count { member: member.clone(), asked, got });
     }
-    let unacceptable = |source| Error::Answer { member: member.clone(), source };
-    let found = response
-        .found
-        .iter()
-        .map(|block| Ok(Found { offset: block.offset, checksum: convert::checksum(&block.checksum)? }))
-        .collect::<Result<_, _>>()
-        .map_err(unacceptable)?;
+    let found = response.offsets.iter().zip(sums).map(|(&offset, checksum)| Found { offset, checksum }).collect();
     let segment = response.segment.as_ref().ok_or(kvasir_proto::Error::Missing("segment"));
     let segment = segment.and_then(SegmentDescriptor::try_from).map_err(unacceptable)?;
     // The node's lease began after we asked, so by our clock it lasts at least this long.

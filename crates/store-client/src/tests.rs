@@ -11,7 +11,7 @@ use kvasir_types::{BlockHash, Deadline, Incarnation, PROTOCOL_VERSION, Role};
 use tokio::{net::TcpListener, task::JoinSet};
 use tonic::{Request, Response, Status, transport::server::TcpIncoming};
 
-use crate::{Config, Error, StoreClient};
+use crate::{Config, Error, Origin, StoreClient};
 
 const BLOCK: u64 = 4096;
 
@@ -97,27 +97,30 @@ fn nowhere() -> v1::SegmentDescriptor {
     }
 }
 
-fn stored(offset: u64) -> v1::StoredBlock {
-    v1::StoredBlock { offset, checksum: vec![0; 16].into() }
-}
-
 fn found(blocks: usize) -> v1::LookupResponse {
-    let found = (0..blocks as u64).map(|n| stored(n * BLOCK)).collect();
-    v1::LookupResponse { found, segment: Some(nowhere()), grant: 1, lease: 1, lease_ms: 5_000 }
+    v1::LookupResponse {
+        offsets: (0..blocks as u64).map(|n| n * BLOCK).collect(),
+        checksums: vec![0; blocks * 16].into(),
+        segment: Some(nowhere()),
+        grant: 1,
+        lease: 1,
+        lease_ms: 5_000,
+    }
 }
 
 #[tokio::test]
 async fn no_answer_to_a_lookup_makes_a_read_more_than_a_miss() {
     type Expected = fn(&Error) -> bool;
-    let cases: [(&str, v1::LookupResponse, Expected); 7] = [
-        ("more blocks than asked for", found(5), |e| matches!(e, Error::Count { asked: 4, got: 5, .. })),
-        (
-            "half a checksum",
-            v1::LookupResponse { found: vec![v1::StoredBlock { offset: 0, checksum: vec![0; 8].into() }], ..found(0) },
-            |e| matches!(e, Error::Answer { .. }),
-        ),
+    let cases: [(&str, v1::LookupResponse, Expected); 8] = [
+        ("more blocks than asked for", found(5), |e| matches!(e, Error::Answer { .. })),
+        ("fewer checksums than blocks", v1::LookupResponse { checksums: vec![0; 48].into(), ..found(4) }, |e| {
+            matches!(e, Error::Count { asked: 4, got: 4, .. })
+        }),
+        ("half a checksum", v1::LookupResponse { checksums: vec![0; 8].into(), ..found(1) }, |e| {
+            matches!(e, Error::Answer { .. })
+        }),
         ("no segment", v1::LookupResponse { segment: None, ..found(1) }, |e| matches!(e, Error::Answer { .. })),
-        ("offset outside", v1::LookupResponse { found: vec![stored(u64::MAX)], ..found(0) }, |e| {
+        ("offset outside", v1::LookupResponse { offsets: vec![u64::MAX], ..found(1) }, |e| {
             matches!(e, Error::Transfer { .. })
         }),
         ("nobody there", found(4), |e| matches!(e, Error::Transfer { .. })),
@@ -162,7 +165,7 @@ async fn no_answer_to_a_reservation_makes_a_write_more_than_skipped() {
         // It claims to have committed more than it was offered.
         let world = world(Liar { reserve, committed: 1000, ..Liar::default() }).await;
         let deadline = Deadline::after(Duration::from_secs(5));
-        let report = world.client.write(&"test".parse().unwrap(), &blocks(), BLOCK, deadline).await;
+        let report = world.client.write(&"test".parse().unwrap(), &Origin::default(), &blocks(), BLOCK, deadline).await;
         assert_eq!((report.written, report.present, report.skipped), (0, present, 4 - present), "{lie}: {report:?}");
         assert!(!deadline.passed(), "{lie}: took too long");
     }

@@ -14,7 +14,7 @@ use kvasir_proto::{convert, v1};
 use kvasir_transfer::{Batch, Op, Priority, Range};
 use kvasir_types::{BlockHash, Deadline, PROTOCOL_VERSION, RequestId, SegmentDescriptor};
 
-use crate::{Error, Inner, MAX_CALLS, in_flight::InFlight, placement::Share, read::later};
+use crate::{Error, Inner, MAX_CALLS, Origin, in_flight::InFlight, placement::Share, read::later};
 
 /// What became of blocks offered to the store.
 #[derive(Debug, Default)]
@@ -33,6 +33,12 @@ pub struct WriteReport {
 
 type Client = v1::store_client::StoreClient<tonic::transport::Channel>;
 
+/// A block that was written: which of the request's blocks, and what its bytes are.
+struct Sum {
+    block: usize,
+    checksum: [u8; 16],
+}
+
 /// A block to write: which of the request's blocks, and where to.
 #[derive(Clone, Copy)]
 struct New {
@@ -43,11 +49,12 @@ struct New {
 pub(crate) async fn write(
     inner: &Inner,
     request: &RequestId,
+    origin: &Origin,
     blocks: &[(BlockHash, u64)],
     block_bytes: u64,
     deadline: Deadline,
 ) -> WriteReport {
-    let offer = Offer { inner, request, blocks, block_bytes, deadline };
+    let offer = Offer { inner, request, origin, blocks, block_bytes, deadline };
     let shares = inner.shares(blocks, 0).into_iter().map(|share| offer.write_share(share));
     let mut reports = stream::iter(shares).buffer_unordered(MAX_CALLS);
     let mut total = WriteReport::default();
@@ -65,6 +72,7 @@ pub(crate) async fn write(
 struct Offer<'a> {
     inner: &'a Inner,
     request: &'a RequestId,
+    origin: &'a Origin,
     blocks: &'a [(BlockHash, u64)],
     block_bytes: u64,
     deadline: Deadline,
@@ -106,8 +114,12 @@ impl Offer<'_> {
         let until = self.deadline.min(later(asked, response.reservation_ms));
         let (written, failure) = self.push(share, &new, &response, &segment, until).await;
         report.error = failure;
-        let commit = v1::CommitRequest { reservation: response.reservation, blocks: written };
-        let offered = commit.blocks.len();
+        let offered = written.len();
+        let commit = v1::CommitRequest {
+            reservation: response.reservation,
+            hashes: convert::pack16(written.iter().map(|sum| &self.blocks[sum.block].0.0)),
+            checksums: convert::pack16(written.iter().map(|sum| &sum.checksum)),
+        };
         // Also with nothing to commit: it gives the room back at once.
         let call = async |mut client: Client| client.commit(commit).await;
         let committed = self.inner.peers.call(&share.node, until, call).await?.committed as usize;
@@ -122,8 +134,11 @@ impl Offer<'_> {
         let message = v1::ReserveRequest {
             protocol_version: PROTOCOL_VERSION,
             request_id: self.request.to_string(),
-            hashes: share.blocks.iter().map(|&block| convert::bytes16(&self.blocks[block].0.0)).collect(),
+            hashes: convert::pack16(share.blocks.iter().map(|&block| &self.blocks[block].0.0)),
             block_bytes: self.block_bytes,
+            positions: share.blocks.iter().map(|&block| u32::try_from(block).unwrap_or(u32::MAX)).collect(),
+            model: self.origin.model.map_or_else(Default::default, |model| convert::bytes16(&model.0)),
+            tenant: self.origin.tenant.clone(),
         };
         let call = async |mut client: Client| client.reserve(message).await;
         self.inner.peers.call(&share.node, self.deadline, call).await
@@ -137,7 +152,7 @@ impl Offer<'_> {
         reserved: &v1::ReserveResponse,
         segment: &SegmentDescriptor,
         until: Deadline,
-    ) -> (Vec<v1::CommitBlock>, Option<Error>) {
+    ) -> (Vec<Sum>, Option<Error>) {
         let group = self.inner.config.group_blocks.max(1);
         let mut pieces = Vec::new();
         for part in new.chunk_by(|a, b| a.block / group == b.block / group) {
@@ -172,12 +187,12 @@ impl Offer<'_> {
         (commit, failure)
     }
 
-    async fn checksums(&self, part: &[New]) -> Result<Vec<v1::CommitBlock>, Error> {
+    async fn checksums(&self, part: &[New]) -> Result<Vec<Sum>, Error> {
         let mut sums = Vec::with_capacity(part.len());
         for new in part {
-            let (hash, offset) = self.blocks[new.block];
+            let offset = self.blocks[new.block].1;
             let checksum = self.inner.engine.checksum(offset, self.block_bytes).map_err(Error::Local)?;
-            sums.push(v1::CommitBlock { hash: convert::bytes16(&hash.0), checksum: convert::bytes16(&checksum) });
+            sums.push(Sum { block: new.block, checksum });
             // A block is a millisecond of hashing at most; a prompt is not, and others use this thread too.
             tokio::task::yield_now().await;
         }

@@ -14,7 +14,7 @@ use kvasir_engine::{Handle, ModelRunner, Parts, Spill};
 use kvasir_model::{Folder, cpu::CpuBackend};
 use kvasir_proto::convert;
 use kvasir_runtime::{Context, Tasks, chain};
-use kvasir_store_client::StoreClient;
+use kvasir_store_client::{Origin, StoreClient};
 use kvasir_transfer::{LocalNet, TransferEngine};
 use kvasir_types::{BlockHash, GroupKind, KvGroups, MemberId, Role, TokenId};
 use tonic::Status;
@@ -151,6 +151,11 @@ impl Host {
     /// sliding windows only the last ones are: such prompts are computed rather than fetched, and not offered to the store.
     pub(crate) fn keeps_whole_prompts(&self) -> bool {
         keep_whole_prompts(&self.groups)
+    }
+
+    /// Whose blocks those are that this worker gives to the store.
+    pub(crate) fn origin(&self) -> Origin {
+        Origin { model: Some(self.model.fingerprint), tenant: String::new() }
     }
 
     /// Where the chain of block hashes starts for a tenant's salt.

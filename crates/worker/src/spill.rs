@@ -28,7 +28,7 @@ use std::{
 use anyhow::Context as _;
 use kvasir_engine::{Admission, Handle, SeqId, Spill, SpilledBlock};
 use kvasir_runtime::{Kind, Tasks};
-use kvasir_store_client::StoreClient;
+use kvasir_store_client::{Origin, StoreClient};
 use kvasir_transfer::{Memory, TransferEngine};
 use kvasir_types::{BlockHash, Deadline, KvLayout, RequestId};
 use tokio::sync::oneshot;
@@ -178,7 +178,8 @@ impl Staged {
     async fn write(self, request: RequestId, _ended: oneshot::Sender<()>) -> anyhow::Result<()> {
         let Shared { store, config, metrics, layout, .. } = &*self.shared;
         let deadline = Deadline::after(Duration::from_millis(config.write_timeout_ms));
-        let report = store.write(&request, &self.blocks, layout.block_bytes() as u64, deadline).await;
+        let report =
+            store.write(&request, &Origin::default(), &self.blocks, layout.block_bytes() as u64, deadline).await;
         if let Some(error) = &report.error {
             went_without_store(error, "blocks of a preempted sequence not kept");
         }

@@ -11,9 +11,9 @@ pub(crate) enum Error {
     /// The message itself is unacceptable.
     #[error("unacceptable message")]
     Message(#[from] kvasir_proto::Error),
-    /// More blocks than one call may name.
-    #[error("{asked} blocks in one call, allowed are {limit}")]
-    TooMany { asked: usize, limit: usize },
+    /// As many values as blocks are needed, or none.
+    #[error("field {field} has {got} values for {blocks} blocks")]
+    Count { field: &'static str, got: usize, blocks: usize },
     /// Too much is open already.
     #[error("busy")]
     Refused(#[from] Refused),
@@ -29,7 +29,7 @@ impl Error {
     /// Whether trying again may help.
     pub(crate) fn retry(&self) -> Retry {
         match self {
-            Self::Message(_) | Self::TooMany { .. } => Retry::Never,
+            Self::Message(_) | Self::Count { .. } => Retry::Never,
             Self::Refused(_) => Retry::After(std::time::Duration::from_millis(100)),
             Self::Grant(_) | Self::Leaving => Retry::Elsewhere,
         }
@@ -41,7 +41,7 @@ impl From<Error> for Status {
     fn from(error: Error) -> Self {
         let code = match &error {
             Error::Message(kvasir_proto::Error::Version { .. }) => Code::FailedPrecondition,
-            Error::Message(_) | Error::TooMany { .. } => Code::InvalidArgument,
+            Error::Message(_) | Error::Count { .. } => Code::InvalidArgument,
             Error::Refused(_) => Code::ResourceExhausted,
             Error::Grant(_) | Error::Leaving => Code::Unavailable,
         };

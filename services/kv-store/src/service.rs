@@ -66,7 +66,7 @@ impl v1::store_server::Store for StoreService {
     async fn commit(&self, request: Request<v1::CommitRequest>) -> Result<Response<v1::CommitResponse>, Status> {
         let _timer = self.metrics.time(Call::Commit);
         let request = request.get_ref();
-        let named = named(&request.blocks)?;
+        let named = named(request)?;
         let committed = match self.node.close_reservation(ReservationId(request.reservation)) {
             Some(committing) => {
                 let (node, (tell, told)) = (self.node.clone(), oneshot::channel());
@@ -120,11 +120,9 @@ impl StoreService {
             "lookup"
         );
         let Some((found, key)) = found else { return Ok(v1::LookupResponse::default()) };
-        let blocks = found.blocks.iter();
         Ok(v1::LookupResponse {
-            found: blocks
-                .map(|block| v1::StoredBlock { offset: block.offset, checksum: convert::bytes16(&block.checksum) })
-                .collect(),
+            offsets: found.blocks.iter().map(|block| block.offset).collect(),
+            checksums: convert::pack16(found.blocks.iter().map(|block| &block.checksum)),
             segment: Some((&self.node.engine().descriptor()).into()),
             grant: key.0,
             lease: found.lease.0,
@@ -156,17 +154,15 @@ fn block_bytes(wire: u64) -> Result<BlockBytes, Error> {
     if wire == 0 { Err(kvasir_proto::Error::Missing("block_bytes").into()) } else { Ok(BlockBytes(wire)) }
 }
 
-fn limit(asked: usize) -> Result<(), Error> {
-    if asked > MAX_HASHES { Err(Error::TooMany { asked, limit: MAX_HASHES }) } else { Ok(()) }
+fn hashes(wire: &[u8]) -> Result<Vec<BlockHash>, kvasir_proto::Error> {
+    convert::block_hashes(wire, MAX_HASHES)
 }
 
-fn hashes<B: AsRef<[u8]>>(wire: &[B]) -> Result<Vec<BlockHash>, Error> {
-    limit(wire.len())?;
-    Ok(wire.iter().map(|bytes| convert::block_hash(bytes.as_ref())).collect::<Result<_, _>>()?)
-}
-
-fn named(wire: &[v1::CommitBlock]) -> Result<HashMap<BlockHash, Checksum>, Error> {
-    limit(wire.len())?;
-    let one = |block: &v1::CommitBlock| Ok((convert::block_hash(&block.hash)?, convert::checksum(&block.checksum)?));
-    Ok(wire.iter().map(one).collect::<Result<_, kvasir_proto::Error>>()?)
+/// Blocks and their checksums, as a commit names them.
+fn named(request: &v1::CommitRequest) -> Result<HashMap<BlockHash, Checksum>, Error> {
+    let (hashes, sums) = (hashes(&request.hashes)?, convert::checksums(&request.checksums, MAX_HASHES)?);
+    if hashes.len() != sums.len() {
+        return Err(Error::Count { field: "checksums", got: sums.len(), blocks: hashes.len() });
+    }
+    Ok(hashes.into_iter().zip(sums).collect())
 }

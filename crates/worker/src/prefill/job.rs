@@ -178,7 +178,7 @@ async fn write_back(host: &Host, id: &kvasir_types::RequestId, admission: &Admis
     let Some(store) = host.store.as_ref().filter(|_| worth_keeping) else { return };
     let deadline = Deadline::after(Duration::from_millis(host.config.prefill.write_back_timeout_ms));
     let blocks = located(host, admission, admission.hashes.len());
-    let report = store.write(id, &blocks, host.model.layout.block_bytes() as u64, deadline).await;
+    let report = store.write(id, &host.origin(), &blocks, host.model.layout.block_bytes() as u64, deadline).await;
     if let Some(error) = &report.error {
         went_without_store(error, "blocks not written back to the store");
     }

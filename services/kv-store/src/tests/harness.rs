@@ -8,7 +8,7 @@ use std::{
 use kvasir_cluster::{Member, MemoryHub, Registry};
 use kvasir_proto::{convert, v1, v1::store_client::StoreClient as Raw};
 use kvasir_runtime::Context;
-use kvasir_store_client::StoreClient;
+use kvasir_store_client::{Origin, StoreClient};
 use kvasir_transfer::{Batch, LocalNet, Op, Priority, Range, TransferEngine};
 use kvasir_types::{BlockHash, Deadline, PROTOCOL_VERSION, RequestId, TransportKind, Transports};
 use tonic::transport::Channel;
@@ -112,7 +112,7 @@ impl Client {
     }
 
     pub(super) async fn write(&self, blocks: &[(BlockHash, u64)]) -> kvasir_store_client::WriteReport {
-        self.store.write(&request(), blocks, BLOCK, soon()).await
+        self.store.write(&request(), &Origin::default(), blocks, BLOCK, soon()).await
     }
 
     pub(super) async fn read(&self, blocks: &[(BlockHash, u64)]) -> kvasir_store_client::ReadReport {
@@ -184,14 +184,23 @@ pub(super) fn lookup_request(hashes: &[BlockHash]) -> v1::LookupRequest {
     v1::LookupRequest {
         protocol_version: PROTOCOL_VERSION,
         request_id: "raw".into(),
-        hashes: hashes.iter().map(|hash| convert::bytes16(&hash.0)).collect(),
+        hashes: convert::pack16(hashes.iter().map(|hash| &hash.0)),
         block_bytes: BLOCK,
     }
 }
 
 pub(super) fn reserve_request(hashes: &[BlockHash]) -> v1::ReserveRequest {
     let v1::LookupRequest { protocol_version, request_id, hashes, block_bytes } = lookup_request(hashes);
-    v1::ReserveRequest { protocol_version, request_id, hashes, block_bytes }
+    v1::ReserveRequest { protocol_version, request_id, hashes, block_bytes, ..Default::default() }
+}
+
+/// Commits these blocks, with these checksums.
+pub(super) fn commit_request(reservation: u64, blocks: &[(BlockHash, [u8; 16])]) -> v1::CommitRequest {
+    v1::CommitRequest {
+        reservation,
+        hashes: convert::pack16(blocks.iter().map(|(hash, _)| &hash.0)),
+        checksums: convert::pack16(blocks.iter().map(|(_, sum)| sum)),
+    }
 }
 
 /// Waits for a condition that is about to come true.

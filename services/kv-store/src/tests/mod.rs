@@ -4,8 +4,10 @@ mod harness;
 
 use std::time::{Duration, Instant};
 
-use harness::{BLOCK, Cluster, content, eventually, hashes, lookup_request, request, reserve_request, soon};
-use kvasir_proto::{convert, v1};
+use harness::{
+    BLOCK, Cluster, commit_request, content, eventually, hashes, lookup_request, request, reserve_request, soon,
+};
+use kvasir_proto::v1;
 use kvasir_store_client::Error;
 use kvasir_transfer::Op;
 use kvasir_types::{Role, TransportKind};
@@ -100,7 +102,7 @@ async fn corrupted_bytes_are_a_miss() {
     let blocks = client.prepare(0, &hashes(0..10));
     client.write(&blocks).await;
     let found = node.raw().await.lookup(lookup_request(&hashes(0..10))).await.unwrap().into_inner();
-    let flipped = found.found[7].offset + BLOCK - 1;
+    let flipped = found.offsets[7] + BLOCK - 1;
     let mut byte = [0];
     node.node.engine().read_bytes(flipped, &mut byte).unwrap();
     node.node.engine().write_bytes(flipped, &[byte[0] ^ 1]).unwrap();
@@ -120,10 +122,9 @@ async fn a_writer_that_lies_about_its_bytes_is_not_believed() {
     client.prepare(0, &hash);
     let reserved = raw.reserve(reserve_request(&hash)).await.unwrap().into_inner();
     client.touch(Op::Write, &node, reserved.grant, reserved.slots[0].offset).await.unwrap();
-    let lie = v1::CommitBlock { hash: convert::bytes16(&hash[0].0), checksum: convert::bytes16(&[6; 16]) };
-    let commit = v1::CommitRequest { reservation: reserved.reservation, blocks: vec![lie] };
+    let commit = commit_request(reserved.reservation, &[(hash[0], [6; 16])]);
     assert_eq!(raw.commit(commit).await.unwrap().into_inner().committed, 0);
-    assert!(raw.lookup(lookup_request(&hash)).await.unwrap().into_inner().found.is_empty());
+    assert!(raw.lookup(lookup_request(&hash)).await.unwrap().into_inner().offsets.is_empty());
     assert_eq!(node.node.usage().used_bytes, 0, "its room is free again");
     assert_eq!(node.node.totals().1, 1, "and it is counted");
 }
@@ -137,9 +138,7 @@ async fn a_committed_block_can_no_longer_be_written() {
     let reserved = raw.reserve(reserve_request(&hashes(0..1))).await.unwrap().into_inner();
     let (grant, offset) = (reserved.grant, reserved.slots[0].offset);
     client.touch(Op::Write, &node, grant, offset).await.unwrap();
-    let checksum = convert::bytes16(&client.engine.checksum(0, BLOCK).unwrap());
-    let named = v1::CommitBlock { hash: convert::bytes16(&blocks[0].0.0), checksum };
-    let commit = v1::CommitRequest { reservation: reserved.reservation, blocks: vec![named] };
+    let commit = commit_request(reserved.reservation, &[(blocks[0].0, client.engine.checksum(0, BLOCK).unwrap())]);
     for _ in 0..2 {
         assert_eq!(raw.commit(commit.clone()).await.unwrap().into_inner().committed, 1, "again is the same");
     }
@@ -160,11 +159,8 @@ async fn a_reservation_that_nobody_commits_gives_its_room_back() {
     assert_eq!(node.node.usage().reserved, 2);
     eventually("the room is free", || node.node.usage().used_bytes == 0).await;
     client.touch(Op::Write, &node, reserved.grant, reserved.slots[0].offset).await.unwrap_err();
-    let named = blocks.iter().map(|&(hash, offset)| v1::CommitBlock {
-        hash: convert::bytes16(&hash.0),
-        checksum: convert::bytes16(&client.engine.checksum(offset, BLOCK).unwrap()),
-    });
-    let commit = v1::CommitRequest { reservation: reserved.reservation, blocks: named.collect() };
+    let sum = |&(hash, offset): &(_, u64)| (hash, client.engine.checksum(offset, BLOCK).unwrap());
+    let commit = commit_request(reserved.reservation, &blocks.iter().map(sum).collect::<Vec<_>>());
     assert_eq!(raw.commit(commit).await.unwrap().into_inner().committed, 0, "too late");
     assert_eq!(client.write(&blocks).await.written, 2, "another writer gets it");
 }
@@ -181,7 +177,7 @@ async fn a_reader_that_stalls_past_its_lease_reads_nothing_and_stops_nobody() {
     eventually("the lease has ended", || node.node.usage().pinned == 0).await;
     let report = client.write(&client.prepare(51, &hashes(100..150))).await;
     assert_eq!(report.written, 50, "its blocks may go: {report:?}");
-    client.touch(Op::Read, &node, old.grant, old.found[0].offset).await.unwrap_err();
+    client.touch(Op::Read, &node, old.grant, old.offsets[0]).await.unwrap_err();
     assert_eq!(client.read(&client.places(0, &hashes(100..150))).await.blocks, 50);
 }
 
@@ -194,13 +190,13 @@ async fn what_is_leased_is_not_evicted() {
     let held = raw.lookup(lookup_request(&hashes(0..30))).await.unwrap().into_inner();
     let report = client.write(&client.prepare(0, &hashes(100..160))).await;
     assert_eq!((report.written, report.skipped), (21, 39), "{report:?}");
-    for (block, hash) in held.found.iter().zip(hashes(0..30)) {
-        client.touch(Op::Read, &node, held.grant, block.offset).await.unwrap();
+    for (&offset, hash) in held.offsets.iter().zip(hashes(0..30)) {
+        client.touch(Op::Read, &node, held.grant, offset).await.unwrap();
         assert_eq!(client.bytes(0), content(hash));
     }
     raw.release(v1::ReleaseRequest { lease: held.lease }).await.unwrap();
     eventually("released", || node.node.usage().pinned == 0).await;
-    client.touch(Op::Read, &node, held.grant, held.found[0].offset).await.unwrap_err();
+    client.touch(Op::Read, &node, held.grant, held.offsets[0]).await.unwrap_err();
 }
 
 #[tokio::test]
@@ -314,7 +310,10 @@ async fn a_passed_deadline_is_a_miss_and_no_fault_of_the_node() {
     client.write(&blocks).await;
     let passed = kvasir_types::Deadline::after(Duration::ZERO);
     assert_eq!(client.store.read(&request(), &blocks, BLOCK, passed).await.blocks, 0);
-    assert_eq!(client.store.write(&request(), &blocks, BLOCK, passed).await.written, 0);
+    assert_eq!(
+        client.store.write(&request(), &kvasir_store_client::Origin::default(), &blocks, BLOCK, passed).await.written,
+        0
+    );
     assert_eq!(client.store.read(&request(), &blocks, BLOCK, soon()).await.blocks, 4);
 }
 
@@ -327,8 +326,12 @@ async fn unacceptable_calls_are_refused_by_what_is_wrong() {
     for (code, part, bad) in [
         (Code::FailedPrecondition, "protocol version 99", v1::LookupRequest { protocol_version: 99, ..good.clone() }),
         (Code::InvalidArgument, "block_bytes", v1::LookupRequest { block_bytes: 0, ..good.clone() }),
-        (Code::InvalidArgument, "hash", v1::LookupRequest { hashes: vec![vec![1; 15].into()], ..good.clone() }),
-        (Code::InvalidArgument, "1025 blocks", lookup_request(&hashes(0..1025))),
+        (
+            Code::InvalidArgument,
+            "hashes has 15 bytes",
+            v1::LookupRequest { hashes: vec![1; 15].into(), ..good.clone() },
+        ),
+        (Code::InvalidArgument, "1025 values", lookup_request(&hashes(0..1025))),
     ] {
         let status = raw.lookup(bad).await.unwrap_err();
         assert_eq!(status.code(), code, "{status:?}");
