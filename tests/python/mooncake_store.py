@@ -88,7 +88,7 @@ class Client:
         seconds = (now() - started) / 1e9
         return figures(latencies, seconds, time.process_time() - cpu, values * block)
 
-    def exist(self, ask):
+    def lookup(self, ask):
         """`batch_is_exist` of prompts of so many keys, by so many callers for so long."""
         keys, values = ask["keys"], ask["values"]
         prompts = [[f"{ask['seed']}-{v}" for v in range(at, at + keys)] for at in range(0, values - keys + 1, keys)]
@@ -149,7 +149,7 @@ def main():
     os.dup2(2, 1)
     host, master, lent, buffer = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
     client = Client(host, master, lent, buffer)
-    tasks = {name: getattr(client, name) for name in ("hello", "fill", "check", "put", "get", "exist", "clear")}
+    tasks = {name: getattr(client, name) for name in ("hello", "fill", "check", "put", "get", "lookup", "clear")}
     for line in sys.stdin:
         ask = json.loads(line)
         try:

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!             placement                 control (gRPC)                     bytes (one-sided, transfer engine)
-//!   read   blocks ─▶ groups ─▶ nodes ─▶ Lookup: longest run, leased ─────▶ read into the given offsets ─▶ verify ─▶ Release
+//!   read   blocks ─▶ groups ─▶ nodes ─▶ Lookup: longest run, leased ─────▶ read into the given offsets, verify
 //!   write  blocks ─▶ groups ─▶ nodes ─▶ Reserve: slots for what is new ──▶ write from the given offsets ──────────▶ Commit
 //! ```
 //!

@@ -1,7 +1,8 @@
 //! Writing: reserve at every node what is new to it, write that one-sided, commit what arrived.
 //!
-//! Nodes are served side by side; on each it is three steps in a row. The checksums are computed while the bytes move. A
-//! commit names only blocks whose batch was acknowledged; what it does not name, the node takes back.
+//! Nodes are served side by side; on each it is three steps in a row, for a part of the blocks at a time, so that the node
+//! verifies one part while the next is written. The checksums are computed while the bytes move. A commit names only blocks
+//! whose batch was acknowledged; what it does not name, the node takes back.
 
 use std::time::Instant;
 
@@ -14,7 +15,12 @@ use kvasir_proto::{convert, v1};
 use kvasir_transfer::{Batch, Op, Priority, Range};
 use kvasir_types::{BlockHash, Deadline, PROTOCOL_VERSION, RequestId, SegmentDescriptor};
 
+use tokio::sync::Mutex;
+
 use crate::{Error, Inner, MAX_CALLS, Origin, in_flight::InFlight, placement::Share, read::later};
+
+/// Bytes that are reserved and committed as one.
+const PART_BYTES: u64 = 8 << 20;
 
 /// What became of blocks offered to the store.
 #[derive(Debug, Default)]
@@ -54,9 +60,10 @@ pub(crate) async fn write(
     block_bytes: u64,
     deadline: Deadline,
 ) -> WriteReport {
-    let offer = Offer { inner, request, origin, blocks, block_bytes, deadline };
-    let shares = inner.shares(blocks, 0).into_iter().map(|share| offer.write_share(share));
-    let mut reports = stream::iter(shares).buffer_unordered(MAX_CALLS);
+    let offer = Offer { inner, request, origin, blocks, block_bytes, deadline, hashing: Mutex::new(()) };
+    let most = usize::try_from(PART_BYTES / block_bytes.max(1)).unwrap_or(usize::MAX).max(1);
+    let parts = inner.shares(blocks, 0).into_iter().flat_map(|share| parts(share, most));
+    let mut reports = stream::iter(parts.map(|part| offer.write_share(part))).buffer_unordered(MAX_CALLS);
     let mut total = WriteReport::default();
     while let Some(report) = reports.next().await {
         total.written += report.written;
@@ -68,6 +75,11 @@ pub(crate) async fn write(
     total
 }
 
+/// A share in parts of so many blocks.
+fn parts(share: Share, most: usize) -> Vec<Share> {
+    share.blocks.chunks(most).map(|part| Share { blocks: part.to_vec(), ..share.clone() }).collect()
+}
+
 /// What all shares of one write have in common.
 struct Offer<'a> {
     inner: &'a Inner,
@@ -76,6 +88,8 @@ struct Offer<'a> {
     blocks: &'a [(BlockHash, u64)],
     block_bytes: u64,
     deadline: Deadline,
+    /// Held while checksums are computed: all of them together take a core at most, and the first part is to be ready first.
+    hashing: Mutex<()>,
 }
 
 impl Offer<'_> {
@@ -188,6 +202,7 @@ impl Offer<'_> {
     }
 
     async fn checksums(&self, part: &[New]) -> Result<Vec<Sum>, Error> {
+        let _turn = self.hashing.lock().await;
         let mut sums = Vec::with_capacity(part.len());
         for new in part {
             let offset = self.blocks[new.block].1;

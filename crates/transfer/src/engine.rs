@@ -16,6 +16,7 @@ use std::{
 use kvasir_types::{GrantKey, HostMemory, SegmentDescriptor, TransportKind};
 
 use crate::{
+    checksum::Checksum,
     batch::{Batch, BatchState, Op, Priority, Setting, Transfer},
     builder::Builder,
     choice::{Circumstances, Slot, Way, choose},
@@ -294,26 +295,9 @@ impl TransferEngine {
     /// # Errors
     /// [`Error::OutOfBounds`].
     pub fn checksum(&self, offset: u64, len: u64) -> Result<[u8; 16], Error> {
-        // By way of a buffer that stays in the first-level cache: no reference to the bytes is formed, and 16 KiB
-        // feed all of BLAKE3's vector lanes.
-        let mut buffer = [0; 16 << 10];
-        let mut hasher = blake3::Hasher::new();
-        let mut from = self.own(offset, len)?.at(offset, len).cast_const();
-        let mut left = len as usize;
-        while left > 0 {
-            let part = left.min(buffer.len());
-            // SAFETY: the range was checked against its region, which stays mapped (`register` never moves memory, and
-            // the caller holds the block); the buffer is ours.
-            unsafe {
-                std::ptr::copy_nonoverlapping(from, buffer.as_mut_ptr(), part);
-                from = from.add(part);
-            }
-            hasher.update(&buffer[..part]);
-            left -= part;
-        }
-        let mut short = [0; 16];
-        short.copy_from_slice(&hasher.finalize().as_bytes()[..16]);
-        Ok(short)
+        let mut sum = Checksum::new(self);
+        sum.add(offset, len)?;
+        Ok(sum.finish())
     }
 
     /// Copies registered bytes out: for tests and small uses. The usual discipline applies: nobody writes them meanwhile,
@@ -375,7 +359,7 @@ impl TransferEngine {
         if self.0.stopped.load(Ordering::SeqCst) { Err(Error::Shutdown) } else { Ok(()) }
     }
 
-    fn own(&self, offset: u64, len: u64) -> Result<Arc<Mapped>, Error> {
+    pub(crate) fn own(&self, offset: u64, len: u64) -> Result<Arc<Mapped>, Error> {
         self.find(&self.0.owner.space.snapshot(), offset, len).cloned()
     }
 

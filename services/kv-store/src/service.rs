@@ -42,19 +42,14 @@ pub(crate) struct StoreService {
 impl v1::store_server::Store for StoreService {
     async fn lookup(&self, request: Request<v1::LookupRequest>) -> Result<Response<v1::LookupResponse>, Status> {
         let _timer = self.metrics.time(Call::Lookup);
-        Ok(Response::new(self.look_up(request.get_ref())?))
+        let request = request.get_ref();
+        request.ended.iter().take(MAX_HASHES).for_each(|&lease| self.end_lease(lease));
+        Ok(Response::new(self.look_up(request)?))
     }
 
     async fn release(&self, request: Request<v1::ReleaseRequest>) -> Result<Response<v1::ReleaseResponse>, Status> {
         let _timer = self.metrics.time(Call::Release);
-        // Whether it was still open is nobody's business: the answer would be the same.
-        if let Some(closed) = self.node.close_lease(LeaseId(request.get_ref().lease)) {
-            let node = self.node.clone();
-            self.tasks.spawn(Kind::Request, "release", async move {
-                node.end_lease(closed).await;
-                Ok(())
-            });
-        }
+        self.end_lease(request.get_ref().lease);
         Ok(Response::new(v1::ReleaseResponse {}))
     }
 
@@ -108,6 +103,17 @@ impl v1::store_server::Store for StoreService {
 }
 
 impl StoreService {
+    /// Whether it was still open is nobody's business: the answer would be the same.
+    fn end_lease(&self, lease: u64) {
+        if let Some(closed) = self.node.close_lease(LeaseId(lease)) {
+            let node = self.node.clone();
+            self.tasks.spawn(Kind::Request, "release", async move {
+                node.end_lease(closed).await;
+                Ok(())
+            });
+        }
+    }
+
     fn look_up(&self, request: &v1::LookupRequest) -> Result<v1::LookupResponse, Error> {
         check_protocol(request.protocol_version)?;
         let (size, hashes) = (block_bytes(request.block_bytes)?, hashes(&request.hashes)?);

@@ -10,7 +10,7 @@ use std::{
 
 use kvasir_cluster::Registry;
 use kvasir_proto::{convert, v1, v1::store_client::StoreClient as Raw};
-use kvasir_store_client::StoreClient;
+use kvasir_store_client::{Origin, StoreClient};
 use kvasir_transfer::{Batch, Op, Priority, Range, TransferEngine};
 use kvasir_types::{BlockHash, Deadline, PROTOCOL_VERSION, RequestId, Role, SegmentDescriptor, TokenId};
 use serde_json::{Value, json};
@@ -77,7 +77,7 @@ impl Load {
         for blocks in values.blocks.chunks(batch) {
             let (begun, deadline) = (Instant::now(), Deadline::after(SOON));
             let (done, error) = if op == "put" {
-                let report = self.client.write(&self.request, blocks, values.bytes, deadline).await;
+                let report = self.client.write(&self.request, &Origin::default(), blocks, values.bytes, deadline).await;
                 (report.written, report.error)
             } else {
                 let report = self.client.read(&self.request, blocks, values.bytes, deadline).await;
@@ -108,23 +108,21 @@ impl Load {
         let started = Instant::now();
         let until = started + Duration::from_secs_f64(seconds);
         let next = Arc::new(AtomicU64::new(0));
-        let release = ask["release"].as_bool().unwrap_or(true);
         let tasks: Vec<_> = (0..callers)
             .map(|_| {
                 let (mut raw, prompts, next) = (Raw::new(channel.clone()), prompts.clone(), next.clone());
-                let (block_bytes, mut latencies) = (values.bytes, Vec::new());
+                let (block_bytes, mut latencies, mut ended) = (values.bytes, Vec::new(), Vec::new());
                 tokio::spawn(async move {
                     while Instant::now() < until {
                         let prompt = &prompts[next.fetch_add(1, Ordering::Relaxed) as usize % prompts.len()];
                         let begun = Instant::now();
-                        let message = lookup_message(prompt.iter().copied(), block_bytes);
+                        // As StoreClient does it: a lease is given back with the next lookup.
+                        let message = v1::LookupRequest { ended, ..lookup_message(prompt, block_bytes) };
                         let answer = raw.lookup(message).await?.into_inner();
                         latencies.push(begun.elapsed());
-                        if answer.found.len() != keys {
-                            return Err(Failure::from(format!("found {} of {keys}", answer.found.len())));
-                        }
-                        if release {
-                            raw.release(v1::ReleaseRequest { lease: answer.lease }).await?;
+                        ended = vec![answer.lease];
+                        if answer.offsets.len() != keys {
+                            return Err(Failure::from(format!("found {} of {keys}", answer.offsets.len())));
                         }
                     }
                     Ok(latencies)
@@ -148,7 +146,7 @@ impl Load {
         let mut parts = [const { Vec::new() }; 5];
         for &(hash, local) in &values.blocks {
             let begun = Instant::now();
-            let answer = raw.lookup(lookup_message([hash].into_iter(), values.bytes)).await?.into_inner();
+            let answer = raw.lookup(lookup_message(&[hash], values.bytes)).await?.into_inner();
             parts[0].push(begun.elapsed());
             let begun = Instant::now();
             let target = SegmentDescriptor::try_from(answer.segment.as_ref().ok_or("no segment")?)?;
@@ -156,7 +154,7 @@ impl Load {
                 op: Op::Read,
                 target,
                 grant: convert::grant_key(answer.grant),
-                ranges: vec![Range { local, remote: answer.found[0].offset, len: values.bytes }],
+                ranges: vec![Range { local, remote: answer.offsets[0], len: values.bytes }],
                 deadline: Deadline::after(SOON),
                 priority: Priority::Normal,
                 notice: None,
@@ -182,12 +180,13 @@ impl Load {
     }
 }
 
-fn lookup_message(hashes: impl Iterator<Item = BlockHash>, block_bytes: u64) -> v1::LookupRequest {
+fn lookup_message(hashes: &[BlockHash], block_bytes: u64) -> v1::LookupRequest {
     v1::LookupRequest {
         protocol_version: PROTOCOL_VERSION,
         request_id: "store-load".to_owned(),
-        hashes: hashes.map(|hash| convert::bytes16(&hash.0)).collect(),
+        hashes: convert::pack16(hashes.iter().map(|hash| &hash.0)),
         block_bytes,
+        ended: Vec::new(),
     }
 }
 

@@ -186,11 +186,12 @@ pub(super) fn lookup_request(hashes: &[BlockHash]) -> v1::LookupRequest {
         request_id: "raw".into(),
         hashes: convert::pack16(hashes.iter().map(|hash| &hash.0)),
         block_bytes: BLOCK,
+        ended: Vec::new(),
     }
 }
 
 pub(super) fn reserve_request(hashes: &[BlockHash]) -> v1::ReserveRequest {
-    let v1::LookupRequest { protocol_version, request_id, hashes, block_bytes } = lookup_request(hashes);
+    let v1::LookupRequest { protocol_version, request_id, hashes, block_bytes, .. } = lookup_request(hashes);
     v1::ReserveRequest { protocol_version, request_id, hashes, block_bytes, ..Default::default() }
 }
 

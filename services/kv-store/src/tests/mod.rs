@@ -17,7 +17,7 @@ use tonic::Code;
 async fn what_is_written_is_read_back_bit_for_bit_over_every_transport() {
     for transport in [TransportKind::Local, TransportKind::Shm, TransportKind::Tcp] {
         let cluster = Cluster::with(&[transport]);
-        let node = cluster.node("kv-0", |_| {}).await;
+        let node = cluster.node("kv-0", |config| config.lease_ms = 600_000).await;
         let (writer, reader) = (cluster.client(100), cluster.client(100));
         let blocks = writer.prepare(0, &hashes(0..100));
         let report = writer.write(&blocks).await;
@@ -31,7 +31,9 @@ async fn what_is_written_is_read_back_bit_for_bit_over_every_transport() {
         let owner = node.node.engine().stats().owner;
         let moved = owner.of(transport);
         assert_eq!((moved.read_bytes, moved.written_bytes), (100 * BLOCK, 100 * BLOCK));
-        eventually("the lease is given back", || node.node.usage().pinned == 0).await;
+        assert_eq!(node.node.usage().pinned, 100);
+        assert_eq!(reader.read(&reader.places(0, &hashes(200..201))).await.blocks, 0);
+        eventually("the lease was given back with the next lookup", || node.node.usage().pinned == 0).await;
     }
 }
 
