@@ -121,9 +121,13 @@ impl Shared {
     fn publish(&self) {
         let table = self.table();
         self.view.send_if_modified(|view| {
-            let changed = !view.members.iter().eq(table.members());
+            let (changed, epoch) = (!view.members.iter().eq(table.members()), table.epoch());
             if changed {
-                *view = Arc::new(View { revision: view.revision + 1, members: table.members().cloned().collect() });
+                let members = table.members().cloned().collect();
+                *view = Arc::new(View { revision: view.revision + 1, epoch, members });
+            } else if view.epoch != epoch {
+                // The same members, known to be so for longer: there for whoever looks, and nobody's news.
+                *view = Arc::new(View { epoch, ..View::clone(view) });
             }
             changed
         });

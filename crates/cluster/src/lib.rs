@@ -21,7 +21,7 @@ mod view;
 pub use config::{EtcdConfig, RegistryConfig};
 pub use error::Error;
 pub use etcd::connect as connect_etcd;
-pub use member::{Member, Mismatch, ModelInfo};
+pub use member::{Member, Mismatch, ModelInfo, StoreInfo};
 pub use memory::MemoryHub;
 pub use registry::Registry;
 pub use view::View;

@@ -44,6 +44,9 @@ pub struct Member {
     /// The memory it offers to peers; none for routers.
     #[serde(default)]
     pub segment: Option<SegmentDescriptor>,
+    /// What clients of a store node must know to use it; none for others.
+    #[serde(default)]
+    pub store: Option<StoreInfo>,
     /// Takes no new work: it is about to leave.
     #[serde(default)]
     pub draining: bool,
@@ -63,6 +66,54 @@ pub struct ModelInfo {
     /// BLAKE3 of tokenizer.json in hexadecimal; empty if unknown.
     #[serde(default)]
     pub tokenizer: String,
+}
+
+/// How a store node takes part in the division of blocks. Clients and nodes read it in the members' records, so that all
+/// divide alike.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct StoreInfo {
+    /// Its share beside that of other nodes: by default, its memory in MiB.
+    pub weight: f64,
+    /// Nodes of one zone may fail together: copies go to different ones. Empty: a zone like any other.
+    pub zone: String,
+    /// Consecutive blocks of a prompt that are placed together, 1 to 1024. The same on all nodes.
+    pub group_blocks: u32,
+    /// On how many nodes each block is kept, 1 to 8. The same on all nodes.
+    pub replicas: u32,
+}
+
+impl StoreInfo {
+    /// Most blocks of a group.
+    pub const MAX_GROUP_BLOCKS: u32 = 1024;
+    /// Most copies of a block.
+    pub const MAX_REPLICAS: u32 = 8;
+    /// Most bytes of a zone's name.
+    pub const MAX_ZONE: usize = 64;
+
+    /// Whether it can be used; the error names the field and what is allowed.
+    pub fn check(&self) -> Result<(), String> {
+        let Self { weight, zone, group_blocks, replicas } = self;
+        if !(weight.is_normal() && *weight > 0.0 && *weight <= 1e15) {
+            return Err(format!("weight: {weight}, allowed is above 0 up to 1e15"));
+        }
+        if zone.len() > Self::MAX_ZONE || zone.chars().any(char::is_control) {
+            return Err(format!("zone: allowed are up to {} bytes without control characters", Self::MAX_ZONE));
+        }
+        if !(1..=Self::MAX_GROUP_BLOCKS).contains(group_blocks) {
+            return Err(format!("group_blocks: {group_blocks}, allowed is 1 to {}", Self::MAX_GROUP_BLOCKS));
+        }
+        if !(1..=Self::MAX_REPLICAS).contains(replicas) {
+            return Err(format!("replicas: {replicas}, allowed is 1 to {}", Self::MAX_REPLICAS));
+        }
+        Ok(())
+    }
+}
+
+impl Default for StoreInfo {
+    fn default() -> Self {
+        Self { weight: 256.0, zone: String::new(), group_blocks: 32, replicas: 1 }
+    }
 }
 
 /// Why two members must not exchange blocks: the first thing that differs.
@@ -129,6 +180,9 @@ impl Member {
         if member.segment.as_ref().is_some_and(|segment| segment.transports.len() > MAX_TRANSPORTS) {
             return Err(format!("over {MAX_TRANSPORTS} transports"));
         }
+        if let Some(store) = &member.store {
+            store.check().map_err(|error| format!("store.{error}"))?;
+        }
         Ok(member)
     }
 }
@@ -175,6 +229,7 @@ pub(crate) mod tests {
                 len: 4096,
                 transports: vec![TransportAddress { kind: TransportKind::Tcp, address: "127.0.0.1:3".into() }],
             }),
+            store: (role == Role::KvStore).then(StoreInfo::default),
             draining: false,
         }
     }
@@ -191,7 +246,10 @@ pub(crate) mod tests {
     fn what_an_older_process_did_not_write_is_empty() {
         let record = br#"{"id":"router-0","incarnation":1,"role":"router","protocol":1}"#;
         let member = Member::parse(record).unwrap();
-        assert_eq!((member.grpc.as_str(), member.model, member.draining), ("", None, false));
+        assert_eq!((member.grpc.as_str(), member.model, member.store, member.draining), ("", None, None, false));
+        let record = br#"{"id":"kv-0","incarnation":1,"role":"kv-store","protocol":1,"store":{"zone":"a"}}"#;
+        let zone = Some(StoreInfo { zone: "a".into(), ..StoreInfo::default() });
+        assert_eq!(Member::parse(record).unwrap().store, zone);
     }
 
     #[test]
@@ -203,6 +261,23 @@ pub(crate) mod tests {
         bad.grpc = "x".repeat(MAX_TEXT + 1);
         assert!(Member::parse(bad.record().as_bytes()).unwrap_err().contains("address"));
         assert!(Member::parse(&vec![b' '; MAX_RECORD_BYTES + 1]).unwrap_err().contains("at most"));
+        type Change = fn(&mut StoreInfo);
+        let stores: [(&str, Change); 8] = [
+            ("store.weight", |store| store.weight = 0.0),
+            ("store.weight", |store| store.weight = -1.0),
+            ("store.weight", |store| store.weight = 1e300),
+            ("store.zone", |store| store.zone = "z".repeat(65)),
+            ("store.zone", |store| store.zone = "\u{1b}".into()),
+            ("store.group_blocks", |store| store.group_blocks = 0),
+            ("store.group_blocks", |store| store.group_blocks = 1025),
+            ("store.replicas", |store| store.replicas = 9),
+        ];
+        for (part, change) in stores {
+            let mut bad = member(Role::KvStore, "kv", 1);
+            change(bad.store.as_mut().unwrap());
+            let error = Member::parse(bad.record().as_bytes()).unwrap_err();
+            assert!(error.starts_with(part), "{error}");
+        }
         for text in ["", "{}", "null", "[]", "\u{1}", r#"{"id":"a/b","incarnation":1,"role":"decode","protocol":1}"#] {
             assert!(Member::parse(text.as_bytes()).is_err(), "{text:?}");
         }

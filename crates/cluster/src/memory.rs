@@ -6,7 +6,7 @@ use std::{
 };
 
 use async_trait::async_trait;
-use kvasir_types::{Incarnation, MemberId, Role};
+use kvasir_types::{Epoch, Incarnation, MemberId, Role};
 use tokio::sync::watch;
 
 use crate::{Error, Member, Registry, View};
@@ -44,7 +44,8 @@ impl Hub {
             let now: Vec<_> = members.values().cloned().collect();
             let changed = view.members != now;
             if changed {
-                *view = Arc::new(View { revision: view.revision + 1, members: now });
+                let revision = view.revision + 1;
+                *view = Arc::new(View { revision, epoch: Epoch(revision), members: now });
             }
             changed
         });

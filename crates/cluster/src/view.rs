@@ -1,6 +1,6 @@
 //! All members at a moment.
 
-use kvasir_types::{MemberId, Role};
+use kvasir_types::{Epoch, MemberId, Role};
 
 use crate::Member;
 
@@ -9,6 +9,9 @@ use crate::Member;
 pub struct View {
     /// Counts the changes this process has seen. Says nothing across processes.
     pub revision: u64,
+    /// As of which change of the metadata this is known to be true. Comparable between processes: who has the greater one
+    /// knows at least as much. Never goes back, and may go on without a change of the members being announced.
+    pub epoch: Epoch,
     /// The members.
     pub members: Vec<Member>,
 }

@@ -3,9 +3,6 @@
 /// How the store is used. `Config::default()` suits a cluster in one room.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
-    /// Consecutive blocks of a prompt that are placed on the same node, 1 to 1024. All clients of a store must agree, or they
-    /// look for blocks where others did not put them. Default 32.
-    pub group_blocks: usize,
     /// How long a node may take to answer one call; it is also how long it may take to connect. Reading and writing bytes is
     /// bound by the caller's deadline instead. Default 500.
     pub timeout_ms: u64,
@@ -15,6 +12,6 @@ pub struct Config {
 
 impl Default for Config {
     fn default() -> Self {
-        Self { group_blocks: 32, timeout_ms: 500, breaker_ms: 1_000 }
+        Self { timeout_ms: 500, breaker_ms: 1_000 }
     }
 }

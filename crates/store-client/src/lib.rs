@@ -24,6 +24,8 @@ mod in_flight;
 mod peers;
 mod placement;
 mod read;
+pub mod rendezvous;
+mod views;
 mod write;
 
 #[cfg(test)]
@@ -33,7 +35,7 @@ use std::sync::Arc;
 
 use kvasir_cluster::View;
 use kvasir_transfer::TransferEngine;
-use kvasir_types::{BlockHash, Deadline, ModelFingerprint, RequestId};
+use kvasir_types::{BlockHash, Deadline, Epoch, ModelFingerprint, RequestId};
 use tokio::sync::watch;
 
 pub use config::Config;
@@ -43,6 +45,7 @@ pub use write::WriteReport;
 
 use peers::Peers;
 use placement::{Node, Placement, Share};
+use views::Views;
 
 /// Most hashes in one call, as the protocol has it.
 const MAX_HASHES: usize = 1024;
@@ -65,8 +68,7 @@ pub struct StoreClient {
 }
 
 struct Inner {
-    config: Config,
-    members: watch::Receiver<Arc<View>>,
+    views: Views,
     engine: TransferEngine,
     peers: Peers,
 }
@@ -76,7 +78,7 @@ impl StoreClient {
     /// made before it is needed.
     pub fn new(config: Config, members: watch::Receiver<Arc<View>>, engine: TransferEngine) -> Self {
         let peers = Peers::new(&config);
-        Self { inner: Arc::new(Inner { config, members, engine, peers }) }
+        Self { inner: Arc::new(Inner { views: Views::new(members), engine, peers }) }
     }
 
     /// Reads the longest run of `blocks` that the store has, from the first one on, each to its offset in the own arena.
@@ -123,6 +125,11 @@ impl StoreClient {
         write::write(&self.inner, request, origin, blocks, block_bytes, deadline).await
     }
 
+    /// As of which change of the cluster's members blocks are divided now.
+    pub fn epoch(&self) -> Epoch {
+        self.inner.placement().epoch
+    }
+
     /// How many store nodes are known now; with none, reads and writes return at once.
     pub fn nodes(&self) -> usize {
         self.inner.placement().len()
@@ -130,15 +137,17 @@ impl StoreClient {
 }
 
 impl Inner {
-    fn placement(&self) -> Placement {
-        Placement::of(&self.members.borrow())
+    fn placement(&self) -> Arc<Placement> {
+        let (placement, news) = self.views.placement();
+        if news {
+            self.peers.keep_only(&placement);
+        }
+        placement
     }
 
     /// Which node is asked for which of `blocks`, the first `have` left out, in calls of a bounded size.
     fn shares(&self, blocks: &[(BlockHash, u64)], have: usize) -> Vec<Share> {
-        let placement = self.placement();
-        self.peers.keep_only(&placement);
-        let mut shares = placement.shares(blocks, self.config.group_blocks.clamp(1, MAX_HASHES), MAX_HASHES);
+        let mut shares = self.placement().shares(blocks, MAX_HASHES);
         shares.iter_mut().for_each(|share| share.blocks.retain(|&block| block >= have));
         shares.retain(|share| !share.blocks.is_empty());
         shares

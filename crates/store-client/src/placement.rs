@@ -1,92 +1,151 @@
-//! Which node has which blocks: rendezvous hashing of placement groups over the live store nodes.
+//! Which blocks of a prompt are asked of which node.
 //!
 //! A prompt's blocks are cut into groups of consecutive blocks; a group's key is the hash of its first block, which stands
-//! for everything before it too. Each node's weight for a key is a mix of both; the heaviest has the group. So everybody
-//! who knows the same nodes agrees without talking, a prompt touches few nodes, and when a node leaves or joins, only the
-//! groups it had or gets move (Thaler and Ravishankar, "Using name-based mappings to increase hit rates", 1998).
+//! for everything before it too. [`crate::rendezvous`] gives each group its nodes. How large groups are and how many
+//! copies there are is what the nodes' records say, so that everybody divides alike.
 //!
-//! A node is weighed by its name, not its incarnation: restarted, it has its old share.
+//! A node is known by its name, not its incarnation: restarted, it has its old share.
 
-use std::collections::HashMap;
+use std::{collections::HashMap, ops::Range, sync::Arc};
 
-use kvasir_cluster::{Member, View};
-use kvasir_types::{BlockHash, Incarnation, MemberId, PROTOCOL_VERSION, Role};
+use kvasir_cluster::{Member, StoreInfo, View};
+use kvasir_types::{BlockHash, Epoch, Incarnation, MemberId, PROTOCOL_VERSION, Role};
+
+use crate::rendezvous::{Rendezvous, Spot};
 
 /// A store node that can be asked.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Node {
     pub(crate) id: MemberId,
     pub(crate) incarnation: Incarnation,
     pub(crate) grpc: String,
-    seed: u64,
+    pub(crate) store: StoreInfo,
+    /// About to leave: gets nothing new, and has what it had.
+    pub(crate) draining: bool,
 }
 
 impl Node {
     fn of(member: &Member) -> Self {
-        let digest = blake3::hash(member.id.as_str().as_bytes());
         Self {
             id: member.id.clone(),
             incarnation: member.incarnation,
             grpc: member.grpc.clone(),
-            seed: first_eight(digest.as_bytes()),
+            store: member.store.clone().unwrap_or_default(),
+            draining: member.draining,
         }
-    }
-
-    fn weight(&self, key: BlockHash) -> u64 {
-        mix(self.seed ^ mix(first_eight(&key.0)))
     }
 }
 
 /// Blocks that one call asks one node for.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Share {
-    pub(crate) node: Node,
+    pub(crate) node: Arc<Node>,
     /// Indexes into the request's blocks, ascending.
     pub(crate) blocks: Vec<usize>,
+    /// How many blocks a group has.
+    pub(crate) group_blocks: usize,
 }
 
 /// The nodes among which blocks are divided now.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub(crate) struct Placement {
-    nodes: Vec<Node>,
+    /// As of when.
+    pub(crate) epoch: Epoch,
+    nodes: Vec<Arc<Node>>,
+    rendezvous: Rendezvous,
+    group_blocks: usize,
+    /// On how many nodes each group is kept.
+    replicas: usize,
+}
+
+/// A node whose record says otherwise than those of most.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Odd {
+    pub(crate) member: MemberId,
+    /// Key of its configuration.
+    pub(crate) key: &'static str,
+    pub(crate) value: u32,
+    /// What counts instead.
+    pub(crate) counts: u32,
 }
 
 impl Placement {
-    /// The nodes of a view that stay and speak our protocol.
+    /// The nodes of a view that speak our protocol.
     pub(crate) fn of(view: &View) -> Self {
-        let fit = |member: &&Member| !member.draining && member.protocol == PROTOCOL_VERSION;
-        let mut nodes: Vec<Node> = view.role(Role::KvStore).filter(fit).map(Node::of).collect();
-        nodes.sort_unstable_by(|a, b| a.id.cmp(&b.id));
-        Self { nodes }
+        let fit = |member: &&Member| member.protocol == PROTOCOL_VERSION;
+        Self::new(view.epoch, view.role(Role::KvStore).filter(fit).map(Node::of).collect())
     }
 
+    pub(crate) fn new(epoch: Epoch, mut nodes: Vec<Node>) -> Self {
+        nodes.sort_unstable_by(|a, b| a.id.cmp(&b.id));
+        let rendezvous = Rendezvous::new(nodes.iter().map(|node| Spot {
+            name: node.id.as_str(),
+            weight: node.store.weight,
+            zone: &node.store.zone,
+            stays: !node.draining,
+        }));
+        let group_blocks = majority(&nodes, |store| store.group_blocks);
+        let replicas = majority(&nodes, |store| store.replicas);
+        let nodes = nodes.into_iter().map(Arc::new).collect();
+        Self { epoch, nodes, rendezvous, group_blocks: group_blocks as usize, replicas: replicas as usize }
+    }
+
+    /// How many nodes get blocks.
     pub(crate) fn len(&self) -> usize {
-        self.nodes.len()
+        self.rendezvous.len()
+    }
+
+    /// Nodes that say otherwise than most how blocks are to be divided.
+    pub(crate) fn odd(&self) -> Vec<Odd> {
+        let odd = |node: &Node, key, value, counts: usize| {
+            let counts = counts as u32;
+            (value != counts).then(|| Odd { member: node.id.clone(), key, value, counts })
+        };
+        self.nodes
+            .iter()
+            .flat_map(|node| {
+                let StoreInfo { group_blocks, replicas, .. } = node.store;
+                [
+                    odd(node, "group_blocks", group_blocks, self.group_blocks),
+                    odd(node, "replicas", replicas, self.replicas),
+                ]
+            })
+            .flatten()
+            .collect()
     }
 
     pub(crate) fn has(&self, id: &MemberId, incarnation: Incarnation) -> bool {
         self.nodes.iter().any(|node| node.id == *id && node.incarnation == incarnation)
     }
 
-    /// The node that has the group with this key.
-    fn node(&self, key: BlockHash) -> Option<usize> {
-        (0..self.nodes.len()).max_by_key(|&node| self.nodes[node].weight(key))
-    }
-
     /// Divides a prompt's blocks: what one node has of it in one share, in the prompt's order (so that a node's answer,
     /// which ends at its first missing block, ends where the run ends), split where it is longer than `limit`.
-    pub(crate) fn shares(&self, blocks: &[(BlockHash, u64)], group_blocks: usize, limit: usize) -> Vec<Share> {
+    pub(crate) fn shares(&self, blocks: &[(BlockHash, u64)], limit: usize) -> Vec<Share> {
+        let home = |group: Range<usize>| Some((self.rendezvous.home(blocks[group.start].0)?, group));
+        self.collect(self.groups(blocks.len()).filter_map(home), limit)
+    }
+
+    /// The groups of a prompt of so many blocks.
+    fn groups(&self, blocks: usize) -> impl Iterator<Item = Range<usize>> + use<> {
+        let size = self.group_blocks;
+        (0..blocks).step_by(size).map(move |start| start..blocks.min(start + size))
+    }
+
+    /// One share for each node that is to have any of these groups, which come in the prompt's order.
+    fn collect(&self, parts: impl Iterator<Item = (usize, Range<usize>)>, limit: usize) -> Vec<Share> {
         let mut by_node: HashMap<usize, Vec<usize>> = HashMap::new();
-        for (group, start) in blocks.chunks(group_blocks).zip((0..).step_by(group_blocks)) {
-            if let Some(node) = self.node(group[0].0) {
-                by_node.entry(node).or_default().extend(start..start + group.len());
-            }
+        for (node, part) in parts {
+            by_node.entry(node).or_default().extend(part);
         }
         let mut shares: Vec<Share> = by_node
             .into_iter()
             .flat_map(|(node, all)| {
-                let node = &self.nodes[node];
-                all.chunks(limit).map(|part| Share { node: node.clone(), blocks: part.to_vec() }).collect::<Vec<_>>()
+                let share = |part: &[usize]| Share {
+                    node: self.nodes[node].clone(),
+                    blocks: part.to_vec(),
+                    group_blocks: self.group_blocks,
+                };
+                all.chunks(limit).map(share).collect::<Vec<_>>()
             })
             .collect();
         shares.sort_unstable_by_key(|share| share.blocks[0]);
@@ -94,17 +153,19 @@ impl Placement {
     }
 }
 
-fn first_eight(bytes: &[u8]) -> u64 {
-    let mut eight = [0; 8];
-    eight.copy_from_slice(&bytes[..8]);
-    u64::from_le_bytes(eight)
-}
-
-/// SplitMix64's output function (Steele, Lea, Flood 2014).
-fn mix(mut z: u64) -> u64 {
-    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^ (z >> 31)
+/// What most of the nodes that stay say, of several such values that of the first node by name.
+fn majority(nodes: &[Node], value: impl Fn(&StoreInfo) -> u32) -> u32 {
+    let mut counts: Vec<(u32, usize)> = Vec::new();
+    for node in nodes.iter().filter(|node| !node.draining) {
+        let value = value(&node.store);
+        match counts.iter_mut().find(|(known, _)| *known == value) {
+            Some((_, count)) => *count += 1,
+            None => counts.push((value, 1)),
+        }
+    }
+    let most = counts.iter().map(|&(_, count)| count).max();
+    let first = counts.iter().find(|&&(_, count)| Some(count) == most);
+    first.map_or_else(|| value(&StoreInfo::default()), |&(value, _)| value).max(1)
 }
 
 #[cfg(test)]
@@ -113,14 +174,18 @@ mod tests {
 
     use super::*;
 
-    fn node(n: usize) -> Node {
-        let id: MemberId = format!("kv-{n}").parse().unwrap();
-        let seed = first_eight(blake3::hash(id.as_str().as_bytes()).as_bytes());
-        Node { id, incarnation: Incarnation(n as u64), grpc: String::new(), seed }
+    fn node(n: usize, group_blocks: u32) -> Node {
+        Node {
+            id: format!("kv-{n}").parse().unwrap(),
+            incarnation: Incarnation(n as u64),
+            grpc: String::new(),
+            store: StoreInfo { group_blocks, ..StoreInfo::default() },
+            draining: false,
+        }
     }
 
-    fn placement(nodes: usize) -> Placement {
-        Placement { nodes: (0..nodes).map(node).collect() }
+    fn placement(nodes: usize, group_blocks: u32) -> Placement {
+        Placement::new(Epoch(1), (0..nodes).map(|n| node(n, group_blocks)).collect())
     }
 
     fn key(n: u64) -> BlockHash {
@@ -131,10 +196,10 @@ mod tests {
 
     proptest! {
         #[test]
-        fn every_block_is_in_one_share_in_order(nodes in 1usize..6, blocks in 0usize..300, group in 1usize..40, limit in 1usize..50) {
+        fn every_block_is_in_one_share_in_order(nodes in 1usize..6, blocks in 0usize..300, group in 1u32..40, limit in 1usize..50) {
             let blocks: Vec<_> = (0..blocks).map(|n| (key(n as u64), 0)).collect();
-            let placement = placement(nodes);
-            let shares = placement.shares(&blocks, group, limit);
+            let placement = placement(nodes, group);
+            let shares = placement.shares(&blocks, limit);
             let mut seen: Vec<usize> = shares.iter().flat_map(|share| share.blocks.iter().copied()).collect();
             seen.sort_unstable();
             prop_assert_eq!(seen, (0..blocks.len()).collect::<Vec<_>>());
@@ -142,43 +207,37 @@ mod tests {
                 prop_assert!(share.blocks.len() <= limit);
                 prop_assert!(share.blocks.is_sorted());
                 for &block in &share.blocks {
+                    let group = group as usize;
                     let first = blocks[block / group * group].0;
-                    prop_assert_eq!(&placement.nodes[placement.node(first).unwrap()], &share.node);
+                    let home = placement.rendezvous.home(first).unwrap();
+                    prop_assert_eq!(&placement.nodes[home], &share.node);
                 }
             }
         }
     }
 
     #[test]
-    fn a_node_that_leaves_moves_its_own_groups_only() {
-        let (all, mut fewer) = (placement(5), placement(5));
-        let gone = fewer.nodes.remove(2).id;
-        for key in (0..2000).map(key) {
-            let before = &all.nodes[all.node(key).unwrap()];
-            let after = &fewer.nodes[fewer.node(key).unwrap()];
-            assert!(before.id == gone || before.id == after.id);
-        }
-    }
-
-    #[test]
-    fn groups_spread_evenly() {
-        let placement = placement(4);
-        let mut counts = [0; 4];
-        (0..8000).for_each(|n| counts[placement.node(key(n)).unwrap()] += 1);
-        // Binomial: mean 2000, standard deviation 39; four of them either way.
-        assert!(counts.iter().all(|count| (1845..=2155).contains(count)), "{counts:?}");
-    }
-
-    #[test]
     fn without_nodes_there_are_no_shares() {
-        assert!(placement(0).shares(&[(key(0), 0)], 32, 1024).is_empty());
+        assert!(placement(0, 32).shares(&[(key(0), 0)], 1024).is_empty());
     }
 
     #[test]
-    fn placement_is_what_it_was_in_the_first_release() {
-        // Clients of two versions must look in the same place: a change here empties every running cluster's cache.
-        let placement = placement(4);
-        let at: Vec<_> = (0..16).map(|n| placement.node(key(n)).unwrap()).collect();
-        assert_eq!(at, [0, 2, 1, 3, 0, 3, 0, 2, 1, 0, 3, 2, 2, 1, 0, 3]);
+    fn what_most_nodes_say_counts_and_the_others_are_told() {
+        let (mut placement, odd) = (placement(0, 1), |n: usize, value, counts| Odd {
+            member: format!("kv-{n}").parse().unwrap(),
+            key: "group_blocks",
+            value,
+            counts,
+        });
+        for (groups, counts, odds) in [
+            (vec![4, 4, 8], 4, vec![odd(2, 8, 4)]),
+            (vec![4, 8, 8], 8, vec![odd(0, 4, 8)]),
+            (vec![8, 4], 8, vec![odd(1, 4, 8)]),
+            (vec![5], 5, vec![]),
+        ] {
+            let nodes = groups.into_iter().enumerate().map(|(n, group)| node(n, group)).collect();
+            placement = Placement::new(placement.epoch, nodes);
+            assert_eq!((placement.group_blocks, placement.odd()), (counts, odds));
+        }
     }
 }

@@ -184,9 +184,9 @@ fn submit<'a>(
     run: usize,
     deadline: Deadline,
 ) -> Vec<Piece<'a>> {
-    let group = inner.config.group_blocks.max(1);
     let mut stretches = Vec::new();
     for answer in answers {
+        let group = answer.share.group_blocks;
         let wanted = answer.share.blocks[..answer.found.len()].partition_point(|&block| block < run);
         let mut first = 0;
         for part in answer.share.blocks[..wanted].chunk_by(|a, b| a / group == b / group) {

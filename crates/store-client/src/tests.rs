@@ -73,6 +73,7 @@ async fn world(liar: Liar) -> World {
         version: String::new(),
         model: None,
         segment: None,
+        store: None,
         draining: false,
     };
     registry.register(member).await.unwrap();

@@ -167,7 +167,7 @@ impl Offer<'_> {
         segment: &SegmentDescriptor,
         until: Deadline,
     ) -> (Vec<Sum>, Option<Error>) {
-        let group = self.inner.config.group_blocks.max(1);
+        let group = share.group_blocks;
         let mut pieces = Vec::new();
         for part in new.chunk_by(|a, b| a.block / group == b.block / group) {
             let range =

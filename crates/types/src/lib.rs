@@ -21,7 +21,7 @@ pub use deadline::Deadline;
 pub use fingerprint::ModelFingerprint;
 pub use groups::{GroupKind, KvGroup, KvGroups};
 pub use hash::{BlockHash, chain};
-pub use ids::{BadId, BlockId, Incarnation, MemberId, RequestId, Role, TokenId};
+pub use ids::{BadId, BlockId, Epoch, Incarnation, MemberId, RequestId, Role, TokenId};
 pub use layout::{BadLayout, KvDtype, KvLayout};
 pub use memory::HostMemory;
 pub use retry::Retry;

@@ -163,8 +163,6 @@ pub struct PrefillConfig {
 pub struct StoreConfig {
     /// Whether to use the cluster's KV store nodes. Default true.
     pub enabled: bool,
-    /// Consecutive blocks of a prompt placed on the same node; the same on all workers. Default 32.
-    pub group_blocks: usize,
     /// Keeping what preempted sequences have computed, on decode workers.
     pub spill: SpillConfig,
 }
@@ -258,7 +256,7 @@ impl Default for PrefillConfig {
 
 impl Default for StoreConfig {
     fn default() -> Self {
-        Self { enabled: true, group_blocks: 32, spill: SpillConfig::default() }
+        Self { enabled: true, spill: SpillConfig::default() }
     }
 }
 
@@ -327,7 +325,6 @@ impl Config {
             ("engine.speculation.tokens", self.engine.speculation.tokens),
             ("kv.block_size", self.kv.block_size as usize),
             ("transfer.connections_per_peer", self.transfer.connections_per_peer),
-            ("store.group_blocks", self.store.group_blocks),
         ] {
             if value == 0 {
                 return Err(Error::TooSmall { key, least: 1 });

@@ -61,6 +61,7 @@ mod tests {
             version: String::new(),
             model: None,
             segment: Some(first.descriptor()),
+            store: None,
             draining: false,
         };
         registry.register(member.clone()).await.unwrap();

@@ -93,10 +93,10 @@ impl Host {
         };
         let vocab = folder.config().vocab;
         let groups = folder.kv_groups();
-        let store = config.store.enabled.then(|| {
-            let store = kvasir_store_client::Config { group_blocks: config.store.group_blocks, ..Default::default() };
-            StoreClient::new(store, registry.view(), transfer.clone())
-        });
+        let store = config
+            .store
+            .enabled
+            .then(|| StoreClient::new(kvasir_store_client::Config::default(), registry.view(), transfer.clone()));
         let spill_metrics = SpillMetrics::new(&context.metrics);
         let spills = match store.as_ref().filter(|_| role == Role::Decode && keep_whole_prompts(&groups)) {
             Some(store) => Spills::new(&config, layout, &transfer, store, &context.tasks, spill_metrics)?,

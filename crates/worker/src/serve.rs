@@ -118,6 +118,7 @@ fn member(host: &Host, incarnation: Incarnation, grpc: String, admin: String) ->
         version: env!("CARGO_PKG_VERSION").to_owned(),
         model: Some(host.model.clone()),
         segment: Some(host.transfer.descriptor()),
+        store: None,
         draining: false,
     }
 }

@@ -2,8 +2,8 @@
 
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
-use anyhow::{Context as _, ensure};
-use kvasir_cluster::RegistryConfig;
+use anyhow::{Context as _, anyhow, ensure};
+use kvasir_cluster::{RegistryConfig, StoreInfo};
 use kvasir_runtime::{AdminConfig, LogConfig, ShutdownConfig};
 use kvasir_types::{MemberId, Role};
 use serde::{Deserialize, Serialize};
@@ -38,6 +38,16 @@ pub struct Config {
     /// Memory is given to block sizes in slabs of so many bytes, a multiple of 4096: the largest block that can be stored,
     /// and at most this much of the memory lies idle for each block size in use. Default 16777216 (16 MiB).
     pub slab_bytes: u64,
+    /// The node's share of the blocks beside that of other nodes, above 0. Default: its memory in MiB.
+    pub weight: Option<f64>,
+    /// Nodes of one zone may fail together (a rack, a host): copies of a block go to different ones. Up to 64 bytes.
+    /// Default: empty, which is a zone like any other.
+    pub zone: String,
+    /// Consecutive blocks of a prompt that are placed on the same node, 1 to 1024; the same on all nodes, or most decide.
+    /// Changed, blocks are looked for elsewhere than they are. Default 32.
+    pub group_blocks: u32,
+    /// On how many nodes each block is kept, 1 to 8; the same on all nodes, or most decide. Default 1.
+    pub replicas: u32,
     /// How long a block that a reader was told of stays where it is, in milliseconds. Default 5000.
     pub lease_ms: u64,
     /// How long a writer may take from reserving to committing, in milliseconds. Default 5000.
@@ -79,6 +89,10 @@ impl Default for Config {
             registry: RegistryConfig::default(),
             capacity_bytes: 256 << 20,
             slab_bytes: 16 << 20,
+            weight: None,
+            zone: String::new(),
+            group_blocks: 32,
+            replicas: 1,
             lease_ms: 5_000,
             reservation_ms: 5_000,
             verify_on_commit: true,
@@ -132,6 +146,19 @@ impl Config {
         })
     }
 
+    /// What the node's record says about its part in the division of blocks, with its memory as its weight unless another
+    /// is configured.
+    pub(crate) fn store_info(&self, capacity_bytes: u64) -> anyhow::Result<StoreInfo> {
+        let info = StoreInfo {
+            weight: self.weight.unwrap_or(capacity_bytes as f64 / (1u64 << 20) as f64),
+            zone: self.zone.clone(),
+            group_blocks: self.group_blocks,
+            replicas: self.replicas,
+        };
+        info.check().map_err(|reason| anyhow!(reason))?;
+        Ok(info)
+    }
+
     pub(crate) fn member_id(&self) -> anyhow::Result<MemberId> {
         let random = || format!("{}-{:08x}", Role::KvStore, kvasir_runtime::random_u64() as u32);
         self.id.clone().unwrap_or_else(random).parse().context("id")
@@ -149,6 +176,7 @@ mod tests {
     fn defaults_are_allowed() {
         let settings = Config::default().settings(1).unwrap();
         assert_eq!(settings.capacity_bytes, 256 << 20);
+        assert_eq!(Config::default().store_info(settings.capacity_bytes).unwrap(), StoreInfo::default());
         assert!(Config::default().member_id().unwrap().as_str().starts_with("kv-store-"));
     }
 
@@ -157,7 +185,7 @@ mod tests {
         let bad = |change: fn(&mut Config)| {
             let mut config = Config::default();
             change(&mut config);
-            config.settings(1).unwrap_err().to_string()
+            config.settings(1).and_then(|s| config.store_info(s.capacity_bytes)).unwrap_err().to_string()
         };
         for (key, error) in [
             ("slab_bytes", bad(|c| c.slab_bytes = 5000)),
@@ -165,6 +193,11 @@ mod tests {
             ("capacity_bytes", bad(|c| c.capacity_bytes = 1)),
             ("lease_ms", bad(|c| c.lease_ms = 0)),
             ("reservation_ms", bad(|c| c.reservation_ms = u64::MAX)),
+            ("weight", bad(|c| c.weight = Some(0.0))),
+            ("weight", bad(|c| c.weight = Some(f64::NAN))),
+            ("zone", bad(|c| c.zone = "z".repeat(65))),
+            ("group_blocks", bad(|c| c.group_blocks = 0)),
+            ("replicas", bad(|c| c.replicas = 0)),
             ("limits.max_leases", bad(|c| c.limits.max_leases = 0)),
         ] {
             assert!(error.starts_with(key), "{error}");

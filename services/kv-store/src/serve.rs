@@ -6,7 +6,7 @@ use std::{
 };
 
 use anyhow::Context as _;
-use kvasir_cluster::{Member, Registry};
+use kvasir_cluster::{Member, Registry, StoreInfo};
 use kvasir_proto::v1::store_server::StoreServer;
 use kvasir_runtime::{Context, Kind, Listening};
 use kvasir_transfer::{LocalNet, TransferEngine};
@@ -24,7 +24,7 @@ use crate::{
 
 /// Runs a store node with the cluster's metadata in etcd until shutdown.
 pub async fn run_with_etcd(config: Config, context: Context) -> anyhow::Result<()> {
-    config.settings(0)?; // a mistake of the operator's is told before anybody is waited for
+    config.store_info(config.settings(0)?.capacity_bytes)?; // a mistake of the operator's is told before anybody is waited for
     let (registry, watching) =
         kvasir_cluster::connect_etcd(config.registry.etcd.clone()).await.context("registry.etcd")?;
     context.tasks.spawn(Kind::Critical, "registry", async move {
@@ -64,6 +64,7 @@ pub(crate) async fn start(
 ) -> anyhow::Result<Started> {
     let id = config.member_id()?;
     let settings = config.settings(kvasir_runtime::random_u64())?;
+    let info = config.store_info(settings.capacity_bytes)?;
     let listening = Listening::bind("listen", config.listen, config.advertise.as_deref()).await?;
     let admin = kvasir_runtime::admin::start(&config.admin, context).await?;
     let ports = serde_json::json!({ "grpc": listening.bound, "admin": admin });
@@ -94,7 +95,7 @@ pub(crate) async fn start(
     let (grpc, admin) = (listening.advertised.clone(), listening.beside(admin));
     serve(&config, context, service, listening.listener);
 
-    let member = member(&id, &engine, grpc, admin);
+    let member = member(&id, &engine, info, grpc, admin);
     registry.register(member.clone()).await.context("registration")?;
     if let Some(path) = &config.port_file {
         kvasir_runtime::write_port_file(path, &ports)
@@ -123,7 +124,7 @@ fn serve(config: &Config, context: &Context, service: StoreService, listener: Tc
     context.tasks.spawn(Kind::Critical, "grpc", async move { server.await.context("grpc server") });
 }
 
-fn member(id: &MemberId, engine: &TransferEngine, grpc: String, admin: String) -> Member {
+fn member(id: &MemberId, engine: &TransferEngine, store: StoreInfo, grpc: String, admin: String) -> Member {
     let segment = engine.descriptor();
     Member {
         id: id.clone(),
@@ -137,6 +138,7 @@ fn member(id: &MemberId, engine: &TransferEngine, grpc: String, admin: String) -
         version: env!("CARGO_PKG_VERSION").to_owned(),
         model: None,
         segment: Some(segment),
+        store: Some(store),
         draining: false,
     }
 }

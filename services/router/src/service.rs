@@ -98,6 +98,7 @@ fn member(id: MemberId, http: String, admin: String) -> Member {
         version: env!("CARGO_PKG_VERSION").to_owned(),
         model: None,
         segment: None,
+        store: None,
         draining: false,
     }
 }

@@ -75,8 +75,10 @@ impl Etcd {
 
     /// Changes under keys with that beginning, from a revision on.
     pub(super) async fn watch(&self, prefix: &str, from: i64) -> Result<WatchStream, Error> {
-        self.ask("a watch", self.limit, |mut client| async move {
-            client.watch(prefix, Some(WatchOptions::new().with_prefix().with_start_revision(from))).await
+        let options = WatchOptions::new().with_prefix().with_start_revision(from).with_progress_notify();
+        self.ask("a watch", self.limit, |mut client| {
+            let options = options.clone();
+            async move { client.watch(prefix, Some(options)).await }
         })
         .await
     }

@@ -24,6 +24,7 @@ pub(super) async fn read(shared: &Shared, limit: Duration) -> Result<i64, Error>
     let revision = found.header().map_or(0, |header| header.revision());
     let entries = found.kvs().iter().map(|kv| Entry { key: kv.key(), record: kv.value(), revision: kv.mod_revision() });
     let refused = shared.table().snapshot(entries, Instant::now(), shared.lease_ttl);
+    shared.table().seen(revision);
     refused.iter().for_each(tell);
     shared.publish();
 
@@ -93,8 +94,14 @@ async fn changes(shared: &Shared, stream: &mut WatchStream) -> Result<(), String
     if message.canceled() || message.compact_revision() != 0 {
         return Err(format!("cancelled: {} (compacted up to {})", message.cancel_reason(), message.compact_revision()));
     }
+    if message.events().is_empty() && !message.created() {
+        // A sign of life: all events up to here have been sent. The first message of a watch is none, nor is the header of
+        // one with events: a watch that catches up says there what etcd has, not what it has sent.
+        shared.table().seen(message.header().map_or(0, |header| header.revision()));
+    }
     for event in message.events() {
         let Some(kv) = event.kv() else { continue };
+        shared.table().seen(kv.mod_revision());
         match event.event_type() {
             EventType::Put => {
                 let entry = Entry { key: kv.key(), record: kv.value(), revision: kv.mod_revision() };

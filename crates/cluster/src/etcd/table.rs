@@ -15,7 +15,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use kvasir_types::{MemberId, Role};
+use kvasir_types::{Epoch, MemberId, Role};
 
 use crate::Member;
 
@@ -49,6 +49,8 @@ pub(super) struct Table {
     /// What keys begin with.
     prefix: String,
     members: BTreeMap<Name, Member>,
+    /// etcd's latest revision of which everything about members is known.
+    epoch: Epoch,
     /// Members that the last snapshot did not name, and when they go.
     lingering: BTreeMap<Name, Instant>,
     /// Refused keys and the revision that was complained about.
@@ -58,7 +60,13 @@ pub(super) struct Table {
 impl Table {
     pub(super) fn new(prefix: &str) -> Self {
         let prefix = format!("{prefix}/members/");
-        Self { prefix, members: BTreeMap::new(), lingering: BTreeMap::new(), refused: HashMap::new() }
+        Self {
+            prefix,
+            members: BTreeMap::new(),
+            epoch: Epoch::default(),
+            lingering: BTreeMap::new(),
+            refused: HashMap::new(),
+        }
     }
 
     /// What the keys of all members begin with.
@@ -74,6 +82,17 @@ impl Table {
     /// All members, by name.
     pub(super) fn members(&self) -> impl Iterator<Item = &Member> {
         self.members.values()
+    }
+
+    /// Everything up to that revision has been taken in. An etcd that came back with other data counts from 1 again; the
+    /// epoch stays, for what was said with it must not look newer than what is said now.
+    pub(super) fn seen(&mut self, revision: i64) {
+        self.epoch = self.epoch.max(Epoch(u64::try_from(revision).unwrap_or(0)));
+    }
+
+    /// As of which revision the members are what they are here.
+    pub(super) fn epoch(&self) -> Epoch {
+        self.epoch
     }
 
     /// Takes in everything that etcd has; members it does not name linger until `now + linger`.

@@ -54,6 +54,7 @@ laws!(
     the_same_incarnation_may_register_again,
     a_crashed_process_leaves_the_view_and_its_name_is_free_for_its_next_life,
     a_view_that_did_not_change_is_not_announced,
+    who_has_seen_the_same_change_has_the_same_epoch_and_it_grows,
 );
 
 async fn a_registered_member_is_seen_by_all_and_by_those_who_come_later(world: World) {
@@ -154,4 +155,22 @@ async fn a_view_that_did_not_change_is_not_announced(world: World) {
     process.registry.register(member("b", 2)).await.unwrap();
     process.sees(&["a", "b"]).await;
     assert_eq!(process.view().revision, before + 1);
+}
+
+async fn who_has_seen_the_same_change_has_the_same_epoch_and_it_grows(world: World) {
+    let (one, two) = (world.process().await, world.process().await);
+    let mut last = one.view().epoch;
+    for (n, ids) in [(1, &["a"][..]), (2, &["a", "b"]), (3, &["a", "b", "c"])] {
+        one.registry.register(member(ids[n - 1], n as u64)).await.unwrap();
+        let late = world.process().await;
+        for process in [&one, &two, &late] {
+            process.sees(ids).await;
+        }
+        let epochs = [&one, &two, &late].map(|process| process.view().epoch);
+        assert!(epochs[0] > last && epochs == [epochs[0]; 3], "{epochs:?} after {last}");
+        last = epochs[0];
+    }
+    one.registry.deregister(&"b".parse().unwrap(), Role::Decode).await.unwrap();
+    two.sees(&["a", "c"]).await;
+    assert!(two.view().epoch > last);
 }

@@ -77,10 +77,13 @@ async fn while_etcd_is_away_the_view_stays_and_when_it_is_back_everybody_is_ther
     assert!(etcd.restart().await);
     let late = Process::with_etcd(etcd.config()).await.unwrap();
     late.sees(&["a", "b"]).await;
+    let before = one.view().epoch;
     // And changes are seen again, in both directions.
     one.registry.deregister(&"a".parse().unwrap(), kvasir_types::Role::Decode).await.unwrap();
     two.sees(&["b"]).await;
     late.sees(&["b"]).await;
+    assert!(two.view().epoch > before);
+    until("all know the same", async || two.view().epoch == late.view().epoch).await;
 }
 
 #[tokio::test]
@@ -97,16 +100,25 @@ async fn an_etcd_that_comes_back_empty_gets_its_members_again_and_nobody_sees_th
     for _ in 0..20 {
         etcd.raw().await.put("/other", "x", None).await.unwrap();
     }
+    // Another change of the members, so that the epoch is past what the new etcd begins with.
+    let mut changed = member("a", 1);
+    changed.draining = true;
+    one.registry.update(changed.clone()).await.unwrap();
     let mut views = one.registry.view();
+    tokio::time::timeout(crate::given::LIMIT, views.wait_for(|view| view.members[0].draining)).await.unwrap().unwrap();
+    let epoch = one.view().epoch;
     views.mark_unchanged();
     etcd.kill();
     etcd.wipe();
     assert!(etcd.restart().await);
-    Process::with_etcd(etcd.config()).await.unwrap().sees(&["a", "b"]).await;
+    let late = Process::with_etcd(etcd.config()).await.unwrap();
+    late.sees(&["a", "b"]).await;
     assert_eq!(one.ids(), ["a", "b"]);
     assert!(!views.has_changed().unwrap(), "a member was missing for a while");
+    assert!(late.view().epoch < epoch, "the new etcd's history is shorter: {} {epoch}", late.view().epoch);
     drop(two);
     one.sees(&["a"]).await;
+    assert_eq!(one.view().epoch, epoch, "it does not go back");
 }
 
 #[tokio::test]

@@ -83,6 +83,7 @@ pub(crate) fn member(id: &str, incarnation: u64) -> Member {
             tokenizer: String::new(),
         }),
         segment: None,
+        store: None,
         draining: false,
     }
 }

@@ -77,6 +77,7 @@ async fn world() -> World {
         version: String::new(),
         model: None,
         segment: None,
+        store: None,
         draining: false,
     };
     registry.register(member).await.unwrap();

@@ -63,6 +63,7 @@ fn decode(id: &str, grpc: &str, admin: &str) -> Member {
         version: "0.1.0".to_owned(),
         model: None,
         segment: None,
+        store: None,
         draining: false,
     }
 }
@@ -77,6 +78,7 @@ async fn every_member_is_shown_in_the_state_it_is_in() {
         (servers.worker(Worker { draining: false }).await, servers.worker(Worker { draining: true }).await);
     let view = View {
         revision: 1,
+        epoch: kvasir_types::Epoch(1),
         members: vec![
             decode("works", &works, &ready),
             decode("starts", &works, &starting),
@@ -116,7 +118,7 @@ async fn a_hundred_silent_members_cost_two_limits_not_a_hundred() {
     let address = silent.local_addr().unwrap().to_string();
     let members = (0..100).map(|number| decode(&format!("d-{number}"), &address, &address)).collect();
     let before = Instant::now();
-    let report = ask_all(&View { revision: 1, members }, LIMIT).await;
+    let report = ask_all(&View { revision: 1, epoch: kvasir_types::Epoch(1), members }, LIMIT).await;
     assert!(before.elapsed() < LIMIT * 5, "{:?}", before.elapsed());
     assert_eq!(report.members.len(), 100);
     for member in report.members {

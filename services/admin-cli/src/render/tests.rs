@@ -27,6 +27,7 @@ fn member(role: Role, id: &str) -> Member {
             tokenizer: String::new(),
         }),
         segment: None,
+        store: None,
         draining: false,
     }
 }

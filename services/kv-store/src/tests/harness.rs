@@ -45,8 +45,13 @@ impl Cluster {
     }
 
     pub(super) async fn node(&self, id: &str, change: impl FnOnce(&mut Config)) -> TestNode {
-        let mut config =
-            Config { id: Some(id.to_owned()), capacity_bytes: 8 << 20, slab_bytes: 1 << 20, ..Config::default() };
+        let mut config = Config {
+            id: Some(id.to_owned()),
+            capacity_bytes: 8 << 20,
+            slab_bytes: 1 << 20,
+            group_blocks: 4,
+            ..Config::default()
+        };
         config.transfer.transports = Transports::Named(self.transports.clone());
         change(&mut config);
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
@@ -67,7 +72,7 @@ impl Cluster {
         let config =
             kvasir_transfer::Config { transports: Transports::Named(self.transports.clone()), ..Default::default() };
         let engine = TransferEngine::new(config, self.net.clone(), (blocks * BLOCK) as usize).unwrap();
-        let store = kvasir_store_client::Config { group_blocks: 4, ..Default::default() };
+        let store = kvasir_store_client::Config::default();
         Client { store: StoreClient::new(store, self.hub.registry().view(), engine.clone()), engine }
     }
 }

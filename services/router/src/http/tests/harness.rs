@@ -256,6 +256,7 @@ impl Cluster {
                 tokenizer: demo().tokenizer_id().into(),
             }),
             segment: None,
+            store: None,
             draining: false,
         }
     }
