@@ -20,6 +20,7 @@
 mod breaker;
 mod config;
 mod error;
+mod exists;
 mod in_flight;
 mod peers;
 mod placement;
@@ -33,6 +34,7 @@ mod tests;
 
 use std::sync::Arc;
 
+use futures_util::future::join_all;
 use kvasir_cluster::View;
 use kvasir_transfer::TransferEngine;
 use kvasir_types::{BlockHash, Deadline, Epoch, ModelFingerprint, RequestId};
@@ -71,6 +73,7 @@ struct Inner {
     views: Views,
     engine: TransferEngine,
     peers: Peers,
+    shared: Arc<exists::Shared>,
 }
 
 impl StoreClient {
@@ -78,7 +81,7 @@ impl StoreClient {
     /// made before it is needed.
     pub fn new(config: Config, members: watch::Receiver<Arc<View>>, engine: TransferEngine) -> Self {
         let peers = Peers::new(&config);
-        Self { inner: Arc::new(Inner { views: Views::new(members), engine, peers }) }
+        Self { inner: Arc::new(Inner { views: Views::new(members), engine, peers, shared: Arc::default() }) }
     }
 
     /// Reads the longest run of `blocks` that the store has, from the first one on, each to its offset in the own arena.
@@ -123,6 +126,26 @@ impl StoreClient {
         deadline: Deadline,
     ) -> WriteReport {
         write::write(&self.inner, request, origin, blocks, block_bytes, deadline).await
+    }
+
+    /// How many of a prompt's blocks the store has, from the first one on, in memory or on disk. Nothing is held or fetched:
+    /// they may be gone a moment later. What a node that does not answer has counts as missing; the first error is told.
+    pub async fn exists(&self, blocks: &[BlockHash], block_bytes: u64, deadline: Deadline) -> (usize, Option<Error>) {
+        let blocks: Vec<_> = blocks.iter().map(|&hash| (hash, 0)).collect();
+        let shares = self.inner.shares(&blocks, 0);
+        let (inner, all) = (&*self.inner, &blocks);
+        let parts = shares.iter().map(|share| async move {
+            let hashes = share.blocks.iter().map(|&block| all[block].0).collect();
+            (share, exists::exists(inner, share, hashes, block_bytes, deadline).await)
+        });
+        let (mut has, mut error) = (vec![false; blocks.len()], None);
+        for (share, found) in join_all(parts).await {
+            match found {
+                Ok(found) => share.blocks[..found].iter().for_each(|&block| has[block] = true),
+                Err(failure) => error = error.or(Some(failure)),
+            }
+        }
+        (has.into_iter().take_while(|&has| has).count(), error)
     }
 
     /// As of which change of the cluster's members blocks are divided now.

@@ -118,7 +118,12 @@ impl Peers {
             address: node.grpc.clone(),
             source,
         })?;
-        let peer = Peer { incarnation: node.incarnation, channel: channel.clone(), breaker: Breaker::new(self.wait), ended: Vec::new() };
+        let peer = Peer {
+            incarnation: node.incarnation,
+            channel: channel.clone(),
+            breaker: Breaker::new(self.wait),
+            ended: Vec::new(),
+        };
         peers.insert(node.id.clone(), peer);
         Ok(channel)
     }

@@ -21,6 +21,7 @@ struct Liar {
     lookup: v1::LookupResponse,
     reserve: v1::ReserveResponse,
     committed: u32,
+    tiers: Vec<u8>,
 }
 
 #[tonic::async_trait]
@@ -36,6 +37,9 @@ impl store_server::Store for Liar {
     }
     async fn commit(&self, _: Request<v1::CommitRequest>) -> Result<Response<v1::CommitResponse>, Status> {
         Ok(Response::new(v1::CommitResponse { committed: self.committed }))
+    }
+    async fn exists(&self, _: Request<v1::ExistsRequest>) -> Result<Response<v1::ExistsResponse>, Status> {
+        Ok(Response::new(v1::ExistsResponse { tiers: self.tiers.clone().into() }))
     }
     async fn store_status(
         &self,
@@ -169,5 +173,16 @@ async fn no_answer_to_a_reservation_makes_a_write_more_than_skipped() {
         let report = world.client.write(&"test".parse().unwrap(), &Origin::default(), &blocks(), BLOCK, deadline).await;
         assert_eq!((report.written, report.present, report.skipped), (0, present, 4 - present), "{lie}: {report:?}");
         assert!(!deadline.passed(), "{lie}: took too long");
+    }
+}
+
+#[tokio::test]
+async fn no_answer_to_a_question_makes_a_run_that_is_not_there() {
+    let hashes: Vec<_> = blocks().into_iter().map(|(hash, _)| hash).collect();
+    for (tiers, run, wrong) in [(vec![1, 3, 0, 2], 2, false), (vec![1; 3], 0, true), (vec![1; 5], 0, true)] {
+        let world = world(Liar { tiers: tiers.clone(), ..Liar::default() }).await;
+        let (found, error) = world.client.exists(&hashes, BLOCK, Deadline::after(Duration::from_secs(5))).await;
+        assert_eq!(found, run, "{tiers:?}");
+        assert_eq!(matches!(error, Some(Error::Count { asked: 4, .. })), wrong, "{tiers:?}: {error:?}");
     }
 }

@@ -16,9 +16,9 @@ use std::{
 use kvasir_types::{GrantKey, HostMemory, SegmentDescriptor, TransportKind};
 
 use crate::{
-    checksum::Checksum,
     batch::{Batch, BatchState, Op, Priority, Setting, Transfer},
     builder::Builder,
+    checksum::Checksum,
     choice::{Circumstances, Slot, Way, choose},
     config::Config,
     copier::Copier,

@@ -32,10 +32,11 @@ pub(crate) enum Call {
     Release,
     Reserve,
     Commit,
+    Exists,
 }
 
 impl Call {
-    const ALL: [Self; 4] = [Self::Lookup, Self::Release, Self::Reserve, Self::Commit];
+    const ALL: [Self; 5] = [Self::Lookup, Self::Release, Self::Reserve, Self::Commit, Self::Exists];
 
     fn label(self) -> &'static str {
         match self {
@@ -43,6 +44,7 @@ impl Call {
             Self::Release => "release",
             Self::Reserve => "reserve",
             Self::Commit => "commit",
+            Self::Exists => "exists",
         }
     }
 }

@@ -108,6 +108,11 @@ impl Node {
         }
     }
 
+    /// Whether each of them is in memory, and whether on disk.
+    pub(crate) fn exists(&self, size: BlockBytes, hashes: &[BlockHash]) -> Vec<[bool; 2]> {
+        self.lock().store.exists(size, hashes)
+    }
+
     /// Room for what is not there, and the key to write it with.
     pub(crate) fn reserve(
         &self,

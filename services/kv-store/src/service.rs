@@ -78,6 +78,16 @@ impl v1::store_server::Store for StoreService {
         Ok(Response::new(v1::CommitResponse { committed: committed as u32 }))
     }
 
+    async fn exists(&self, request: Request<v1::ExistsRequest>) -> Result<Response<v1::ExistsResponse>, Status> {
+        let _timer = self.metrics.time(Call::Exists);
+        let request = request.get_ref();
+        check_protocol(request.protocol_version).map_err(Error::from)?;
+        let (size, hashes) = (block_bytes(request.block_bytes)?, hashes(&request.hashes).map_err(Error::from)?);
+        let there = self.node.exists(size, &hashes);
+        let tiers = there.iter().map(|&[memory, disk]| u8::from(memory) | u8::from(disk) << 1);
+        Ok(Response::new(v1::ExistsResponse { tiers: tiers.collect::<Vec<u8>>().into() }))
+    }
+
     async fn store_status(
         &self,
         _request: Request<v1::StoreStatusRequest>,

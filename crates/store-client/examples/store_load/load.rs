@@ -102,27 +102,21 @@ impl Load {
         let prompts: Arc<Vec<Vec<BlockHash>>> = Arc::new(
             values.blocks.chunks_exact(keys).map(|prompt| prompt.iter().map(|&(hash, _)| hash).collect()).collect(),
         );
-        let grpc = self.registry.view().borrow().role(Role::KvStore).next().ok_or("no node")?.grpc.clone();
-        let channel =
-            tonic::transport::Endpoint::from_shared(format!("http://{grpc}"))?.tcp_nodelay(true).connect().await?;
         let started = Instant::now();
         let until = started + Duration::from_secs_f64(seconds);
         let next = Arc::new(AtomicU64::new(0));
         let tasks: Vec<_> = (0..callers)
             .map(|_| {
-                let (mut raw, prompts, next) = (Raw::new(channel.clone()), prompts.clone(), next.clone());
-                let (block_bytes, mut latencies, mut ended) = (values.bytes, Vec::new(), Vec::new());
+                let (client, prompts, next) = (self.client.clone(), prompts.clone(), next.clone());
+                let (block_bytes, mut latencies) = (values.bytes, Vec::new());
                 tokio::spawn(async move {
                     while Instant::now() < until {
                         let prompt = &prompts[next.fetch_add(1, Ordering::Relaxed) as usize % prompts.len()];
                         let begun = Instant::now();
-                        // As StoreClient does it: a lease is given back with the next lookup.
-                        let message = v1::LookupRequest { ended, ..lookup_message(prompt, block_bytes) };
-                        let answer = raw.lookup(message).await?.into_inner();
+                        let (found, error) = client.exists(prompt, block_bytes, Deadline::after(SOON)).await;
                         latencies.push(begun.elapsed());
-                        ended = vec![answer.lease];
-                        if answer.offsets.len() != keys {
-                            return Err(Failure::from(format!("found {} of {keys}", answer.offsets.len())));
+                        if found != keys {
+                            return Err(Failure::from(format!("found {found} of {keys}: {error:?}")));
                         }
                     }
                     Ok(latencies)

@@ -39,6 +39,9 @@ impl store_server::Store for Slow {
     async fn commit(&self, _: Request<v1::CommitRequest>) -> Result<Response<v1::CommitResponse>, Status> {
         Ok(Response::new(Default::default()))
     }
+    async fn exists(&self, _: Request<v1::ExistsRequest>) -> Result<Response<v1::ExistsResponse>, Status> {
+        Err(Status::internal("no"))
+    }
     async fn store_status(
         &self,
         _: Request<v1::StoreStatusRequest>,

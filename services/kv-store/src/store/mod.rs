@@ -196,6 +196,11 @@ impl Store {
         Ok(Some(Found { lease, blocks }))
     }
 
+    /// Whether each of them is in memory, and whether on disk.
+    pub(crate) fn exists(&self, size: BlockBytes, hashes: &[BlockHash]) -> Vec<[bool; 2]> {
+        hashes.iter().map(|&hash| [matches!(self.index.find(size, hash), Known::Present(_)), false]).collect()
+    }
+
     /// Ends a lease early. If `true`, the caller revokes its grant, then calls [`Store::finish_lease`]; if not, somebody
     /// else does or has.
     pub(crate) fn close_lease(&mut self, lease: LeaseId) -> bool {

@@ -15,7 +15,9 @@ pub fn rows(found: &Found) -> Vec<Row> {
         let goal = |row: Row, goal: fn(Row) -> Row| if side == Side::Auto { goal(row) } else { row };
         for load in values() {
             let what = format!("{}, {}", side.name(), load.name());
-            rows.extend(compare(found, side, what, "GB/s", load, GB_PER_S).map(|row| goal(row, |row| row.at_least(2.0))));
+            rows.extend(
+                compare(found, side, what, "GB/s", load, GB_PER_S).map(|row| goal(row, |row| row.at_least(2.0))),
+            );
         }
         for load in values().filter(is_single) {
             let what = |which| format!("{}, {} {which}", side.name(), load.name());
@@ -37,7 +39,9 @@ pub fn rows(found: &Found) -> Vec<Row> {
 /// All loads of values.
 pub fn values() -> impl Iterator<Item = Load> {
     SIZES.into_iter().flat_map(|block| {
-        batches(block).into_iter().flat_map(move |batch| [Way::Get, Way::Put].map(|way| Load::Values { way, block, batch }))
+        batches(block)
+            .into_iter()
+            .flat_map(move |batch| [Way::Get, Way::Put].map(|way| Load::Values { way, block, batch }))
     })
 }
 
@@ -126,7 +130,12 @@ mod tests {
         let rows = rows(&found);
         assert!(!rows.is_empty());
         for row in rows {
-            assert_eq!((row.rival.as_str(), row.theirs, row.met), ("Mooncake Store: no network", None, None), "{}", row.what);
+            assert_eq!(
+                (row.rival.as_str(), row.theirs, row.met),
+                ("Mooncake Store: no network", None, None),
+                "{}",
+                row.what
+            );
         }
     }
 }

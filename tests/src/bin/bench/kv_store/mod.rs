@@ -49,7 +49,12 @@ pub async fn run(options: &Options) -> Result<Report> {
         let mut sides = Sides::start(block, working_set, dir.path(), &mut found).await?;
         for repetition in 0..repetitions {
             sides.repetition(repetition, &mut found)?;
-            println!("{:>4} s  {} of {repetitions} with values of {} KiB", started.elapsed().as_secs(), repetition + 1, block >> 10);
+            println!(
+                "{:>4} s  {} of {repetitions} with values of {} KiB",
+                started.elapsed().as_secs(),
+                repetition + 1,
+                block >> 10
+            );
             for load in sides.loads() {
                 let all: Vec<_> = Side::ALL.map(|side| middle(&found, side, load)).into();
                 println!("        {}: {}", load.name(), all.join(", "));
@@ -93,9 +98,9 @@ impl Sides {
     /// All loads with values of this size.
     fn loads(&self) -> Vec<Load> {
         let block = self.block;
-        let values = batches(block).into_iter().flat_map(|batch| {
-            [Way::Put, Way::Get].map(|way| Load::Values { way, block, batch })
-        });
+        let values = batches(block)
+            .into_iter()
+            .flat_map(|batch| [Way::Put, Way::Get].map(|way| Load::Values { way, block, batch }));
         let lookups = CALLERS.map(|callers| Load::Lookups { callers });
         values.chain(lookups.into_iter().filter(|_| block == SIZES[0])).collect()
     }

@@ -41,7 +41,12 @@ impl Mooncake {
             let mut command = Command::new(&python);
             command.env("MC_TCP_BIND_ADDRESS", "127.0.0.1");
             command.arg(workspace::root().join("tests/python/mooncake_store.py"));
-            command.args([format!("127.0.0.1:{port}"), format!("127.0.0.1:{rpc}"), lent.to_string(), buffer.to_string()]);
+            command.args([
+                format!("127.0.0.1:{port}"),
+                format!("127.0.0.1:{rpc}"),
+                lent.to_string(),
+                buffer.to_string(),
+            ]);
             let mut child = Child::start(name, command, dir)?;
             child.ask(&json!({"do": "hello"})).context("a client of Mooncake Store")?;
             anyhow::Ok(child)
