@@ -8,12 +8,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use kvasir_cluster::Registry;
-use kvasir_proto::{convert, v1, v1::store_client::StoreClient as Raw};
 use kvasir_store_client::{Origin, StoreClient};
-use kvasir_transfer::{Batch, Op, Priority, Range, TransferEngine};
-use kvasir_types::{BlockHash, Deadline, PROTOCOL_VERSION, RequestId, Role, SegmentDescriptor, TokenId};
+use kvasir_transfer::TransferEngine;
+use kvasir_types::{BlockHash, Deadline, RequestId, TokenId};
 use serde_json::{Value, json};
+use tokio::task::JoinSet;
 
 use crate::Failure;
 
@@ -23,7 +22,6 @@ const SOON: Duration = Duration::from_secs(30);
 pub struct Load {
     client: StoreClient,
     engine: TransferEngine,
-    registry: Arc<dyn Registry>,
     request: RequestId,
 }
 
@@ -35,8 +33,8 @@ struct Values {
 }
 
 impl Load {
-    pub fn new(client: StoreClient, engine: TransferEngine, registry: Arc<dyn Registry>) -> Self {
-        Self { client, engine, registry, request: "store-load".parse().expect("a valid id") }
+    pub fn new(client: StoreClient, engine: TransferEngine) -> Self {
+        Self { client, engine, request: "store-load".parse().expect("a valid id") }
     }
 
     pub async fn answer(self: Arc<Self>, ask: &Value) -> Result<Value, Failure> {
@@ -46,7 +44,6 @@ impl Load {
             "check" => self.check(&values(ask)?),
             op @ ("put" | "get") => self.timed(op, ask).await,
             "lookup" => self.lookup(ask).await,
-            "parts" => self.parts(ask).await,
             other => Err(format!("there is nothing called '{other}'").into()),
         }
     }
@@ -105,82 +102,28 @@ impl Load {
         let started = Instant::now();
         let until = started + Duration::from_secs_f64(seconds);
         let next = Arc::new(AtomicU64::new(0));
-        let tasks: Vec<_> = (0..callers)
-            .map(|_| {
-                let (client, prompts, next) = (self.client.clone(), prompts.clone(), next.clone());
-                let (block_bytes, mut latencies) = (values.bytes, Vec::new());
-                tokio::spawn(async move {
-                    while Instant::now() < until {
-                        let prompt = &prompts[next.fetch_add(1, Ordering::Relaxed) as usize % prompts.len()];
-                        let begun = Instant::now();
-                        let (found, error) = client.exists(prompt, block_bytes, Deadline::after(SOON)).await;
-                        latencies.push(begun.elapsed());
-                        if found != keys {
-                            return Err(Failure::from(format!("found {found} of {keys}: {error:?}")));
-                        }
+        let mut tasks = JoinSet::new();
+        for _ in 0..callers {
+            let (client, prompts, next) = (self.client.clone(), prompts.clone(), next.clone());
+            let (block_bytes, mut latencies) = (values.bytes, Vec::new());
+            tasks.spawn(async move {
+                while Instant::now() < until {
+                    let prompt = &prompts[next.fetch_add(1, Ordering::Relaxed) as usize % prompts.len()];
+                    let begun = Instant::now();
+                    let (found, error) = client.exists(prompt, block_bytes, Deadline::after(SOON)).await;
+                    latencies.push(begun.elapsed());
+                    if found != keys {
+                        return Err(Failure::from(format!("found {found} of {keys}: {error:?}")));
                     }
-                    Ok(latencies)
-                })
-            })
-            .collect();
+                }
+                Ok(latencies)
+            });
+        }
         let mut latencies = Vec::new();
-        for task in tasks {
-            latencies.extend(task.await??);
+        while let Some(ended) = tasks.join_next().await {
+            latencies.extend(ended??);
         }
         Ok(figures(latencies, started.elapsed(), 0))
-    }
-
-    /// What one get is made of.
-    async fn parts(self: Arc<Self>, ask: &Value) -> Result<Value, Failure> {
-        let values = values(ask)?;
-        let grpc = self.registry.view().borrow().role(Role::KvStore).next().ok_or("no node")?.grpc.clone();
-        let channel =
-            tonic::transport::Endpoint::from_shared(format!("http://{grpc}"))?.tcp_nodelay(true).connect().await?;
-        let mut raw = Raw::new(channel);
-        let mut parts = [const { Vec::new() }; 5];
-        for &(hash, local) in &values.blocks {
-            let begun = Instant::now();
-            let answer = raw.lookup(lookup_message(&[hash], values.bytes)).await?.into_inner();
-            parts[0].push(begun.elapsed());
-            let begun = Instant::now();
-            let target = SegmentDescriptor::try_from(answer.segment.as_ref().ok_or("no segment")?)?;
-            let batch = Batch {
-                op: Op::Read,
-                target,
-                grant: convert::grant_key(answer.grant),
-                ranges: vec![Range { local, remote: answer.offsets[0], len: values.bytes }],
-                deadline: Deadline::after(SOON),
-                priority: Priority::Normal,
-                notice: None,
-            };
-            self.engine.submit(batch).await?;
-            parts[1].push(begun.elapsed());
-            let begun = Instant::now();
-            self.engine.checksum(local, values.bytes)?;
-            parts[2].push(begun.elapsed());
-            let begun = Instant::now();
-            raw.release(v1::ReleaseRequest { lease: answer.lease }).await?;
-            parts[3].push(begun.elapsed());
-            let begun = Instant::now();
-            raw.store_status(v1::StoreStatusRequest {}).await?;
-            parts[4].push(begun.elapsed());
-        }
-        let middle = |mut part: Vec<Duration>| {
-            part.sort_unstable();
-            part[part.len() / 2].as_secs_f64() * 1e6
-        };
-        let [lookup, read, checksum, release, status] = parts.map(middle);
-        Ok(json!({ "lookup": lookup, "read": read, "checksum": checksum, "release": release, "empty call": status }))
-    }
-}
-
-fn lookup_message(hashes: &[BlockHash], block_bytes: u64) -> v1::LookupRequest {
-    v1::LookupRequest {
-        protocol_version: PROTOCOL_VERSION,
-        request_id: "store-load".to_owned(),
-        hashes: convert::pack16(hashes.iter().map(|hash| &hash.0)),
-        block_bytes,
-        ended: Vec::new(),
     }
 }
 

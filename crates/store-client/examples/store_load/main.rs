@@ -17,6 +17,7 @@ use kvasir_cluster::{EtcdConfig, Registry};
 use kvasir_store_client::{Config, StoreClient};
 use kvasir_transfer::{LocalNet, TransferEngine};
 use serde_json::{Value, json};
+use tokio::task::JoinSet;
 
 use load::Load;
 
@@ -46,11 +47,13 @@ async fn serve(settings: &Value) -> Result<(), Failure> {
     let etcd = settings["etcd"].as_str().ok_or("etcd is missing")?.to_owned();
     let config = EtcdConfig { endpoints: vec![etcd], ..EtcdConfig::default() };
     let (registry, watching) = kvasir_cluster::connect_etcd(config).await?;
-    let watching = tokio::spawn(watching);
+    // Aborted when this returns.
+    let mut tasks = JoinSet::new();
+    tasks.spawn(watching);
     let engine = engine(settings)?;
     let client = StoreClient::new(Config::default(), registry.view(), engine.clone());
     nodes(&*registry, &client, settings["nodes"].as_u64().unwrap_or(1) as usize).await?;
-    let load = Arc::new(Load::new(client, engine, registry));
+    let load = Arc::new(Load::new(client, engine));
     // Lines come from a pipe: a thread of its own may wait for them.
     let (sender, mut lines) = tokio::sync::mpsc::channel(1);
     std::thread::spawn(move || {
@@ -65,7 +68,6 @@ async fn serve(settings: &Value) -> Result<(), Failure> {
         writeln!(output, "{answer}")?;
         output.flush()?;
     }
-    watching.abort();
     Ok(())
 }
 

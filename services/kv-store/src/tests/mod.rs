@@ -28,12 +28,12 @@ async fn what_is_written_is_read_back_bit_for_bit_over_every_transport() {
         assert!(report.error.is_none(), "{report:?}");
         assert_eq!((report.blocks, report.bytes), (100, 100 * BLOCK));
         assert!(reader.has(&blocks));
-        let owner = node.node.engine().stats().owner;
-        let moved = owner.of(transport);
-        assert_eq!((moved.read_bytes, moved.written_bytes), (100 * BLOCK, 100 * BLOCK));
         assert_eq!(node.node.usage().pinned, 100);
         assert_eq!(reader.read(&reader.places(0, &hashes(200..201))).await.blocks, 0);
         eventually("the lease was given back with the next lookup", || node.node.usage().pinned == 0).await;
+        let owner = node.node.engine().stats().owner;
+        let moved = owner.of(transport);
+        assert_eq!((moved.read_bytes, moved.written_bytes), (100 * BLOCK, 100 * BLOCK));
     }
 }
 
