@@ -8,10 +8,13 @@ pub struct Config {
     pub timeout_ms: u64,
     /// For how long a node that did not answer is left alone; after that, one request tries it. Default 1000.
     pub breaker_ms: u64,
+    /// Where this client is: of several copies, those of store nodes of the same zone are read first. Default: empty, nowhere
+    /// in particular.
+    pub zone: String,
 }
 
 impl Default for Config {
     fn default() -> Self {
-        Self { timeout_ms: 500, breaker_ms: 1_000 }
+        Self { timeout_ms: 500, breaker_ms: 1_000, zone: String::new() }
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!             placement                 control (gRPC)                     bytes (one-sided, transfer engine)
-//!   read   blocks ─▶ groups ─▶ nodes ─▶ Lookup: longest run, leased ─────▶ read into the given offsets, verify
+//!   read   blocks ─▶ groups ─▶ nodes ─▶ Lookup: longest run, leased ─────▶ read into the given offsets ─▶ verify
 //!   write  blocks ─▶ groups ─▶ nodes ─▶ Reserve: slots for what is new ──▶ write from the given offsets ──────────▶ Commit
 //! ```
 //!
@@ -21,7 +21,9 @@ mod breaker;
 mod config;
 mod error;
 mod exists;
+mod hot;
 mod in_flight;
+mod lookup;
 mod peers;
 mod placement;
 mod read;
@@ -32,10 +34,17 @@ mod write;
 #[cfg(test)]
 mod tests;
 
-use std::sync::Arc;
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Instant,
+};
 
 use futures_util::future::join_all;
 use kvasir_cluster::View;
+use kvasir_proto::v1;
 use kvasir_transfer::TransferEngine;
 use kvasir_types::{BlockHash, Deadline, Epoch, ModelFingerprint, RequestId};
 use tokio::sync::watch;
@@ -45,8 +54,9 @@ pub use error::Error;
 pub use read::ReadReport;
 pub use write::WriteReport;
 
+use hot::Hot;
 use peers::Peers;
-use placement::{Node, Placement, Share};
+use placement::{Node, Placement, collect};
 use views::Views;
 
 /// Most hashes in one call, as the protocol has it.
@@ -70,7 +80,11 @@ pub struct StoreClient {
 }
 
 struct Inner {
+    zone: String,
     views: Views,
+    hot: Hot,
+    /// Counts choices among copies: what is drawn for each follows from it.
+    choices: AtomicU64,
     engine: TransferEngine,
     peers: Peers,
     shared: Arc<exists::Shared>,
@@ -81,7 +95,18 @@ impl StoreClient {
     /// made before it is needed.
     pub fn new(config: Config, members: watch::Receiver<Arc<View>>, engine: TransferEngine) -> Self {
         let peers = Peers::new(&config);
-        Self { inner: Arc::new(Inner { views: Views::new(members), engine, peers, shared: Arc::default() }) }
+        let (zone, views, hot) = (config.zone, Views::new(members), Hot::default());
+        Self {
+            inner: Arc::new(Inner {
+                zone,
+                views,
+                hot,
+                choices: AtomicU64::new(0),
+                engine,
+                peers,
+                shared: Arc::default(),
+            }),
+        }
     }
 
     /// Reads the longest run of `blocks` that the store has, from the first one on, each to its offset in the own arena.
@@ -131,15 +156,17 @@ impl StoreClient {
     /// How many of a prompt's blocks the store has, from the first one on, in memory or on disk. Nothing is held or fetched:
     /// they may be gone a moment later. What a node that does not answer has counts as missing; the first error is told.
     pub async fn exists(&self, blocks: &[BlockHash], block_bytes: u64, deadline: Deadline) -> (usize, Option<Error>) {
-        let blocks: Vec<_> = blocks.iter().map(|&hash| (hash, 0)).collect();
-        let shares = self.inner.shares(&blocks, 0);
-        let (inner, all) = (&*self.inner, &blocks);
-        let parts = shares.iter().map(|share| async move {
-            let hashes = share.blocks.iter().map(|&block| all[block].0).collect();
+        let inner = &*self.inner;
+        let placement = inner.placement();
+        let groups = placement.groups(blocks.len());
+        let parts = groups.filter_map(|group| Some((inner.source(&placement, blocks[group.start])?, group)));
+        let shares = collect(parts, placement.group_blocks(), MAX_HASHES);
+        let asking = shares.iter().map(|share| async move {
+            let hashes = share.blocks.iter().map(|&block| blocks[block]).collect();
             (share, exists::exists(inner, share, hashes, block_bytes, deadline).await)
         });
         let (mut has, mut error) = (vec![false; blocks.len()], None);
-        for (share, found) in join_all(parts).await {
+        for (share, found) in join_all(asking).await {
             match found {
                 Ok(found) => share.blocks[..found].iter().for_each(|&block| has[block] = true),
                 Err(failure) => error = error.or(Some(failure)),
@@ -161,19 +188,51 @@ impl StoreClient {
 
 impl Inner {
     fn placement(&self) -> Arc<Placement> {
-        let (placement, news) = self.views.placement();
+        let (placement, news) = self.views.placement(Instant::now());
         if news {
             self.peers.keep_only(&placement);
         }
         placement
     }
 
-    /// Which node is asked for which of `blocks`, the first `have` left out, in calls of a bounded size.
-    fn shares(&self, blocks: &[(BlockHash, u64)], have: usize) -> Vec<Share> {
-        let mut shares = self.placement().shares(blocks, MAX_HASHES);
-        shares.iter_mut().for_each(|share| share.blocks.retain(|&block| block >= have));
-        shares.retain(|share| !share.blocks.is_empty());
-        shares
+    /// A node says it knows a newer view of the members: whether blocks are divided otherwise by that.
+    fn newer(&self, node: &Node, view: &v1::StoreView) -> bool {
+        match self.views.offer(view, Instant::now()) {
+            Ok(moved) => {
+                if moved {
+                    tracing::debug!(member = %node.id, epoch = view.epoch, "blocks are divided otherwise, says a store node");
+                }
+                moved
+            }
+            Err(reason) => {
+                tracing::warn!(member = %node.id, reason, "a store node sent a view that is not acceptable, ignored");
+                false
+            }
+        }
+    }
+
+    /// How many nodes have the group with this key.
+    fn copies(&self, placement: &Placement, key: BlockHash) -> usize {
+        placement.replicas().max(self.hot.copies(key, Instant::now()))
+    }
+
+    /// Whom to ask first for a group. Of several copies one in this client's zone, if there is any; of those the less loaded
+    /// of two drawn at random (Mitzenmacher, "The power of two choices in randomized load balancing", 2001).
+    fn source(&self, placement: &Placement, key: BlockHash) -> Option<Arc<Node>> {
+        let copies = self.copies(placement, key);
+        let mut homes = placement.homes(key, copies);
+        if homes.len() > 1 && !self.zone.is_empty() && homes.iter().any(|node| node.store.zone == self.zone) {
+            homes.retain(|node| node.store.zone == self.zone);
+        }
+        if homes.len() > 1 {
+            let draw = rendezvous::mix(self.choices.fetch_add(0x9e37_79b9_7f4a_7c15, Ordering::Relaxed));
+            let (len, high, low) = (homes.len() as u64, draw >> 32, draw & 0xffff_ffff);
+            let (one, step) = (high % len, 1 + low % (len - 1));
+            let (one, other) = (&homes[one as usize], &homes[((one + step) % len) as usize]);
+            let less = if self.peers.loaded(other) < self.peers.loaded(one) { other } else { one };
+            return Some(less.clone());
+        }
+        homes.pop().or_else(|| placement.leaving(key))
     }
 
     /// The bytes of a node did not move: if the way to it is at fault, it is left alone for a while.

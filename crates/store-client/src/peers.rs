@@ -3,7 +3,10 @@
 use std::{
     collections::HashMap,
     future::Future,
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -20,12 +23,26 @@ use crate::{
     placement::{Node, Placement},
 };
 
+/// Bytes that are under way from a node; no longer once this is dropped.
+pub(crate) struct Load {
+    counter: Arc<AtomicU64>,
+    bytes: u64,
+}
+
+impl Drop for Load {
+    fn drop(&mut self) {
+        self.counter.fetch_sub(self.bytes, Ordering::Relaxed);
+    }
+}
+
 struct Peer {
     incarnation: Incarnation,
     channel: Channel,
     breaker: Breaker,
     /// Leases that are done with, to be told with the next lookup.
     ended: Vec<u64>,
+    /// Bytes that this client is reading from it. A hint for the choice among copies, so no order is asked for.
+    load: Arc<AtomicU64>,
 }
 
 /// Most leases that are told to have ended with one lookup; who has more lets the rest end by themselves.
@@ -46,6 +63,11 @@ impl Peers {
             wait: Duration::from_millis(config.breaker_ms),
             peers: Mutex::default(),
         }
+    }
+
+    /// What a node has for an answer.
+    pub(crate) fn timeout_ms(&self) -> u64 {
+        u64::try_from(self.timeout.as_millis()).unwrap_or(u64::MAX)
     }
 
     /// Forgets nodes that are gone or have restarted: their addresses would pile up for ever.
@@ -105,6 +127,18 @@ impl Peers {
         self.with(node, |peer| peer.breaker.failed(Instant::now()));
     }
 
+    /// So many bytes are under way from the node from now on.
+    pub(crate) fn load(&self, node: &Node, bytes: u64) -> Load {
+        let counter = self.lock().get(&node.id).map_or_else(Arc::default, |peer| peer.load.clone());
+        counter.fetch_add(bytes, Ordering::Relaxed);
+        Load { counter, bytes }
+    }
+
+    /// How many bytes are under way from the node.
+    pub(crate) fn loaded(&self, node: &Node) -> u64 {
+        self.lock().get(&node.id).map_or(0, |peer| peer.load.load(Ordering::Relaxed))
+    }
+
     fn channel(&self, node: &Node) -> Result<Channel, Error> {
         let mut peers = self.lock();
         if let Some(peer) = peers.get_mut(&node.id)
@@ -123,6 +157,7 @@ impl Peers {
             channel: channel.clone(),
             breaker: Breaker::new(self.wait),
             ended: Vec::new(),
+            load: Arc::default(),
         };
         peers.insert(node.id.clone(), peer);
         Ok(channel)

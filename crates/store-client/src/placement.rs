@@ -58,6 +58,18 @@ pub(crate) struct Placement {
     replicas: usize,
 }
 
+/// Why a node did not give a block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Miss {
+    /// It did not answer.
+    Failed,
+    /// It does not have it.
+    Lacks {
+        /// It joined lately.
+        warming: bool,
+    },
+}
+
 /// A node whose record says otherwise than those of most.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Odd {
@@ -118,39 +130,83 @@ impl Placement {
         self.nodes.iter().any(|node| node.id == *id && node.incarnation == incarnation)
     }
 
-    /// Divides a prompt's blocks: what one node has of it in one share, in the prompt's order (so that a node's answer,
-    /// which ends at its first missing block, ends where the run ends), split where it is longer than `limit`.
-    pub(crate) fn shares(&self, blocks: &[(BlockHash, u64)], limit: usize) -> Vec<Share> {
-        let home = |group: Range<usize>| Some((self.rendezvous.home(blocks[group.start].0)?, group));
-        self.collect(self.groups(blocks.len()).filter_map(home), limit)
+    /// The nodes that have the group with this key if there are so many copies of it, the home first.
+    pub(crate) fn homes(&self, key: BlockHash, copies: usize) -> Vec<Arc<Node>> {
+        self.rendezvous.homes(key, copies).into_iter().map(|node| self.nodes[node].clone()).collect()
+    }
+
+    /// If all nodes are about to leave: the one of them that had the group.
+    pub(crate) fn leaving(&self, key: BlockHash) -> Option<Arc<Node>> {
+        self.rendezvous.ranked(key).first().map(|&node| self.nodes[node].clone())
+    }
+
+    /// Who, in this order, may have blocks of a group that `asked` did not give.
+    pub(crate) fn others(&self, key: BlockHash, copies: usize, asked: &MemberId, why: Miss) -> Vec<Arc<Node>> {
+        // Nearly always there is nobody: then the whole order need not be known.
+        let leaving = self.nodes.iter().any(|node| node.draining);
+        let is_home = self.rendezvous.home(key).is_some_and(|home| self.nodes[home].id == *asked);
+        if is_home && !leaving && copies <= 1 && why != (Miss::Lacks { warming: true }) {
+            return Vec::new();
+        }
+        let (homes, ranked) = (self.rendezvous.homes(key, copies), self.rendezvous.ranked(key));
+        let home = homes.first().copied();
+        let mut others = Vec::new();
+        // It is the home that has everything, if anybody does; if it can't be asked, the copies are what there is.
+        others.extend(home);
+        if why == Miss::Failed {
+            others.extend(&homes[1.min(homes.len())..]);
+        }
+        // Who is leaving and comes before the home had the group until now.
+        others.extend(ranked.iter().copied().take_while(|&node| Some(node) != home));
+        if why == (Miss::Lacks { warming: true }) {
+            let before = ranked.iter().copied().skip_while(|&node| self.nodes[node].id != *asked).skip(1);
+            others.extend(before.filter(|&node| !self.nodes[node].draining).take(1));
+        }
+        others.into_iter().map(|node| self.nodes[node].clone()).filter(|node| node.id != *asked).collect()
+    }
+
+    /// How many blocks a group has.
+    pub(crate) fn group_blocks(&self) -> usize {
+        self.group_blocks
+    }
+
+    /// On how many nodes each group is kept.
+    pub(crate) fn replicas(&self) -> usize {
+        self.replicas
+    }
+
+    /// Whether everything is on the same nodes, which are at the same addresses.
+    pub(crate) fn divides_like(&self, other: &Self) -> bool {
+        self.nodes == other.nodes
     }
 
     /// The groups of a prompt of so many blocks.
-    fn groups(&self, blocks: usize) -> impl Iterator<Item = Range<usize>> + use<> {
+    pub(crate) fn groups(&self, blocks: usize) -> impl Iterator<Item = Range<usize>> + use<> {
         let size = self.group_blocks;
         (0..blocks).step_by(size).map(move |start| start..blocks.min(start + size))
     }
+}
 
-    /// One share for each node that is to have any of these groups, which come in the prompt's order.
-    fn collect(&self, parts: impl Iterator<Item = (usize, Range<usize>)>, limit: usize) -> Vec<Share> {
-        let mut by_node: HashMap<usize, Vec<usize>> = HashMap::new();
-        for (node, part) in parts {
-            by_node.entry(node).or_default().extend(part);
-        }
-        let mut shares: Vec<Share> = by_node
-            .into_iter()
-            .flat_map(|(node, all)| {
-                let share = |part: &[usize]| Share {
-                    node: self.nodes[node].clone(),
-                    blocks: part.to_vec(),
-                    group_blocks: self.group_blocks,
-                };
-                all.chunks(limit).map(share).collect::<Vec<_>>()
-            })
-            .collect();
-        shares.sort_unstable_by_key(|share| share.blocks[0]);
-        shares
+/// What one node is asked for in one share, in the prompt's order (so that a node's answer, which ends at its first missing
+/// block, ends where the run ends), split where it is longer than `limit`. The parts come in the prompt's order.
+pub(crate) fn collect(
+    parts: impl Iterator<Item = (Arc<Node>, Range<usize>)>,
+    group_blocks: usize,
+    limit: usize,
+) -> Vec<Share> {
+    let mut by_node: HashMap<MemberId, (Arc<Node>, Vec<usize>)> = HashMap::new();
+    for (node, part) in parts {
+        by_node.entry(node.id.clone()).or_insert_with(|| (node, Vec::new())).1.extend(part);
     }
+    let mut shares: Vec<Share> = by_node
+        .into_values()
+        .flat_map(|(node, all)| {
+            let share = |part: &[usize]| Share { node: node.clone(), blocks: part.to_vec(), group_blocks };
+            all.chunks(limit).map(share).collect::<Vec<_>>()
+        })
+        .collect();
+    shares.sort_unstable_by_key(|share| share.blocks[0]);
+    shares
 }
 
 /// What most of the nodes that stay say, of several such values that of the first node by name.
@@ -197,9 +253,10 @@ mod tests {
     proptest! {
         #[test]
         fn every_block_is_in_one_share_in_order(nodes in 1usize..6, blocks in 0usize..300, group in 1u32..40, limit in 1usize..50) {
-            let blocks: Vec<_> = (0..blocks).map(|n| (key(n as u64), 0)).collect();
+            let blocks: Vec<_> = (0..blocks).map(|n| key(n as u64)).collect();
             let placement = placement(nodes, group);
-            let shares = placement.shares(&blocks, limit);
+            let home = |group: Range<usize>| (placement.homes(blocks[group.start], 1).remove(0), group);
+            let shares = collect(placement.groups(blocks.len()).map(home), placement.group_blocks(), limit);
             let mut seen: Vec<usize> = shares.iter().flat_map(|share| share.blocks.iter().copied()).collect();
             seen.sort_unstable();
             prop_assert_eq!(seen, (0..blocks.len()).collect::<Vec<_>>());
@@ -208,17 +265,46 @@ mod tests {
                 prop_assert!(share.blocks.is_sorted());
                 for &block in &share.blocks {
                     let group = group as usize;
-                    let first = blocks[block / group * group].0;
-                    let home = placement.rendezvous.home(first).unwrap();
-                    prop_assert_eq!(&placement.nodes[home], &share.node);
+                    let first = blocks[block / group * group];
+                    prop_assert_eq!(&placement.homes(first, 1)[0], &share.node);
                 }
             }
         }
     }
 
     #[test]
-    fn without_nodes_there_are_no_shares() {
-        assert!(placement(0, 32).shares(&[(key(0), 0)], 1024).is_empty());
+    fn without_nodes_nobody_has_anything() {
+        assert!(placement(0, 32).homes(key(0), 1).is_empty());
+        assert!(placement(0, 32).others(key(0), 2, &"x".parse().unwrap(), Miss::Failed).is_empty());
+    }
+
+    #[test]
+    fn others_are_asked_only_where_they_may_have_it() {
+        const LACKS: Miss = Miss::Lacks { warming: false };
+        let ids = |nodes: Vec<Arc<Node>>| nodes.into_iter().map(|node| node.id.clone()).collect::<Vec<_>>();
+        let all = placement(4, 32);
+        for key in (0..100).map(key) {
+            let order = ids(all.homes(key, 4));
+            for (copies, asked, why, expected) in [
+                (1, 0, LACKS, vec![]),
+                (1, 0, Miss::Failed, vec![]),
+                (1, 0, Miss::Lacks { warming: true }, vec![1]),
+                (3, 0, LACKS, vec![]),
+                (3, 0, Miss::Failed, vec![1, 2]),
+                (3, 2, LACKS, vec![0]),
+                (3, 1, Miss::Failed, vec![0, 2]),
+            ] {
+                let others = ids(all.others(key, copies, &order[asked], why));
+                let expected: Vec<_> = expected.into_iter().map(|n: usize| order[n].clone()).collect();
+                assert_eq!(others, expected, "{copies} copies, {asked} asked, {why:?}");
+            }
+            // The home is about to leave: the next one has the group, and the old one is asked for what that lacks.
+            let mut nodes: Vec<Node> = (0..4).map(|n| node(n, 32)).collect();
+            nodes.iter_mut().for_each(|node| node.draining = node.id == order[0]);
+            let leaving = Placement::new(Epoch(2), nodes);
+            assert_eq!(ids(leaving.homes(key, 1)), order[1..2]);
+            assert_eq!(ids(leaving.others(key, 1, &order[1], LACKS)), order[..1]);
+        }
     }
 
     #[test]

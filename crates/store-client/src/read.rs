@@ -1,24 +1,25 @@
 //! Reading: ask every node for its share, see how far the run goes, fetch that much.
 //!
-//! All nodes are asked at once, because one lookup costs a round trip and moves nothing. What comes back is an answer for
-//! each share: so many of its blocks, in order. The first block without an answer is where the run ends; blocks past it
-//! are not fetched, however many there are. The bytes come in slices, so that one is verified while the next is on its way,
-//! and so that a deadline that passes halfway still leaves what had come.
+//! All nodes are asked at once ([`crate::lookup`]), because one lookup costs a round trip and moves nothing. What comes back
+//! is an answer for each share: so many of its blocks, in order. The first block without an answer is where the run ends;
+//! blocks past it are not fetched, however many there are. The bytes come in slices, so that one is verified while the next is
+//! on its way, and so that a deadline that passes halfway still leaves what had come.
 
 use std::{
     collections::VecDeque,
     time::{Duration, Instant},
 };
 
-use futures_util::{StreamExt, future::join_all, stream};
-use kvasir_proto::{convert, v1};
+use futures_util::future::join_all;
 use kvasir_transfer::{Batch, Checksum, Op, Priority, Range};
-use kvasir_types::{BlockHash, Deadline, GrantKey, PROTOCOL_VERSION, RequestId, SegmentDescriptor};
+use kvasir_types::{BlockHash, Deadline, RequestId};
 
 use crate::{
-    Error, Inner, MAX_CALLS,
+    Error, Inner,
     in_flight::InFlight,
-    placement::{Node, Share},
+    lookup::{Answer, Search},
+    peers::Load,
+    placement::Node,
 };
 
 /// Slices of a read: as many as this, if they are neither too small nor too large.
@@ -39,21 +40,6 @@ pub struct ReadReport {
     pub error: Option<Error>,
 }
 
-/// A node's answer to a lookup: it has the first `found.len()` blocks of the share.
-struct Answer {
-    share: Share,
-    found: Vec<Found>,
-    segment: SegmentDescriptor,
-    grant: GrantKey,
-    lease: u64,
-    until: Deadline,
-}
-
-struct Found {
-    offset: u64,
-    checksum: [u8; 16],
-}
-
 /// Under way: blocks that follow one another in one share.
 struct Piece<'a> {
     answer: &'a Answer,
@@ -63,6 +49,8 @@ struct Piece<'a> {
     len: usize,
     /// All of their bytes, in order.
     slices: VecDeque<Slice>,
+    /// Counts its bytes as under way from its node, for as long as they are.
+    _load: Load,
 }
 
 /// One batch of a piece.
@@ -89,17 +77,7 @@ pub(crate) async fn read(
     block_bytes: u64,
     deadline: Deadline,
 ) -> ReadReport {
-    let shares = inner.shares(blocks, have);
-    let lookups = shares.into_iter().map(|share| lookup(inner, request, blocks, block_bytes, deadline, share));
-    let results: Vec<_> = stream::iter(lookups).buffer_unordered(MAX_CALLS).collect().await;
-    let mut error = None;
-    let mut answers = Vec::with_capacity(results.len());
-    for result in results {
-        match result {
-            Ok(answer) => answers.extend(answer),
-            Err(failure) => error = error.or(Some(failure)),
-        }
-    }
+    let (answers, mut error) = Search { inner, request, blocks, have, block_bytes, deadline }.run().await;
     let run = run_end(&answers, have, blocks.len());
     let fetched =
         join_all(submit(inner, &answers, blocks, block_bytes, run, deadline).into_iter().map(|piece| async {
@@ -119,45 +97,6 @@ pub(crate) async fn read(
     answers.iter().for_each(|answer| inner.peers.end(&answer.share.node, answer.lease));
     ReadReport { blocks: end - have, bytes: (end - have) as u64 * block_bytes, error }
 }
-
-async fn lookup(
-    inner: &Inner,
-    request: &RequestId,
-    blocks: &[(BlockHash, u64)],
-    block_bytes: u64,
-    deadline: Deadline,
-    share: Share,
-) -> Result<Option<Answer>, Error> {
-    let message = v1::LookupRequest {
-        protocol_version: PROTOCOL_VERSION,
-        request_id: request.to_string(),
-        hashes: convert::pack16(share.blocks.iter().map(|&block| &blocks[block].0.0)),
-        block_bytes,
-        ended: inner.peers.take_ended(&share.node),
-    };
-    let asked = Instant::now();
-    let call = async |mut client: Client| client.lookup(message).await;
-    let response = inner.peers.call(&share.node, deadline, call).await?;
-    if response.offsets.is_empty() {
-        return Ok(None);
-    }
-    let member = &share.node.id;
-    let unacceptable = |source| Error::Answer { member: member.clone(), source };
-    let sums = convert::checksums(&response.checksums, share.blocks.len()).map_err(unacceptable)?;
-    if response.offsets.len() != sums.len() || sums.len() > share.blocks.len() {
-        let (asked, got) = (share.blocks.len(), response.offsets.len());
-        return Err(Error::Count { member: member.clone(), asked, got });
-    }
-    let found = response.offsets.iter().zip(sums).map(|(&offset, checksum)| Found { offset, checksum }).collect();
-    let segment = response.segment.as_ref().ok_or(kvasir_proto::Error::Missing("segment"));
-    let segment = segment.and_then(SegmentDescriptor::try_from).map_err(unacceptable)?;
-    // The node's lease began after we asked, so by our clock it lasts at least this long.
-    let until = deadline.min(later(asked, response.lease_ms));
-    let grant = convert::grant_key(response.grant);
-    Ok(Some(Answer { found, segment, grant, lease: response.lease, until, share }))
-}
-
-type Client = v1::store_client::StoreClient<tonic::transport::Channel>;
 
 /// So many milliseconds after `start`, bounded: the number comes from outside.
 pub(crate) fn later(start: Instant, ms: u64) -> Deadline {
@@ -219,7 +158,8 @@ fn submit<'a>(
                 transfer: InFlight::new(inner.engine.submit(start(&slice))),
                 parts: slice.into_iter().map(|(part, _)| part).collect(),
             });
-            Piece { answer, first, len, slices: slices.collect() }
+            let load = inner.peers.load(&answer.share.node, len as u64 * block_bytes);
+            Piece { answer, first, len, slices: slices.collect(), _load: load }
         })
         .collect()
 }

@@ -128,14 +128,19 @@ impl Rendezvous {
     }
 }
 
-fn first_eight(bytes: &[u8]) -> u64 {
+/// What decides where a group is: the first eight bytes of the hash of its first block.
+pub fn group_key(first: BlockHash) -> u64 {
+    first_eight(&first.0)
+}
+
+pub(crate) fn first_eight(bytes: &[u8]) -> u64 {
     let mut eight = [0; 8];
     eight.copy_from_slice(&bytes[..8]);
     u64::from_le_bytes(eight)
 }
 
 /// SplitMix64's output function (Steele, Lea, Flood 2014).
-fn mix(mut z: u64) -> u64 {
+pub(crate) fn mix(mut z: u64) -> u64 {
     z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     z ^ (z >> 31)

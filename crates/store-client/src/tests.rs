@@ -41,6 +41,21 @@ impl store_server::Store for Liar {
     async fn exists(&self, _: Request<v1::ExistsRequest>) -> Result<Response<v1::ExistsResponse>, Status> {
         Ok(Response::new(v1::ExistsResponse { tiers: self.tiers.clone().into() }))
     }
+    async fn get(&self, _: Request<v1::GetRequest>) -> Result<Response<v1::GetResponse>, Status> {
+        Err(Status::internal("no"))
+    }
+    async fn put(&self, _: Request<v1::PutRequest>) -> Result<Response<v1::PutResponse>, Status> {
+        Err(Status::internal("no"))
+    }
+    async fn report(&self, _: Request<v1::ReportRequest>) -> Result<Response<v1::ReportResponse>, Status> {
+        Err(Status::internal("no"))
+    }
+    async fn pin(&self, _: Request<v1::PinRequest>) -> Result<Response<v1::PinResponse>, Status> {
+        Err(Status::internal("no"))
+    }
+    async fn evict(&self, _: Request<v1::EvictRequest>) -> Result<Response<v1::EvictResponse>, Status> {
+        Err(Status::internal("no"))
+    }
     async fn store_status(
         &self,
         _: Request<v1::StoreStatusRequest>,
@@ -110,6 +125,7 @@ fn found(blocks: usize) -> v1::LookupResponse {
         grant: 1,
         lease: 1,
         lease_ms: 5_000,
+        ..Default::default()
     }
 }
 
@@ -156,6 +172,7 @@ async fn no_answer_to_a_reservation_makes_a_write_more_than_skipped() {
         grant: 1,
         reservation: 1,
         reservation_ms: 5_000,
+        view: None,
     };
     let cases = [
         ("too few slots", reserve(vec![slot(reserved, 0); 3]), 0),

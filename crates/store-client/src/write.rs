@@ -1,10 +1,13 @@
 //! Writing: reserve at every node what is new to it, write that one-sided, commit what arrived.
 //!
-//! Nodes are served side by side; on each it is three steps in a row, for a part of the blocks at a time, so that the node
-//! verifies one part while the next is written. The checksums are computed while the bytes move. A commit names only blocks
-//! whose batch was acknowledged; what it does not name, the node takes back.
+//! Nodes are served side by side, those of all copies; on each it is three steps in a row. A node that knows a newer view of
+//! the members says so instead of reserving: its share is then divided anew, by that view. The checksums are computed while
+//! the bytes move. A commit names only blocks whose batch was acknowledged; what it does not name, the node takes back.
 
-use std::time::Instant;
+use std::{
+    sync::{Arc, OnceLock},
+    time::Instant,
+};
 
 use futures_util::{
     StreamExt,
@@ -13,14 +16,17 @@ use futures_util::{
 };
 use kvasir_proto::{convert, v1};
 use kvasir_transfer::{Batch, Op, Priority, Range};
-use kvasir_types::{BlockHash, Deadline, PROTOCOL_VERSION, RequestId, SegmentDescriptor};
+use kvasir_types::{BlockHash, Deadline, Epoch, PROTOCOL_VERSION, RequestId, SegmentDescriptor};
 
 use tokio::sync::Mutex;
 
-use crate::{Error, Inner, MAX_CALLS, Origin, in_flight::InFlight, placement::Share, read::later};
-
-/// Bytes that are reserved and committed as one.
-const PART_BYTES: u64 = 8 << 20;
+use crate::{
+    Error, Inner, MAX_CALLS, MAX_HASHES, Origin,
+    in_flight::InFlight,
+    placement::{Node, Placement, Share, collect},
+    read::later,
+    rendezvous::group_key,
+};
 
 /// What became of blocks offered to the store.
 #[derive(Debug, Default)]
@@ -35,6 +41,28 @@ pub struct WriteReport {
     pub bytes: u64,
     /// The first thing that went wrong, if something did.
     pub error: Option<Error>,
+}
+
+/// Bytes that are reserved and committed as one, so that a node verifies them while the next are written.
+const PART_BYTES: u64 = 8 << 20;
+/// Most rounds of reservations for one write. There is a second one only if a node knew a newer view of the members.
+const MAX_ROUNDS: usize = 3;
+
+/// What became of a block: of several copies, the best.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Fate {
+    Skipped,
+    Present,
+    Written,
+}
+
+/// What became of a share.
+#[derive(Default)]
+struct ShareReport {
+    fates: Vec<(usize, Fate)>,
+    /// Blocks that are to be divided anew.
+    moved: Vec<usize>,
+    error: Option<Error>,
 }
 
 type Client = v1::store_client::StoreClient<tonic::transport::Channel>;
@@ -60,24 +88,30 @@ pub(crate) async fn write(
     block_bytes: u64,
     deadline: Deadline,
 ) -> WriteReport {
-    let offer = Offer { inner, request, origin, blocks, block_bytes, deadline, hashing: Mutex::new(()) };
-    let most = usize::try_from(PART_BYTES / block_bytes.max(1)).unwrap_or(usize::MAX).max(1);
-    let parts = inner.shares(blocks, 0).into_iter().flat_map(|share| parts(share, most));
-    let mut reports = stream::iter(parts.map(|part| offer.write_share(part))).buffer_unordered(MAX_CALLS);
-    let mut total = WriteReport::default();
-    while let Some(report) = reports.next().await {
-        total.written += report.written;
-        total.present += report.present;
-        total.error = total.error.or(report.error);
+    let sums = blocks.iter().map(|_| OnceLock::new()).collect();
+    let offer = Offer { inner, request, origin, blocks, block_bytes, deadline, sums, hashing: Mutex::new(()) };
+    let (mut fates, mut error) = (vec![Fate::Skipped; blocks.len()], None);
+    let mut todo: Vec<usize> = (0..blocks.len()).collect();
+    for _ in 0..MAX_ROUNDS {
+        let placement = inner.placement();
+        let shares = offer.shares(&placement, &todo).into_iter().map(|share| offer.write_share(share, placement.epoch));
+        let reports: Vec<_> = stream::iter(shares).buffer_unordered(MAX_CALLS).collect().await;
+        todo.clear();
+        for report in reports {
+            report.fates.into_iter().for_each(|(block, fate)| fates[block] = fates[block].max(fate));
+            todo.extend(report.moved);
+            error = error.or(report.error);
+        }
+        todo.sort_unstable();
+        todo.dedup();
+        if todo.is_empty() {
+            break;
+        }
     }
-    total.skipped = blocks.len() - total.written - total.present;
-    total.bytes = total.written as u64 * block_bytes;
-    total
-}
-
-/// A share in parts of so many blocks.
-fn parts(share: Share, most: usize) -> Vec<Share> {
-    share.blocks.chunks(most).map(|part| Share { blocks: part.to_vec(), ..share.clone() }).collect()
+    let count = |fate| fates.iter().filter(|&&each| each == fate).count();
+    let (written, present) = (count(Fate::Written), count(Fate::Present));
+    let skipped = blocks.len() - written - present;
+    WriteReport { written, present, skipped, bytes: written as u64 * block_bytes, error }
 }
 
 /// What all shares of one write have in common.
@@ -88,24 +122,50 @@ struct Offer<'a> {
     blocks: &'a [(BlockHash, u64)],
     block_bytes: u64,
     deadline: Deadline,
+    /// Checksums of the blocks' bytes, computed once for all copies.
+    sums: Vec<OnceLock<[u8; 16]>>,
     /// Held while checksums are computed: all of them together take a core at most, and the first part is to be ready first.
     hashing: Mutex<()>,
 }
 
 impl Offer<'_> {
-    async fn write_share(&self, share: Share) -> WriteReport {
-        let mut report = WriteReport::default();
-        match self.try_share(&share, &mut report).await {
+    /// What to write where: the groups in which these blocks are go to as many nodes as there are to be copies.
+    fn shares(&self, placement: &Placement, blocks: &[usize]) -> Vec<Share> {
+        let size = placement.group_blocks();
+        let groups = || blocks.chunk_by(|a, b| a / size == b / size);
+        let homes: Vec<Vec<Arc<Node>>> =
+            groups().map(|part| placement.homes(self.blocks[part[0] / size * size].0, placement.replicas())).collect();
+        let most = usize::try_from(PART_BYTES / self.block_bytes.max(1)).unwrap_or(MAX_HASHES).clamp(1, MAX_HASHES);
+        let of_copy = |copy: usize| {
+            let parts = groups().zip(&homes).filter_map(move |(part, homes)| {
+                let node = homes.get(copy)?;
+                Some((node.clone(), part[0]..part[part.len() - 1] + 1))
+            });
+            collect(parts, size, most)
+        };
+        (0..placement.replicas()).flat_map(of_copy).collect()
+    }
+
+    async fn write_share(&self, share: Share, epoch: Epoch) -> ShareReport {
+        let mut report = ShareReport::default();
+        match self.try_share(&share, epoch, &mut report).await {
             Ok(()) => {}
             Err(error) => report.error = report.error.or(Some(error)),
         }
         report
     }
 
-    async fn try_share(&self, share: &Share, report: &mut WriteReport) -> Result<(), Error> {
+    async fn try_share(&self, share: &Share, epoch: Epoch, report: &mut ShareReport) -> Result<(), Error> {
         let asked = Instant::now();
-        let response = self.reserve(share).await?;
+        let response = self.reserve(share, epoch).await?;
         let member = || share.node.id.clone();
+        if let Some(view) = &response.view
+            && response.slots.is_empty()
+        {
+            self.inner.newer(&share.node, view);
+            report.moved.clone_from(&share.blocks);
+            return Ok(());
+        }
         if response.slots.len() != share.blocks.len() {
             return Err(Error::Count { member: member(), asked: share.blocks.len(), got: response.slots.len() });
         }
@@ -113,7 +173,7 @@ impl Offer<'_> {
         for (slot, &block) in response.slots.iter().zip(&share.blocks) {
             match slot.state() {
                 v1::slot::State::Reserved => new.push(New { block, offset: slot.offset }),
-                v1::slot::State::Present => report.present += 1,
+                v1::slot::State::Present => report.fates.push((block, Fate::Present)),
                 v1::slot::State::Busy | v1::slot::State::Full | v1::slot::State::Unspecified => {}
             }
         }
@@ -137,25 +197,44 @@ impl Offer<'_> {
         // Also with nothing to commit: it gives the room back at once.
         let call = async |mut client: Client| client.commit(commit).await;
         let committed = self.inner.peers.call(&share.node, until, call).await?.committed as usize;
-        report.written = committed.min(offered);
+        // Where not all were, it does not say which.
+        report.fates.extend(written.iter().take(committed).map(|sum| (sum.block, Fate::Written)));
         if committed < offered {
             return Err(Error::NotCommitted { member: member(), written: offered, committed });
         }
         Ok(())
     }
 
-    async fn reserve(&self, share: &Share) -> Result<v1::ReserveResponse, Error> {
+    async fn reserve(&self, share: &Share, epoch: Epoch) -> Result<v1::ReserveResponse, Error> {
         let message = v1::ReserveRequest {
             protocol_version: PROTOCOL_VERSION,
             request_id: self.request.to_string(),
             hashes: convert::pack16(share.blocks.iter().map(|&block| &self.blocks[block].0.0)),
             block_bytes: self.block_bytes,
-            positions: share.blocks.iter().map(|&block| u32::try_from(block).unwrap_or(u32::MAX)).collect(),
+            runs: self.runs(share),
             model: self.origin.model.map_or_else(Default::default, |model| convert::bytes16(&model.0)),
             tenant: self.origin.tenant.clone(),
+            epoch: epoch.0,
         };
         let call = async |mut client: Client| client.reserve(message).await;
         self.inner.peers.call(&share.node, self.deadline, call).await
+    }
+
+    /// Where in the prompt the share's blocks are, a run for each stretch of a placement group.
+    fn runs(&self, share: &Share) -> Vec<v1::BlockRun> {
+        let group = share.group_blocks;
+        let run = |part: &[usize]| {
+            let first = part[0];
+            v1::BlockRun {
+                blocks: u32::try_from(part.len()).unwrap_or(u32::MAX),
+                position: u32::try_from(first).unwrap_or(u32::MAX),
+                group: group_key(self.blocks[first / group * group].0),
+                parent: first
+                    .checked_sub(1)
+                    .map_or_else(Default::default, |before| convert::bytes16(&self.blocks[before].0.0)),
+            }
+        };
+        share.blocks.chunk_by(|a, b| a / group == b / group && a + 1 == *b).map(run).collect()
     }
 
     /// Writes the new blocks, a batch for each group, and computes their checksums meanwhile. What to commit.
@@ -206,7 +285,10 @@ impl Offer<'_> {
         let mut sums = Vec::with_capacity(part.len());
         for new in part {
             let offset = self.blocks[new.block].1;
-            let checksum = self.inner.engine.checksum(offset, self.block_bytes).map_err(Error::Local)?;
+            let known = self.sums[new.block].get().copied();
+            let sum = || self.inner.engine.checksum(offset, self.block_bytes).map_err(Error::Local);
+            let checksum = known.map_or_else(sum, Ok)?;
+            let _ = self.sums[new.block].set(checksum); // or another copy's writer came first, with the same
             sums.push(Sum { block: new.block, checksum });
             // A block is a millisecond of hashing at most; a prompt is not, and others use this thread too.
             tokio::task::yield_now().await;

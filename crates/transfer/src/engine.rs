@@ -369,7 +369,7 @@ impl TransferEngine {
         regions.find(offset, len).ok_or_else(|| Error::OutOfBounds { segment, offset, len, limit: regions.end() })
     }
 
-    fn check_writable(&self, region: &Mapped, offset: u64, len: u64) -> Result<(), Error> {
+    pub(crate) fn check_writable(&self, region: &Mapped, offset: u64, len: u64) -> Result<(), Error> {
         let segment = self.0.owner.segment;
         if region.writable { Ok(()) } else { Err(Error::ReadOnly { segment, offset, len }) }
     }

@@ -186,9 +186,20 @@ pub enum Error {
     /// This engine was shut down.
     #[error("transfer engine shut down")]
     Shutdown,
+    /// Bytes could not be moved between registered memory and a file.
+    #[error("cannot move {len} bytes between memory and a file from its offset {at:#x} on")]
+    File {
+        /// Bytes asked for.
+        len: u64,
+        /// Where in the file.
+        at: u64,
+        /// The system's answer.
+        #[source]
+        source: Arc<io::Error>,
+    },
 }
 
-/// What [`Error::cause`] says.
+/// What [`Error::cause`] says of a batch that failed.
 pub(crate) const CAUSES: [&str; 13] = [
     "refused",
     "stale",
@@ -221,6 +232,7 @@ impl Error {
             Self::Cancelled => "cancelled",
             Self::Shutdown => "shutdown",
             Self::NoTransport { .. } | Self::TransportUnavailable { .. } => "no_transport",
+            Self::File { .. } => "file",
             Self::Config { .. }
             | Self::Memory { .. }
             | Self::Listen { .. }
@@ -256,6 +268,7 @@ impl Error {
             | Self::ReadOnly { .. }
             | Self::Refused { .. }
             | Self::DeadlineExceeded
+            | Self::File { .. }
             | Self::Cancelled => Retry::Never,
         }
     }

@@ -47,6 +47,7 @@ mod choice;
 mod config;
 mod engine;
 mod error;
+mod files;
 mod segment;
 mod settings;
 
@@ -87,6 +88,7 @@ pub use checksum::Checksum;
 pub use config::{Config, ShmConfig, TlsConfig, UcxConfig};
 pub use engine::{Region, TransferEngine};
 pub use error::{Error, Refusal};
+pub use files::MemoryRange;
 pub use grant::{Access, Grant, GrantRange, Revoke};
 pub use histogram::{BUCKETS, Histogram};
 pub use local::LocalNet;

@@ -1,6 +1,6 @@
 //! Configuration of a store node, checked once at start.
 
-use std::{net::SocketAddr, path::PathBuf, time::Duration};
+use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, time::Duration};
 
 use anyhow::{Context as _, anyhow, ensure};
 use kvasir_cluster::{RegistryConfig, StoreInfo};
@@ -8,7 +8,10 @@ use kvasir_runtime::{AdminConfig, LogConfig, ShutdownConfig};
 use kvasir_types::{MemberId, Role};
 use serde::{Deserialize, Serialize};
 
-use crate::store::Settings;
+use crate::{
+    disk::DiskConfig,
+    store::{Limits, Settings},
+};
 
 /// A KV store node.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -48,6 +51,9 @@ pub struct Config {
     pub group_blocks: u32,
     /// On how many nodes each block is kept, 1 to 8; the same on all nodes, or most decide. Default 1.
     pub replicas: u32,
+    /// For how long after its start the node tells readers that others may have what it lacks, in milliseconds: those who
+    /// had its share before. It costs them a second lookup. Default 60000.
+    pub warm_ms: u64,
     /// How long a block that a reader was told of stays where it is, in milliseconds. Default 5000.
     pub lease_ms: u64,
     /// How long a writer may take from reserving to committing, in milliseconds. Default 5000.
@@ -55,10 +61,27 @@ pub struct Config {
     /// Whether written blocks are compared with their writer's checksum before they can be found. A reader compares too;
     /// this keeps a broken writer's blocks from taking room. Default true.
     pub verify_on_commit: bool,
+    /// Blocks on disk: those that memory has no room for any more, and all of them after a restart.
+    pub disk: DiskConfig,
+    /// Of the memory, what hard pins may keep, in percent. Default 50.
+    pub max_pinned_percent: u8,
+    /// How much room tenants may take.
+    pub quotas: QuotasConfig,
     /// Limits; past them a caller is refused.
     pub limits: LimitsConfig,
     /// Moving blocks.
     pub transfer: kvasir_transfer::Settings,
+}
+
+/// Quotas: a tenant who has one may take so many percent of the memory, and of the disk; past that, new blocks displace his
+/// own old ones. Blocks without a tenant have no quota.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct QuotasConfig {
+    /// By the tenant's name, 1 to 100 percent. At most 100 tenants. Default: none.
+    pub tenants: BTreeMap<String, u8>,
+    /// Of each tenant that is not named. Default: no limit.
+    pub default_percent: Option<u8>,
 }
 
 /// Limits of a store node.
@@ -93,9 +116,13 @@ impl Default for Config {
             zone: String::new(),
             group_blocks: 32,
             replicas: 1,
+            warm_ms: 60_000,
             lease_ms: 5_000,
             reservation_ms: 5_000,
             verify_on_commit: true,
+            disk: DiskConfig::default(),
+            max_pinned_percent: 50,
+            quotas: QuotasConfig::default(),
             limits: LimitsConfig::default(),
             transfer: kvasir_transfer::Settings::default(),
         }
@@ -135,9 +162,28 @@ impl Config {
         ] {
             ensure!(value > 0, "limits.{key}: 0, allowed is at least 1");
         }
+        let percent = self.max_pinned_percent;
+        ensure!(percent <= 100, "max_pinned_percent: {percent}, allowed is 0 to 100");
+        let QuotasConfig { tenants, default_percent } = &self.quotas;
+        ensure!(tenants.len() <= 100, "quotas.tenants: {} tenants, allowed are at most 100", tenants.len());
+        for (tenant, percent) in tenants.iter().map(|(name, percent)| (name.as_str(), percent)) {
+            ensure!((1..=100).contains(percent), "quotas.tenants.{tenant}: {percent}, allowed is 1 to 100");
+        }
+        if let Some(percent) = default_percent {
+            ensure!((1..=100).contains(percent), "quotas.default_percent: {percent}, allowed is 1 to 100");
+        }
+        let disk = self.disk.settings(slab_bytes)?;
         Ok(Settings {
             capacity_bytes: capacity_bytes / slab_bytes * slab_bytes,
             slab_bytes,
+            disk_bytes: disk.map_or(0, |disk| disk.capacity_bytes),
+            // The disk takes as many reads, and as many writes, as may wait: none is refused for that.
+            max_moves: self.disk.queue,
+            max_pinned_percent: percent,
+            quotas: Limits {
+                tenants: tenants.iter().map(|(name, &percent)| (name.clone(), percent)).collect(),
+                others: *default_percent,
+            },
             lease: Duration::from_millis(lease_ms),
             reservation: Duration::from_millis(reservation_ms),
             max_leases,

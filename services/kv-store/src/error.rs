@@ -11,6 +11,9 @@ pub(crate) enum Error {
     /// The message itself is unacceptable.
     #[error("unacceptable message")]
     Message(#[from] kvasir_proto::Error),
+    /// Blocks that no message can carry.
+    #[error("blocks of {bytes} bytes are not sent in messages, the limit is {limit}")]
+    TooLarge { bytes: u64, limit: u64 },
     /// As many values as blocks are needed, or none.
     #[error("field {field} has {got} values for {blocks} blocks")]
     Count { field: &'static str, got: usize, blocks: usize },
@@ -29,7 +32,7 @@ impl Error {
     /// Whether trying again may help.
     pub(crate) fn retry(&self) -> Retry {
         match self {
-            Self::Message(_) | Self::Count { .. } => Retry::Never,
+            Self::Message(_) | Self::Count { .. } | Self::TooLarge { .. } => Retry::Never,
             Self::Refused(_) => Retry::After(std::time::Duration::from_millis(100)),
             Self::Grant(_) | Self::Leaving => Retry::Elsewhere,
         }
@@ -41,7 +44,7 @@ impl From<Error> for Status {
     fn from(error: Error) -> Self {
         let code = match &error {
             Error::Message(kvasir_proto::Error::Version { .. }) => Code::FailedPrecondition,
-            Error::Message(_) | Error::Count { .. } => Code::InvalidArgument,
+            Error::Message(_) | Error::Count { .. } | Error::TooLarge { .. } => Code::InvalidArgument,
             Error::Refused(_) => Code::ResourceExhausted,
             Error::Grant(_) | Error::Leaving => Code::Unavailable,
         };

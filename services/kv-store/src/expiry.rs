@@ -1,7 +1,7 @@
 //! Expiry: ends what readers and writers who died, stalled or forgot have left open.
 //!
-//! Each end is a task of its own: fencing off a reader that stalls in the middle of a block takes as long as the transfer
-//! engine's grace, and the others must not wait for it.
+//! Each end of a reservation is a task of its own: fencing off a writer that stalls in the middle of a block takes as long
+//! as the transfer engine's grace, and the others must not wait for it.
 
 use std::{sync::Arc, time::Instant};
 
@@ -19,15 +19,8 @@ pub(crate) async fn run(node: Arc<Node>, tasks: Tasks, shutdown: Shutdown) {
             () = shutdown.wait() => {}
         }
         let (leases, reservations) = node.expire(Instant::now());
-        if leases.len() + reservations.len() > 0 {
-            tracing::debug!(leases = leases.len(), reservations = reservations.len(), "expired");
-        }
-        for closed in leases {
-            let node = node.clone();
-            tasks.spawn(Kind::Background, "expire-lease", async move {
-                node.end_lease(closed).await;
-                Ok(())
-            });
+        if leases + reservations.len() > 0 {
+            tracing::debug!(leases, reservations = reservations.len(), "expired");
         }
         for closed in reservations {
             let node = node.clone();

@@ -1,24 +1,31 @@
 //! A KV store node: keeps KV blocks for the whole cluster, finds them by hash, and never lets go of one too early.
 //!
 //! ```text
-//!   gRPC            service ──▶ node ──▶ store (pure: index, slabs, leases)        what is where, who may touch it
+//!   gRPC            service ──▶ node ──▶ store (pure: index, slabs, leases, pins)  what is where, who may touch it
 //!                                 │  └─▶ transfer engine: grants                   who can touch it
-//!   one-sided bytes ──────────────┴────▶ the engine's arena                        the blocks themselves
+//!                                 └────▶ mover ──▶ disk                            between memory and disk
+//!   one-sided bytes ───────────────────▶ the engine's arena                        the blocks themselves
 //!   expiry ─────────▶ node                                                         ends what nobody ended
 //! ```
 //!
-//! Control goes over gRPC, bytes do not: a client reads and writes the arena itself, under a grant. The rule this service
-//! guards: **a slot is reused only after every grant over it has been revoked**, a reader's as well as a writer's, and a
-//! block can be found only after its writer can't change it any more.
+//! Control goes over gRPC, bytes do not: a client reads and writes the arena itself, under a grant. The rules this service
+//! guards: **a slot that somebody may write is not used again until that writer has been fenced off**; a block can be found
+//! only after its writer can't change it any more; and whoever reads can tell by a checksum that what he read is what he
+//! asked for. A lease keeps a block where it is, it fences nobody off.
 //!
 //! There is no master: clients choose the node by hashing (`kvasir-store-client`), and each node is the authority for
-//! what it holds. A node that dies loses cached blocks, never answers. DRAM is the only tier as yet.
+//! what it holds. A node that dies loses what it had in memory only, never answers.
 #![forbid(unsafe_code)]
 
 mod config;
+#[doc(hidden)] // for the benchmark that puts it beside another engine
+pub mod disk;
 mod error;
 mod expiry;
+mod membership;
+mod messages;
 mod metrics;
+mod mover;
 mod node;
 mod serve;
 mod service;

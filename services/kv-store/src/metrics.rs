@@ -3,7 +3,11 @@
 //! | name | unit | labels |
 //! | --- | --- | --- |
 //! | `kvasir_kv_store_capacity_bytes`, `_used_bytes` | bytes | |
-//! | `kvasir_kv_store_blocks` | blocks | `state`: present, pinned (present and being read), reserved |
+//! | `kvasir_kv_store_blocks` | blocks | `state`: present (in memory or on disk), memory, disk, pinned (being read), kept (by a soft or hard pin), reserved |
+//! | `kvasir_kv_store_disk_capacity_bytes`, `_disk_used_bytes` | bytes | |
+//! | `kvasir_kv_store_disk_dirty_blocks` | blocks waiting to be written to disk, at most | |
+//! | `kvasir_kv_store_promoted_blocks_total`, `_demoted_blocks_total` | blocks read from disk into memory; given up by memory and on disk | |
+//! | `kvasir_kv_store_disk_written_blocks_total`, `_disk_torn_blocks_total` | blocks | |
 //! | `kvasir_kv_store_lookups_total` | calls | |
 //! | `kvasir_kv_store_hit_blocks_total`, `_missed_blocks_total` | blocks asked for | |
 //! | `kvasir_kv_store_committed_blocks_total`, `_evicted_blocks_total` | blocks | |
@@ -33,10 +37,26 @@ pub(crate) enum Call {
     Reserve,
     Commit,
     Exists,
+    Get,
+    Put,
+    Report,
+    Pin,
+    Evict,
 }
 
 impl Call {
-    const ALL: [Self; 5] = [Self::Lookup, Self::Release, Self::Reserve, Self::Commit, Self::Exists];
+    const ALL: [Self; 10] = [
+        Self::Lookup,
+        Self::Release,
+        Self::Reserve,
+        Self::Commit,
+        Self::Exists,
+        Self::Get,
+        Self::Put,
+        Self::Report,
+        Self::Pin,
+        Self::Evict,
+    ];
 
     fn label(self) -> &'static str {
         match self {
@@ -45,6 +65,11 @@ impl Call {
             Self::Reserve => "reserve",
             Self::Commit => "commit",
             Self::Exists => "exists",
+            Self::Get => "get",
+            Self::Put => "put",
+            Self::Report => "report",
+            Self::Pin => "pin",
+            Self::Evict => "evict",
         }
     }
 }
@@ -89,6 +114,14 @@ fn copy_at_scrape(page: &kvasir_runtime::Metrics, node: Arc<Node>) {
     let capacity = page.gauge("kvasir_kv_store_capacity_bytes", "Memory for blocks.");
     let used = page.gauge("kvasir_kv_store_used_bytes", "Memory of blocks present or reserved.");
     let blocks = page.gauges::<One>("kvasir_kv_store_blocks", "Blocks by state; pinned ones are present too.");
+    let disk_capacity = page.gauge("kvasir_kv_store_disk_capacity_bytes", "Room for blocks on disk.");
+    let disk_used = page.gauge("kvasir_kv_store_disk_used_bytes", "Room of blocks on disk, or on their way.");
+    let dirty = page.gauge("kvasir_kv_store_disk_dirty_blocks", "Blocks waiting to be written to disk, at most.");
+    let promoted = page.counter("kvasir_kv_store_promoted_blocks", "Blocks read from disk into memory.");
+    let demoted = page.counter("kvasir_kv_store_demoted_blocks", "Blocks given up by memory that are on disk.");
+    let written = page.counter("kvasir_kv_store_disk_written_blocks", "Blocks written to disk.");
+    let torn_on_disk =
+        page.counter("kvasir_kv_store_disk_torn_blocks", "Blocks on disk with other bytes than written.");
     let lookups = page.counter("kvasir_kv_store_lookups", "Lookups served.");
     let hits = page.counter("kvasir_kv_store_hit_blocks", "Blocks asked for that were found.");
     let misses = page.counter("kvasir_kv_store_missed_blocks", "Blocks asked for from the first missing one on.");
@@ -108,7 +141,21 @@ fn copy_at_scrape(page: &kvasir_runtime::Metrics, node: Arc<Node>) {
         let (usage, (totals, torn), stats) = (node.usage(), node.totals(), node.engine().stats());
         capacity.set(gauge(usage.capacity_bytes));
         used.set(gauge(usage.used_bytes));
-        for (state, count) in [("present", usage.blocks), ("pinned", usage.pinned), ("reserved", usage.reserved)] {
+        disk_capacity.set(gauge(usage.disk_capacity_bytes));
+        disk_used.set(gauge(usage.disk_used_bytes));
+        dirty.set(gauge(usage.dirty));
+        set_total(&promoted, totals.promoted_blocks);
+        set_total(&demoted, totals.demoted_blocks);
+        set_total(&written, totals.written_blocks);
+        set_total(&torn_on_disk, totals.torn_on_disk_blocks);
+        for (state, count) in [
+            ("present", usage.blocks),
+            ("memory", usage.memory_blocks),
+            ("disk", usage.disk_blocks),
+            ("pinned", usage.pinned),
+            ("kept", usage.kept),
+            ("reserved", usage.reserved),
+        ] {
             blocks.get_or_create(&[("state", state)]).set(gauge(count));
         }
         set_total(&lookups, totals.lookups);

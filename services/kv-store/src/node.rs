@@ -1,21 +1,23 @@
-//! The node: the store's decisions and the transfer engine's grants, kept in step.
+//! The node: the store's decisions, the transfer engine's grants and the disk, kept in step.
 //!
-//! Every open lease and reservation has one grant. What the store decides and the grant that goes with it happen under
-//! one lock; waiting for a revocation happens under none:
+//! All readers share one grant over the whole arena, which lasts as long as the node: what protects a reader is the
+//! checksum that came with each block, and its lease only keeps the block where it is. Each writer has a grant of his own,
+//! over the slots that are reserved for him. What the store decides and the grant that goes with it happen under one lock;
+//! waiting for a revocation happens under none:
 //!
 //! ```text
-//!   under the lock: store closes the hold, its grant is taken out
-//!   no lock:        the grant is revoked; when that is done nobody outside can touch the blocks
-//!   under the lock: store finishes the hold
+//!   under the lock: store closes the reservation, its grant is taken out
+//!   no lock:        the grant is revoked; when that is done nobody outside can write the blocks
+//!   under the lock: store finishes the reservation
 //! ```
 //!
-//! The three steps must not be torn apart, or the hold stays closing for ever and its blocks are lost. So they run in
-//! tasks of their own, which no caller's disappearance cancels: see [`crate::service`] and [`crate::expiry`].
+//! The three steps must not be torn apart, or the reservation stays closing for ever and its blocks are lost. So they run
+//! in tasks of their own, which no caller's disappearance cancels: see [`crate::service`] and [`crate::expiry`].
 
 use std::{
     collections::HashMap,
     sync::{Arc, Mutex, MutexGuard},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use kvasir_transfer::{Access, Grant, GrantRange, TransferEngine};
@@ -23,139 +25,214 @@ use kvasir_types::{BlockHash, BlockId, GrantKey};
 use tokio::sync::{Notify, Semaphore};
 
 use crate::{
+    disk::Disk,
     error::Error,
     store::{
-        BlockBytes, Checksum, Found, LeaseId, ReservationId, Reserved, Settings, SlotState, Store, Totals, Usage,
-        Written,
+        BlockBytes, Checksum, Facts, Found, Keep, LeaseId, Origin, Place, ReservationId, Reserved, Settings, SlotState,
+        Store, Totals, Usage, Written,
     },
 };
 
 /// One store node. Shared by all tasks.
 pub(crate) struct Node {
-    engine: TransferEngine,
+    pub(super) engine: TransferEngine,
+    pub(super) disk: Option<DiskTier>,
     verify_on_commit: bool,
-    state: Mutex<State>,
+    /// What everybody reads with.
+    reading: Grant,
+    pub(super) state: Mutex<State>,
     /// A hold was opened that ends before all others.
     opened: Notify,
+    /// Blocks have come from the disk, or will not come.
+    pub(super) arrived: Notify,
     /// One permit for each core: verifying is all computing.
     verifiers: Arc<Semaphore>,
 }
 
-/// Written and read by whatever task serves a call or ends a hold; the lock is held for as long as one call's blocks take
-/// to look up, and never across an await.
-struct State {
-    store: Store,
-    leases: HashMap<LeaseId, Grant>,
-    reservations: HashMap<ReservationId, Grant>,
+/// The disk, and the names of whose blocks are on it.
+pub(crate) struct DiskTier {
+    pub(super) disk: Arc<Disk>,
+    pub(super) origins: crate::disk::Origins,
+}
+
+/// Written and read by whatever task serves a call, ends a hold, or moves blocks from and to disk; the lock is held for as
+/// long as one call's blocks take to look up, and never across an await.
+pub(super) struct State {
+    pub(super) store: Store,
+    reservations: HashMap<ReservationId, Option<Grant>>,
     torn_blocks: u64,
 }
 
-/// A closed hold, and the grant to revoke before it is finished.
-#[must_use = "a closed hold that is not finished keeps its blocks for ever"]
-pub(crate) struct Closed<Id> {
-    id: Id,
-    grant: Grant,
+/// A closed reservation, and the grant to revoke before it is finished; none if nobody outside could write.
+#[must_use = "a closed reservation that is not finished keeps its blocks for ever"]
+pub(crate) struct Closed {
+    id: ReservationId,
+    grant: Option<Grant>,
 }
 
 /// A closed reservation that may still become blocks.
 #[must_use = "a closed reservation that is not finished keeps its blocks for ever"]
 pub(crate) struct Committing {
-    closed: Closed<ReservationId>,
+    closed: Closed,
     written: Vec<Written>,
 }
 
+/// What a writer offers.
+pub(crate) struct Offer<'a> {
+    pub(crate) size: BlockBytes,
+    pub(crate) hashes: &'a [BlockHash],
+    /// One for each hash, its origin left open.
+    pub(crate) facts: &'a [Facts],
+    pub(crate) origin: &'a Origin,
+}
+
 impl Node {
-    pub(crate) fn new(engine: TransferEngine, settings: Settings, verify_on_commit: bool) -> Self {
+    /// # Errors
+    /// If the engine has no memory to grant.
+    pub(crate) fn new(
+        engine: TransferEngine,
+        settings: Settings,
+        disk: Option<DiskTier>,
+        verify_on_commit: bool,
+    ) -> Result<Self, kvasir_transfer::Error> {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        Self {
+        let all = GrantRange { offset: 0, len: settings.capacity_bytes, access: Access::Read };
+        Ok(Self {
+            reading: engine.grant(vec![all])?,
             engine,
+            disk,
             verify_on_commit,
             state: Mutex::new(State {
-                store: Store::new(settings),
-                leases: HashMap::new(),
+                store: Store::new(settings, Instant::now()),
                 reservations: HashMap::new(),
                 torn_blocks: 0,
             }),
             opened: Notify::new(),
+            arrived: Notify::new(),
             verifiers: Arc::new(Semaphore::new(cores)),
-        }
+        })
     }
 
-    /// The longest run that is there, and the key to read it with.
-    pub(crate) fn lookup(
-        &self,
-        now: Instant,
+    /// The key that everybody reads the arena with.
+    pub(crate) fn reading(&self) -> GrantKey {
+        self.reading.key()
+    }
+
+    /// The longest run that is in memory, held by a lease, and how many blocks behind it are coming from disk. Waits for
+    /// those until then, holding nothing meanwhile.
+    pub(crate) async fn lookup(
+        self: &Arc<Self>,
         size: BlockBytes,
         hashes: &[BlockHash],
-    ) -> Result<Option<(Found, GrantKey)>, Error> {
+        until: Instant,
+    ) -> Result<(Option<Found>, usize), Error> {
+        loop {
+            // Before the look: what arrives between the two is not missed.
+            let arrived = self.arrived.notified();
+            let now = Instant::now();
+            let (coming, all_sent) = self.fetch(now, size, hashes);
+            if coming == 0 || !all_sent || now >= until {
+                return Ok((self.look_up(now, size, hashes)?, coming));
+            }
+            // A timeout loses nothing: the loop looks once more.
+            let _came_or_too_late = tokio::time::timeout_at(until.into(), arrived).await;
+        }
+    }
+
+    fn look_up(&self, now: Instant, size: BlockBytes, hashes: &[BlockHash]) -> Result<Option<Found>, Error> {
         let mut state = self.lock();
         let before = state.store.next_end();
-        let Some(found) = state.store.lookup(now, size, hashes)? else { return Ok(None) };
-        let range = |offset| GrantRange { offset, len: size.0, access: Access::Read };
-        match self.engine.grant(found.blocks.iter().map(|block| range(block.offset)).collect()) {
-            Ok(grant) => {
-                let key = grant.key();
-                state.leases.insert(found.lease, grant);
-                self.wake(before, &state);
-                Ok(Some((found, key)))
-            }
-            Err(error) => {
-                // Nobody ever had a key to it.
-                assert!(state.store.close_lease(found.lease), "it was opened above");
-                state.store.finish_lease(found.lease);
-                Err(Error::Grant(error))
+        let found = state.store.lookup(now, size, hashes)?;
+        self.wake(before, &state);
+        Ok(found)
+    }
+
+    /// Ends leases early; those that have ended already are passed over.
+    pub(crate) fn end_leases(&self, leases: impl IntoIterator<Item = LeaseId>) {
+        let mut state = self.lock();
+        for lease in leases {
+            if state.store.close_lease(lease) {
+                state.store.finish_lease(lease);
             }
         }
     }
 
-    /// Whether each of them is in memory, and whether on disk.
     pub(crate) fn exists(&self, size: BlockBytes, hashes: &[BlockHash]) -> Vec<[bool; 2]> {
         self.lock().store.exists(size, hashes)
     }
 
-    /// Room for what is not there, and the key to write it with.
-    pub(crate) fn reserve(
-        &self,
-        now: Instant,
-        size: BlockBytes,
-        hashes: &[BlockHash],
-    ) -> Result<(Reserved, Option<GrantKey>), Error> {
+    /// Keeps blocks until then, or no longer; how many are kept so now.
+    pub(crate) fn keep(&self, size: BlockBytes, hashes: &[BlockHash], keep: Keep, until: Instant) -> usize {
         let mut state = self.lock();
         let before = state.store.next_end();
-        let reserved = state.store.reserve(now, size, hashes)?;
+        let kept = state.store.keep(size, hashes, keep, until);
+        self.wake(before, &state);
+        kept
+    }
+
+    /// Room for what is not there, and the key to write it with.
+    pub(crate) fn reserve(&self, now: Instant, offer: &Offer<'_>) -> Result<(Reserved, Option<GrantKey>), Error> {
+        let mut state = self.lock();
+        let before = state.store.next_end();
+        let reserved = state.reserve(now, offer)?;
         let Some(reservation) = reserved.reservation else { return Ok((reserved, None)) };
         let ranges = reserved
             .slots
             .iter()
             .filter_map(|slot| match *slot {
-                SlotState::Reserved { offset } => Some(GrantRange { offset, len: size.0, access: Access::Write }),
+                SlotState::Reserved { offset } => Some(GrantRange { offset, len: offer.size.0, access: Access::Write }),
                 SlotState::Present | SlotState::Busy | SlotState::Full => None,
             })
             .collect();
         match self.engine.grant(ranges) {
             Ok(grant) => {
                 let key = grant.key();
-                state.reservations.insert(reservation, grant);
+                state.reservations.insert(reservation, Some(grant));
                 self.wake(before, &state);
                 Ok((reserved, Some(key)))
             }
             Err(error) => {
                 // Nobody ever had a key to it.
                 state.store.begin_commit(reservation).expect("it was opened above");
-                state.store.finish_reservation(reservation, &HashMap::new());
+                state.store.finish_reservation(now, reservation, &HashMap::new());
                 Err(Error::Grant(error))
             }
         }
     }
 
-    /// Closes a lease, unless another end of it came first.
-    pub(crate) fn close_lease(&self, id: LeaseId) -> Option<Closed<LeaseId>> {
-        let mut state = self.lock();
-        if !state.store.close_lease(id) {
-            return None;
+    /// The same for bytes that came with the call: nobody gets a key, the blocks are written here. What to commit, and how
+    /// many are there already.
+    pub(crate) fn reserve_and_fill<B: AsRef<[u8]>>(
+        &self,
+        now: Instant,
+        offer: &Offer<'_>,
+        blocks: &[B],
+    ) -> Result<(Option<Committing>, usize), Error> {
+        let (reserved, committing) = {
+            let mut state = self.lock();
+            let reserved = state.reserve(now, offer)?;
+            let committing = reserved.reservation.map(|id| {
+                let written = state.store.begin_commit(id).expect("it was opened above");
+                Committing { closed: Closed { id, grant: None }, written }
+            });
+            (reserved, committing)
+        };
+        let mut filled = Ok(());
+        for (slot, block) in reserved.slots.iter().zip(blocks) {
+            if let SlotState::Reserved { offset } = *slot {
+                filled = filled.and_then(|()| self.engine.write_bytes(offset, block.as_ref()));
+            }
         }
-        let grant = state.leases.remove(&id).expect("an open lease has a grant");
-        Some(Closed { id, grant })
+        let present = reserved.slots.iter().filter(|&&slot| slot == SlotState::Present).count();
+        match (filled, committing) {
+            (Ok(()), committing) => Ok((committing, present)),
+            (Err(error), committing) => {
+                if let Some(Committing { closed, .. }) = committing {
+                    self.lock().store.finish_reservation(now, closed.id, &HashMap::new());
+                }
+                Err(Error::Grant(error))
+            }
+        }
     }
 
     /// Closes a reservation for its commit, unless another end of it came first.
@@ -166,57 +243,81 @@ impl Node {
         Some(Committing { closed: Closed { id, grant }, written })
     }
 
-    /// Closes what has expired.
-    pub(crate) fn expire(&self, now: Instant) -> (Vec<Closed<LeaseId>>, Vec<Closed<ReservationId>>) {
+    /// Ends what has expired. Leases end at once; reservations are closed, to be undone. How many leases.
+    pub(crate) fn expire(&self, now: Instant) -> (usize, Vec<Closed>) {
         let mut state = self.lock();
         let expired = state.store.expire(now);
-        let State { leases, reservations, .. } = &mut *state;
-        let lease = |id| Closed { id, grant: leases.remove(&id).expect("an open lease has a grant") };
-        let reservation = |id| Closed { id, grant: reservations.remove(&id).expect("an open reservation has a grant") };
-        (expired.leases.into_iter().map(lease).collect(), expired.reservations.into_iter().map(reservation).collect())
-    }
-
-    /// Ends a lease: its reader is fenced off, then its blocks may go.
-    pub(crate) async fn end_lease(&self, closed: Closed<LeaseId>) {
-        closed.grant.revoke().await;
-        self.lock().store.finish_lease(closed.id);
+        expired.leases.iter().for_each(|&lease| state.store.finish_lease(lease));
+        let reservations = &mut state.reservations;
+        let close = |id| Closed { id, grant: reservations.remove(&id).expect("an open reservation has a grant") };
+        (expired.leases.len(), expired.reservations.into_iter().map(close).collect())
     }
 
     /// Ends a reservation without blocks: its writer is fenced off, then its room is free.
-    pub(crate) async fn undo(&self, closed: Closed<ReservationId>) {
-        closed.grant.revoke().await;
-        self.lock().store.finish_reservation(closed.id, &HashMap::new());
+    pub(crate) async fn undo(&self, closed: Closed) {
+        let id = closed.id;
+        closed.revoke().await;
+        self.lock().store.finish_reservation(Instant::now(), id, &HashMap::new());
     }
 
     /// Ends a reservation with those of its blocks that `named` gives the right checksum of. How many became visible.
-    pub(crate) async fn commit(&self, committing: Committing, named: HashMap<BlockHash, Checksum>) -> usize {
+    pub(crate) async fn commit(self: &Arc<Self>, committing: Committing, named: HashMap<BlockHash, Checksum>) -> usize {
         let Committing { closed, written } = committing;
-        closed.grant.revoke().await;
+        let id = closed.id;
+        closed.revoke().await;
         // From here on the bytes can't change: what is verified is what will be read.
         let claimed: Vec<(Written, Checksum)> =
             written.into_iter().filter_map(|w| named.get(&w.place.hash).map(|&sum| (w, sum))).collect();
         let claims = claimed.len();
         let good = if self.verify_on_commit && claims > 0 { self.verify(claimed).await } else { by_block(claimed) };
-        let mut state = self.lock();
-        state.torn_blocks += (claims - good.len()) as u64;
-        state.store.finish_reservation(closed.id, &good);
+        {
+            let mut state = self.lock();
+            state.torn_blocks += (claims - good.len()) as u64;
+            state.store.finish_reservation(Instant::now(), id, &good);
+        }
+        self.write_behind();
         good.len()
     }
 
     /// Those whose bytes have the checksum they are claimed to have.
     async fn verify(&self, claimed: Vec<(Written, Checksum)>) -> HashMap<BlockId, Checksum> {
-        let engine = self.engine.clone();
+        let places = claimed.iter().map(|&(written, sum)| (written.place, sum)).collect();
+        let right = self.verified(places).await;
+        by_block(claimed.into_iter().zip(right).filter_map(|(claim, right)| right.then_some(claim)).collect())
+    }
+
+    /// For each place, whether its bytes have that checksum.
+    async fn verified(&self, places: Vec<(Place, Checksum)>) -> Vec<bool> {
+        let (engine, count) = (self.engine.clone(), places.len());
         let permit = self.verifiers.clone().acquire_owned().await;
         let verified = tokio::task::spawn_blocking(move || {
-            let right = |(written, sum): &(Written, Checksum)| {
-                engine.checksum(written.place.offset, written.place.size.0).is_ok_and(|found| found == *sum)
+            let right = |&(place, sum): &(Place, Checksum)| {
+                engine.checksum(place.offset, place.size.0).is_ok_and(|found| found == sum)
             };
-            let good = by_block(claimed.into_iter().filter(right).collect());
+            let verified = places.iter().map(right).collect();
             drop(permit);
-            good
+            verified
         });
         // It fails only if the process is ending: then nothing is verified.
-        verified.await.unwrap_or_default()
+        verified.await.unwrap_or_else(|_| vec![false; count])
+    }
+
+    /// A reader says that these blocks have other bytes than were stored. Those of which it is true are given up; how many.
+    pub(crate) async fn report(self: &Arc<Self>, size: BlockBytes, hashes: &[BlockHash]) -> Result<usize, Error> {
+        let mut broken = Vec::new();
+        for &hash in hashes {
+            let Some(found) = self.look_up(Instant::now(), size, &[hash])? else { continue };
+            let places: Vec<_> =
+                found.blocks.iter().map(|block| (Place { hash, offset: block.offset, size }, block.checksum)).collect();
+            let right = self.verified(places).await;
+            self.end_leases([found.lease]);
+            if right.contains(&false) {
+                tracing::warn!(%hash, "a block's bytes have changed in memory, it is given up");
+                broken.push(hash);
+            }
+        }
+        self.lock().torn_blocks += broken.len() as u64;
+        Ok(self.evict_these(size, &broken).await.evicted as usize)
     }
 
     /// How many of the named blocks are there with these bytes.
@@ -239,6 +340,11 @@ impl Node {
         self.lock().store.usage()
     }
 
+    /// Origins that have blocks here, and how many.
+    pub(crate) fn origins(&self) -> Vec<(Origin, u64)> {
+        self.lock().store.origins()
+    }
+
     pub(crate) fn totals(&self) -> (Totals, u64) {
         let state = self.lock();
         (state.store.totals(), state.torn_blocks)
@@ -250,15 +356,35 @@ impl Node {
 
     /// Wakes the expiry if it would sleep too long.
     fn wake(&self, before: Option<Instant>, state: &State) {
-        if before.is_none_or(|before| state.store.next_end().is_some_and(|end| end < before)) {
+        let is_before = |end| before.is_none_or(|before| end < before);
+        if state.store.next_end().is_some_and(is_before) {
             self.opened.notify_one();
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    pub(super) fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().expect("no code panics while it holds this lock")
     }
 }
+
+impl State {
+    fn reserve(&mut self, now: Instant, offer: &Offer<'_>) -> Result<Reserved, Error> {
+        let origin = self.store.origin(offer.origin);
+        let facts = |n: usize| Facts { origin, ..offer.facts.get(n).copied().unwrap_or_default() };
+        Ok(self.store.reserve(now, offer.size, offer.hashes, facts)?)
+    }
+}
+
+impl Closed {
+    async fn revoke(self) {
+        if let Some(grant) = self.grant {
+            grant.revoke().await;
+        }
+    }
+}
+
+/// For how long a pin may last.
+pub(crate) const MAX_PIN: Duration = Duration::from_secs(7 * 24 * 3600);
 
 fn by_block(claimed: Vec<(Written, Checksum)>) -> HashMap<BlockId, Checksum> {
     claimed.into_iter().map(|(written, sum)| (written.block, sum)).collect()

@@ -16,10 +16,14 @@ use tonic::transport::{Server, server::TcpIncoming};
 
 use crate::{
     config::Config,
+    disk::{self, Disk, Origins},
     expiry,
+    membership::Membership,
     metrics::Metrics,
-    node::Node,
+    mover,
+    node::{DiskTier, Node},
     service::{MAX_REQUEST_BYTES, StoreService},
+    store::Recovered,
 };
 
 /// Runs a store node with the cluster's metadata in etcd until shutdown.
@@ -45,8 +49,8 @@ pub async fn run(config: Config, context: Context, registry: Arc<dyn Registry>, 
     }
     context.tasks.finish_requests(grace).await;
     // Joins its threads; readers and writers see their transfers fail and take the blocks for misses.
-    let engine = started.node.engine().clone();
-    tokio::task::spawn_blocking(move || engine.shutdown()).await.context("stopping the transfer engine")
+    let node = started.node;
+    tokio::task::spawn_blocking(move || node.close()).await.context("stopping the transfer engine")
 }
 
 /// A node that serves.
@@ -77,15 +81,23 @@ pub(crate) async fn start(
         .arena(config.transfer.arena(arena_bytes))
         .build()
         .context("transfer")?;
-    let node = Arc::new(Node::new(engine.clone(), settings, config.verify_on_commit));
+    let disk = open_disk(&config, &engine).await?;
+    let (tier, recovered) = disk.map_or((None, Vec::new()), |(tier, recovered)| (Some(tier), recovered));
+    if let Some(tier) = &tier {
+        disk::copy_at_scrape(&context.metrics, Arc::clone(&tier.disk));
+    }
+    let (lease, reservation, capacity_bytes) = (settings.lease, settings.reservation, settings.capacity_bytes);
+    let node = Arc::new(Node::new(engine.clone(), settings, tier, config.verify_on_commit).context("transfer")?);
+    node.recover(recovered);
     let service = StoreService {
         id: id.clone(),
         node: node.clone(),
         tasks: context.tasks.clone(),
         metrics: Metrics::new(&context.metrics, node.clone()),
-        lease: settings.lease,
-        reservation: settings.reservation,
+        lease,
+        reservation,
         started: Instant::now(),
+        membership: Membership::new(registry.view(), Duration::from_millis(config.warm_ms)),
     };
     let expiring = expiry::run(node.clone(), context.tasks.clone(), context.shutdown.clone());
     context.tasks.spawn(Kind::Critical, "expiry", async move {
@@ -106,10 +118,33 @@ pub(crate) async fn start(
         store = %id,
         grpc = member.grpc,
         admin = member.admin,
-        capacity_bytes = settings.capacity_bytes,
+        capacity_bytes,
+        disk_capacity_bytes = node.usage().disk_capacity_bytes,
+        disk_blocks = node.usage().disk_blocks,
         "ready"
     );
     Ok(Started { node, member })
+}
+
+/// The disk, and what it held. A disk that does not work is a warning: the node serves from memory.
+async fn open_disk(config: &Config, engine: &TransferEngine) -> anyhow::Result<Option<(DiskTier, Vec<Recovered>)>> {
+    let Some(settings) = config.disk.settings(config.slab_bytes)? else { return Ok(None) };
+    let (path, engine) = (settings.path.clone(), engine.clone());
+    // Ten million records are a gigabyte to read: not on a thread that serves.
+    let opened = tokio::task::spawn_blocking(move || {
+        let mut found = Vec::new();
+        let disk = Disk::open(settings, engine, |block| found.push(block))?;
+        let (origins, names) = Origins::open(&path);
+        Ok::<_, disk::Error>((DiskTier { disk: Arc::new(disk), origins }, mover::recovered(found, &names)))
+    });
+    match opened.await.context("opening the disk")? {
+        Ok(opened) => Ok(Some(opened)),
+        Err(error) if error.is_mistake() => Err(error.into()),
+        Err(error) => {
+            tracing::warn!(error = kvasir_runtime::chain(&error), "no disk, serving from memory only");
+            Ok(None)
+        }
+    }
 }
 
 fn serve(config: &Config, context: &Context, service: StoreService, listener: TcpListener) {

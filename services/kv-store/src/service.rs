@@ -1,7 +1,8 @@
 //! The gRPC face of a node: messages in, messages out, and a task of its own for whatever must not stop halfway.
 //!
-//! `Lookup` and `Reserve` have no await in them: they happen or they don't. `Commit` and `Release` end a hold, which takes
-//! a revocation in the middle; they run in tasks that outlive a caller who hangs up.
+//! Most calls are a look into a table and have no await in them: they happen or they don't. `Lookup` and `Get` may wait for
+//! the disk, holding nothing meanwhile. `Commit` and `Put` end a reservation, which takes a revocation or a check of bytes
+//! in the middle; they run in tasks that outlive a caller who hangs up.
 
 use std::{
     collections::HashMap,
@@ -11,21 +12,25 @@ use std::{
 
 use kvasir_proto::{check_protocol, convert, v1};
 use kvasir_runtime::{Kind, Tasks};
-use kvasir_types::{BlockHash, MemberId, PROTOCOL_VERSION};
+use kvasir_types::{BlockHash, Epoch, MemberId};
 use tokio::sync::oneshot;
 use tonic::{Request, Response, Status};
 
 use crate::{
     error::Error,
+    membership::Membership,
+    messages::{self, MAX_HASHES, block_bytes, hashes},
     metrics::{Call, Metrics},
-    node::Node,
-    store::{BlockBytes, Checksum, LeaseId, ReservationId, SlotState},
+    node::{Committing, MAX_PIN, Node, Offer},
+    store::{Checksum, Keep, LeaseId, ReservationId, Which},
 };
 
-/// Most blocks in one call, as the protocol has it.
-pub(crate) const MAX_HASHES: usize = 1024;
-/// Bound on a message to the node: the largest is a commit of so many blocks, two times 16 bytes each and their framing.
-pub(crate) const MAX_REQUEST_BYTES: usize = 64 * MAX_HASHES + (4 << 10);
+/// Most bytes of blocks in one answer to `Get` or one `Put`.
+pub(crate) const MAX_INLINE_BYTES: usize = 8 << 20;
+/// Bound on a message to the node: the largest is a `Put` of so many bytes, with hashes, checksums and their framing.
+pub(crate) const MAX_REQUEST_BYTES: usize = MAX_INLINE_BYTES + 64 * MAX_HASHES + (4 << 10);
+/// Longest wait for the disk.
+const MAX_WAIT: Duration = Duration::from_secs(5);
 
 /// Serves the calls of [`v1::store_server::Store`].
 pub(crate) struct StoreService {
@@ -36,149 +41,239 @@ pub(crate) struct StoreService {
     pub(crate) lease: Duration,
     pub(crate) reservation: Duration,
     pub(crate) started: Instant,
+    pub(crate) membership: Membership,
 }
+
+type Answer<T> = Result<Response<T>, Status>;
 
 #[tonic::async_trait]
 impl v1::store_server::Store for StoreService {
-    async fn lookup(&self, request: Request<v1::LookupRequest>) -> Result<Response<v1::LookupResponse>, Status> {
+    async fn lookup(&self, request: Request<v1::LookupRequest>) -> Answer<v1::LookupResponse> {
         let _timer = self.metrics.time(Call::Lookup);
-        let request = request.get_ref();
-        request.ended.iter().take(MAX_HASHES).for_each(|&lease| self.end_lease(lease));
-        Ok(Response::new(self.look_up(request)?))
+        Ok(Response::new(self.look_up(request.get_ref()).await?))
     }
 
-    async fn release(&self, request: Request<v1::ReleaseRequest>) -> Result<Response<v1::ReleaseResponse>, Status> {
+    async fn release(&self, request: Request<v1::ReleaseRequest>) -> Answer<v1::ReleaseResponse> {
         let _timer = self.metrics.time(Call::Release);
-        self.end_lease(request.get_ref().lease);
+        // Whether it was still open is nobody's business: the answer would be the same.
+        self.node.end_leases([LeaseId(request.get_ref().lease)]);
         Ok(Response::new(v1::ReleaseResponse {}))
     }
 
-    async fn reserve(&self, request: Request<v1::ReserveRequest>) -> Result<Response<v1::ReserveResponse>, Status> {
+    async fn reserve(&self, request: Request<v1::ReserveRequest>) -> Answer<v1::ReserveResponse> {
         let _timer = self.metrics.time(Call::Reserve);
         Ok(Response::new(self.make_room(request.get_ref())?))
     }
 
-    async fn commit(&self, request: Request<v1::CommitRequest>) -> Result<Response<v1::CommitResponse>, Status> {
+    async fn commit(&self, request: Request<v1::CommitRequest>) -> Answer<v1::CommitResponse> {
         let _timer = self.metrics.time(Call::Commit);
         let request = request.get_ref();
-        let named = named(request)?;
+        let named = messages::named(&request.hashes, &request.checksums)?;
         let committed = match self.node.close_reservation(ReservationId(request.reservation)) {
-            Some(committing) => {
-                let (node, (tell, told)) = (self.node.clone(), oneshot::channel());
-                self.tasks.spawn(Kind::Request, "commit", async move {
-                    // The caller may be gone; the commit counts all the same.
-                    let _ = tell.send(node.commit(committing, named).await);
-                    Ok(())
-                });
-                told.await.map_err(|_| Error::Leaving)?
-            }
+            Some(committing) => self.finish(committing, named).await?,
             // A repeated commit, or one that comes too late: what counts is what is there.
             None => self.node.count_present(&named),
         };
         Ok(Response::new(v1::CommitResponse { committed: committed as u32 }))
     }
 
-    async fn exists(&self, request: Request<v1::ExistsRequest>) -> Result<Response<v1::ExistsResponse>, Status> {
+    async fn exists(&self, request: Request<v1::ExistsRequest>) -> Answer<v1::ExistsResponse> {
         let _timer = self.metrics.time(Call::Exists);
         let request = request.get_ref();
         check_protocol(request.protocol_version).map_err(Error::from)?;
-        let (size, hashes) = (block_bytes(request.block_bytes)?, hashes(&request.hashes).map_err(Error::from)?);
+        let (size, hashes) = (block_bytes(request.block_bytes)?, hashes(&request.hashes)?);
         let there = self.node.exists(size, &hashes);
         let tiers = there.iter().map(|&[memory, disk]| u8::from(memory) | u8::from(disk) << 1);
         Ok(Response::new(v1::ExistsResponse { tiers: tiers.collect::<Vec<u8>>().into() }))
     }
 
-    async fn store_status(
-        &self,
-        _request: Request<v1::StoreStatusRequest>,
-    ) -> Result<Response<v1::StoreStatusResponse>, Status> {
-        let (usage, (totals, _)) = (self.node.usage(), self.node.totals());
-        Ok(Response::new(v1::StoreStatusResponse {
-            member: self.id.to_string(),
-            incarnation: self.node.engine().descriptor().incarnation.0,
-            version: env!("CARGO_PKG_VERSION").to_owned(),
-            protocol_version: PROTOCOL_VERSION,
-            capacity_bytes: usage.capacity_bytes,
-            used_bytes: usage.used_bytes,
-            blocks: usage.blocks,
-            pinned: usage.pinned,
-            reserved: usage.reserved,
-            lookups_total: totals.lookups,
-            hit_blocks_total: totals.hit_blocks,
-            committed_blocks_total: totals.committed_blocks,
-            evicted_blocks_total: totals.evicted_blocks,
-            uptime_ms: self.started.elapsed().as_millis() as u64,
-        }))
+    async fn get(&self, request: Request<v1::GetRequest>) -> Answer<v1::GetResponse> {
+        let _timer = self.metrics.time(Call::Get);
+        Ok(Response::new(self.read_out(request.get_ref()).await?))
+    }
+
+    async fn put(&self, request: Request<v1::PutRequest>) -> Answer<v1::PutResponse> {
+        let _timer = self.metrics.time(Call::Put);
+        Ok(Response::new(self.take_in(request.get_ref()).await?))
+    }
+
+    async fn report(&self, request: Request<v1::ReportRequest>) -> Answer<v1::ReportResponse> {
+        let _timer = self.metrics.time(Call::Report);
+        let request = request.get_ref();
+        let (size, hashes) = (block_bytes(request.block_bytes)?, hashes(&request.hashes)?);
+        let dropped = self.node.report(size, &hashes).await?;
+        Ok(Response::new(v1::ReportResponse { dropped: dropped as u32 }))
+    }
+
+    async fn pin(&self, request: Request<v1::PinRequest>) -> Answer<v1::PinResponse> {
+        let _timer = self.metrics.time(Call::Pin);
+        Ok(Response::new(self.keep(request.get_ref()).await?))
+    }
+
+    async fn evict(&self, request: Request<v1::EvictRequest>) -> Answer<v1::EvictResponse> {
+        let _timer = self.metrics.time(Call::Evict);
+        Ok(Response::new(self.give_up(request.get_ref()).await?))
+    }
+
+    async fn store_status(&self, _request: Request<v1::StoreStatusRequest>) -> Answer<v1::StoreStatusResponse> {
+        Ok(Response::new(messages::status(&self.id, &self.node, self.started)))
     }
 }
 
 impl StoreService {
-    /// Whether it was still open is nobody's business: the answer would be the same.
-    fn end_lease(&self, lease: u64) {
-        if let Some(closed) = self.node.close_lease(LeaseId(lease)) {
-            let node = self.node.clone();
-            self.tasks.spawn(Kind::Request, "release", async move {
-                node.end_lease(closed).await;
-                Ok(())
-            });
-        }
-    }
-
-    fn look_up(&self, request: &v1::LookupRequest) -> Result<v1::LookupResponse, Error> {
+    async fn look_up(&self, request: &v1::LookupRequest) -> Result<v1::LookupResponse, Error> {
         check_protocol(request.protocol_version)?;
         let (size, hashes) = (block_bytes(request.block_bytes)?, hashes(&request.hashes)?);
-        let found = self.node.lookup(Instant::now(), size, &hashes)?;
-        let asked = hashes.len();
-        tracing::debug!(
-            request_id = request.request_id,
-            asked,
-            found = found.as_ref().map_or(0, |(f, _)| f.blocks.len()),
-            "lookup"
-        );
-        let Some((found, key)) = found else { return Ok(v1::LookupResponse::default()) };
+        if request.ended.len() > MAX_HASHES {
+            let (field, got, limit) = ("ended", request.ended.len(), MAX_HASHES);
+            return Err(kvasir_proto::Error::TooMany { field, got, limit }.into());
+        }
+        self.node.end_leases(request.ended.iter().map(|&lease| LeaseId(lease)));
+        let (found, coming) = self.node.lookup(size, &hashes, until(request.wait_ms)).await?;
+        let blocks = found.as_ref().map_or(0, |found| found.blocks.len());
+        tracing::debug!(request_id = request.request_id, asked = hashes.len(), found = blocks, coming, "lookup");
+        let coming = coming as u32;
+        let rest = v1::LookupResponse {
+            coming,
+            view: self.membership.newer_than(Epoch(request.epoch)),
+            warming: self.membership.warming(Instant::now()),
+            ..Default::default()
+        };
+        let Some(found) = found else { return Ok(rest) };
         Ok(v1::LookupResponse {
             offsets: found.blocks.iter().map(|block| block.offset).collect(),
             checksums: convert::pack16(found.blocks.iter().map(|block| &block.checksum)),
             segment: Some((&self.node.engine().descriptor()).into()),
-            grant: key.0,
+            grant: self.node.reading().0,
             lease: found.lease.0,
             lease_ms: self.lease.as_millis() as u64,
+            ..rest
         })
     }
 
     fn make_room(&self, request: &v1::ReserveRequest) -> Result<v1::ReserveResponse, Error> {
         check_protocol(request.protocol_version)?;
         let (size, hashes) = (block_bytes(request.block_bytes)?, hashes(&request.hashes)?);
-        let (reserved, key) = self.node.reserve(Instant::now(), size, &hashes)?;
-        let slots = reserved.slots.iter().map(|slot| match *slot {
-            SlotState::Reserved { offset } => (v1::slot::State::Reserved, offset),
-            SlotState::Present => (v1::slot::State::Present, 0),
-            SlotState::Busy => (v1::slot::State::Busy, 0),
-            SlotState::Full => (v1::slot::State::Full, 0),
-        });
+        if let Some(view) = self.membership.newer_than(Epoch(request.epoch)) {
+            // Written here, others might not look for it here.
+            return Ok(v1::ReserveResponse { view: Some(view), ..Default::default() });
+        }
+        let facts = messages::facts(&request.runs, &hashes)?;
+        let origin = messages::origin(&request.model, &request.tenant)?;
+        let offer = Offer { size, hashes: &hashes, facts: &facts, origin: &origin };
+        let (reserved, key) = self.node.reserve(Instant::now(), &offer)?;
         Ok(v1::ReserveResponse {
-            slots: slots.map(|(state, offset)| v1::Slot { state: state.into(), offset }).collect(),
+            slots: reserved.slots.iter().map(messages::slot).collect(),
             segment: key.map(|_| (&self.node.engine().descriptor()).into()),
             grant: key.map_or(0, |key| key.0),
             reservation: reserved.reservation.map_or(0, |id| id.0),
             reservation_ms: self.reservation.as_millis() as u64,
+            view: None,
         })
     }
-}
 
-fn block_bytes(wire: u64) -> Result<BlockBytes, Error> {
-    if wire == 0 { Err(kvasir_proto::Error::Missing("block_bytes").into()) } else { Ok(BlockBytes(wire)) }
-}
-
-fn hashes(wire: &[u8]) -> Result<Vec<BlockHash>, kvasir_proto::Error> {
-    convert::block_hashes(wire, MAX_HASHES)
-}
-
-/// Blocks and their checksums, as a commit names them.
-fn named(request: &v1::CommitRequest) -> Result<HashMap<BlockHash, Checksum>, Error> {
-    let (hashes, sums) = (hashes(&request.hashes)?, convert::checksums(&request.checksums, MAX_HASHES)?);
-    if hashes.len() != sums.len() {
-        return Err(Error::Count { field: "checksums", got: sums.len(), blocks: hashes.len() });
+    /// Ends a reservation in a task of its own. How many blocks became visible.
+    async fn finish(&self, committing: Committing, named: HashMap<BlockHash, Checksum>) -> Result<usize, Error> {
+        let (node, (tell, told)) = (self.node.clone(), oneshot::channel());
+        self.tasks.spawn(Kind::Request, "commit", async move {
+            // The caller may be gone; the commit counts all the same.
+            let _ = tell.send(node.commit(committing, named).await);
+            Ok(())
+        });
+        told.await.map_err(|_| Error::Leaving)
     }
-    Ok(hashes.into_iter().zip(sums).collect())
+
+    async fn read_out(&self, request: &v1::GetRequest) -> Result<v1::GetResponse, Error> {
+        check_protocol(request.protocol_version)?;
+        let (size, hashes) = (block_bytes(request.block_bytes)?, hashes(&request.hashes)?);
+        let fit = (MAX_INLINE_BYTES as u64 / size.0) as usize;
+        if fit == 0 {
+            return Err(Error::TooLarge { bytes: size.0, limit: MAX_INLINE_BYTES as u64 });
+        }
+        let wanted = &hashes[..hashes.len().min(fit)];
+        let (found, _) = self.node.lookup(size, wanted, until(request.wait_ms)).await?;
+        let Some(found) = found else { return Ok(v1::GetResponse::default()) };
+        let read = |offset| {
+            let mut bytes = vec![0; size.0 as usize];
+            self.node.engine().read_bytes(offset, &mut bytes).map(|()| bytes.into())
+        };
+        let blocks = found.blocks.iter().map(|block| read(block.offset)).collect::<Result<_, _>>();
+        self.node.end_leases([found.lease]);
+        let checksums = convert::pack16(found.blocks.iter().map(|block| &block.checksum));
+        Ok(v1::GetResponse { blocks: blocks.map_err(Error::Grant)?, checksums })
+    }
+
+    async fn take_in(&self, request: &v1::PutRequest) -> Result<v1::PutResponse, Error> {
+        check_protocol(request.protocol_version)?;
+        let Some(first) = request.blocks.first() else { return Ok(v1::PutResponse::default()) };
+        let (size, hashes) = (block_bytes(first.len() as u64)?, hashes(&request.hashes)?);
+        let named = messages::named(&request.hashes, &request.checksums)?;
+        if request.blocks.len() != hashes.len() {
+            return Err(Error::Count { field: "blocks", got: request.blocks.len(), blocks: hashes.len() });
+        }
+        if request.blocks.iter().any(|block| block.len() as u64 != size.0) {
+            return Err(kvasir_proto::Error::Range {
+                field: "blocks",
+                got: "blocks of several sizes".to_owned(),
+                allowed: "blocks of one size",
+            }
+            .into());
+        }
+        let facts = messages::facts(&request.runs, &hashes)?;
+        let origin = messages::origin(&request.model, &request.tenant)?;
+        let offer = Offer { size, hashes: &hashes, facts: &facts, origin: &origin };
+        let (committing, present) = self.node.reserve_and_fill(Instant::now(), &offer, &request.blocks)?;
+        let committed = match committing {
+            Some(committing) => self.finish(committing, named).await?,
+            None => 0,
+        };
+        Ok(v1::PutResponse { committed: committed as u32, present: present as u32 })
+    }
+
+    async fn keep(&self, request: &v1::PinRequest) -> Result<v1::PinResponse, Error> {
+        check_protocol(request.protocol_version)?;
+        let (size, hashes) = (block_bytes(request.block_bytes)?, hashes(&request.hashes)?);
+        let keep = match request.keep() {
+            v1::pin_request::Keep::Cached => Keep::Cached,
+            v1::pin_request::Keep::Soft => Keep::Soft,
+            v1::pin_request::Keep::Hard => Keep::Hard,
+            v1::pin_request::Keep::Unspecified => return Err(kvasir_proto::Error::Missing("keep").into()),
+        };
+        if keep == Keep::Hard {
+            // Only memory keeps a promise.
+            let (found, _) = self.node.lookup(size, &hashes, Instant::now() + MAX_WAIT).await?;
+            self.node.end_leases(found.map(|found| found.lease));
+        }
+        let until = Instant::now() + Duration::from_millis(request.ttl_ms).min(MAX_PIN);
+        Ok(v1::PinResponse { blocks: self.node.keep(size, &hashes, keep, until) as u32 })
+    }
+
+    async fn give_up(&self, request: &v1::EvictRequest) -> Result<v1::EvictResponse, Error> {
+        check_protocol(request.protocol_version)?;
+        if !request.hashes.is_empty() {
+            let (size, hashes) = (block_bytes(request.block_bytes)?, hashes(&request.hashes)?);
+            let sift = self.node.evict_these(size, &hashes).await;
+            let gone = hashes.iter().map(|&hash| crate::store::tag(hash)).collect();
+            return Ok(v1::EvictResponse { evicted: sift.evicted, in_use: sift.in_use, gone });
+        }
+        let (model, tenant) = (&request.model, &request.tenant);
+        let which = if !request.after.is_empty() {
+            Which::After(request.after.iter().copied().collect())
+        } else if !model.is_empty() || tenant.is_some() {
+            let model = (!model.is_empty()).then(|| convert::fingerprint(model)).transpose()?.map(|model| model.0);
+            let tenant = tenant.as_deref().map(convert::tenant).transpose()?.map(str::to_owned);
+            Which::Of { model, tenant }
+        } else if request.all {
+            Which::All
+        } else {
+            return Err(kvasir_proto::Error::Missing("hashes, after, model, tenant or all").into());
+        };
+        let (evicted, in_use, gone) = self.node.evict(&which).await;
+        Ok(v1::EvictResponse { evicted, in_use, gone })
+    }
+}
+
+/// When a wait of so many milliseconds is over: bounded, the number comes from outside.
+fn until(wait_ms: u32) -> Instant {
+    Instant::now() + Duration::from_millis(wait_ms.into()).min(MAX_WAIT)
 }

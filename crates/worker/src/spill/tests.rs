@@ -33,14 +33,29 @@ impl store_server::Store for Slow {
     }
     async fn reserve(&self, request: Request<v1::ReserveRequest>) -> Result<Response<v1::ReserveResponse>, Status> {
         let full = v1::Slot { state: v1::slot::State::Full.into(), offset: 0 };
-        let slots = vec![full; request.into_inner().hashes.len()];
+        let slots = vec![full; request.into_inner().hashes.len() / 16];
         Ok(Response::new(v1::ReserveResponse { slots, ..Default::default() }))
     }
     async fn commit(&self, _: Request<v1::CommitRequest>) -> Result<Response<v1::CommitResponse>, Status> {
         Ok(Response::new(Default::default()))
     }
     async fn exists(&self, _: Request<v1::ExistsRequest>) -> Result<Response<v1::ExistsResponse>, Status> {
-        Err(Status::internal("no"))
+        Ok(Response::new(Default::default()))
+    }
+    async fn get(&self, _: Request<v1::GetRequest>) -> Result<Response<v1::GetResponse>, Status> {
+        Ok(Response::new(Default::default()))
+    }
+    async fn put(&self, _: Request<v1::PutRequest>) -> Result<Response<v1::PutResponse>, Status> {
+        Ok(Response::new(Default::default()))
+    }
+    async fn report(&self, _: Request<v1::ReportRequest>) -> Result<Response<v1::ReportResponse>, Status> {
+        Ok(Response::new(Default::default()))
+    }
+    async fn pin(&self, _: Request<v1::PinRequest>) -> Result<Response<v1::PinResponse>, Status> {
+        Ok(Response::new(Default::default()))
+    }
+    async fn evict(&self, _: Request<v1::EvictRequest>) -> Result<Response<v1::EvictResponse>, Status> {
+        Ok(Response::new(Default::default()))
     }
     async fn store_status(
         &self,

@@ -14,40 +14,61 @@
 //! against a model in `model_tests`: what a lookup finds was committed under that hash, in that size, with that checksum,
 //! and is not taken from under its reader; no two blocks share a byte; taken + free = all.
 
+mod entry;
 mod index;
 mod leases;
+mod pins;
+mod quota;
+mod sift;
 mod slab;
+mod tiers;
 
 #[cfg(test)]
 mod model_tests;
+#[cfg(test)]
+mod tier_tests;
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, VecDeque},
     time::{Duration, Instant},
 };
 
 use kvasir_types::{BlockHash, BlockId};
 
-use index::{Index, Known};
+use entry::State;
+use index::Index;
 use leases::Holds;
-use slab::Slabs;
+use pins::Pins;
+use quota::Quotas;
+use slab::{Slabs, Use};
 
-pub(crate) use index::Place;
+pub(crate) use entry::{Facts, Keep, Level};
+pub(crate) use index::{Place, ReadEnd};
 pub use leases::{LeaseId, ReservationId};
+pub(crate) use quota::{Limits, Origin};
+pub(crate) use sift::{Forget, Sift, Which, tag};
 pub use slab::BlockBytes;
+pub(crate) use tiers::{Move, Recovered};
 
 /// BLAKE3 of a block's bytes, first 16 bytes.
 pub(crate) type Checksum = [u8; 16];
 
 /// What a store is made with.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Settings {
     pub(crate) capacity_bytes: u64,
     pub(crate) slab_bytes: u64,
+    /// Zero: there is no disk.
+    pub(crate) disk_bytes: u64,
     pub(crate) lease: Duration,
     pub(crate) reservation: Duration,
     pub(crate) max_leases: usize,
     pub(crate) max_reservations: usize,
+    /// Blocks on their way from disk to memory, and the other way, at the same time.
+    pub(crate) max_moves: usize,
+    /// Of the memory, what hard pins may keep, in percent.
+    pub(crate) max_pinned_percent: u8,
+    pub(crate) quotas: Limits,
     /// Random: ids of leases and reservations follow from it.
     pub(crate) seed: u64,
 }
@@ -119,7 +140,17 @@ pub(crate) struct Totals {
     /// Blocks asked for in lookups from the first missing one on.
     pub(crate) missed_blocks: u64,
     pub(crate) committed_blocks: u64,
+    /// Blocks given up for room, their last copy.
     pub(crate) evicted_blocks: u64,
+    /// Blocks given up by memory that are on disk.
+    pub(crate) demoted_blocks: u64,
+    /// Blocks read from disk into memory, and blocks written to disk.
+    pub(crate) promoted_blocks: u64,
+    pub(crate) written_blocks: u64,
+    /// Blocks on disk whose bytes were not those that had been written.
+    pub(crate) torn_on_disk_blocks: u64,
+    /// Of the hit blocks, those that came from disk for the call.
+    pub(crate) hit_disk_blocks: u64,
     /// Blocks for which there was no room.
     pub(crate) full_blocks: u64,
     /// Lookups and reservations refused because of the limit on how many are open.
@@ -133,33 +164,56 @@ pub(crate) struct Totals {
 pub(crate) struct Usage {
     pub(crate) capacity_bytes: u64,
     pub(crate) used_bytes: u64,
+    /// Present, in memory or on disk.
     pub(crate) blocks: u64,
+    pub(crate) memory_blocks: u64,
+    pub(crate) disk_blocks: u64,
+    pub(crate) disk_capacity_bytes: u64,
+    pub(crate) disk_used_bytes: u64,
+    /// Held by readers.
     pub(crate) pinned: u64,
     pub(crate) reserved: u64,
+    /// Kept by soft and hard pins.
+    pub(crate) kept: u64,
+    /// Waiting to be written to disk, at most.
+    pub(crate) dirty: u64,
 }
 
 /// One node's blocks. See the module.
 pub(crate) struct Store {
     settings: Settings,
+    started: Instant,
     index: Index,
     leases: Holds<LeaseId>,
     reservations: Holds<ReservationId>,
+    pins: Pins,
+    /// Blocks to be written to disk, the oldest first; some are gone by the time it is their turn.
+    dirty: VecDeque<BlockId>,
+    /// Under way from and to disk.
+    moves: [usize; 2],
     totals: Totals,
 }
 
 impl Store {
-    pub(crate) fn new(settings: Settings) -> Self {
+    pub(crate) fn new(settings: Settings, now: Instant) -> Self {
+        let memory = Slabs::new(settings.capacity_bytes, settings.slab_bytes);
+        let disk = Slabs::of_disk(settings.disk_bytes, settings.slab_bytes);
+        let quotas = Quotas::new(settings.quotas.clone());
         Self {
-            index: Index::new(Slabs::new(settings.capacity_bytes, settings.slab_bytes)),
+            started: now,
+            index: Index::new(memory, disk, quotas, settings.seed),
             leases: Holds::new(settings.max_leases, settings.seed),
             // Another start: the id of a lease never opens a reservation.
             reservations: Holds::new(settings.max_reservations, !settings.seed),
+            pins: Pins::default(),
+            dirty: VecDeque::new(),
+            moves: [0; 2],
             settings,
             totals: Totals::default(),
         }
     }
 
-    /// The longest run of `hashes` that is there, from the first one on, held by a new lease.
+    /// The longest run of `hashes` that is in memory, from the first one on, held by a new lease.
     pub(crate) fn lookup(
         &mut self,
         now: Instant,
@@ -172,10 +226,8 @@ impl Store {
         }
         let run: Vec<BlockId> = hashes
             .iter()
-            .map_while(|&hash| match self.index.find(size, hash) {
-                Known::Present(id) => Some(id),
-                Known::Reserved | Known::Nothing => None,
-            })
+            .map_while(|&hash| self.index.find(size, hash).filter(|&id| self.index.entry(id).good_in(Level::Memory)))
+            .take_while(|&id| self.index.entry(id).leases < u16::MAX)
             .collect();
         self.totals.lookups += 1;
         self.totals.hit_blocks += run.len() as u64;
@@ -183,22 +235,24 @@ impl Store {
         if run.is_empty() {
             return Ok(None);
         }
-        self.touch_run(&run);
-        let blocks = run
-            .iter()
-            .map(|&id| {
-                self.index.pin(id);
-                let checksum = self.index.checksum(id).expect("what was found is present");
-                Stored { offset: self.index.place(id).offset, checksum }
-            })
-            .collect();
+        self.touch_run(now, &run);
+        let mut blocks = Vec::with_capacity(run.len());
+        for &id in &run {
+            assert!(self.index.lease(id), "it has fewer leases than can be counted");
+            let place = self.index.place(id, Level::Memory);
+            blocks.push(Stored { offset: place.offset, checksum: self.index.entry(id).checksum });
+        }
         let lease = self.leases.open(run, now + self.settings.lease);
         Ok(Some(Found { lease, blocks }))
     }
 
-    /// Whether each of them is in memory, and whether on disk.
+    /// For each hash, in which tiers it is: memory, disk. Nothing is touched.
     pub(crate) fn exists(&self, size: BlockBytes, hashes: &[BlockHash]) -> Vec<[bool; 2]> {
-        hashes.iter().map(|&hash| [matches!(self.index.find(size, hash), Known::Present(_)), false]).collect()
+        let one = |&hash| {
+            let entry = self.index.find(size, hash).map(|id| *self.index.entry(id));
+            Level::ALL.map(|level| entry.is_some_and(|entry| entry.good_in(level)))
+        };
+        hashes.iter().map(one).collect()
     }
 
     /// Ends a lease early. If `true`, the caller revokes its grant, then calls [`Store::finish_lease`]; if not, somebody
@@ -211,16 +265,17 @@ impl Store {
     pub(crate) fn finish_lease(&mut self, lease: LeaseId) {
         // Backwards, so that of a run that nobody else wants the end goes first: without its beginning it is useless.
         for id in self.leases.finish(lease).into_iter().rev() {
-            self.index.unpin(id);
+            self.index.end_lease(id);
         }
     }
 
-    /// Room for those of `hashes` that are neither there nor on their way.
+    /// Room for those of `hashes` that are neither there nor on their way; `facts` says what is to be known of each.
     pub(crate) fn reserve(
         &mut self,
         now: Instant,
         size: BlockBytes,
         hashes: &[BlockHash],
+        facts: impl Fn(usize) -> Facts,
     ) -> Result<Reserved, Refused> {
         if self.reservations.is_full() {
             self.totals.refused_calls += 1;
@@ -229,44 +284,53 @@ impl Store {
         // What is there counts as used before anything is evicted: a prompt's end must not push out its beginning.
         let present: Vec<BlockId> = hashes
             .iter()
-            .filter_map(|&hash| match self.index.find(size, hash) {
-                Known::Present(block) => Some(block),
-                Known::Reserved | Known::Nothing => None,
-            })
+            .filter_map(|&hash| self.index.find(size, hash))
+            .filter(|&id| self.index.entry(id).state() == State::Present)
             .collect();
-        self.touch_run(&present);
+        self.touch_run(now, &present);
+        let at = self.tick(now);
         let mut blocks = Vec::new();
-        let slots = hashes
-            .iter()
-            .map(|&hash| match self.index.find(size, hash) {
-                Known::Present(_) => SlotState::Present,
-                Known::Reserved => SlotState::Busy,
-                Known::Nothing => match self.index.reserve(size, hash) {
+        let mut slots = Vec::with_capacity(hashes.len());
+        for (n, &hash) in hashes.iter().enumerate() {
+            slots.push(match self.index.find(size, hash).map(|id| self.index.entry(id).state()) {
+                Some(State::Present) => SlotState::Present,
+                Some(State::Reserved | State::Vacant) => SlotState::Busy,
+                None => match self.index.reserve(size, hash, facts(n), at) {
                     Some(block) => {
                         blocks.push(block);
-                        SlotState::Reserved { offset: self.index.place(block).offset }
+                        SlotState::Reserved { offset: self.index.place(block, Level::Memory).offset }
                     }
                     None => {
                         self.totals.full_blocks += 1;
                         SlotState::Full
                     }
                 },
-            })
-            .collect();
+            });
+        }
         let until = now + self.settings.reservation;
         let reservation = (!blocks.is_empty()).then(|| self.reservations.open(blocks, until));
         Ok(Reserved { reservation, slots })
+    }
+
+    /// The number of an origin, for [`Facts`].
+    pub(crate) fn origin(&mut self, origin: &Origin) -> entry::OriginId {
+        self.index.quotas().origin(origin)
     }
 
     /// A writer says it is done. The caller revokes its grant, verifies what was written, then calls
     /// [`Store::finish_reservation`]. `None`: there is no such reservation, or another end of it came first.
     pub(crate) fn begin_commit(&mut self, reservation: ReservationId) -> Option<Vec<Written>> {
         let blocks = self.reservations.close(reservation)?;
-        Some(blocks.iter().map(|&block| Written { block, place: self.index.place(block) }).collect())
+        Some(blocks.iter().map(|&block| Written { block, place: self.index.place(block, Level::Memory) }).collect())
     }
 
     /// The grant of a closed reservation is revoked: `good` blocks become visible, its other blocks are undone.
-    pub(crate) fn finish_reservation(&mut self, reservation: ReservationId, good: &HashMap<BlockId, Checksum>) {
+    pub(crate) fn finish_reservation(
+        &mut self,
+        now: Instant,
+        reservation: ReservationId,
+        good: &HashMap<BlockId, Checksum>,
+    ) {
         let mut published = Vec::new();
         for id in self.reservations.finish(reservation) {
             match good.get(&id) {
@@ -278,7 +342,11 @@ impl Store {
             }
         }
         self.totals.committed_blocks += published.len() as u64;
-        self.touch_run(&published);
+        self.touch_run(now, &published);
+        if self.settings.disk_bytes > 0 {
+            // The end first: the disk gives up first what came first, and a run without its beginning is useless.
+            self.dirty.extend(published.into_iter().rev());
+        }
     }
 
     /// Whether a block with these bytes is there under this hash, in any size: what a repeated commit wants to know.
@@ -288,6 +356,9 @@ impl Store {
 
     /// Closes every hold whose time is over.
     pub(crate) fn expire(&mut self, now: Instant) -> Expired {
+        for id in self.pins.expire(now) {
+            self.index.keep(id, Keep::Cached);
+        }
         let expired = Expired { leases: self.leases.expire(now), reservations: self.reservations.expire(now) };
         self.totals.expired_leases += expired.leases.len() as u64;
         self.totals.expired_reservations += expired.reservations.len() as u64;
@@ -296,29 +367,48 @@ impl Store {
 
     /// When [`Store::expire`] next has something to do.
     pub(crate) fn next_end(&self) -> Option<Instant> {
-        [self.leases.next_end(), self.reservations.next_end()].into_iter().flatten().min()
+        [self.leases.next_end(), self.reservations.next_end(), self.pins.next_end()].into_iter().flatten().min()
     }
 
     pub(crate) fn totals(&self) -> Totals {
-        Totals { evicted_blocks: self.index.evicted(), ..self.totals }
+        let (memory, disk) = (self.index.evicted(Level::Memory), self.index.evicted(Level::Disk));
+        Totals { evicted_blocks: memory.lost + disk.lost, demoted_blocks: memory.demoted, ..self.totals }
     }
 
     pub(crate) fn usage(&self) -> Usage {
-        let (slabs, blocks) = (self.index.slabs(), self.index.blocks());
+        let blocks = self.index.blocks();
+        let [memory, disk] = Level::ALL.map(|level| self.index.slabs(level));
         Usage {
-            capacity_bytes: slabs.capacity_bytes(),
-            used_bytes: slabs.used_bytes(),
+            capacity_bytes: memory.capacity_bytes(),
+            used_bytes: memory.used_bytes(),
             blocks: blocks.present,
-            pinned: blocks.pinned,
+            memory_blocks: blocks.good[Level::Memory as usize],
+            disk_blocks: blocks.good[Level::Disk as usize],
+            disk_capacity_bytes: disk.capacity_bytes(),
+            disk_used_bytes: disk.used_bytes(),
+            pinned: blocks.leased,
             reserved: blocks.reserved,
+            kept: blocks.kept,
+            dirty: self.dirty.len() as u64,
         }
+    }
+
+    /// Origins that have blocks here, and how many.
+    pub(crate) fn origins(&mut self) -> Vec<(Origin, u64)> {
+        self.index.quotas().in_use().map(|(origin, blocks)| (origin.clone(), blocks)).collect()
     }
 
     /// Counts a run as used, its end first: so its end is also evicted first, which leaves a shorter run, while evicting
     /// its beginning would make all of it useless.
-    fn touch_run(&mut self, run: &[BlockId]) {
+    fn touch_run(&mut self, now: Instant, run: &[BlockId]) {
+        let at = self.tick(now);
         for &id in run.iter().rev() {
-            self.index.touch(id);
+            self.index.touch(id, at);
         }
+    }
+
+    fn tick(&self, now: Instant) -> Use {
+        let sixteenths = now.saturating_duration_since(self.started).as_millis() * 16 / 1000;
+        Use(u32::try_from(sixteenths).unwrap_or(u32::MAX))
     }
 }

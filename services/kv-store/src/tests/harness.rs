@@ -5,12 +5,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-use kvasir_cluster::{Member, MemoryHub, Registry};
+use kvasir_cluster::{Member, MemoryHub, Registry, View};
 use kvasir_proto::{convert, v1, v1::store_client::StoreClient as Raw};
 use kvasir_runtime::Context;
 use kvasir_store_client::{Origin, StoreClient};
 use kvasir_transfer::{Batch, LocalNet, Op, Priority, Range, TransferEngine};
-use kvasir_types::{BlockHash, Deadline, PROTOCOL_VERSION, RequestId, TransportKind, Transports};
+use kvasir_types::{BlockHash, Deadline, Epoch, PROTOCOL_VERSION, RequestId, TransportKind, Transports};
+use tokio::sync::watch;
 use tonic::transport::Channel;
 
 use crate::{Config, node::Node, serve};
@@ -32,7 +33,7 @@ pub(super) struct TestNode {
     pub(super) context: Context,
     runtime: Option<tokio::runtime::Runtime>,
     /// Held so that a killed node stays in the view, as one does whose lease has not ended yet.
-    _registry: Arc<dyn Registry>,
+    registry: Arc<dyn Registry>,
 }
 
 impl Cluster {
@@ -50,6 +51,7 @@ impl Cluster {
             capacity_bytes: 8 << 20,
             slab_bytes: 1 << 20,
             group_blocks: 4,
+            warm_ms: 0,
             ..Config::default()
         };
         config.transfer.transports = Transports::Named(self.transports.clone());
@@ -60,20 +62,34 @@ impl Cluster {
             let (context, registry) = (context.clone(), registry.clone());
             runtime.spawn(async move { serve::start(config, &context, &*registry, net).await.unwrap() }).await.unwrap()
         };
-        TestNode { node: started.node, member: started.member, context, runtime: Some(runtime), _registry: registry }
+        TestNode { node: started.node, member: started.member, context, runtime: Some(runtime), registry }
     }
 
     pub(super) fn hub(&self) -> &MemoryHub {
         &self.hub
     }
 
+    /// As of which change the members are what they are now.
+    pub(super) fn epoch(&self) -> Epoch {
+        self.hub.registry().view().borrow().epoch
+    }
+
     /// A transfer engine with room for `blocks` blocks, and a client over it.
     pub(super) fn client(&self, blocks: u64) -> Client {
+        self.client_with(blocks, kvasir_store_client::Config::default(), self.hub.registry().view())
+    }
+
+    /// The same with settings and a view of its own.
+    pub(super) fn client_with(
+        &self,
+        blocks: u64,
+        store: kvasir_store_client::Config,
+        view: watch::Receiver<Arc<View>>,
+    ) -> Client {
         let config =
             kvasir_transfer::Config { transports: Transports::Named(self.transports.clone()), ..Default::default() };
         let engine = TransferEngine::new(config, self.net.clone(), (blocks * BLOCK) as usize).unwrap();
-        let store = kvasir_store_client::Config::default();
-        Client { store: StoreClient::new(store, self.hub.registry().view(), engine.clone()), engine }
+        Client { store: StoreClient::new(store, view, engine.clone()), engine }
     }
 }
 
@@ -84,6 +100,11 @@ impl TestNode {
             runtime.shutdown_background();
             self.node.engine().shutdown();
         }
+    }
+
+    /// Says that it is about to leave, and does nothing else.
+    pub(super) async fn say_draining(&self) {
+        self.registry.update(Member { draining: true, ..self.member.clone() }).await.unwrap();
     }
 
     pub(super) async fn raw(&self) -> Raw<Channel> {
@@ -191,7 +212,7 @@ pub(super) fn lookup_request(hashes: &[BlockHash]) -> v1::LookupRequest {
         request_id: "raw".into(),
         hashes: convert::pack16(hashes.iter().map(|hash| &hash.0)),
         block_bytes: BLOCK,
-        ended: Vec::new(),
+        ..Default::default()
     }
 }
 
