@@ -17,7 +17,8 @@ pub struct DiskConfig {
     /// Most bytes of blocks on disk, rounded down to whole slabs (`slab_bytes`); what is known of each block takes another
     /// 128 bytes. Room is taken as it is needed. Default 10737418240 (10 GiB).
     pub capacity_bytes: u64,
-    /// Threads that read and write. Default 2, at most 64.
+    /// Threads that read and write, each one request at a time: a device is fast only with several. At most half of them
+    /// write. Default 8, at most 64.
     pub threads: usize,
     /// Whether bytes go past the system's page cache (`O_DIRECT`): `on`, `off`, or `auto`, which is on where the file
     /// system can. Blocks whose size is not a multiple of 4096 bytes always take the page cache. Default auto.
@@ -49,7 +50,7 @@ impl Default for DiskConfig {
         Self {
             path: None,
             capacity_bytes: 10 << 30,
-            threads: 2,
+            threads: 8,
             direct: Direct::Auto,
             write_mib_per_s: 0,
             queue: 1024,

@@ -22,7 +22,7 @@
 //! for a while and then tried once; both are a state ([`State`]), a gauge and a line in the log, never somebody's error.
 //!
 //! Threads: `disk-0`, `disk-1`, …, which do all the input and output. Reads go before writes, since somebody waits for
-//! them; one thread is always kept free of writes, if there are two.
+//! them, and at most half of the threads write.
 
 mod config;
 mod directory;

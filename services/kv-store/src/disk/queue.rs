@@ -1,7 +1,7 @@
 //! What waits for the disk's threads, and which is next. Pure: `now` is an argument, no locks, no input or output.
 //!
-//! Reads go first: somebody waits for them, and for writes nobody does. Writes keep to their bandwidth and leave one thread
-//! free. Neighbours that follow one another are taken together: blocks of one prompt are mostly written one after another,
+//! Reads go first: somebody waits for them, and for writes nobody does. Writes keep to their bandwidth and to half
+//! of the threads. Neighbours that follow one another are taken together: blocks of one prompt are mostly written one after another,
 //! and one request of a MiB costs less than sixteen of 64 KiB.
 
 use std::{
@@ -73,7 +73,7 @@ pub(super) struct Queue {
 
 impl Queue {
     pub(super) fn new(bound: usize, threads: usize, bytes_per_s: Option<u64>, slab_bytes: u64) -> Self {
-        let writers = threads.saturating_sub(1).max(1);
+        let writers = (threads / 2).max(1);
         Self {
             reads: VecDeque::new(),
             writes: VecDeque::new(),
