@@ -39,13 +39,13 @@ struct Peer {
     incarnation: Incarnation,
     channel: Channel,
     breaker: Breaker,
-    /// Leases that are done with, to be told with the next lookup.
+    /// Leases that are done with, to be told with the next call.
     ended: Vec<u64>,
     /// Bytes that this client is reading from it. A hint for the choice among copies, so no order is asked for.
     load: Arc<AtomicU64>,
 }
 
-/// Most leases that are told to have ended with one lookup; who has more lets the rest end by themselves.
+/// Most leases that are told to have ended with one call; who has more lets the rest end by themselves.
 const MAX_ENDED: usize = 1024;
 
 /// The nodes this client has talked to. Written and read by whatever task makes a call; the lock is held for a map look-up
@@ -105,8 +105,8 @@ impl Peers {
         Err(error)
     }
 
-    /// A lease is done with. Nobody waits for a node to hear that, and it costs no call: the next lookup there says so.
-    /// Where none follows, the lease ends by itself.
+    /// A lease is done with. Nobody waits for a node to hear that, and it costs no call: the next lookup or reservation
+    /// there says so. Where none follows, the lease ends by itself.
     pub(crate) fn end(&self, node: &Node, lease: u64) {
         self.with(node, |peer| {
             if peer.ended.len() < MAX_ENDED {
@@ -115,7 +115,7 @@ impl Peers {
         });
     }
 
-    /// What a lookup tells a node to have ended.
+    /// What a call tells a node to have ended.
     pub(crate) fn take_ended(&self, node: &Node) -> Vec<u64> {
         let mut ended = Vec::new();
         self.with(node, |peer| std::mem::swap(&mut peer.ended, &mut ended));

@@ -214,6 +214,7 @@ impl Offer<'_> {
             runs: self.runs(share),
             model: self.origin.model.map_or_else(Default::default, |model| convert::bytes16(&model.0)),
             tenant: self.origin.tenant.clone(),
+            ended: self.inner.peers.take_ended(&share.node),
             epoch: epoch.0,
         };
         let call = async |mut client: Client| client.reserve(message).await;
