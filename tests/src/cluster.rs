@@ -127,6 +127,8 @@ impl Builder {
                 set(&mut config, "model.name", self.name.as_str());
                 set(&mut config, "engine.threads", 1);
                 set(&mut config, "kv.memory_bytes", 67108864);
+                // Tests share a few cores: who answers late need not be away.
+                set(&mut config, "store.lookup_timeout_ms", 2000);
             }
             Service::Router => {
                 let path = self.model.to_string_lossy();

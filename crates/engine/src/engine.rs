@@ -5,11 +5,12 @@ use std::{
     ops::Range,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::Arc,
+    time::Duration,
 };
 
-use kvasir_kv_cache::{Batch, Geometry, Snapshot};
+use kvasir_kv_cache::{Batch, Geometry, Leaving, OnEvict, Snapshot};
 use kvasir_model::{Logits, SeqInput};
-use kvasir_types::{BlockId, KvGroups, KvLayout, TokenId};
+use kvasir_types::{BlockHash, BlockId, KvGroups, KvLayout, TokenId};
 
 use crate::{
     Config, Constraints, Duty, Error, Event, Intake, LayerDone, LayerSink, Mask, Mode, NewSequence, Proposer, Runner,
@@ -28,6 +29,9 @@ pub enum Command {
     Landed(SeqId, usize),
     /// Compute the rest of a held sequence's prompt here. Before `Admitted`: as soon as it is.
     Compute(SeqId, Option<Box<dyn LayerSink>>),
+    /// Compute the first so many tokens of a held sequence's prompt, while peers may still write the blocks behind them; what is to
+    /// become of these is said with `Landed` and `Compute`.
+    ComputeUntil(SeqId, Option<Box<dyn LayerSink>>, usize),
     /// The whole prompt of a held sequence landed, and this is the first token of its answer.
     Resume(SeqId, TokenId),
     /// Drop the sequence with all its choices, in whatever state it is.
@@ -38,9 +42,17 @@ pub enum Command {
     CacheEvents(Box<dyn FnOnce(Batch) + Send>),
     /// Tell all that is in the prefix cache.
     CacheSnapshot(Box<dyn FnOnce(Snapshot) + Send>),
+    /// Keep those of these blocks (names in group 0) that are in the prefix cache as they are, and say which and where.
+    Pin(Vec<BlockHash>, Box<dyn FnOnce(PinId, Vec<Option<BlockId>>) + Send>),
+    /// Nobody reads the blocks of that pin any more.
+    Unpin(PinId),
     /// Only for the thread: end all sequences and leave.
     Shutdown,
 }
+
+/// Names blocks that are kept for somebody outside.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct PinId(pub(crate) u64);
 
 /// Whether another step makes sense.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,12 +73,36 @@ pub struct Parts {
     pub proposer: Option<Box<dyn Proposer>>,
     /// Keeps what preempted sequences have computed, if anything does.
     pub spill: Option<Box<dyn Spill>>,
+    /// Hears of blocks that leave the prefix cache, on the engine's thread, so it must not block.
+    pub on_evict: Option<Box<dyn OnEvict>>,
 }
 
 impl<R: Runner + 'static> From<Box<R>> for Parts {
     fn from(runner: Box<R>) -> Self {
-        Self { runner, constraints: None, proposer: None, spill: None }
+        Self { runner, constraints: None, proposer: None, spill: None, on_evict: None }
     }
+}
+
+/// One whose panics are its own loss.
+#[derive(Debug)]
+struct Guarded(Box<dyn OnEvict>);
+
+impl OnEvict for Guarded {
+    fn evicted(&mut self, leaving: &Leaving<'_>) {
+        let _its_own_loss = catch_unwind(AssertUnwindSafe(|| self.0.evicted(leaving)));
+    }
+}
+
+/// Fewest prompt tokens in a step that tell how long prompts take.
+const TIMED_TOKENS: usize = 64;
+
+/// What the last step computed, in tokens.
+#[derive(Default)]
+struct LastStep {
+    prompts: usize,
+    /// Sum of the prompts' tokens' places.
+    positions: u64,
+    all: usize,
 }
 
 /// Continuous batching over one [`Runner`] and one pool of blocks.
@@ -78,12 +114,13 @@ pub struct Engine {
     pub(crate) proposer: Option<Box<dyn Proposer>>,
     sampler: Sampler,
     mask_threads: MaskThreads,
+    last_step: LastStep,
 }
 
 impl Engine {
     /// An engine for a pool of `blocks` blocks of the given layout.
     pub fn new(config: Config, layout: KvLayout, blocks: usize, parts: impl Into<Parts>) -> Self {
-        let Parts { runner, constraints, proposer, spill } = parts.into();
+        let Parts { runner, constraints, proposer, spill, on_evict } = parts.into();
         let block_size = layout.block_size as usize;
         let config = config.effective(block_size);
         let spec = runner.spec().clone();
@@ -91,10 +128,20 @@ impl Engine {
         let mask_threads = if constraints.is_some() { config.mask_threads } else { 0 };
         let mask_threads = MaskThreads::new(mask_threads, config.max_running);
         let intake = Intake::new(&config, geometry.clone(), blocks, &spec, constraints);
-        let scheduler = Scheduler::new(config, geometry.clone(), blocks, spill);
+        let mut scheduler = Scheduler::new(config, geometry.clone(), blocks, spill);
+        scheduler.cache.on_evict(on_evict.map(|hears| Box::new(Guarded(hears)) as Box<dyn OnEvict>));
         // A state that sums up all that was before can't go back behind a draft that was wrong.
         let proposer = proposer.filter(|_| geometry.has_prefixes());
-        Self { runner, spec, intake, scheduler, proposer, sampler: Sampler::default(), mask_threads }
+        Self {
+            runner,
+            spec,
+            intake,
+            scheduler,
+            proposer,
+            sampler: Sampler::default(),
+            mask_threads,
+            last_step: LastStep::default(),
+        }
     }
 
     /// Where requests are checked and become commands.
@@ -123,6 +170,7 @@ impl Engine {
             Command::Admit(new) => self.scheduler.enqueue(new),
             Command::Landed(seq, tokens) => self.scheduler.landed(first(seq), tokens),
             Command::Compute(seq, sink) => self.compute(first(seq), sink),
+            Command::ComputeUntil(seq, sink, tokens) => self.scheduler.compute_until(first(seq), sink, tokens),
             Command::Resume(seq, token) => self.resume(first(seq), token),
             Command::Abort(seq) | Command::Release(seq) => self.scheduler.remove(seq),
             Command::CacheEvents(tell) => {
@@ -133,6 +181,11 @@ impl Engine {
                 let snapshot = self.scheduler.cache.snapshot();
                 let _its_own_loss = catch_unwind(AssertUnwindSafe(|| tell(snapshot)));
             }
+            Command::Pin(hashes, tell) => {
+                let (pin, blocks) = self.scheduler.pin(&hashes);
+                let _its_own_loss = catch_unwind(AssertUnwindSafe(|| tell(pin, blocks)));
+            }
+            Command::Unpin(pin) => self.scheduler.unpin(pin),
             Command::Shutdown => self.close(),
         }
     }
@@ -150,6 +203,9 @@ impl Engine {
         if let State::Queued { early, .. } = &mut sequence.state {
             early.get_or_insert(sink);
             return;
+        }
+        if sequence.landing.is_some() {
+            return self.scheduler.all_landed(key);
         }
         let last = sequence.tokens.len() - 1;
         if let Some((sequence, table)) = self.scheduler.unhold(key, last) {
@@ -212,8 +268,20 @@ impl Engine {
         }
     }
 
+    /// How long the last [`step`](Self::step) took: for the statistics ([`crate::PrefillTimes`]).
+    pub fn took(&mut self, time: Duration) {
+        let LastStep { prompts, positions, all } = std::mem::take(&mut self.last_step);
+        if prompts >= TIMED_TOKENS.min(self.scheduler.config().chunk_tokens) {
+            let times = &mut self.scheduler.totals.prefill;
+            times.tokens += prompts as u64;
+            times.positions += positions;
+            times.time += time.mul_f64(prompts as f64 / all as f64);
+        }
+    }
+
     /// Plans a step, computes it, tells what came out.
     pub fn step(&mut self) -> Progress {
+        self.last_step = LastStep::default();
         self.scheduler.duty = self.intake.duty();
         let adopted = self.scheduler.adopt();
         let took_over = !adopted.is_empty();
@@ -322,7 +390,10 @@ impl Engine {
             let (rows, others) = rest.split_at_mut(item.rows() * vocab);
             rest = others;
             let Some(sequence) = self.scheduler.get(item.key) else { continue };
+            self.last_step.all += item.tokens.len() + item.drafts.len();
             if matches!(sequence.state, State::Prefilling(..)) {
+                self.last_step.prompts += item.tokens.len();
+                self.last_step.positions += item.tokens.clone().map(|at| at as u64).sum::<u64>();
                 self.scheduler.totals.prefilled_tokens += item.tokens.len() as u64;
             }
             self.scheduler.advance(item.key, item.tokens.end, item.tokens.end);

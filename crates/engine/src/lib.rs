@@ -21,7 +21,7 @@
 //! - what is emitted depends on the request alone: not on the batch, on chunking, on cache hits or on preemption;
 //! - a block that was told to the outside ([`Admission`]) stays with its sequence until that ends, is aborted, or is told to
 //!   compute by itself, unwatched;
-//! - with no sequence alive, free + cached blocks = all blocks.
+//! - with no sequence alive and nothing pinned, free + cached blocks = all blocks.
 
 #![forbid(unsafe_code)]
 
@@ -45,7 +45,7 @@ mod scripted;
 
 pub use config::Config;
 pub use constrain::{BadGrammar, Constraint, Constraints};
-pub use engine::{Command, Engine, Parts, Progress};
+pub use engine::{Command, Engine, Parts, PinId, Progress};
 pub use error::Error;
 pub use event::{Admission, Event, EventSink, LayerDone, LayerSink, Spill, SpilledBlock};
 pub use request::{Demand, Duty, Intake, MAX_CHOICES, Mode, NewSequence, Rejected, Request, SeqId};
@@ -53,11 +53,13 @@ pub use runner::{ModelRunner, Runner, RunnerSpec};
 pub use sampler::{Ask, History, Mask, Sampler, choice_seed, sample, uniform};
 pub use scripted::{Script, ScriptedRunner};
 pub use speculate::{DraftModel, Guess, NGrams, Proposer};
-pub use stats::Stats;
-pub use thread::{Handle, spawn};
+pub use stats::{PrefillTimes, Stats};
+pub use thread::{Handle, Pinned, spawn};
 
 // What a caller names together with this crate's API.
-pub use kvasir_kv_cache::{Batch as CacheBatch, CacheEvent, Counts, Snapshot as CacheSnapshot, Stored};
+pub use kvasir_kv_cache::{
+    Batch as CacheBatch, CacheEvent, Counts, Leaving, OnEvict, Snapshot as CacheSnapshot, Stored,
+};
 pub use kvasir_model::{Logits, SeqInput};
 pub use kvasir_types::Priority;
 

@@ -12,6 +12,9 @@
 //! A request with several choices is one sequence until its prompt is computed; then each further choice becomes one of
 //! its own (`Prefilling` with all but the last token done, or `Decoding`, or, if there are no blocks, `Preempted`).
 //!
+//! A sequence that is `Prefilling` may have a [`Landing`]: a part of its prompt that peers write meanwhile. It is computed up to
+//! there and waits; once they have ended, what they wrote is taken as computed and the rest goes on.
+//!
 //! Only the states that have blocks have a [`Table`], so a sequence cannot be computed without or wait with one. The
 //! memory a peer may be writing to belongs to `Held`; the memory a peer may be reading from belongs to a sequence with a
 //! [`LayerSink`], or to `Parked`. None of these is ever preempted.
@@ -54,6 +57,8 @@ pub(crate) struct Sequence {
     pub waits_since: u64,
     /// Blocks, from the first on, that were moved out when it lost them.
     pub spilled: usize,
+    /// While it is computed, peers write or have written part of its prompt that it has not come to.
+    pub landing: Option<Landing>,
     pub request: Request,
     /// The prompt, then the answer so far.
     pub tokens: Vec<TokenId>,
@@ -91,6 +96,17 @@ pub(crate) enum State {
     Parked(Table),
 }
 
+/// Part of a prompt that is written by peers while what comes before it is computed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Landing {
+    /// Tokens before it: computing stops there for the time being.
+    pub start: usize,
+    /// Behind the last token that is there.
+    pub end: usize,
+    /// Whether peers may still write behind `end`.
+    pub open: bool,
+}
+
 impl State {
     pub fn table_mut(&mut self) -> Option<&mut Table> {
         match self {
@@ -117,6 +133,7 @@ impl Sequence {
             waited: 0,
             waits_since: 0,
             spilled: 0,
+            landing: None,
             tokens: request.prompt.to_vec(),
             history: History::new(&request.sampling, &request.prompt),
             request,
@@ -140,6 +157,7 @@ impl Sequence {
             waited: self.waited,
             waits_since: self.waits_since,
             spilled: 0,
+            landing: None,
             tokens: self.tokens.clone(),
             history: self.history.clone(),
             request,
@@ -203,7 +221,7 @@ impl Sequence {
     /// Whether its blocks may be taken away: it computes by itself, and nobody outside reads or writes its blocks.
     pub fn is_preemptible(&self) -> bool {
         let running = matches!(self.state, State::Prefilling(_, None) | State::Decoding(_, None));
-        running && self.request.mode == Mode::Generate
+        running && self.landing.is_none() && self.request.mode == Mode::Generate
     }
 
     /// Tokens for which blocks must be there before it may start: all of them, and the next one if it will have any.

@@ -1,5 +1,7 @@
 //! What an engine is doing and has done.
 
+use std::time::Duration;
+
 use kvasir_kv_cache::Counts;
 
 /// A snapshot, as of the end of the last step. The totals only grow.
@@ -21,6 +23,8 @@ pub struct Stats {
     pub steps: u64,
     /// Prompt tokens computed (after a preemption: again).
     pub prefilled_tokens: u64,
+    /// How long prompts take.
+    pub prefill: PrefillTimes,
     /// Prompt tokens found in the prefix cache when their sequence was admitted for the first time.
     pub cached_tokens: u64,
     /// Prompt tokens that landed from elsewhere.
@@ -47,4 +51,18 @@ pub struct Stats {
     pub forks: u64,
     /// Preempted sequences whose blocks were brought back from where they were moved to.
     pub recalls: u64,
+}
+
+/// Prompt tokens that were computed and timed: totals, of which the differences between two moments tell how fast it went.
+///
+/// Of steps with a handful of prompt tokens only (the rest of a prompt that was found) the tokens cost more each than
+/// anybody who thinks of computing many should expect: such steps are left out.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PrefillTimes {
+    /// Tokens.
+    pub tokens: u64,
+    /// The sum of their places in their prompts: divided by their number, how far in the average one was.
+    pub positions: u64,
+    /// How long their steps took, divided between prompts and answers by their tokens.
+    pub time: Duration,
 }

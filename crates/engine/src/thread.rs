@@ -12,14 +12,15 @@ use std::{
     fmt,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     thread::{self, JoinHandle, ThreadId},
+    time::Instant,
 };
 
 use crossbeam_channel::{Receiver, Sender, TryRecvError, TrySendError, bounded};
 use kvasir_kv_cache::{Batch, Snapshot};
-use kvasir_types::{KvLayout, TokenId};
+use kvasir_types::{BlockHash, BlockId, KvLayout, TokenId};
 
 use crate::{
-    Command, Config, Duty, Engine, Error, EventSink, Intake, LayerSink, NewSequence, Parts, Progress, Rejected,
+    Command, Config, Duty, Engine, Error, EventSink, Intake, LayerSink, NewSequence, Parts, PinId, Progress, Rejected,
     Request, SeqId, Stats,
 };
 
@@ -73,7 +74,9 @@ fn run(mut engine: Engine, inbox: &Receiver<Command>, shared: &Shared) {
                 Err(TryRecvError::Empty) => break,
             }
         }
+        let started = Instant::now();
         let progress = engine.step();
+        engine.took(started.elapsed());
         *lock(&shared.stats) = engine.stats();
         if progress == Progress::Idle && lock(&shared.from_sinks).is_empty() {
             match inbox.recv() {
@@ -143,6 +146,17 @@ impl Handle {
         self.send(Command::Compute(seq, sink));
     }
 
+    /// Compute the first `tokens` tokens (whole blocks) of a held sequence's prompt already, while peers may still write into the
+    /// blocks behind them. Then, in this order: [`landed`](Self::landed), if there are tokens behind those that landed, and,
+    /// when no peer can write any more, [`compute`](Self::compute) (whose sink is not looked at; this one sees all), which
+    /// computes what is left. Ignored for models whose layers are not all of one kind, and if nothing is to be computed before
+    /// `tokens`: the sequence is held as before.
+    ///
+    /// Should the sequence fail meanwhile, its blocks stay out of use until [`abort`](Self::abort).
+    pub fn compute_until(&self, seq: SeqId, sink: Option<Box<dyn LayerSink>>, tokens: usize) {
+        self.send(Command::ComputeUntil(seq, sink, tokens));
+    }
+
     /// The whole prompt landed and `first` is the first token of the answer, told to the client by somebody else already:
     /// it is not told again. Should part of the prompt not have landed, it is computed here.
     pub fn resume(&self, seq: SeqId, first: TokenId) {
@@ -182,6 +196,15 @@ impl Handle {
         self.send(Command::CacheSnapshot(Box::new(tell)));
     }
 
+    /// Keeps those of these blocks (their names in group 0) that are in the prefix cache as they are, and has the engine
+    /// say where they are, on its own thread (so `tell` must not block) and between two steps. For short reading: what is
+    /// pinned is out of use for sequences that need blocks. Not called if the engine is gone.
+    pub fn pin(&self, hashes: Vec<BlockHash>, tell: impl FnOnce(Pinned) + Send + 'static) {
+        let engine = self.clone();
+        let tell = move |id, blocks| tell(Pinned { engine, id, blocks });
+        self.send(Command::Pin(hashes, Box::new(tell)));
+    }
+
     /// What the engine was doing at the end of its last step; `waiting` is as of now.
     pub fn stats(&self) -> Stats {
         Stats { waiting: self.intake.waiting(), ..*lock(&self.shared.stats) }
@@ -206,6 +229,27 @@ impl Handle {
             // Fails only if the thread is gone, and every sequence with it.
             let _ = self.commands.send(command);
         }
+    }
+}
+
+/// Blocks of the prefix cache that stay as they are for as long as this exists.
+#[derive(Debug)]
+pub struct Pinned {
+    engine: Handle,
+    id: PinId,
+    blocks: Vec<Option<BlockId>>,
+}
+
+impl Pinned {
+    /// For each block asked for, where it is; `None`: it is not in the cache.
+    pub fn blocks(&self) -> &[Option<BlockId>] {
+        &self.blocks
+    }
+}
+
+impl Drop for Pinned {
+    fn drop(&mut self) {
+        self.engine.send(Command::Unpin(self.id));
     }
 }
 

@@ -32,7 +32,11 @@ fn hash(generation: u64, index: usize) -> BlockHash {
 
 fn name(generation: u64, index: usize) -> Name {
     let parent = if index.is_multiple_of(CHAIN) { BlockHash([0; 16]) } else { hash(generation, index - 1) };
-    Name { stored: Stored { hash: hash(generation, index), parent, group: 0 }, chained: true }
+    Name {
+        stored: Stored { hash: hash(generation, index), parent, group: 0 },
+        chained: true,
+        first: index.is_multiple_of(CHAIN),
+    }
 }
 
 /// Indexes of whole chains, the chains in random order.

@@ -16,7 +16,9 @@
 
 use kvasir_types::{BlockHash, BlockId, GroupKind};
 
-use crate::{Batch, BlockPool, Counts, Geometry, Name, Snapshot, Stored, Table, geometry::in_group, table::Slot};
+use crate::{
+    Batch, BlockPool, Counts, Geometry, Name, OnEvict, Sealed, Snapshot, Stored, Table, geometry::in_group, table::Slot,
+};
 
 /// How much of a prompt is there already; see [`KvCache::lookup`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -56,6 +58,11 @@ impl KvCache {
     /// How many blocks could be had now, cached ones included.
     pub fn available(&self) -> usize {
         self.pool.available()
+    }
+
+    /// Who hears of blocks that leave the cache because their place is needed.
+    pub fn on_evict(&mut self, hears: Option<Box<dyn OnEvict>>) {
+        self.pool.on_evict(hears);
     }
 
     /// The events since the last time.
@@ -101,6 +108,16 @@ impl KvCache {
             }
         }
         hit
+    }
+
+    /// A share in the block that this name finds.
+    pub fn hold(&mut self, name: &BlockHash) -> Option<Sealed> {
+        self.pool.pin(name)
+    }
+
+    /// Gives back what [`hold`](Self::hold) took.
+    pub fn let_go(&mut self, share: Sealed) {
+        self.pool.release(share);
     }
 
     /// Blocks from `have` on that must be there for a sequence to go on at block `cut`.
@@ -320,7 +337,8 @@ impl KvCache {
                 };
                 slots[index] = match std::mem::replace(&mut slots[index], Slot::Gone) {
                     Slot::Open(block) => {
-                        Slot::Sealed(self.pool.seal(block, Name { stored, chained: kind == GroupKind::Full }))
+                        let name = Name { stored, chained: kind == GroupKind::Full, first: index == 0 };
+                        Slot::Sealed(self.pool.seal(block, name))
                     }
                     Slot::Landing(block) => panic!("{} is sealed while a peer may write it", block.id()),
                     slot => slot,

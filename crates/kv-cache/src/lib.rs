@@ -26,7 +26,7 @@ pub use cache::{Hit, KvCache};
 pub use events::{Batch, CacheEvent, Snapshot, Stored};
 pub use evict::{Evict, Lru};
 pub use geometry::{Geometry, in_group};
-pub use pool::{BlockPool, Counts, Filling, Landing, Name, Sealed};
+pub use pool::{BlockPool, Counts, Filling, Landing, Leaving, Name, OnEvict, Sealed};
 pub use table::Table;
 
 #[cfg(test)]

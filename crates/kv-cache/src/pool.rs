@@ -111,6 +111,47 @@ pub struct Name {
     pub stored: Stored,
     /// Whether it is of no use without its parent, so that the parent is kept as long as it is.
     pub chained: bool,
+    /// Whether it is the first of its chain: its parent is the chain's root and no block.
+    pub first: bool,
+}
+
+/// Hears of blocks that leave the cache because their place is needed.
+pub trait OnEvict: Send + std::fmt::Debug {
+    /// A block nobody can find any more. Its bytes are still there, **until this returns**.
+    fn evicted(&mut self, leaving: &Leaving<'_>);
+}
+
+/// A block that leaves the cache.
+#[derive(Debug)]
+pub struct Leaving<'a> {
+    pool: &'a BlockPool,
+    block: BlockId,
+}
+
+impl Leaving<'_> {
+    /// Where it is.
+    pub fn block(&self) -> BlockId {
+        self.block
+    }
+
+    /// What it was found by.
+    pub fn stored(&self) -> Stored {
+        self.pool.records[self.block.0 as usize].stored()
+    }
+
+    /// Names of the blocks of its chain, from the first to this one. `None`: not all of those before it are here, or it is
+    /// of use without them. Takes as long as the chain.
+    pub fn chain(&self) -> Option<Vec<BlockHash>> {
+        let mut record = self.pool.records[self.block.0 as usize];
+        let mut chain = vec![record.hash];
+        while !record.first {
+            let parent = self.pool.search(&record.parent).filter(|_| record.chained)?;
+            record = self.pool.records[parent.0 as usize];
+            chain.push(record.hash);
+        }
+        chain.reverse();
+        Some(chain)
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -152,6 +193,7 @@ struct Record {
     group: u16,
     fame: Fame,
     chained: bool,
+    first: bool,
 }
 
 impl Record {
@@ -165,6 +207,7 @@ impl Record {
         group: 0,
         fame: Fame::Nameless,
         chained: false,
+        first: false,
     };
 
     fn stored(&self) -> Stored {
@@ -188,6 +231,7 @@ pub struct BlockPool {
     landing: usize,
     shared: usize,
     log: EventLog,
+    on_evict: Option<Box<dyn OnEvict>>,
 }
 
 impl BlockPool {
@@ -208,7 +252,13 @@ impl BlockPool {
             landing: 0,
             shared: 0,
             log: EventLog::new(event_limit),
+            on_evict: None,
         }
+    }
+
+    /// Who hears of blocks that leave the cache because their place is needed.
+    pub fn on_evict(&mut self, hears: Option<Box<dyn OnEvict>>) {
+        self.on_evict = hears;
     }
 
     /// How many blocks are in which state.
@@ -227,7 +277,14 @@ impl BlockPool {
     pub fn take(&mut self) -> Option<Filling> {
         let id = match self.free.pop() {
             Some(id) => id,
-            None => self.evict()?,
+            None => {
+                let block = self.evict()?;
+                if let Some(mut hears) = self.on_evict.take() {
+                    hears.evicted(&Leaving { pool: self, block });
+                    self.on_evict = Some(hears);
+                }
+                block
+            }
         };
         self.reserved += 1;
         self.record(id).state = State::Reserved;
@@ -264,9 +321,9 @@ impl BlockPool {
     /// The block is complete and has this name: from here on nobody writes it. Findable, unless another block of that
     /// name is already (see the module's page on twins).
     pub fn seal(&mut self, block: Filling, name: Name) -> Sealed {
-        let Name { stored: Stored { hash, parent, group }, chained } = name;
+        let Name { stored: Stored { hash, parent, group }, chained, first } = name;
         let record = self.record(block.0);
-        *record = Record { hash, parent, group, chained, fame: Fame::Hidden, ..*record };
+        *record = Record { hash, parent, group, chained, first, fame: Fame::Hidden, ..*record };
         self.publish(block.0);
         self.commit(block)
     }

@@ -6,6 +6,8 @@ pub struct Config {
     /// How long a node may take to answer one call; it is also how long it may take to connect. Reading and writing bytes is
     /// bound by the caller's deadline instead. Default 500.
     pub timeout_ms: u64,
+    /// The same for a lookup, which a request waits for that could be computing. Default 500.
+    pub lookup_timeout_ms: u64,
     /// For how long a node that did not answer is left alone; after that, one request tries it. Default 1000.
     pub breaker_ms: u64,
     /// Where this client is: of several copies, those of store nodes of the same zone are read first. Default: empty, nowhere
@@ -15,6 +17,6 @@ pub struct Config {
 
 impl Default for Config {
     fn default() -> Self {
-        Self { timeout_ms: 500, breaker_ms: 1_000, zone: String::new() }
+        Self { timeout_ms: 500, lookup_timeout_ms: 500, breaker_ms: 1_000, zone: String::new() }
     }
 }

@@ -51,7 +51,7 @@ use tokio::sync::watch;
 
 pub use config::Config;
 pub use error::Error;
-pub use read::ReadReport;
+pub use read::{Found, ReadReport};
 pub use write::WriteReport;
 
 use hot::Hot;
@@ -124,6 +124,32 @@ impl StoreClient {
         read::read(&self.inner, request, blocks, 0, block_bytes, deadline).await
     }
 
+    /// The first half of [`read_on`](Self::read_on): what the store has of a chain's rest, for whoever has yet to decide
+    /// whether it is worth reading. Nothing has moved when it returns, and nothing is moved by dropping it.
+    pub async fn find(
+        &self,
+        request: &RequestId,
+        blocks: Vec<(BlockHash, u64)>,
+        have: usize,
+        block_bytes: u64,
+        deadline: Deadline,
+    ) -> Found {
+        let have = have.min(blocks.len());
+        read::find(&self.inner, request, blocks, have, block_bytes, deadline).await
+    }
+
+    /// The second half: reads the run that was found. `progress` hears how many of its blocks, from the first on, are in
+    /// place, complete and verified, whenever there are more. What is said of [`read`](Self::read) holds here too, and of
+    /// what went wrong the report tells this half's part.
+    pub async fn fetch(&self, found: &Found, deadline: Deadline, progress: impl FnMut(usize)) -> ReadReport {
+        read::fetch(&self.inner, found, deadline, progress).await
+    }
+
+    /// Gives the leases of what was found back: blocks may leave the store earlier than the leases' end would let them.
+    pub fn release(&self, found: Found) {
+        read::release(&self.inner, found);
+    }
+
     /// The same for the rest of a chain of which the first `have` blocks are there already: the run begins behind them, and
     /// only its blocks are read. They are named all the same because where a block is depends on its place in the chain.
     pub async fn read_on(
@@ -150,7 +176,21 @@ impl StoreClient {
         block_bytes: u64,
         deadline: Deadline,
     ) -> WriteReport {
-        write::write(&self.inner, request, origin, blocks, block_bytes, deadline).await
+        write::write(&self.inner, request, origin, blocks, 0, block_bytes, deadline).await
+    }
+
+    /// The same for the rest of a chain: the first `have` blocks are named, because where a block goes depends on its place
+    /// in the chain, and not offered. Their offsets are not looked at.
+    pub async fn write_on(
+        &self,
+        request: &RequestId,
+        origin: &Origin,
+        blocks: &[(BlockHash, u64)],
+        have: usize,
+        block_bytes: u64,
+        deadline: Deadline,
+    ) -> WriteReport {
+        write::write(&self.inner, request, origin, blocks, have.min(blocks.len()), block_bytes, deadline).await
     }
 
     /// How many of a prompt's blocks the store has, from the first one on, in memory or on disk. Nothing is held or fetched:

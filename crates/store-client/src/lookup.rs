@@ -11,6 +11,9 @@
 //! | is the home, and one that is leaving comes before it in the order | the leaving one |
 //! | knows a newer view of the members | the home by that view |
 //!
+//! A node whose blocks are on disk says so at once, and is asked a second time, to answer when they are in memory: so one that
+//! does not answer at all costs little, and a disk may take what time there is.
+//!
 //! A group for which nobody is left ends the run: what lies behind it is not asked for again.
 
 use std::{ops::Range, sync::Arc, time::Instant};
@@ -206,13 +209,24 @@ impl Search<'_> {
             request_id: self.request.to_string(),
             hashes: convert::pack16(share.blocks.iter().map(|&block| &self.blocks[block].0.0)),
             block_bytes: self.block_bytes,
-            wait_ms: self.disk_wait(),
+            wait_ms: 0,
             ended: self.inner.peers.take_ended(&share.node),
             epoch: epoch.0,
         };
-        let asked = Instant::now();
+        let (again, mut asked) = (message.clone(), Instant::now());
         let call = async |mut client: Client| client.lookup(message).await;
-        let response = self.inner.peers.call(&share.node, self.deadline, call).await?;
+        let peers = &self.inner.peers;
+        let mut response = peers.call_within(peers.lookup_timeout, &share.node, self.deadline, call).await?;
+        if response.coming > 0 && !self.deadline.passed() {
+            let (wait_ms, ended, now) =
+                (self.disk_wait(), Vec::from_iter(Some(response.lease).filter(|&lease| lease != 0)), Instant::now());
+            let again = v1::LookupRequest { wait_ms, ended, ..again };
+            let call = async |mut client: Client| client.lookup(again).await;
+            // Without an answer, the first one stands.
+            if let Ok(more) = peers.call(&share.node, self.deadline, call).await {
+                (response, asked) = (more, now);
+            }
+        }
         let moved = response.view.as_ref().is_some_and(|view| self.inner.newer(&share.node, view));
         self.inner.hot.told(&response.hot, Instant::now());
         let reply = |answer| Reply { answer, warming: response.warming, moved };
@@ -230,7 +244,7 @@ impl Search<'_> {
         let segment = response.segment.as_ref().ok_or(kvasir_proto::Error::Missing("segment"));
         let segment = segment.and_then(SegmentDescriptor::try_from).map_err(unacceptable)?;
         // The node's lease began after we asked, so by our clock it lasts at least this long.
-        let until = self.deadline.min(crate::read::later(asked, response.lease_ms));
+        let until = crate::read::later(asked, response.lease_ms);
         let grant = convert::grant_key(response.grant);
         Ok(reply(Some(Answer { found, segment, grant, lease: response.lease, until, share })))
     }

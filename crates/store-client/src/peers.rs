@@ -52,6 +52,8 @@ const MAX_ENDED: usize = 1024;
 /// only.
 pub(crate) struct Peers {
     timeout: Duration,
+    /// How long a node may take to say what it has.
+    pub(crate) lookup_timeout: Duration,
     wait: Duration,
     peers: Mutex<HashMap<MemberId, Peer>>,
 }
@@ -60,6 +62,7 @@ impl Peers {
     pub(crate) fn new(config: &Config) -> Self {
         Self {
             timeout: Duration::from_millis(config.timeout_ms),
+            lookup_timeout: Duration::from_millis(config.lookup_timeout_ms),
             wait: Duration::from_millis(config.breaker_ms),
             peers: Mutex::default(),
         }
@@ -81,11 +84,26 @@ impl Peers {
         F: FnOnce(StoreClient<Channel>) -> Fut,
         Fut: Future<Output = Result<Response<T>, Status>>,
     {
+        self.call_within(self.timeout, node, deadline, call).await
+    }
+
+    /// The same with another idea of how long a node may take.
+    pub(crate) async fn call_within<T, F, Fut>(
+        &self,
+        timeout: Duration,
+        node: &Node,
+        deadline: Deadline,
+        call: F,
+    ) -> Result<T, Error>
+    where
+        F: FnOnce(StoreClient<Channel>) -> Fut,
+        Fut: Future<Output = Result<Response<T>, Status>>,
+    {
         let channel = self.channel(node)?;
         let client = StoreClient::new(channel)
             .max_decoding_message_size(MAX_MESSAGE_BYTES)
             .max_encoding_message_size(MAX_MESSAGE_BYTES);
-        let limit = self.timeout.min(deadline.remaining());
+        let limit = timeout.min(deadline.remaining());
         let error = match tokio::time::timeout(limit, call(client)).await {
             Ok(Ok(response)) => {
                 self.with(node, |peer| peer.breaker.answered());
@@ -97,7 +115,7 @@ impl Peers {
         // A node that had less than its full time, because the request's was nearly over, has not failed.
         let failed = match &error {
             Error::Call { status, .. } => matches!(status.code(), Code::Unavailable | Code::Unknown | Code::Cancelled),
-            _ => limit == self.timeout,
+            _ => limit == timeout,
         };
         if failed {
             self.failed(node);

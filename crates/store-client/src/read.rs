@@ -7,11 +7,12 @@
 
 use std::{
     collections::VecDeque,
+    ops::Range,
     time::{Duration, Instant},
 };
 
-use futures_util::future::join_all;
-use kvasir_transfer::{Batch, Checksum, Op, Priority, Range};
+use futures_util::{StreamExt, stream::FuturesUnordered};
+use kvasir_transfer::{Batch, Checksum, Op, Priority};
 use kvasir_types::{BlockHash, Deadline, RequestId};
 
 use crate::{
@@ -69,6 +70,89 @@ struct Part {
     last: bool,
 }
 
+/// What the store has of a chain: leased for a while, and not read yet. Dropped without
+/// [`release`](crate::StoreClient::release), the leases end by themselves.
+#[must_use]
+pub struct Found {
+    blocks: Vec<(BlockHash, u64)>,
+    block_bytes: u64,
+    /// The run: from the first block that was wanted to behind the last one that is there.
+    run: Range<usize>,
+    answers: Vec<Answer>,
+    error: Option<Error>,
+}
+
+impl Found {
+    /// Blocks in the run, from the first that was wanted on.
+    pub fn blocks(&self) -> usize {
+        self.run.len()
+    }
+
+    /// Leaves all but the first so many of them out.
+    pub fn truncate(&mut self, blocks: usize) {
+        self.run.end = self.run.end.min(self.run.start + blocks);
+    }
+
+    /// Leaves the first so many of them out: they are had otherwise.
+    pub fn skip(&mut self, blocks: usize) {
+        self.run.start = self.run.end.min(self.run.start + blocks);
+    }
+
+    /// The first thing that went wrong while nodes were asked, if something did.
+    pub fn take_error(&mut self) -> Option<Error> {
+        self.error.take()
+    }
+}
+
+/// Asks for the blocks behind the first `have`.
+pub(crate) async fn find(
+    inner: &Inner,
+    request: &RequestId,
+    blocks: Vec<(BlockHash, u64)>,
+    have: usize,
+    block_bytes: u64,
+    deadline: Deadline,
+) -> Found {
+    let (answers, error) = Search { inner, request, blocks: &blocks, have, block_bytes, deadline }.run().await;
+    let run = have..run_end(&answers, have, blocks.len());
+    Found { blocks, block_bytes, run, answers, error }
+}
+
+/// Reads the run. `progress` hears how many of its blocks, from the first on, are in place, whenever there are more.
+pub(crate) async fn fetch(
+    inner: &Inner,
+    found: &Found,
+    deadline: Deadline,
+    mut progress: impl FnMut(usize),
+) -> ReadReport {
+    let Found { blocks, block_bytes, run, answers, .. } = found;
+    let pieces = submit(inner, answers, blocks, *block_bytes, run, deadline).into_iter().map(|piece| async {
+        let (first, len) = (piece.answer.share.blocks[piece.first], piece.len);
+        let (good, failure) = finish(inner, piece, blocks).await;
+        debug_assert!(good <= len, "no more is good than was read");
+        (first..first + good, failure)
+    });
+    let mut pieces: FuturesUnordered<_> = pieces.collect();
+    // Pieces end in any order: the run goes as far as none of any is missing.
+    let (mut good, mut end, mut error) = (vec![false; run.end], run.start, None);
+    while let Some((piece, failure)) = pieces.next().await {
+        good[piece].fill(true);
+        error = error.or(failure);
+        let before = end;
+        end += good[end..].iter().take_while(|&&good| good).count();
+        if end > before {
+            progress(end - run.start);
+        }
+    }
+    let blocks = end - run.start;
+    ReadReport { blocks, bytes: blocks as u64 * block_bytes, error }
+}
+
+/// Gives the leases back.
+pub(crate) fn release(inner: &Inner, found: Found) {
+    found.answers.iter().for_each(|answer| inner.peers.end(&answer.share.node, answer.lease));
+}
+
 pub(crate) async fn read(
     inner: &Inner,
     request: &RequestId,
@@ -77,25 +161,11 @@ pub(crate) async fn read(
     block_bytes: u64,
     deadline: Deadline,
 ) -> ReadReport {
-    let (answers, mut error) = Search { inner, request, blocks, have, block_bytes, deadline }.run().await;
-    let run = run_end(&answers, have, blocks.len());
-    let fetched =
-        join_all(submit(inner, &answers, blocks, block_bytes, run, deadline).into_iter().map(|piece| async {
-            let (first, len) = (piece.answer.share.blocks[piece.first], piece.len);
-            let (good, failure) = finish(inner, piece, blocks).await;
-            (first, len, good, failure)
-        }))
-        .await;
-    // Pieces are in the prompt's order only within a share: the run ends at the first bad block of any.
-    let mut end = run;
-    for (first, len, good, failure) in fetched {
-        if good < len {
-            end = end.min(first + good);
-        }
-        error = error.or(failure);
-    }
-    answers.iter().for_each(|answer| inner.peers.end(&answer.share.node, answer.lease));
-    ReadReport { blocks: end - have, bytes: (end - have) as u64 * block_bytes, error }
+    let mut found = find(inner, request, blocks.to_vec(), have, block_bytes, deadline).await;
+    let mut report = fetch(inner, &found, deadline, |_| {}).await;
+    report.error = found.take_error().or(report.error);
+    release(inner, found);
+    report
 }
 
 /// So many milliseconds after `start`, bounded: the number comes from outside.
@@ -120,15 +190,16 @@ fn submit<'a>(
     answers: &'a [Answer],
     blocks: &[(BlockHash, u64)],
     block_bytes: u64,
-    run: usize,
+    run: &Range<usize>,
     deadline: Deadline,
 ) -> Vec<Piece<'a>> {
     let mut stretches = Vec::new();
     for answer in answers {
         let group = answer.share.group_blocks;
-        let wanted = answer.share.blocks[..answer.found.len()].partition_point(|&block| block < run);
-        let mut first = 0;
-        for part in answer.share.blocks[..wanted].chunk_by(|a, b| a / group == b / group) {
+        let there = &answer.share.blocks[..answer.found.len()];
+        let mut first = there.partition_point(|&block| block < run.start);
+        let wanted = there.partition_point(|&block| block < run.end).max(first);
+        for part in there[first..wanted].chunk_by(|a, b| a / group == b / group) {
             stretches.push((answer, first, part.len()));
             first += part.len();
         }
@@ -145,7 +216,7 @@ fn submit<'a>(
                 remote: answer.found[at].offset,
             });
             let slices = cut(places, block_bytes, slice);
-            let start = |ranges: &[(Part, Range)]| Batch {
+            let start = |ranges: &[(Part, kvasir_transfer::Range)]| Batch {
                 op: Op::Read,
                 target: answer.segment.clone(),
                 grant: answer.grant,
@@ -173,14 +244,14 @@ struct Place {
 
 /// Cuts blocks into slices of so many bytes or a little more, but for the last one; a block that is larger than a slice is cut
 /// within.
-fn cut(places: impl Iterator<Item = Place>, block_bytes: u64, slice: u64) -> Vec<Vec<(Part, Range)>> {
+fn cut(places: impl Iterator<Item = Place>, block_bytes: u64, slice: u64) -> Vec<Vec<(Part, kvasir_transfer::Range)>> {
     let (mut slices, mut current, mut bytes) = (Vec::new(), Vec::new(), 0);
     for Place { at, local, remote } in places {
         let mut done = 0;
         while done < block_bytes {
             let len = slice.min(block_bytes - done);
             let part = Part { at, local: local.saturating_add(done), len, last: done + len == block_bytes };
-            let range = Range { local: part.local, remote: remote.saturating_add(done), len };
+            let range = kvasir_transfer::Range { local: part.local, remote: remote.saturating_add(done), len };
             current.push((part, range));
             (done, bytes) = (done + len, bytes + len);
             if bytes >= slice {

@@ -85,13 +85,14 @@ pub(crate) async fn write(
     request: &RequestId,
     origin: &Origin,
     blocks: &[(BlockHash, u64)],
+    have: usize,
     block_bytes: u64,
     deadline: Deadline,
 ) -> WriteReport {
     let sums = blocks.iter().map(|_| OnceLock::new()).collect();
     let offer = Offer { inner, request, origin, blocks, block_bytes, deadline, sums, hashing: Mutex::new(()) };
     let (mut fates, mut error) = (vec![Fate::Skipped; blocks.len()], None);
-    let mut todo: Vec<usize> = (0..blocks.len()).collect();
+    let mut todo: Vec<usize> = (have..blocks.len()).collect();
     for _ in 0..MAX_ROUNDS {
         let placement = inner.placement();
         let shares = offer.shares(&placement, &todo).into_iter().map(|share| offer.write_share(share, placement.epoch));
@@ -110,7 +111,7 @@ pub(crate) async fn write(
     }
     let count = |fate| fates.iter().filter(|&&each| each == fate).count();
     let (written, present) = (count(Fate::Written), count(Fate::Present));
-    let skipped = blocks.len() - written - present;
+    let skipped = blocks.len() - have - written - present;
     WriteReport { written, present, skipped, bytes: written as u64 * block_bytes, error }
 }
 

@@ -150,11 +150,9 @@ pub struct DecodeConfig {
 pub struct PrefillConfig {
     /// Bound on a prompt's deadline, whatever the decode worker asks for. Default 600000.
     pub max_request_ms: u64,
-    /// How long reading a prompt's known blocks from a peer or the store may take before they are computed instead.
+    /// How long reading a prompt's known blocks from the decode worker may take before they are computed instead.
     /// Default 1000.
     pub fetch_timeout_ms: u64,
-    /// How long writing a prompt's blocks back to the store may take; they stay held for so long. Default 5000.
-    pub write_back_timeout_ms: u64,
 }
 
 /// The KV store.
@@ -163,8 +161,68 @@ pub struct PrefillConfig {
 pub struct StoreConfig {
     /// Whether to use the cluster's KV store nodes. Default true.
     pub enabled: bool,
+    /// Whether blocks of a prompt are read from the store rather than computed: `measured` (where that is faster, judged by
+    /// what reading and computing have taken lately), `always` (where the store has them) or `off`. Default measured.
+    pub fetch: Fetch,
+    /// How long a store node may take to say what it has, in milliseconds. A request waits for it, so a store that is gone
+    /// costs so much, of one request in each second. Default 50.
+    pub lookup_timeout_ms: u64,
+    /// How long a request may wait for blocks from the store in all, in milliseconds; with `fetch: measured` never longer than
+    /// computing them is expected to take. Default 1000.
+    pub read_timeout_ms: u64,
+    /// Which finished blocks go to the store, and how.
+    pub write_back: WriteBackConfig,
     /// Keeping what preempted sequences have computed, on decode workers.
     pub spill: SpillConfig,
+}
+
+/// When blocks are read from the store.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Fetch {
+    /// Never.
+    Off,
+    /// Where it is expected to be faster than computing.
+    #[default]
+    Measured,
+    /// Wherever there are some.
+    Always,
+}
+
+/// Which finished blocks go to the store.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum WriteBackPolicy {
+    /// None.
+    Off,
+    /// Every block of a prompt and its answer.
+    #[default]
+    All,
+    /// Those that a second request of this worker began with.
+    ReusedOnce,
+    /// Those that this worker's own cache has no more room for.
+    OnEvict,
+}
+
+/// Blocks that are finished, a prompt's and its answer's, are written to the store in the background: after everything that
+/// a request waits for, while they are in this worker's cache, and not for models whose layers form several groups (sliding
+/// windows). Decode workers write what they compute themselves; without `engine.prefix_cache` that is nothing.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct WriteBackConfig {
+    /// `all`, `reused-once` (what a second request of this worker began with), `on-evict` (what the worker's own cache has no more room for)
+    /// or `off`. Default all.
+    pub policy: WriteBackPolicy,
+    /// Most that is written in a second, in MiB. 0: no limit. Default 0.
+    pub mib_per_s: u64,
+    /// Blocks that wait to be written; of more than these, those that have waited longest are not written. Default 4096.
+    pub max_queued_blocks: usize,
+    /// Memory for evicted blocks on their way to the store, in bytes, beside `kv.memory_bytes`; taken with `on-evict` only.
+    /// What finds no room in it is not written. Default 67108864 (64 MiB).
+    pub staging_bytes: u64,
+    /// How long a few blocks (a sixteenth of this worker's, at most 64) may take; their memory is not to be had meanwhile.
+    /// Default 5000.
+    pub timeout_ms: u64,
 }
 
 /// Sequences that lose their blocks to others, because there are not enough for all, get them back later. What they had
@@ -250,13 +308,32 @@ impl Default for DecodeConfig {
 
 impl Default for PrefillConfig {
     fn default() -> Self {
-        Self { max_request_ms: 600_000, fetch_timeout_ms: 1_000, write_back_timeout_ms: 5_000 }
+        Self { max_request_ms: 600_000, fetch_timeout_ms: 1_000 }
     }
 }
 
 impl Default for StoreConfig {
     fn default() -> Self {
-        Self { enabled: true, spill: SpillConfig::default() }
+        Self {
+            enabled: true,
+            fetch: Fetch::default(),
+            lookup_timeout_ms: 50,
+            read_timeout_ms: 1_000,
+            write_back: WriteBackConfig::default(),
+            spill: SpillConfig::default(),
+        }
+    }
+}
+
+impl Default for WriteBackConfig {
+    fn default() -> Self {
+        Self {
+            policy: WriteBackPolicy::default(),
+            mib_per_s: 0,
+            max_queued_blocks: 4096,
+            staging_bytes: 64 << 20,
+            timeout_ms: 5_000,
+        }
     }
 }
 
@@ -325,6 +402,7 @@ impl Config {
             ("engine.speculation.tokens", self.engine.speculation.tokens),
             ("kv.block_size", self.kv.block_size as usize),
             ("transfer.connections_per_peer", self.transfer.connections_per_peer),
+            ("store.write_back.max_queued_blocks", self.store.write_back.max_queued_blocks),
         ] {
             if value == 0 {
                 return Err(Error::TooSmall { key, least: 1 });

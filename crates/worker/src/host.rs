@@ -14,18 +14,19 @@ use kvasir_engine::{Handle, ModelRunner, Parts, Spill};
 use kvasir_model::{Folder, cpu::CpuBackend};
 use kvasir_proto::convert;
 use kvasir_runtime::{Context, Tasks, chain};
-use kvasir_store_client::{Origin, StoreClient};
+use kvasir_store_client::StoreClient;
 use kvasir_transfer::{LocalNet, TransferEngine};
 use kvasir_types::{BlockHash, GroupKind, KvGroups, MemberId, Role, TokenId};
 use tonic::Status;
 
 use crate::{
-    config::Config,
+    config::{Config, WriteBackPolicy},
     directory::Members,
     error::Error,
     metrics::{Metrics, Outcome, SpillMetrics},
     parts,
     spill::Spills,
+    store::{self, Evictions, Store},
 };
 
 /// One worker. Shared by all request tasks; everything in it is either immutable or its own lock.
@@ -37,7 +38,9 @@ pub(crate) struct Host {
     pub(crate) groups: KvGroups,
     pub(crate) engine: Handle,
     pub(crate) transfer: TransferEngine,
-    pub(crate) store: Option<StoreClient>,
+    /// Not of a model with sliding windows: only the last of a prompt's blocks are kept, so others could not go on from
+    /// them. Such prompts are computed rather than fetched, and not offered to the store.
+    pub(crate) store: Option<Arc<Store>>,
     pub(crate) spills: Option<Spills>,
     pub(crate) metrics: Metrics,
     pub(crate) tasks: Tasks,
@@ -93,24 +96,34 @@ impl Host {
         };
         let vocab = folder.config().vocab;
         let groups = folder.kv_groups();
-        let store = config
-            .store
-            .enabled
-            .then(|| StoreClient::new(kvasir_store_client::Config::default(), registry.view(), transfer.clone()));
+        let whole = keep_whole_prompts(&groups);
+        let client = (config.store.enabled && whole).then(|| {
+            let store =
+                kvasir_store_client::Config { lookup_timeout_ms: config.store.lookup_timeout_ms, ..Default::default() };
+            StoreClient::new(store, registry.view(), transfer.clone())
+        });
         let spill_metrics = SpillMetrics::new(&context.metrics);
-        let spills = match store.as_ref().filter(|_| role == Role::Decode && keep_whole_prompts(&groups)) {
-            Some(store) => Spills::new(&config, layout, &transfer, store, &context.tasks, spill_metrics)?,
+        let spills = match client.as_ref().filter(|_| role == Role::Decode) {
+            Some(client) => Spills::new(&config, layout, &transfer, client, &context.tasks, spill_metrics)?,
             None => None,
         };
+        let evictions = Evictions::default();
         let parts = Parts {
             runner: Box::new(ModelRunner::new(backend)),
             constraints: parts::grammars(&folder, path)?,
             // Prefill workers write one token of each answer.
             proposer: if role == Role::Decode { parts::proposer(&config, &folder, threads)? } else { None },
             spill: spills.clone().map(|spills| Box::new(spills) as Box<dyn Spill>),
+            on_evict: (config.store.write_back.policy == WriteBackPolicy::OnEvict).then(|| evictions.hook()),
         };
         let (engine, _thread) = kvasir_engine::spawn(engine_config(&config), layout, blocks as usize, parts);
         let metrics = Metrics::new(&context.metrics, engine.clone(), transfer.clone());
+        let store = client.map(|client| {
+            let (config, model, blocks, engine) = (&config, &model, blocks as usize, engine.clone());
+            let (transfer, evictions) = (&transfer, &evictions);
+            Store::new(store::Parts { client, config, model, blocks, engine, transfer, evictions, context })
+        });
+        let store = store.transpose()?;
         tracing::info!(
             model = model.name,
             fingerprint = %model.fingerprint,
@@ -151,11 +164,6 @@ impl Host {
     /// sliding windows only the last ones are: such prompts are computed rather than fetched, and not offered to the store.
     pub(crate) fn keeps_whole_prompts(&self) -> bool {
         keep_whole_prompts(&self.groups)
-    }
-
-    /// Whose blocks those are that this worker gives to the store.
-    pub(crate) fn origin(&self) -> Origin {
-        Origin { model: Some(self.model.fingerprint), tenant: String::new() }
     }
 
     /// Where the chain of block hashes starts for a tenant's salt.

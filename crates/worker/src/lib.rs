@@ -29,7 +29,11 @@ mod sequence;
 mod serve;
 mod spill;
 mod status;
+mod store;
 
-pub use config::{Config, DecodeConfig, EngineConfig, KvConfig, ModelConfig, PrefillConfig, SpillConfig, StoreConfig};
+pub use config::{
+    Config, DecodeConfig, EngineConfig, Fetch, KvConfig, ModelConfig, PrefillConfig, SpillConfig, StoreConfig,
+    WriteBackConfig, WriteBackPolicy,
+};
 pub use kvasir_types::Role;
 pub use serve::{run, run_with_etcd};

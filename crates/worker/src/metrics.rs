@@ -1,5 +1,6 @@
 //! What a worker counts. Names are promises: dashboards and alerts are built on them.
 
+mod store;
 mod transfer;
 
 use kvasir_engine::Handle;
@@ -9,6 +10,8 @@ use kvasir_runtime::metrics::{
 use kvasir_transfer::TransferEngine;
 
 use crate::error::Error;
+
+pub(crate) use store::{StoreMetrics, WriteBackMetrics};
 
 /// Bounds in seconds for the gap between two tokens: a tenth of a millisecond to ten seconds.
 const TOKEN_SECONDS: &[f64] =

@@ -10,7 +10,7 @@ use kvasir_proto::{
 };
 use kvasir_runtime::{Context, Kind, Listening};
 use kvasir_transfer::LocalNet;
-use kvasir_types::{Incarnation, MemberId, PROTOCOL_VERSION, Role};
+use kvasir_types::{Deadline, Incarnation, MemberId, PROTOCOL_VERSION, Role};
 use tokio::net::TcpListener;
 use tonic::transport::{Server, server::TcpIncoming};
 
@@ -71,7 +71,11 @@ pub async fn run(
     if let Err(error) = registry.deregister(&host.id, role).await {
         tracing::warn!(error = %error, "not deregistered, the lease will end by itself");
     }
-    context.tasks.finish_requests(Duration::from_millis(host.config.shutdown.grace_ms)).await;
+    let grace = Deadline::after(Duration::from_millis(host.config.shutdown.grace_ms));
+    context.tasks.finish_requests(grace.remaining()).await;
+    if let Some(store) = &host.store {
+        store.write_back.drain(grace.remaining()).await;
+    }
     host.engine.shutdown();
     host.transfer.shutdown();
     Ok(())

@@ -5,6 +5,8 @@ use std::time::Duration;
 use clap::{Parser, Subcommand, ValueEnum};
 use kvasir_cluster::EtcdConfig;
 
+use crate::kv::KvCommand;
+
 /// Where etcd listens unless somebody says otherwise.
 const DEFAULT_ETCD: &str = "127.0.0.1:2379";
 
@@ -33,7 +35,7 @@ pub(crate) struct Cli {
 }
 
 /// What is asked.
-#[derive(Clone, Copy, Debug, Subcommand)]
+#[derive(Clone, Debug, Subcommand)]
 pub(crate) enum Command {
     /// All members: who is ready, what is loaded, what does not fit together
     Status,
@@ -43,6 +45,9 @@ pub(crate) enum Command {
     Models,
     /// How KV blocks move: from and to whom, over which transport and why, how fast, what fails
     Transfers,
+    /// The KV store: what it holds, where a prompt's blocks are; pinning and evicting them
+    #[command(subcommand)]
+    Kv(KvCommand),
 }
 
 /// Form of the answer.
@@ -97,11 +102,14 @@ const EXAMPLES: &str = "Examples:
   kvasirctl status                                   who is there and ready
   kvasirctl --etcd 10.0.0.5:2379,10.0.0.6:2379 workers
   kvasirctl models --output json | jq '.[].name'
+  kvasirctl kv stats                                 how full the KV store is, and how often it had what was asked for
+  kvasirctl kv lookup --text prompt.txt --tokenizer model/tokenizer.json
+  kvasirctl kv evict --tenant acme
   KVASIR_ETCD=10.0.0.5:2379 kvasirctl status --timeout 500
 
 Exit status:
   0  answered; members that could not be reached are shown as such
-  1  etcd could not be reached
+  1  etcd could not be reached, or what was to be done was not
   2  wrong usage";
 
 #[cfg(test)]

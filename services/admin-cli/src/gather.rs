@@ -17,10 +17,16 @@ const AT_ONCE: usize = 64;
 
 /// Asks everybody. Fails only if etcd can't be read.
 pub(crate) async fn gather(etcd: EtcdConfig, limit: Duration) -> anyhow::Result<Report> {
+    let view = view(etcd).await?;
+    Ok(ask_all(&view, limit).await)
+}
+
+/// The members as the cluster's metadata has them now.
+pub(crate) async fn view(etcd: EtcdConfig) -> anyhow::Result<std::sync::Arc<View>> {
     // Without its future the registry shows the members as they were just read, which is all that is needed.
     let (registry, _) = kvasir_cluster::connect_etcd(etcd).await?;
     let view = registry.view().borrow().clone();
-    Ok(ask_all(&view, limit).await)
+    Ok(view)
 }
 
 /// Asks the members of a view.

@@ -4,13 +4,15 @@
 //!   arguments ─▶ etcd: who is there ─▶ every member: how are you (in parallel, each with a time limit) ─▶ table or JSON
 //! ```
 //!
-//! It only reads. Exit status: 0 the question was answered (members that could not be reached are shown as such), 1 the
-//! cluster's metadata could not be read, 2 wrong usage.
+//! It only reads, but for `kv pin`, `kv unpin` and `kv evict`. Exit status: 0 the question was answered (members that could
+//! not be reached are shown as such), 1 the cluster's metadata could not be read or what was to be done was not, 2 wrong
+//! usage.
 #![forbid(unsafe_code)]
 
 mod cli;
 mod gather;
 mod judge;
+mod kv;
 mod probe;
 mod render;
 mod report;
@@ -45,6 +47,12 @@ fn main() -> ExitCode {
 
 fn answer(cli: &Cli, etcd: kvasir_cluster::EtcdConfig) -> anyhow::Result<String> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    if let Command::Kv(command) = &cli.command {
+        return runtime.block_on(async {
+            let view = gather::view(etcd).await?;
+            kv::run(command, &view, cli.timeout(), cli.output).await
+        });
+    }
     let report = runtime.block_on(gather::gather(etcd, cli.timeout()))?;
     Ok(match (&cli.output, &cli.command) {
         (Output::Table, Command::Status) => render::status(&report),
@@ -55,5 +63,6 @@ fn answer(cli: &Cli, etcd: kvasir_cluster::EtcdConfig) -> anyhow::Result<String>
         (Output::Json, Command::Status) => render::json(&report),
         (Output::Json, Command::Workers) => render::json(&report.workers()),
         (Output::Json, Command::Models) => render::json(&report.models),
+        (_, Command::Kv(_)) => unreachable!("answered above"),
     })
 }

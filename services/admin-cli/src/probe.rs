@@ -82,6 +82,19 @@ pub(crate) async fn store(address: &str, limit: Duration) -> Result<Answer, Stri
     .await
 }
 
+/// One call to a store node.
+pub(crate) async fn ask_store<T>(
+    address: &str,
+    limit: Duration,
+    call: impl AsyncFnOnce(StoreClient<Channel>) -> Result<tonic::Response<T>, tonic::Status>,
+) -> Result<T, String> {
+    within(limit, async {
+        let client = StoreClient::new(connect(address).await?);
+        Ok(call(client).await.map_err(told)?.into_inner())
+    })
+    .await
+}
+
 /// `GET /ready` of the admin page. Twenty lines of HTTP/1.0 rather than a client library for one request.
 pub(crate) async fn ready(address: &str, limit: Duration) -> Readiness {
     let page = within(limit, async {
@@ -133,7 +146,8 @@ fn told(status: tonic::Status) -> String {
     printable(&format!("{}: {}", status.code().description(), status.message()))
 }
 
-fn printable(text: &str) -> String {
+/// Text from outside, cut and freed of what a terminal would obey.
+pub(crate) fn printable(text: &str) -> String {
     text.chars().filter(|c| !c.is_control()).take(120).collect()
 }
 

@@ -7,7 +7,7 @@ mod tests;
 use kvasir_types::Role;
 use serde::Serialize;
 
-use self::table::Table;
+pub(crate) use self::table::Table;
 use crate::report::{Live, MemberReport, Report, RoleTotals, State, TransferReport};
 
 /// The answer as JSON.
@@ -228,7 +228,7 @@ fn duration(ms: u64) -> String {
     }
 }
 
-fn bytes(bytes: u64) -> String {
+pub(crate) fn bytes(bytes: u64) -> String {
     const UNITS: [&str; 5] = ["KiB", "MiB", "GiB", "TiB", "PiB"];
     let mut value = bytes as f64;
     let mut unit = None;

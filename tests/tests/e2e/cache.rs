@@ -28,6 +28,7 @@ async fn what_one_prefill_worker_computed_another_reads_from_the_store() -> Resu
     // The decode worker keeps nothing, so that its own cache can't be where the blocks come from.
     Cluster::builder()
         .prefill(2)
+        .worker("store.fetch", "always")
         .set(Service::Decode, "engine.prefix_cache", false)
         .set(Service::Decode, "decode.local_prefill_tokens", 0)
         .run(async |cluster| {

@@ -67,6 +67,78 @@ async fn transfers_show_over_what_blocks_move_and_why() -> Result<()> {
 }
 
 #[tokio::test]
+async fn the_kv_store_is_looked_into_pinned_and_emptied() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let file = dir.path().join("prompt.txt");
+    let prompt = long(100);
+    std::fs::write(&file, &prompt)?;
+    Cluster::builder()
+        .kv_store(2)
+        .set(Service::Decode, "decode.local_prefill_tokens", 0)
+        .run(async |cluster| {
+            let tokenizer = workspace::demo_model().join("tokenizer.json");
+            let arguments = |verb: &'static str| -> Vec<String> {
+                let texts =
+                    ["kv", verb, "--text", &file.to_string_lossy(), "--tokenizer", &tokenizer.to_string_lossy()];
+                texts.map(str::to_owned).to_vec()
+            };
+            let run = |cluster: &mut Cluster, mut line: Vec<String>, more: &[&str]| {
+                line.extend(more.iter().map(|&word| word.to_owned()));
+                ctl(cluster, &line.iter().map(String::as_str).collect::<Vec<_>>())
+            };
+            let json = ["--output", "json"];
+            let lookup = |cluster: &mut Cluster| -> Result<Value> {
+                Ok(serde_json::from_str(&run(cluster, arguments("lookup"), &json)?)?)
+            };
+            ensure!(lookup(cluster)?["run"] == 0, "nothing is there yet");
+
+            let body = serde_json::json!({ "model": cluster.model(), "prompt": prompt, "max_tokens": 2 });
+            cluster.client().complete(&body).await?;
+            let blocks = lookup(cluster)?["blocks"].as_u64().unwrap_or_default();
+            ensure!(blocks >= 6, "the prompt has that many full blocks: {blocks}");
+            let mut found = Value::Null;
+            for _ in 0..200 {
+                found = lookup(cluster)?;
+                if found["run"] == blocks {
+                    break;
+                }
+                tokio::time::sleep(std::time::Duration::from_millis(25)).await;
+            }
+            ensure!(found["run"] == blocks && found["silent"] == serde_json::json!([]), "{found}");
+            let table = run(cluster, arguments("lookup"), &[])?;
+            ensure!(table.contains("(memory)") && table.contains("0-"), "{table}");
+
+            let table = ctl(cluster, &["kv", "stats"])?;
+            ensure!(table.contains("kv-store-0") && table.contains("kv-store-1") && table.contains("demo"), "{table}");
+            let stats: Value = serde_json::from_str(&ctl(cluster, &["kv", "stats", "--output", "json"])?)?;
+            let sum = |key: &str| {
+                stats["nodes"].as_array().into_iter().flatten().filter_map(|n| n[key].as_u64()).sum::<u64>()
+            };
+            ensure!(sum("memory_blocks") >= blocks, "{stats}");
+
+            let pinned = run(cluster, arguments("pin"), &["--keep", "hard", "--for", "5m", "--output", "json"])?;
+            let pinned: Value = serde_json::from_str(&pinned)?;
+            let on_nodes: u64 = pinned["nodes"].as_object().into_iter().flatten().filter_map(|(_, n)| n.as_u64()).sum();
+            ensure!(on_nodes == blocks, "{pinned}");
+            run(cluster, arguments("unpin"), &[])?;
+
+            ensure!(run(cluster, arguments("evict"), &[]).is_err(), "not without a yes");
+            let evicted = run(cluster, arguments("evict"), &["--yes"])?;
+            ensure!(evicted.contains("given up"), "{evicted}");
+            ensure!(lookup(cluster)?["run"] == 0, "gone, and what followed, too");
+            ensure!(
+                ctl(cluster, &["kv", "evict", "--model", "no-such", "--yes"]).is_err(),
+                "a model that is not there"
+            );
+            ctl(cluster, &["kv", "evict", "--all", "--yes"])?;
+            let stats: Value = serde_json::from_str(&ctl(cluster, &["kv", "stats", "--output", "json"])?)?;
+            ensure!(stats["origins"] == serde_json::json!([]), "{stats}");
+            Ok(())
+        })
+        .await
+}
+
+#[tokio::test]
 async fn a_worker_that_left_is_not_shown() -> Result<()> {
     Cluster::builder()
         .prefill(2)

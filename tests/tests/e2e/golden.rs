@@ -68,6 +68,7 @@ async fn over(transport: &str) -> Result<()> {
         .model(&folder)
         .worker("engine.chunk_tokens", 64)
         .worker("engine.prefix_cache", false)
+        .worker("store.fetch", "always")
         .set(Service::Decode, "decode.local_prefill_tokens", 0);
     for service in [Service::Prefill, Service::Decode, Service::KvStore] {
         builder = builder
@@ -193,11 +194,22 @@ fn uncached(folder: &Path, chunk_tokens: usize, local_prefill_tokens: usize, kv_
 
 /// Asks all the folder's questions, so many at a time, and compares every answer with the reference's.
 async fn agree(cluster: &Cluster, folder: &Path, in_flight: usize, kv_dtype: KvDtype) -> Result<()> {
-    let (client, vocabulary, lines) = (cluster.client(), Vocabulary::load(folder)?, golden::load(folder)?);
+    answers_agree(&cluster.client(), cluster.model(), folder, in_flight, kv_dtype).await
+}
+
+/// The same of a client, for who does something to the cluster meanwhile.
+pub(crate) async fn answers_agree(
+    client: &Client,
+    model: &str,
+    folder: &Path,
+    in_flight: usize,
+    kv_dtype: KvDtype,
+) -> Result<()> {
+    let (vocabulary, lines) = (Vocabulary::load(folder)?, golden::load(folder)?);
     let total = lines.len();
-    let (client, vocabulary) = (&client, &vocabulary);
+    let vocabulary = &vocabulary;
     let ask = |line: Line| async move {
-        let outcome = compare(client, cluster.model(), vocabulary, &line, kv_dtype).await;
+        let outcome = compare(client, model, vocabulary, &line, kv_dtype).await;
         (line, outcome)
     };
     let outcomes: Vec<_> = stream::iter(lines).map(ask).buffer_unordered(in_flight).collect().await;

@@ -17,4 +17,5 @@ mod priority;
 mod prompts;
 mod scripts;
 mod spill;
+mod store;
 mod telemetry;

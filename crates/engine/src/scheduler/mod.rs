@@ -31,13 +31,13 @@ use std::{
     panic::{AssertUnwindSafe, catch_unwind},
 };
 
-use kvasir_kv_cache::{Geometry, KvCache, Table};
-use kvasir_types::FinishReason;
+use kvasir_kv_cache::{Geometry, KvCache, Sealed, Table};
+use kvasir_types::{BlockHash, BlockId, FinishReason, GroupKind};
 
 pub(crate) use self::{plan::Work, sharing::Adopted};
 use crate::{
-    Config, Duty, Error, Event, EventSink, NewSequence, Priority, SeqId, Spill, Stats,
-    sequence::{Key, Sequence, State, Turn},
+    Config, Duty, Error, Event, EventSink, NewSequence, PinId, Priority, SeqId, Spill, Stats,
+    sequence::{Key, Landing, Sequence, State, Turn, Watcher},
 };
 
 /// Whom to tell, and how many choices have not ended.
@@ -58,6 +58,11 @@ pub(crate) struct Scheduler {
     /// With blocks, in order of turns.
     live: BTreeSet<Turn>,
     voices: HashMap<SeqId, Voice>,
+    /// Blocks of sequences that failed while peers were writing into them, until their callers let go.
+    stranded: HashMap<SeqId, Table>,
+    /// Blocks that somebody outside reads.
+    pins: HashMap<PinId, Vec<Sealed>>,
+    next_pin: u64,
     pub duty: Duty,
     spill: Option<Box<dyn Spill>>,
     /// Steps planned so far: the only clock there is.
@@ -76,6 +81,9 @@ impl Scheduler {
             waiting: BTreeSet::new(),
             live: BTreeSet::new(),
             voices: HashMap::new(),
+            stranded: HashMap::new(),
+            pins: HashMap::new(),
+            next_pin: 0,
             duty: Duty::Mixed,
             spill,
             steps: 0,
@@ -122,6 +130,32 @@ impl Scheduler {
         }
     }
 
+    /// Keeps the blocks of these names in group 0 that can be found, for somebody outside to read.
+    pub fn pin(&mut self, hashes: &[BlockHash]) -> (PinId, Vec<Option<BlockId>>) {
+        let pin = PinId(self.next_pin);
+        self.next_pin += 1;
+        let mut shares = Vec::new();
+        let mut pin_one = |hash| {
+            let share = self.cache.hold(hash)?;
+            let block = share.id();
+            shares.push(share);
+            Some(block)
+        };
+        let blocks = hashes.iter().map(&mut pin_one).collect();
+        if !shares.is_empty() {
+            self.pins.insert(pin, shares);
+        }
+        (pin, blocks)
+    }
+
+    /// Nobody outside reads them any more.
+    pub fn unpin(&mut self, pin: PinId) {
+        // The last one first, as a sequence gives them back.
+        for share in self.pins.remove(&pin).unwrap_or_default().into_iter().rev() {
+            self.cache.let_go(share);
+        }
+    }
+
     /// Takes one choice out, whatever it is doing, and gives its blocks back.
     fn take_out(&mut self, key: Key) -> Option<Sequence> {
         let mut sequence = self.sequences.remove(&key)?;
@@ -142,6 +176,9 @@ impl Scheduler {
         // The last choice first: the first one's blocks are the most likely to be asked for again.
         for key in choices.into_iter().rev() {
             self.take_out(key);
+        }
+        if let Some(table) = self.stranded.remove(&seq) {
+            self.cache.give_back(table);
         }
         self.voices.remove(&seq);
     }
@@ -166,7 +203,15 @@ impl Scheduler {
     /// Ends a request with all its choices; told after its blocks are free again.
     pub fn fail(&mut self, seq: SeqId, error: Error) {
         let Some(voice) = self.voices.remove(&seq) else { return };
-        self.remove(seq);
+        let key = Key { seq, choice: 0 };
+        if let Some(sequence) = self.sequences.get_mut(&key).filter(|s| s.landing.is_some_and(|landing| landing.open)) {
+            let (turn, table) = (sequence.turn(), sequence.take_table());
+            self.live.remove(&turn);
+            self.sequences.remove(&key);
+            self.stranded.extend(table.map(|table| (seq, table)));
+        } else {
+            self.remove(seq);
+        }
         self.totals.failed += 1;
         self.voices.insert(seq, voice);
         let _gone_either_way = self.tell(seq, Event::Failed(error));
@@ -184,6 +229,10 @@ impl Scheduler {
     pub fn landed(&mut self, key: Key, tokens: usize) {
         let Some(sequence) = self.sequences.get_mut(&key) else { return };
         let known = sequence.tokens.len();
+        if let Some(landing) = sequence.landing.as_mut().filter(|landing| landing.open) {
+            landing.end = (tokens.min(known - 1) / self.block_size * self.block_size).max(landing.end);
+            return;
+        }
         let State::Held(table) = &mut sequence.state else { return };
         let landed = if tokens >= known { known } else { tokens / self.block_size * self.block_size };
         let before = table.computed;
@@ -196,6 +245,47 @@ impl Scheduler {
         // The block of the last token stays open: if the first output token never comes, `compute` computes the last
         // prompt token here, which writes to that block once more.
         self.advance(key, landed, landed.min(known - 1));
+    }
+
+    /// Computes a held sequence up to `tokens`, while peers may still write behind that.
+    pub fn compute_until(&mut self, key: Key, sink: Watcher, tokens: usize) {
+        let block_size = self.block_size;
+        // Of a window or a state, what lies behind says nothing about what comes before it.
+        let whole = self.cache.geometry().kinds().iter().all(|kind| *kind == GroupKind::Full);
+        let Some(sequence) = self.sequences.get_mut(&key) else { return };
+        let start = tokens.min(sequence.tokens.len() - 1) / block_size * block_size;
+        let State::Held(table) = &sequence.state else { return };
+        if !whole || start <= table.computed {
+            return;
+        }
+        if let Some(mut table) = sequence.take_table() {
+            self.cache.fence(&mut table, start / block_size);
+            sequence.landing = Some(Landing { start, end: start, open: true });
+            sequence.state = State::Prefilling(table, sink);
+        }
+    }
+
+    /// Nobody writes any more behind what such a sequence computes.
+    pub fn all_landed(&mut self, key: Key) {
+        let Some(sequence) = self.sequences.get_mut(&key) else { return };
+        let (Some(landing), Some(table)) = (&mut sequence.landing, sequence.state.table_mut()) else { return };
+        landing.open = false;
+        self.cache.fence(table, usize::MAX);
+        self.totals.landed_tokens += (landing.end - landing.start) as u64;
+        self.take_landed(key);
+    }
+
+    /// A sequence that has come to what landed goes on behind it.
+    pub(super) fn take_landed(&mut self, key: Key) {
+        let Some(sequence) = self.sequences.get_mut(&key) else { return };
+        let Some(landing) = sequence.landing.filter(|landing| !landing.open) else { return };
+        let computed = sequence.table().map_or(0, |table| table.computed);
+        if computed >= landing.start {
+            sequence.landing = None;
+            if landing.end > computed {
+                self.advance(key, landing.end, landing.end);
+            }
+        }
     }
 
     /// Takes the table of a held sequence that is to be computed from its first `computed` tokens on: nobody writes into
@@ -256,10 +346,10 @@ impl Scheduler {
             let choices = self.sequences.keys().filter(|key| key.seq == *seq).count();
             assert!(choices > 0 && voice.left as usize >= choices, "{seq}: {choices} choices, {} left", voice.left);
         }
-        let tables = || self.sequences.values().filter_map(Sequence::table);
+        let tables = || self.sequences.values().filter_map(Sequence::table).chain(self.stranded.values());
         let mut uses = HashMap::new();
         let all = tables().flat_map(|table| table.open_ids().chain(table.sealed_ids().map(|(.., id)| id)));
-        all.for_each(|id| *uses.entry(id).or_insert(0) += 1);
+        all.chain(self.pins.values().flatten().map(Sealed::id)).for_each(|id| *uses.entry(id).or_insert(0) += 1);
         for id in tables().flat_map(Table::open_ids) {
             assert_eq!(uses[&id], 1, "{id} may be written and is in {} tables", uses[&id]);
         }

@@ -125,9 +125,11 @@ impl Scheduler {
     /// a layer of a chunk is a number of whole blocks to push. If the limit is less than a block, the sequence waits a
     /// step.
     fn plan_chunk(&mut self, key: Key, limit: usize) -> Option<Work> {
+        self.take_landed(key);
         loop {
             let sequence = self.sequences.get_mut(&key)?;
-            let total = sequence.tokens.len();
+            let all = sequence.tokens.len();
+            let total = sequence.landing.map_or(all, |landing| landing.start);
             let State::Prefilling(table, _) = &mut sequence.state else { return None };
             let start = table.computed;
             let end = if total - start <= limit { total } else { (start + limit) / self.block_size * self.block_size };
@@ -138,7 +140,7 @@ impl Scheduler {
             let least = (start + self.block_size).min(end);
             for end in [end, least] {
                 if self.cache.grow(table, end) {
-                    return Some(Work::new(key, start..end, end == total));
+                    return Some(Work::new(key, start..end, end == all));
                 }
             }
             self.make_room_for(key);

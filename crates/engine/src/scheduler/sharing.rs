@@ -40,7 +40,8 @@ impl Scheduler {
             // Parked blocks are read by whoever was told of them.
             let known_outside = watcher.is_some() || sequence.request.mode == Mode::PrefillOnly;
             let start = table.computed;
-            if !start.is_multiple_of(self.block_size) {
+            // Behind what is computed, peers may be writing.
+            if !start.is_multiple_of(self.block_size) || sequence.landing.is_some() {
                 continue;
             }
             let (chain, table) = sequence.reusable(self.block_size);

@@ -74,8 +74,13 @@ impl Constraints for Cycles {
 fn rig(mask_threads: usize, breaks: Breaks) -> Rig {
     let runner = runner();
     let script = runner.script();
-    let parts =
-        Parts { runner: Box::new(runner), constraints: Some(Arc::new(Cycles(breaks))), proposer: None, spill: None };
+    let parts = Parts {
+        runner: Box::new(runner),
+        constraints: Some(Arc::new(Cycles(breaks))),
+        proposer: None,
+        spill: None,
+        on_evict: None,
+    };
     Rig {
         engine: Engine::new(Config { mask_threads, ..config() }, layout(), 64, parts),
         script,

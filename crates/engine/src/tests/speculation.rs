@@ -44,7 +44,7 @@ fn rig_with(blocks: usize, config: Config, proposer: impl FnOnce(Script) -> Box<
     let runner = runner();
     let script = runner.script();
     let proposer = Some(proposer(script.clone()));
-    let parts = Parts { runner: Box::new(runner), constraints: None, proposer, spill: None };
+    let parts = Parts { runner: Box::new(runner), constraints: None, proposer, spill: None, on_evict: None };
     Rig { engine: Engine::new(config, layout(), blocks, parts), script, groups: KvGroups::full(LAYERS) }
 }
 
@@ -283,7 +283,8 @@ fn softmax(logits: &[f32]) -> Vec<f64> {
 fn draws(target: &[f32], proposer: Box<dyn Proposer>, count: u32) -> (Vec<f64>, f64) {
     let counts = Arc::new(Mutex::new(vec![0.0; target.len()]));
     let config = Config { draft_tokens: 1, max_batch_tokens: 64, chunk_tokens: 16, max_running: 4, ..config() };
-    let parts = Parts { runner: fixed(target), constraints: None, proposer: Some(proposer), spill: None };
+    let parts =
+        Parts { runner: fixed(target), constraints: None, proposer: Some(proposer), spill: None, on_evict: None };
     let mut engine = Engine::new(config, layout(), count as usize / BLOCK + 64, parts);
     let sampling = Sampling { temperature: 1.0, seed: 99, ..greedy(count) };
     let sink = {

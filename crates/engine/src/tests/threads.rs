@@ -7,11 +7,12 @@ use std::{
 };
 
 use kvasir_model::{Logits, SeqInput};
+use kvasir_types::BlockHash;
 
 use super::rig::*;
 use crate::{
-    Command, Config, Error, Event, Handle, LayerDone, LayerSink, Mode, Runner, RunnerSpec, Script, ScriptedRunner,
-    SeqId, spawn,
+    Command, Config, Error, Event, Handle, LayerDone, LayerSink, Mode, PrefillTimes, Runner, RunnerSpec, Script,
+    ScriptedRunner, SeqId, spawn,
 };
 
 const SOON: Duration = Duration::from_secs(20);
@@ -201,4 +202,57 @@ fn commands_may_cross_threads() {
     fn sendable<T: Send>() {}
     sendable::<Command>();
     sendable::<crate::Engine>();
+}
+
+#[test]
+fn pinned_blocks_stay_as_they_are_until_nobody_reads_them() {
+    let (handle, thread, _script) = start(6, config());
+    let asked = |name: u32| {
+        let root = request(&prompt(name, 9), greedy(1), Mode::Generate).root;
+        let first = root.extend(&prompt(name, 9)[..BLOCK]);
+        vec![first, first.extend(&prompt(name, 9)[BLOCK..2 * BLOCK])]
+    };
+    let pin = |hashes: Vec<BlockHash>| {
+        let (tell, hear) = mpsc::channel();
+        handle.pin(hashes, move |pinned| drop(tell.send(pinned)));
+        hear.recv_timeout(SOON).unwrap()
+    };
+    let run = |name: u32| {
+        let (seq, hear) = ask(&handle, name, 1);
+        handle.compute(seq, None);
+        assert!(hears(&hear, |event| matches!(event, Event::Finished { .. })));
+    };
+    run(1);
+    let pinned = pin([asked(1), asked(2)].concat());
+    let [Some(first), Some(second), None, None] = pinned.blocks()[..] else { panic!("{:?}", pinned.blocks()) };
+    assert_ne!(first, second);
+    // Others need all there is: four blocks are left for them, three at a time.
+    (2..6).for_each(run);
+    assert_eq!(pin(asked(1)).blocks(), [Some(first), Some(second)], "they were taken while they were pinned");
+    assert_eq!(handle.stats().blocks.in_use, 2);
+    drop(pinned);
+    (6..9).for_each(run);
+    assert_eq!(pin(asked(1)).blocks(), [None, None], "nobody held them");
+    until("all blocks are free or cached", || {
+        handle.pin(Vec::new(), drop); // a step, so that the statistics are of now
+        handle.stats().blocks.in_use == 0
+    });
+    handle.shutdown();
+    join(thread);
+}
+
+#[test]
+fn prompts_are_timed_and_answers_are_not() {
+    let (handle, thread, _script) = start(24, config());
+    let (seq, hear) = ask(&handle, 1, 6);
+    assert_eq!(handle.stats().prefill, PrefillTimes::default());
+    handle.compute(seq, None);
+    assert!(hears(&hear, |event| matches!(event, Event::Finished { .. })));
+    until("the last step is over", || handle.stats().sampled_tokens == 6);
+    let prefill = handle.stats().prefill;
+    // A chunk of eight tokens; the ninth was alone, like those of the answer.
+    assert_eq!((prefill.tokens, prefill.positions), (8, (0..8).sum::<u64>()));
+    assert!(prefill.time > Duration::ZERO);
+    handle.shutdown();
+    join(thread);
 }

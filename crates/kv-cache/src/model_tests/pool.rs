@@ -81,7 +81,7 @@ fn hash(name: u8) -> BlockHash {
 
 /// The chains are those of a binary heap: 1 ← 2, 3; 2 ← 4, 5; 3 ← 6.
 fn name(name: u8) -> Name {
-    Name { stored: Stored { hash: hash(name), parent: hash(name / 2), group: 0 }, chained: true }
+    Name { stored: Stored { hash: hash(name), parent: hash(name / 2), group: 0 }, chained: true, first: name < 2 }
 }
 
 /// What a follower knows by snapshot and events.

@@ -1,5 +1,7 @@
 //! The pool's laws one by one; `crate::model_tests` has them all at once.
 
+use std::sync::{Arc, Mutex};
+
 use super::*;
 
 fn hash(name: u8) -> BlockHash {
@@ -7,7 +9,7 @@ fn hash(name: u8) -> BlockHash {
 }
 
 fn name(name: u8, parent: u8) -> Name {
-    Name { stored: Stored { hash: hash(name), parent: hash(parent), group: 0 }, chained: true }
+    Name { stored: Stored { hash: hash(name), parent: hash(parent), group: 0 }, chained: true, first: parent == 0 }
 }
 
 fn sealed(pool: &mut BlockPool, block: u8, parent: u8) -> Sealed {
@@ -164,4 +166,43 @@ fn clearing_forgets_what_nobody_holds_and_nothing_else() {
     pool.clear_cached();
     assert_eq!((counts(&pool), found(&pool, &[1, 2])), ((2, 0, 1), vec![1]));
     pool.release(held);
+}
+
+/// What left: its name, and the chain it was in.
+type Left = (u8, Option<Vec<u8>>);
+
+/// Writes it down.
+#[derive(Debug, Default)]
+struct Diary(Arc<Mutex<Vec<Left>>>);
+
+impl OnEvict for Diary {
+    fn evicted(&mut self, leaving: &Leaving<'_>) {
+        let names = |chain: Vec<BlockHash>| chain.into_iter().map(|hash| hash.0[0]).collect();
+        self.0.lock().unwrap().push((leaving.stored().hash.0[0], leaving.chain().map(names)));
+    }
+}
+
+#[test]
+fn blocks_that_leave_are_told_with_the_chain_they_are_in() {
+    let mut pool = BlockPool::new(4, 0);
+    let told = Arc::new(Mutex::new(Vec::new()));
+    pool.on_evict(Some(Box::new(Diary(Arc::clone(&told)))));
+    cache(&mut pool, &[1, 2, 3]);
+    let last = pool.take().unwrap();
+    assert!(told.lock().unwrap().is_empty(), "there was a free one");
+    let taken = pool.take_many(3).unwrap();
+    let expected = [(3, Some(vec![1, 2, 3])), (2, Some(vec![1, 2])), (1, Some(vec![1]))];
+    assert_eq!(*told.lock().unwrap(), expected);
+    told.lock().unwrap().clear();
+
+    // One whose parent is nowhere.
+    let orphan = pool.seal(last, name(9, 8));
+    taken.into_iter().for_each(|block| pool.give_back(block));
+    pool.release(orphan);
+    pool.clear_cached();
+    assert!(told.lock().unwrap().is_empty(), "nobody needed its place");
+    let orphan = sealed(&mut pool, 9, 8);
+    pool.release(orphan);
+    let _all = pool.take_many(4).unwrap();
+    assert_eq!(*told.lock().unwrap(), [(9, None)]);
 }

@@ -4,5 +4,6 @@ mod answer;
 mod remote;
 mod request;
 mod service;
+mod written;
 
 pub(crate) use service::DecodeService;

@@ -3,8 +3,10 @@
 //! ```text
 //! admitted ─┬─ little to compute ───────────────────────── compute here ─┐
 //!           └─ remote ─▶ attempt 1 ─▶ attempt 2 ─▶ … ─ all failed ─▶ compute here ─┤
-//!                            └── landed ─▶ resume ──────────────────────▶ tokens ─▶ finished
+//!                            └── landed ─▶ resume ──────────────────────▶ tokens ─▶ finished ─▶ blocks queued for the store
 //! ```
+//!
+//! What is computed here is first looked for in the store, where that is the faster way.
 
 use std::{sync::Arc, time::Instant};
 
@@ -17,8 +19,11 @@ use super::{
     answer::Answer,
     remote::{self, Attempt},
     service::Checked,
+    written::Written,
 };
-use crate::{error::Error, handoff::plan, host::Host, metrics::Source, peers::Peers, sequence::Sequence};
+use crate::{
+    error::Error, handoff::plan, host::Host, metrics::Source, peers::Peers, sequence::Sequence, store::Meanwhile,
+};
 
 /// How a request's prompt came to be in this worker's memory.
 struct Prefilled {
@@ -82,27 +87,38 @@ async fn live(
 
     // A first token that an attempt sent before it failed comes out of the engine once more and is compared, not sent.
     let mut repeated_first = false;
+    let mut written = Written::new(host, request, &admission);
     let (cached_tokens, member) = match prefilled {
         Some(done) => {
             host.engine.landed(sequence.id(), request.prompt.len());
             host.engine.resume(sequence.id(), done.first);
+            written.prompt_is_anothers();
+            written.token(0, done.first);
             (done.cached_tokens, done.member)
         }
         None => {
+            let read = fetch(host, request, &admission, sequence, answer).await;
             host.engine.compute(sequence.id(), None);
+            let cached_tokens = admission.cached_tokens + read;
             host.metrics.prompt_tokens(Source::Cache, admission.cached_tokens);
-            host.metrics.prompt_tokens(Source::Computed, request.prompt.len() - admission.cached_tokens);
+            host.metrics.prompt_tokens(Source::Store, read);
+            host.metrics.prompt_tokens(Source::Computed, request.prompt.len() - cached_tokens);
             repeated_first = answer.has_first();
-            (admission.cached_tokens, String::new())
+            (cached_tokens, String::new())
         }
     };
 
     loop {
-        match sequence.next(answer.caller()).await? {
+        let event = sequence.next(answer.caller()).await?;
+        if let Event::Token { choice, sampled } = &event {
+            written.token(*choice, sampled.token);
+        }
+        match event {
             Event::Token { choice: 0, sampled } if std::mem::take(&mut repeated_first) => answer.first(&sampled)?,
             Event::Token { choice, sampled } => answer.token(choice, &sampled)?,
             Event::Finished { choice, reason, left } => {
                 let told = answer.finished(choice, reason, request.prompt.len(), cached_tokens, &member);
+                written.finished(choice);
                 if left == 0 {
                     // A caller that left in this very moment has its answers or does not want them: the end is the same.
                     return Ok(End { cached_tokens, output_tokens: answer.sent_tokens(), member });
@@ -112,6 +128,37 @@ async fn live(
             Event::Admitted(_) | Event::Failed(_) => {} // admitted once already; failures come out of `next` as errors
         }
     }
+}
+
+/// Reads what the store has of the prompt and this worker lacks, where that is faster than computing it; how many tokens. Runs to
+/// its end even if the caller leaves, as the reads write into our blocks.
+async fn fetch(host: &Host, request: &Checked, admission: &Admission, sequence: &Sequence, answer: &Answer) -> usize {
+    let Some(store) = &host.store else { return 0 };
+    let block_size = host.model.layout.block_size as usize;
+    // The last token is always computed, as its logits choose the first token of the answer.
+    let (have, wanted) = (admission.cached_tokens / block_size, (request.prompt.len() - 1) / block_size);
+    let mut meanwhile = Computing { host, sequence };
+    let deadline = answer.caller().deadline();
+    let fetched = store.fetch(&request.id, admission, have..wanted, deadline, &mut meanwhile).await;
+    if !fetched.blocks.is_empty() {
+        host.engine.landed(sequence.id(), fetched.blocks.end * block_size);
+    }
+    fetched.blocks.len() * block_size
+}
+
+/// What comes before the blocks that are read is computed.
+struct Computing<'a> {
+    host: &'a Host,
+    sequence: &'a Sequence,
+}
+
+impl Meanwhile for Computing<'_> {
+    fn compute_until(&mut self, block: usize) {
+        let tokens = block * self.host.model.layout.block_size as usize;
+        self.host.engine.compute_until(self.sequence.id(), None, tokens);
+    }
+
+    fn arrived(&mut self, _: std::ops::Range<usize>) {}
 }
 
 /// Has a prefill worker compute the prompt, trying the candidates in order; `None` if the decode worker must do it.

@@ -2,8 +2,11 @@
 //!
 //! ```text
 //! admitted (own cache) ─▶ fetch: decode worker's blocks, then the store ─▶ compute the rest, pushing layer by layer
-//!    ─▶ first token ─▶ all writes complete ─▶ done ─▶ write back to the store ─▶ release
+//!    ─▶ first token ─▶ all writes complete ─▶ done ─▶ release; the blocks are queued for the store
 //! ```
+//!
+//! What was found is pushed as it is found: blocks that come from the store go on to the decode worker while those behind
+//! them are still on their way here.
 
 use std::{sync::Arc, time::Duration};
 
@@ -11,15 +14,16 @@ use kvasir_engine::Admission;
 use kvasir_proto::v1::{PrefillDone, PrefillEvent, prefill_event::Event};
 use kvasir_runtime::chain;
 use kvasir_transfer::{Batch, Op, Priority, Range};
-use kvasir_types::{BlockHash, Deadline};
+use kvasir_types::Deadline;
 
 use super::{push::Writes, service::Checked};
 use crate::{
     caller::Caller,
-    error::{Error, went_without_store},
+    error::Error,
     host::Host,
     metrics::{Outcome, Source},
     sequence::Sequence,
+    store::{Fetched, Finished, Meanwhile},
 };
 
 /// Where a prompt's KV came from, in tokens.
@@ -38,9 +42,7 @@ pub(super) async fn run(host: Arc<Host>, request: Checked, mut sequence: Sequenc
     match job.live(&mut sequence).await {
         Ok(admission) => {
             host.metrics.outcome(Outcome::Finished);
-            // The caller has its `done` and needs us no more; the blocks stay held until the store has them.
-            drop(caller);
-            write_back(&host, &id, &admission).await;
+            return finished(&host, id, admission, sequence);
         }
         Err(error) => {
             writes.stop().await;
@@ -69,15 +71,8 @@ impl Job<'_> {
     async fn live(&self, sequence: &mut Sequence) -> Result<Admission, Error> {
         let admission = sequence.admitted(self.caller).await?;
         let block_size = self.host.model.layout.block_size as usize;
-        let sources = self.fetch(&admission).await;
+        let sources = self.fetch(&admission, sequence).await;
         let found = (sources.cache + sources.peer + sources.store) / block_size;
-        if sources.peer + sources.store > 0 {
-            self.host.engine.landed(sequence.id(), found * block_size);
-        }
-
-        self.writes.push_found(&admission.tables, found);
-        let sink = self.writes.sink(self.prompt_tokens, found);
-        self.host.engine.compute(sequence.id(), Some(sink));
         let first = sequence.token(self.caller).await?;
         self.caller.send(PrefillEvent { event: Some(Event::FirstToken((&first).into())) })?;
 
@@ -103,21 +98,22 @@ impl Job<'_> {
         Ok(admission)
     }
 
-    /// Reads the blocks that somebody else has and this worker lacks. What can't be had is computed: no failure here
-    /// fails the request. Runs to its end even if the caller leaves, as the reads write into our blocks.
-    async fn fetch(&self, admission: &Admission) -> Sources {
+    /// Reads the blocks that somebody else has and this worker lacks, and has the others computed: what can't be had, too, so
+    /// no failure here fails the request. Runs to its end even if the caller leaves, as the reads write into our blocks.
+    async fn fetch(&self, admission: &Admission, sequence: &Sequence) -> Sources {
         let layout = &self.host.model.layout;
         let block_size = layout.block_size as usize;
         // The last token is always computed, as its logits choose the first token of the answer.
         let wanted = (self.prompt_tokens - 1) / block_size;
         let mut have = admission.cached_tokens / block_size;
         let mut sources = Sources { cache: have * block_size, ..Sources::default() };
-        let timeout = Duration::from_millis(self.host.config.prefill.fetch_timeout_ms);
-        let deadline = self.caller.deadline().min(Deadline::after(timeout));
-
+        self.writes.push_found(&admission.tables, 0..have);
         if !self.host.keeps_whole_prompts() {
+            self.compute(sequence, have);
             return sources;
         }
+        let timeout = Duration::from_millis(self.host.config.prefill.fetch_timeout_ms);
+        let deadline = self.caller.deadline().min(Deadline::after(timeout));
         let present = self.writes.destination().groups[0].present.min(wanted);
         if have < present {
             match self.read_from_caller(admission, have..present, deadline).await {
@@ -131,15 +127,30 @@ impl Job<'_> {
                 }
             }
         }
-        if let Some(store) = self.host.store.as_ref().filter(|_| have < wanted) {
-            let blocks = located(self.host, admission, wanted);
-            let report = store.read_on(self.id, &blocks, have, layout.block_bytes() as u64, deadline).await;
-            if let Some(error) = &report.error {
-                went_without_store(error, "store not read, going on without");
+        let mut fetched = Fetched::default();
+        if let Some(store) = &self.host.store {
+            if sources.peer > 0 {
+                self.host.engine.landed(sequence.id(), have * block_size);
             }
-            sources.store = report.blocks * block_size;
+            let mut meanwhile = Pushing { job: self, admission, sequence, have };
+            let deadline = self.caller.deadline();
+            fetched = store.fetch(self.id, admission, have..wanted, deadline, &mut meanwhile).await;
+            sources.store = fetched.blocks.len() * block_size;
+        }
+        if sources.peer + sources.store > 0 {
+            self.host.engine.landed(sequence.id(), fetched.blocks.end.max(have) * block_size);
+        }
+        if fetched.computing {
+            self.host.engine.compute(sequence.id(), None);
+        } else {
+            self.compute(sequence, have + fetched.blocks.len());
         }
         sources
+    }
+
+    /// Has the rest behind the first `found` blocks computed and pushed.
+    fn compute(&self, sequence: &Sequence, found: usize) {
+        self.host.engine.compute(sequence.id(), Some(self.writes.sink(self.prompt_tokens, found)));
     }
 
     async fn read_from_caller(
@@ -172,21 +183,30 @@ impl Job<'_> {
     }
 }
 
-/// Offers the prompt's full blocks to the store, which takes those it lacks.
-async fn write_back(host: &Host, id: &kvasir_types::RequestId, admission: &Admission) {
-    let worth_keeping = host.keeps_whole_prompts() && !admission.hashes.is_empty();
-    let Some(store) = host.store.as_ref().filter(|_| worth_keeping) else { return };
-    let deadline = Deadline::after(Duration::from_millis(host.config.prefill.write_back_timeout_ms));
-    let blocks = located(host, admission, admission.hashes.len());
-    let report = store.write(id, &host.origin(), &blocks, host.model.layout.block_bytes() as u64, deadline).await;
-    if let Some(error) = &report.error {
-        went_without_store(error, "blocks not written back to the store");
-    }
-    tracing::debug!(written = report.written, skipped = report.skipped, bytes = report.bytes, "written back");
+/// What is read is pushed, and what comes before it computed and pushed.
+struct Pushing<'a> {
+    job: &'a Job<'a>,
+    admission: &'a Admission,
+    sequence: &'a Sequence,
+    have: usize,
 }
 
-/// The first full blocks of the prompt with their hashes and where they are in this worker's arena.
-fn located(host: &Host, admission: &Admission, blocks: usize) -> Vec<(BlockHash, u64)> {
-    let place = |block| host.model.layout.block_offset(block) as u64;
-    admission.hashes.iter().zip(&admission.tables[0]).take(blocks).map(|(&hash, &block)| (hash, place(block))).collect()
+impl Meanwhile for Pushing<'_> {
+    fn compute_until(&mut self, block: usize) {
+        let Job { host, writes, prompt_tokens, .. } = self.job;
+        let sink = writes.sink(*prompt_tokens, self.have);
+        host.engine.compute_until(self.sequence.id(), Some(sink), block * host.model.layout.block_size as usize);
+    }
+
+    fn arrived(&mut self, blocks: std::ops::Range<usize>) {
+        self.job.writes.push_found(&self.admission.tables, blocks);
+    }
+}
+
+/// The prompt's full blocks are the store's to have, and the sequence is over.
+fn finished(host: &Host, request: kvasir_types::RequestId, admission: Admission, sequence: Sequence) {
+    let Some(store) = host.store.as_ref().filter(|store| store.write_back.wants_finished()) else { return };
+    let table = admission.tables.into_iter().next().unwrap_or_default();
+    let held = store.write_back.needs_sequence().then_some((sequence, table));
+    store.write_back.offer(Finished { request, chain: admission.hashes, first: 0, held });
 }

@@ -53,13 +53,13 @@ impl Writes {
         &self.target.destination
     }
 
-    /// Pushes whole blocks that were found rather than computed: those of the first `found` that the decode worker lacks.
-    pub(super) fn push_found(&self, tables: &[Vec<BlockId>], found: usize) {
+    /// Pushes whole blocks that were found rather than computed: those among them that the decode worker lacks.
+    pub(super) fn push_found(&self, tables: &[Vec<BlockId>], found: std::ops::Range<usize>) {
         let Target { layout, destination, .. } = &*self.target;
         let len = layout.block_bytes() as u64;
         let mut ranges = Vec::new();
         for (table, landing) in tables.iter().zip(&destination.groups) {
-            let lacking = table.iter().enumerate().take(found).skip(landing.present);
+            let lacking = table.iter().enumerate().take(found.end).skip(found.start.max(landing.present));
             ranges.extend(lacking.filter_map(|(index, &block)| {
                 let remote = wanted(landing, block, index)?;
                 Some(Range { local: layout.block_offset(block) as u64, remote, len })

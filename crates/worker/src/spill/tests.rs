@@ -104,7 +104,7 @@ async fn world() -> World {
     config.store.spill.read_timeout_ms = 60_000;
     let bytes = BLOCKS * LAYOUT.block_bytes();
     let transfer = TransferEngine::new(kvasir_transfer::Config::default(), LocalNet::new(), bytes).unwrap();
-    let patient = kvasir_store_client::Config { timeout_ms: 60_000, ..Default::default() };
+    let patient = kvasir_store_client::Config { timeout_ms: 60_000, lookup_timeout_ms: 60_000, ..Default::default() };
     let store = StoreClient::new(patient, registry.view(), transfer.clone());
     let metrics = SpillMetrics::new(&context.metrics);
     let spills = Spills::new(&config, LAYOUT, &transfer, &store, &context.tasks, metrics).unwrap().unwrap();

@@ -12,6 +12,7 @@ mod kv_store;
 mod record;
 mod report;
 mod rivals;
+mod shared_prompt;
 mod transfer;
 
 use std::process::ExitCode;
@@ -52,8 +53,9 @@ async fn run() -> Result<()> {
         "engine" => engine::run(&options)?,
         "first-light" => first_light::run(&options).await?,
         "kv-store" => kv_store::run(&options).await?,
+        "shared-prompt" => shared_prompt::run(&options).await?,
         "transfer" => transfer::run(&options)?,
-        _ => bail!("there is no benchmark '{name}'; there are: engine, first-light, kv-store, transfer"),
+        _ => bail!("there is no benchmark '{name}'; there are: engine, first-light, kv-store, shared-prompt, transfer"),
     };
     report.finish()
 }

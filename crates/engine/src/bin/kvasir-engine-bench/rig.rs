@@ -93,7 +93,13 @@ impl Rig {
             ..usual
         };
         let proposer = plan.ngram.then(|| Box::new(NGrams::default()) as Box<dyn Proposer>);
-        let parts = Parts { runner: Box::new(ModelRunner::new(backend)), constraints: None, proposer, spill: None };
+        let parts = Parts {
+            runner: Box::new(ModelRunner::new(backend)),
+            constraints: None,
+            proposer,
+            spill: None,
+            on_evict: None,
+        };
         let engine = Engine::new(config.clone(), layout, blocks, parts);
         let root = BlockHash::root(folder.fingerprint(), &layout, "");
         let (cost, seed) = (folder.cost(), setup.seed);
