@@ -89,6 +89,7 @@ pub async fn add(options: &Options, report: &mut Report) -> Result<()> {
         let from_store = metrics.sum_where("kvasir_worker_prompt_tokens_total", &[("source", "Store")]);
         let expected = (SHARED * (repetition / 2 + 1)) as f64;
         ensure!(from_store >= expected, "{from_store} of {expected} tokens came from the store");
+        println!("        computed {:.0} ms, read {:.0} ms", computed[repetition], read[repetition]);
     }
     let what = format!("TTFT, {SHARED} shared tokens, another prefill worker than the first");
     report.push(Row::repeated(what, "ms", &read, "computed", &computed).at_most(0.35));
