@@ -1,26 +1,84 @@
 //! Who has to go: the order in which idle things are given up.
 //!
-//! A policy sees only blocks that nobody uses: one is inserted when its last user leaves, removed when somebody takes it
-//! up again, and popped when its place is needed. The owner (block pool, store tier) keeps the contents; so one policy
-//! serves any of them. A policy may not invent, lose or double blocks: `crate::model_tests` holds for every
-//! implementation.
+//! A policy hands out only blocks that nobody uses: one is inserted when its last user leaves, removed when somebody
+//! takes it up again, and popped when its place is needed. The owner (block pool, store tier) keeps the contents; so one
+//! policy serves any of them. A policy may not invent, lose or double blocks: `crate::evict::tests` and
+//! `crate::model_tests` hold for every implementation.
+//!
+//! What may make a policy better than recency is told to it beside that: [`ask`](Evict::ask) says that a request begins
+//! (policies know no other clock), [`describe`](Evict::describe) what a new block is and what it hangs on,
+//! [`touch`](Evict::touch) that it was asked for, held or not, and [`gone`](Evict::gone) that its contents are no more.
+//! An owner that says none of it gets the same laws and a poorer order.
+//!
+//! | policy | bytes a block | for |
+//! | --- | --- | --- |
+//! | [`Lru`] | 8 | a worker's pool, whose chains the pool itself keeps in order; nodes that share prompts |
+//! | [`S3Fifo`] | 20 to 40 | comparison: what page caches do |
+//! | [`HitDensity`] | 36 to 44, and up to 6 MB a policy | a store whose prompts are on one node |
+//!
+//! docs/eviction.md has the measurements.
 
-use kvasir_types::BlockId;
+use kvasir_types::{BlockHash, BlockId};
+
+mod hit_density;
+mod lru;
+mod s3_fifo;
+
+pub use hit_density::HitDensity;
+pub use lru::Lru;
+pub use s3_fifo::S3Fifo;
+
+/// How far a request got: the same for all of its blocks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Ask {
+    /// One past the last block of the prompt that was there, as far as known: all before it were there once, too.
+    pub found: u32,
+    /// Blocks of the prompt, as far as known.
+    pub blocks: u32,
+}
+
+/// What is known of a block when it is written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Facts<K> {
+    /// What it is called, before and after it was evicted.
+    pub hash: BlockHash,
+    /// The block it hangs on, if that is described here too: it is not popped before this one.
+    pub parent: Option<K>,
+    /// Blocks of its prompt before it.
+    pub position: u32,
+    /// The request it is written for. Describe a prompt's blocks from its start.
+    pub ask: Ask,
+}
 
 /// An order of eviction over keys that nobody uses at present.
 pub trait Evict<K>: Send {
+    /// A request begins: time moves on by one, and touches from here on are its.
+    fn ask(&mut self, _ask: Ask) {}
+
+    /// `key` stands for a new block now: whatever was known under it is [`gone`](Evict::gone). The block is held until
+    /// it is [inserted](Evict::insert).
+    fn describe(&mut self, key: K, _facts: Facts<K>) {
+        self.gone(&key);
+    }
+
     /// `key` is not used by anybody any more and may be evicted. Inserting a key that is there counts as [`touch`].
     ///
     /// [`touch`]: Evict::touch
     fn insert(&mut self, key: K);
 
-    /// `key`, if it is there, was asked for, but is not held by the one who asked (a store's hit on an unpinned block).
+    /// `key` was asked for. If nobody holds it, it stays in the order; if somebody does, it is remembered by policies
+    /// that have a memory.
     fn touch(&mut self, key: &K);
 
-    /// `key` is in use again, or gone. Whether it was there.
+    /// `key` is in use, or being moved: it can't be popped until it is inserted again. Whether it was there.
     fn remove(&mut self, key: &K) -> bool;
 
-    /// Takes out the key that should go first; `None` if there is none.
+    /// `key` does not stand for its block any more, held or not. Whether it could have been popped.
+    fn gone(&mut self, key: &K) -> bool {
+        self.remove(key)
+    }
+
+    /// Takes out the key that should go first, which is then gone; `None` if there is none.
     fn pop(&mut self) -> Option<K>;
 
     /// How many keys could be popped.
@@ -32,146 +90,24 @@ pub trait Evict<K>: Send {
     }
 }
 
-/// No neighbour on this side.
-const END: u32 = u32::MAX;
-/// Stands in `before` of a block that is not in the list.
-const OUT: u32 = u32::MAX - 1;
-
-#[derive(Clone, Copy, Debug)]
-struct Link {
-    before: u32,
-    after: u32,
+/// Part of a hash that stands for the block where a mistake costs no more than a poorer order.
+fn short(hash: BlockHash) -> u32 {
+    let [.., a, b, c, d] = hash.0;
+    u32::from_le_bytes([a, b, c, d])
 }
 
-/// Least recently used first. Every operation is O(1), and a block costs 8 bytes.
-///
-/// Block ids are small numbers without gaps, so the list's links lie in an array indexed by them: no allocation, no
-/// hashing, and one cache line for each neighbour touched. (A map from key to age and one from age to key, which this was
-/// before, took more than 100 bytes a block.)
-#[derive(Debug)]
-pub struct Lru {
-    /// By block id; as long as the greatest id seen needs.
-    links: Vec<Link>,
-    first: u32,
-    last: u32,
-    len: usize,
+/// The policy of that name, for `capacity` blocks; `None` if there is none. For tools that compare them.
+pub fn policy(name: &str, capacity: usize) -> Option<Box<dyn Evict<BlockId>>> {
+    Some(match name {
+        "lru" => Box::new(Lru::with_capacity(capacity)),
+        "s3-fifo" => Box::new(S3Fifo::with_capacity(capacity)),
+        "hit-density" => Box::new(HitDensity::with_capacity(capacity)),
+        _ => return None,
+    })
 }
 
-impl Default for Lru {
-    fn default() -> Self {
-        Self { links: Vec::new(), first: END, last: END, len: 0 }
-    }
-}
-
-impl Lru {
-    /// An empty order with room for the blocks below `capacity`.
-    pub fn with_capacity(capacity: usize) -> Self {
-        Self { links: vec![Link { before: OUT, after: END }; capacity], ..Self::default() }
-    }
-
-    /// Whether the block is in the order.
-    pub fn contains(&self, id: BlockId) -> bool {
-        self.links.get(id.0 as usize).is_some_and(|link| link.before != OUT)
-    }
-
-    /// Like [`insert`](Evict::insert), but at the other end: the block is the next to go.
-    pub fn insert_first(&mut self, id: BlockId) {
-        self.unlink(id);
-        let link = Link { before: END, after: self.first };
-        match self.first {
-            END => self.last = id.0,
-            first => self.link(first).before = id.0,
-        }
-        self.first = id.0;
-        *self.link(id.0) = link;
-        self.len += 1;
-    }
-
-    fn link(&mut self, id: u32) -> &mut Link {
-        &mut self.links[id as usize]
-    }
-
-    /// Takes the block out, if it is in; afterwards there is a place for its link.
-    fn unlink(&mut self, id: BlockId) -> bool {
-        assert!(id.0 < OUT, "{id} is no block");
-        if self.links.len() <= id.0 as usize {
-            self.links.resize(id.0 as usize + 1, Link { before: OUT, after: END });
-        }
-        let Link { before, after } = *self.link(id.0);
-        if before == OUT {
-            return false;
-        }
-        match before {
-            END => self.first = after,
-            before => self.link(before).after = after,
-        }
-        match after {
-            END => self.last = before,
-            after => self.link(after).before = before,
-        }
-        *self.link(id.0) = Link { before: OUT, after: END };
-        self.len -= 1;
-        true
-    }
-}
-
-impl Evict<BlockId> for Lru {
-    fn insert(&mut self, id: BlockId) {
-        self.unlink(id);
-        let link = Link { before: self.last, after: END };
-        match self.last {
-            END => self.first = id.0,
-            last => self.link(last).after = id.0,
-        }
-        self.last = id.0;
-        *self.link(id.0) = link;
-        self.len += 1;
-    }
-
-    fn touch(&mut self, id: &BlockId) {
-        if self.contains(*id) {
-            self.insert(*id);
-        }
-    }
-
-    fn remove(&mut self, id: &BlockId) -> bool {
-        self.contains(*id) && self.unlink(*id)
-    }
-
-    fn pop(&mut self) -> Option<BlockId> {
-        let id = BlockId(self.first);
-        (self.first != END).then(|| {
-            self.unlink(id);
-            id
-        })
-    }
-
-    fn len(&self) -> usize {
-        self.len
-    }
-}
+/// What [`policy`] knows.
+pub const POLICIES: [&str; 3] = ["lru", "s3-fifo", "hit-density"];
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_least_recently_used_block_goes_first() {
-        let mut lru = Lru::default();
-        (0..4).for_each(|id| lru.insert(BlockId(id)));
-        lru.touch(&BlockId(0));
-        assert!(lru.remove(&BlockId(2)));
-        lru.insert(BlockId(1));
-        lru.insert_first(BlockId(7));
-        assert_eq!(std::iter::from_fn(|| lru.pop()).map(|id| id.0).collect::<Vec<_>>(), [7, 3, 0, 1]);
-    }
-
-    #[test]
-    fn a_block_that_is_not_there_is_neither_touched_nor_removed() {
-        let mut lru = Lru::default();
-        lru.touch(&BlockId(1));
-        assert!(!lru.remove(&BlockId(1)));
-        assert_eq!(lru.pop(), None);
-        assert!(lru.is_empty());
-    }
-}
+mod tests;

@@ -1,7 +1,7 @@
 //! Which KV blocks hold what, who uses them, and which one goes next: pure data structures.
 //!
 //! No clock, no I/O, no threads, no locks, and no bytes of KV: only ids. The engine keeps one [`KvCache`] for its arena
-//! and one [`Table`] for each sequence; a KV store node uses [`Lru`] for its own blocks. What is guarded here:
+//! and one [`Table`] for each sequence; a KV store node an order of eviction ([`Evict`]) for its own. What is guarded here:
 //!
 //! - a block is handed out to one writer at a time, and not again before it came back;
 //! - a block that anybody reads is never written or evicted, one that a peer may write is never read;
@@ -24,7 +24,7 @@ mod evict;
 
 pub use cache::{Hit, KvCache};
 pub use events::{Batch, CacheEvent, Snapshot, Stored};
-pub use evict::{Evict, Lru};
+pub use evict::{Ask, Evict, Facts, HitDensity, Lru, POLICIES, S3Fifo, policy};
 pub use geometry::{Geometry, in_group};
 pub use pool::{BlockPool, Counts, Filling, Landing, Leaving, Name, OnEvict, Sealed};
 pub use table::Table;

@@ -211,6 +211,7 @@ impl Search<'_> {
             block_bytes: self.block_bytes,
             wait_ms: 0,
             ended: Vec::new(),
+            prompt_blocks: u32::try_from(self.blocks.len()).unwrap_or(u32::MAX),
             epoch: epoch.0,
         };
         let (again, mut asked) = (message.clone(), Instant::now());

@@ -206,6 +206,7 @@ impl Offer<'_> {
             hashes: convert::pack16(share.blocks.iter().map(|&block| &self.blocks[block].0.0)),
             block_bytes: self.block_bytes,
             runs: self.runs(share),
+            prompt_blocks: u32::try_from(self.blocks.len()).unwrap_or(u32::MAX),
             model: self.origin.model.map_or_else(Default::default, |model| convert::bytes16(&model.0)),
             tenant: self.origin.tenant.clone(),
             epoch: epoch.0,

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     disk::DiskConfig,
-    store::{Limits, Settings},
+    store::{Limits, Policies, Policy, Settings},
 };
 
 /// A KV store node.
@@ -65,12 +65,31 @@ pub struct Config {
     pub disk: DiskConfig,
     /// Of the memory, what hard pins may keep, in percent. Default 50.
     pub max_pinned_percent: u8,
+    /// Which blocks go first when there is no room.
+    pub eviction: EvictionConfig,
     /// How much room tenants may take.
     pub quotas: QuotasConfig,
     /// Limits; past them a caller is refused.
     pub limits: LimitsConfig,
     /// Moving blocks.
     pub transfer: kvasir_transfer::Settings,
+}
+
+/// Which blocks go first: `hit-density`, `lru` or `s3-fifo` (docs/eviction.md).
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct EvictionConfig {
+    /// From memory. Default hit-density, which takes some 40 bytes for each block that memory has room for.
+    pub memory: Policy,
+    /// From the disk. Default lru, which takes 8 bytes a block: a disk has room for many, and the larger a tier is, the less
+    /// the order matters.
+    pub disk: Policy,
+}
+
+impl Default for EvictionConfig {
+    fn default() -> Self {
+        Self { memory: Policy::HitDensity, disk: Policy::Lru }
+    }
 }
 
 /// Quotas: a tenant who has one may take so many percent of the memory, and of the disk; past that, new blocks displace his
@@ -122,6 +141,7 @@ impl Default for Config {
             verify_on_commit: true,
             disk: DiskConfig::default(),
             max_pinned_percent: 50,
+            eviction: EvictionConfig::default(),
             quotas: QuotasConfig::default(),
             limits: LimitsConfig::default(),
             transfer: kvasir_transfer::Settings::default(),
@@ -180,6 +200,7 @@ impl Config {
             // The disk takes as many reads, and as many writes, as may wait: none is refused for that.
             max_moves: self.disk.queue,
             max_pinned_percent: percent,
+            policies: Policies { memory: self.eviction.memory, disk: self.eviction.disk },
             quotas: Limits {
                 tenants: tenants.iter().map(|(name, &percent)| (name.clone(), percent)).collect(),
                 others: *default_percent,

@@ -34,5 +34,6 @@ mod store;
 #[cfg(test)]
 mod tests;
 
-pub use config::{Config, LimitsConfig};
+pub use config::{Config, EvictionConfig, LimitsConfig, QuotasConfig};
 pub use serve::{run, run_with_etcd};
+pub use store::Policy;

@@ -6,7 +6,6 @@
 use std::{
     collections::{HashMap, HashSet},
     sync::{Arc, Weak},
-    time::Instant,
 };
 
 use kvasir_transfer::MemoryRange;
@@ -24,9 +23,9 @@ const MAX_GONE: usize = 1 << 16;
 
 impl Node {
     /// Starts to fetch what of a run is on disk only: how many blocks are coming, and whether the disk took all of it.
-    pub(crate) fn fetch(self: &Arc<Self>, now: Instant, size: BlockBytes, hashes: &[BlockHash]) -> (usize, bool) {
+    pub(crate) fn fetch(self: &Arc<Self>, size: BlockBytes, hashes: &[BlockHash]) -> (usize, bool) {
         let Some(tier) = &self.disk else { return (0, true) };
-        let fetch = self.lock().store.fetch(now, size, hashes);
+        let fetch = self.lock().store.fetch(size, hashes);
         let mut all_sent = true;
         for read in fetch.reads {
             let node = Arc::downgrade(self);

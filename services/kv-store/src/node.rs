@@ -84,6 +84,8 @@ pub(crate) struct Offer<'a> {
     /// One for each hash, its origin left open.
     pub(crate) facts: &'a [Facts],
     pub(crate) origin: &'a Origin,
+    /// Of the prompt they belong to, as far as told.
+    pub(crate) prompt_blocks: u32,
 }
 
 impl Node {
@@ -124,25 +126,32 @@ impl Node {
         self: &Arc<Self>,
         size: BlockBytes,
         hashes: &[BlockHash],
+        prompt_blocks: u32,
         until: Instant,
     ) -> Result<(Option<Found>, usize), Error> {
         loop {
             // Before the look: what arrives between the two is not missed.
             let arrived = self.arrived.notified();
             let now = Instant::now();
-            let (coming, all_sent) = self.fetch(now, size, hashes);
+            let (coming, all_sent) = self.fetch(size, hashes);
             if coming == 0 || !all_sent || now >= until {
-                return Ok((self.look_up(now, size, hashes)?, coming));
+                return Ok((self.look_up(now, size, hashes, prompt_blocks)?, coming));
             }
             // A timeout loses nothing: the loop looks once more.
             let _came_or_too_late = tokio::time::timeout_at(until.into(), arrived).await;
         }
     }
 
-    fn look_up(&self, now: Instant, size: BlockBytes, hashes: &[BlockHash]) -> Result<Option<Found>, Error> {
+    fn look_up(
+        &self,
+        now: Instant,
+        size: BlockBytes,
+        hashes: &[BlockHash],
+        prompt_blocks: u32,
+    ) -> Result<Option<Found>, Error> {
         let mut state = self.lock();
         let before = state.store.next_end();
-        let found = state.store.lookup(now, size, hashes)?;
+        let found = state.store.lookup(now, size, hashes, prompt_blocks)?;
         self.wake(before, &state);
         Ok(found)
     }
@@ -194,7 +203,7 @@ impl Node {
             Err(error) => {
                 // Nobody ever had a key to it.
                 state.store.begin_commit(reservation).expect("it was opened above");
-                state.store.finish_reservation(now, reservation, &HashMap::new());
+                state.store.finish_reservation(reservation, &HashMap::new());
                 Err(Error::Grant(error))
             }
         }
@@ -228,7 +237,7 @@ impl Node {
             (Ok(()), committing) => Ok((committing, present)),
             (Err(error), committing) => {
                 if let Some(Committing { closed, .. }) = committing {
-                    self.lock().store.finish_reservation(now, closed.id, &HashMap::new());
+                    self.lock().store.finish_reservation(closed.id, &HashMap::new());
                 }
                 Err(Error::Grant(error))
             }
@@ -257,7 +266,7 @@ impl Node {
     pub(crate) async fn undo(&self, closed: Closed) {
         let id = closed.id;
         closed.revoke().await;
-        self.lock().store.finish_reservation(Instant::now(), id, &HashMap::new());
+        self.lock().store.finish_reservation(id, &HashMap::new());
     }
 
     /// Ends a reservation with those of its blocks that `named` gives the right checksum of. How many became visible.
@@ -273,7 +282,7 @@ impl Node {
         {
             let mut state = self.lock();
             state.torn_blocks += (claims - good.len()) as u64;
-            state.store.finish_reservation(Instant::now(), id, &good);
+            state.store.finish_reservation(id, &good);
         }
         self.write_behind();
         good.len()
@@ -306,7 +315,7 @@ impl Node {
     pub(crate) async fn report(self: &Arc<Self>, size: BlockBytes, hashes: &[BlockHash]) -> Result<usize, Error> {
         let mut broken = Vec::new();
         for &hash in hashes {
-            let Some(found) = self.look_up(Instant::now(), size, &[hash])? else { continue };
+            let Some(found) = self.look_up(Instant::now(), size, &[hash], 0)? else { continue };
             let places: Vec<_> =
                 found.blocks.iter().map(|block| (Place { hash, offset: block.offset, size }, block.checksum)).collect();
             let right = self.verified(places).await;
@@ -371,7 +380,7 @@ impl State {
     fn reserve(&mut self, now: Instant, offer: &Offer<'_>) -> Result<Reserved, Error> {
         let origin = self.store.origin(offer.origin);
         let facts = |n: usize| Facts { origin, ..offer.facts.get(n).copied().unwrap_or_default() };
-        Ok(self.store.reserve(now, offer.size, offer.hashes, facts)?)
+        Ok(self.store.reserve(now, offer.size, offer.hashes, offer.prompt_blocks, facts)?)
     }
 }
 

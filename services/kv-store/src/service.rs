@@ -129,7 +129,7 @@ impl StoreService {
             return Err(kvasir_proto::Error::TooMany { field, got, limit }.into());
         }
         self.node.end_leases(request.ended.iter().map(|&lease| LeaseId(lease)));
-        let (found, coming) = self.node.lookup(size, &hashes, until(request.wait_ms)).await?;
+        let (found, coming) = self.node.lookup(size, &hashes, request.prompt_blocks, until(request.wait_ms)).await?;
         let blocks = found.as_ref().map_or(0, |found| found.blocks.len());
         tracing::debug!(request_id = request.request_id, asked = hashes.len(), found = blocks, coming, "lookup");
         let coming = coming as u32;
@@ -160,7 +160,8 @@ impl StoreService {
         }
         let facts = messages::facts(&request.runs, &hashes)?;
         let origin = messages::origin(&request.model, &request.tenant)?;
-        let offer = Offer { size, hashes: &hashes, facts: &facts, origin: &origin };
+        let prompt_blocks = request.prompt_blocks;
+        let offer = Offer { size, hashes: &hashes, facts: &facts, origin: &origin, prompt_blocks };
         let (reserved, key) = self.node.reserve(Instant::now(), &offer)?;
         Ok(v1::ReserveResponse {
             slots: reserved.slots.iter().map(messages::slot).collect(),
@@ -191,7 +192,7 @@ impl StoreService {
             return Err(Error::TooLarge { bytes: size.0, limit: MAX_INLINE_BYTES as u64 });
         }
         let wanted = &hashes[..hashes.len().min(fit)];
-        let (found, _) = self.node.lookup(size, wanted, until(request.wait_ms)).await?;
+        let (found, _) = self.node.lookup(size, wanted, 0, until(request.wait_ms)).await?;
         let Some(found) = found else { return Ok(v1::GetResponse::default()) };
         let read = |offset| {
             let mut bytes = vec![0; size.0 as usize];
@@ -221,7 +222,7 @@ impl StoreService {
         }
         let facts = messages::facts(&request.runs, &hashes)?;
         let origin = messages::origin(&request.model, &request.tenant)?;
-        let offer = Offer { size, hashes: &hashes, facts: &facts, origin: &origin };
+        let offer = Offer { size, hashes: &hashes, facts: &facts, origin: &origin, prompt_blocks: 0 };
         let (committing, present) = self.node.reserve_and_fill(Instant::now(), &offer, &request.blocks)?;
         let committed = match committing {
             Some(committing) => self.finish(committing, named).await?,
@@ -241,7 +242,7 @@ impl StoreService {
         };
         if keep == Keep::Hard {
             // Only memory keeps a promise.
-            let (found, _) = self.node.lookup(size, &hashes, Instant::now() + MAX_WAIT).await?;
+            let (found, _) = self.node.lookup(size, &hashes, 0, Instant::now() + MAX_WAIT).await?;
             self.node.end_leases(found.map(|found| found.lease));
         }
         let until = Instant::now() + Duration::from_millis(request.ttl_ms).min(MAX_PIN);

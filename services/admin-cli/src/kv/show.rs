@@ -111,7 +111,8 @@ pub(crate) fn stats_table(stats: &Stats) -> String {
     ]);
     for node in &stats.nodes {
         let asked = node.hit_blocks_total + node.missed_blocks_total;
-        let hit = if asked == 0 { "-".to_owned() } else { format!("{} %", node.hit_blocks_total * 100 / asked) };
+        let hit =
+            (node.hit_blocks_total * 100).checked_div(asked).map_or_else(|| "-".to_owned(), |hit| format!("{hit} %"));
         let disk = node.disk_state != "none";
         let of_disk = |text: String| if disk { text } else { "-".to_owned() };
         nodes.row(vec![

@@ -13,23 +13,31 @@
 //! only while it is `Present`. All changes of an entry go through [`Index::change`], which compares what may be given up
 //! before and after, so that orders and holds can't miss one. Blocks are named by hash within their size.
 
-use hashbrown::HashTable;
-use kvasir_kv_cache::{Evict, Lru};
+use kvasir_kv_cache::Ask;
 use kvasir_types::{BlockHash, BlockId};
+
+mod class;
+mod room;
+mod table;
+
+#[cfg(test)]
+mod check;
+
+use class::{Class, MAX_CLASSES};
+use table::Table;
+
+pub(crate) use class::Policies;
+pub use class::Policy;
 
 use super::{
     Checksum,
     entry::{ClassId, Entry, Facts, Keep, Level, Moving, State},
-    quota::{Quotas, ShareId},
-    slab::{BlockBytes, SlabId, Slabs, Slot, Use},
+    quota::Quotas,
+    slab::{BlockBytes, Slabs, Slot, Use},
 };
 
 /// Entries are allocated in pieces of so many: a vector that doubles would copy a gigabyte with the lock held.
 const PIECE: usize = 4096;
-/// The table from hash to block is cut into so many, for the same reason.
-const TABLES: usize = 256;
-/// Most classes: sizes in use times quotas in use.
-const MAX_CLASSES: usize = 250;
 
 /// Where a block's bytes are, in one tier.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,21 +45,6 @@ pub(crate) struct Place {
     pub(crate) hash: BlockHash,
     pub(crate) offset: u64,
     pub(crate) size: BlockBytes,
-}
-
-/// Blocks of one size that count against one quota.
-struct Class {
-    size: BlockBytes,
-    share: ShareId,
-    blocks: u64,
-    /// Those that each tier may give up, in the order in which they go.
-    idle: [Lru; 2],
-    /// Those of them that somebody wants kept: they go last.
-    soft: [Lru; 2],
-    /// When what last went from each tier had last been used: how old this class's oldest are, more or less.
-    tail: [Use; 2],
-    /// Blocks given up to make room for others of this class.
-    evictions: [u64; 2],
 }
 
 /// How many blocks there are, by state.
@@ -95,23 +88,26 @@ pub(crate) struct Index {
     slabs: [Slabs; 2],
     entries: Vec<Box<[Entry]>>,
     vacant: Vec<BlockId>,
-    tables: Vec<HashTable<u32>>,
-    seed: u64,
+    table: Table,
+    policies: Policies,
     classes: Vec<Class>,
+    /// What is asked for now.
+    ask: Ask,
     quotas: Quotas,
     blocks: Blocks,
     evicted: [Evicted; 2],
 }
 
 impl Index {
-    pub(crate) fn new(memory: Slabs, disk: Slabs, quotas: Quotas, seed: u64) -> Self {
+    pub(crate) fn new(memory: Slabs, disk: Slabs, quotas: Quotas, policies: Policies, seed: u64) -> Self {
         Self {
             slabs: [memory, disk],
             entries: Vec::new(),
             vacant: Vec::new(),
-            tables: (0..TABLES).map(|_| HashTable::new()).collect(),
-            seed,
+            table: Table::new(seed),
+            policies,
             classes: Vec::new(),
+            ask: Ask::default(),
             quotas,
             blocks: Blocks::default(),
             evicted: [Evicted::default(); 2],
@@ -141,22 +137,19 @@ impl Index {
 
     /// The block of that hash and size, in whichever state.
     pub(crate) fn find(&self, size: BlockBytes, hash: BlockHash) -> Option<BlockId> {
-        let (table, key) = self.key(hash);
-        let same = |&id: &u32| {
-            let entry = self.entry(BlockId(id));
+        self.table.find(hash, |id| {
+            let entry = self.entry(id);
             entry.hash == hash && self.class(entry.class).size == size
-        };
-        self.tables[table].find(key, same).map(|&id| BlockId(id))
+        })
     }
 
     /// Whether a block of any size is there under this hash with these bytes.
     pub(crate) fn holds(&self, hash: BlockHash, sum: Checksum) -> bool {
-        let (table, key) = self.key(hash);
-        let same = |&id: &u32| {
-            let entry = self.entry(BlockId(id));
+        let found = self.table.find(hash, |id| {
+            let entry = self.entry(id);
             entry.hash == hash && entry.state() == State::Present && entry.checksum == sum
-        };
-        self.tables[table].find(key, same).is_some()
+        });
+        found.is_some()
     }
 
     /// A block's entry, to look at.
@@ -192,19 +185,40 @@ impl Index {
         (end < self.capacity()).then_some(end)
     }
 
-    /// Room in memory for a block that is not there, giving up idle ones if need be. `None`: all that could be given up is
+    /// A request asks for blocks of this size: what it finds and touches from here on is its.
+    pub(crate) fn ask(&mut self, size: BlockBytes, ask: Ask) {
+        self.ask = ask;
+        for class in self.classes.iter_mut().filter(|class| class.size == size && class.blocks > 0) {
+            class.idle.iter_mut().for_each(|order| order.ask(ask));
+        }
+    }
+
+    /// Blocks are written of a prompt of which so much was there.
+    pub(crate) fn writing(&mut self, ask: Ask) {
+        self.ask = ask;
+    }
+
+    /// Room in memory for a block that is not there, giving up idle ones if need be. `after` is the block before it in its
+    /// prompt, if that is here. `None`: all that could be given up is
     /// in use, or the block is larger than a slab.
     ///
     /// # Panics
     /// If something is known under that hash and size.
-    pub(crate) fn reserve(&mut self, size: BlockBytes, hash: BlockHash, facts: Facts, now: Use) -> Option<BlockId> {
+    pub(crate) fn reserve(
+        &mut self,
+        size: BlockBytes,
+        hash: BlockHash,
+        facts: Facts,
+        after: Option<BlockId>,
+        now: Use,
+    ) -> Option<BlockId> {
         let class = self.class_for(size, facts)?;
         let id = self.enter(class, hash, facts, now)?;
         let Some(slot) = self.room(Level::Memory, class, id) else {
             self.leave(id);
             return None;
         };
-        self.give_slot(id, Level::Memory, slot);
+        self.give_slot(id, Level::Memory, slot, after);
         self.change(id, |entry| entry.set_state(State::Reserved));
         Some(id)
     }
@@ -235,13 +249,23 @@ impl Index {
             self.leave(id);
             return false;
         };
-        self.give_slot(id, Level::Disk, slot);
+        self.give_slot(id, Level::Disk, slot, None);
         self.change(id, |entry| {
             entry.checksum = checksum;
             entry.set_state(State::Present);
         });
         self.touch(id, last_use);
         true
+    }
+
+    /// Nobody gives up memory's bytes of these until [`Index::let_go`]; those of them that could be held.
+    pub(crate) fn hold(&mut self, ids: &[BlockId]) -> Vec<BlockId> {
+        ids.iter().copied().filter(|&id| self.entry(id).good_in(Level::Memory) && self.lease(id)).collect()
+    }
+
+    /// The end first, as readers do: it is the first to go again.
+    pub(crate) fn let_go(&mut self, ids: &[BlockId]) {
+        ids.iter().rev().for_each(|&id| self.end_lease(id));
     }
 
     /// A reader holds the block's bytes in memory. Whether one more could be counted.
@@ -276,7 +300,8 @@ impl Index {
         for level in Level::ALL {
             if entry.has_slot(level) {
                 self.slabs[level as usize].touch(entry.slots[level as usize], now);
-                self.order(&entry, level).touch(&id);
+                let key = self.order_key(id, &entry, level);
+                self.class_mut(entry.class).touch(level, key);
             }
         }
     }
@@ -294,7 +319,7 @@ impl Index {
             self.change(id, |entry| entry.set_moving(Moving::No));
             return None;
         };
-        self.give_slot(id, Level::Disk, slot);
+        self.give_slot(id, Level::Disk, slot, None);
         Some(self.slabs[Level::Disk as usize].offset(slot))
     }
 
@@ -309,7 +334,7 @@ impl Index {
 
     /// Room in memory for a block that is on disk only; the offset to read it to. `None`: it can't be read now, or there is
     /// no room.
-    pub(crate) fn start_read(&mut self, id: BlockId) -> Option<u64> {
+    pub(crate) fn start_read(&mut self, id: BlockId, after: Option<BlockId>) -> Option<u64> {
         let entry = *self.entry(id);
         if !entry.good_in(Level::Disk) || entry.has_slot(Level::Memory) || entry.moving() != Moving::No {
             return None;
@@ -319,7 +344,7 @@ impl Index {
             self.change(id, |entry| entry.set_moving(Moving::No));
             return None;
         };
-        self.give_slot(id, Level::Memory, slot);
+        self.give_slot(id, Level::Memory, slot, after);
         Some(self.slabs[Level::Memory as usize].offset(slot))
     }
 
@@ -371,80 +396,6 @@ impl Index {
         gone
     }
 
-    /// A slot, in this order: an empty one; that of the block of this size which is next to go; one of a slab of another
-    /// size whose blocks have gone unused the longest.
-    fn room(&mut self, level: Level, class: ClassId, owner: BlockId) -> Option<Slot> {
-        let size = self.class(class).size;
-        let over =
-            self.quotas.is_over(self.class(class).share, level, size, self.slabs[level as usize].capacity_bytes());
-        if !over && let Some(slot) = self.slabs[level as usize].take(size, owner) {
-            return Some(slot);
-        }
-        match self.next_victim(level, class, over) {
-            Some((victim, look_around)) => {
-                let age = self.entry(victim).last_use;
-                self.evict(victim, level);
-                if look_around
-                    && let Some((slab, last_use)) = self.slabs[level as usize].coldest_other(size)
-                    && last_use < age
-                {
-                    self.evict_slab(slab, level);
-                }
-            }
-            None if over => return None,
-            None => {
-                let (slab, _) = self.slabs[level as usize].coldest_other(size)?;
-                self.evict_slab(slab, level);
-            }
-        }
-        self.slabs[level as usize].take(size, owner)
-    }
-
-    /// Takes out the block that goes next, and says whether it is time to look at the slabs of other sizes: one that nobody
-    /// uses any more would keep its slabs for ever. Looking at all slabs costs, so it is done once for each slab's worth of
-    /// evictions. Who is over a quota pays with blocks of his own; else the class of this size whose blocks are oldest does.
-    fn next_victim(&mut self, level: Level, class: ClassId, over: bool) -> Option<(BlockId, bool)> {
-        let (size, at) = (self.class(class).size, level as usize);
-        let per_slab = self.slabs[at].slots_per_slab(size);
-        let mut candidates: Vec<usize> = if over {
-            vec![class.0 as usize]
-        } else {
-            (0..self.classes.len()).filter(|&at| self.classes[at].size == size && self.classes[at].blocks > 0).collect()
-        };
-        candidates.sort_by_key(|&class| self.classes[class].tail[at]);
-        let pop = |orders: fn(&mut Class) -> &mut [Lru; 2], classes: &mut [Class]| {
-            candidates.iter().find_map(|&class| Some((class, orders(&mut classes[class])[at].pop()?)))
-        };
-        let (from, victim) = pop(|class| &mut class.idle, &mut self.classes)
-            .or_else(|| pop(|class| &mut class.soft, &mut self.classes))?;
-        self.classes[from].tail[at] = self.entry(victim).last_use;
-        let evictions = &mut self.classes[class.0 as usize].evictions[at];
-        *evictions += 1;
-        Some((victim, evictions.is_multiple_of(per_slab.max(1))))
-    }
-
-    fn evict_slab(&mut self, slab: SlabId, level: Level) {
-        for id in self.slabs[level as usize].blocks_in(slab) {
-            let entry = *self.entry(id);
-            let was_idle = self.order(&entry, level).remove(&id);
-            assert!(was_idle, "a slab that nobody holds has idle blocks only");
-            self.evict(id, level);
-        }
-    }
-
-    /// A tier gives up a block that its eviction order has let go of.
-    fn evict(&mut self, id: BlockId, level: Level) {
-        let entry = *self.entry(id);
-        assert!(entry.idle_in(level), "only an idle block is evicted");
-        if entry.good_in(level.other()) {
-            self.evicted[level as usize].demoted += 1;
-            self.take_slot(id, level);
-        } else {
-            self.evicted[level as usize].lost += 1;
-            self.remove(id);
-        }
-    }
-
     /// The block is gone, with all its slots.
     fn remove(&mut self, id: BlockId) {
         for level in Level::ALL {
@@ -467,10 +418,8 @@ impl Index {
         let id = self.vacant.pop()?;
         let origin = facts.origin;
         *self.entry_mut(id) = Entry::new(hash, class, facts, last_use);
-        let (table, key) = self.key(hash);
-        let (entries, seed) = (&self.entries, self.seed);
-        let rehash = |&id: &u32| hash_key(entries[id as usize / PIECE][id as usize % PIECE].hash, seed).1;
-        self.tables[table].insert_unique(key, id.0, rehash);
+        let entries = &self.entries;
+        self.table.insert(hash, id, |id| entries[id.0 as usize / PIECE][id.0 as usize % PIECE].hash);
         self.classes[class.0 as usize].blocks += 1;
         self.quotas.entered(origin);
         Some(id)
@@ -479,31 +428,63 @@ impl Index {
     /// The opposite of [`Index::enter`].
     fn leave(&mut self, id: BlockId) {
         let Entry { hash, class, origin, .. } = *self.entry(id);
-        let (table, key) = self.key(hash);
-        let found = self.tables[table].find_entry(key, |&other| other == id.0);
-        found.expect("a block that is there is in the table").remove();
+        self.table.remove(hash, id);
         *self.entry_mut(id) = Entry::VACANT;
         self.vacant.push(id);
         self.classes[class.0 as usize].blocks -= 1;
         self.quotas.left(origin);
     }
 
-    fn give_slot(&mut self, id: BlockId, level: Level, slot: Slot) {
+    fn give_slot(&mut self, id: BlockId, level: Level, slot: Slot, after: Option<BlockId>) {
         self.slabs[level as usize].hold(slot);
         let class = self.class(self.entry(id).class);
         self.quotas.took(class.share, level, class.size);
         self.change(id, |entry| entry.slots[level as usize] = slot);
+        let entry = *self.entry(id);
+        self.slabs[level as usize].touch(slot, entry.last_use);
+        let key = self.order_key(id, &entry, level);
+        // Only what the same order knows can be named to it.
+        let before = after.filter(|&before| {
+            let before = self.entry(before);
+            before.class == entry.class && before.has_slot(level)
+        });
+        let parent = before.map(|before| self.order_key(before, self.entry(before), level));
+        let (position, ask) = (u32::from(entry.position), self.ask);
+        let facts = kvasir_kv_cache::Facts { hash: entry.hash, parent, position, ask };
+        self.class_mut(entry.class).describe(level, key, facts);
     }
 
     /// The block's slot in that tier is empty again.
     fn take_slot(&mut self, id: BlockId, level: Level) {
-        let slot = self.entry(id).slots[level as usize];
+        let entry = *self.entry(id);
+        let (slot, key) = (entry.slots[level as usize], self.order_key(id, &entry, level));
         self.change(id, |entry| entry.slots[level as usize] = Slot::NONE);
-        let class = self.class(self.entry(id).class);
+        let class = self.class_mut(entry.class);
+        class.gone(level, key);
         let (share, size) = (class.share, class.size);
         self.quotas.gave(share, level, size);
         self.slabs[level as usize].let_go(slot);
         self.slabs[level as usize].put(slot);
+    }
+
+    /// What orders of eviction call a block: small numbers without gaps. Most blocks of a large store are on disk only, so
+    /// those in memory are numbered by their slots.
+    fn order_key(&self, id: BlockId, entry: &Entry, level: Level) -> BlockId {
+        match level {
+            Level::Memory => {
+                let size = self.class(entry.class).size;
+                BlockId(self.slabs[level as usize].number(size, entry.slots[level as usize]))
+            }
+            Level::Disk => id,
+        }
+    }
+
+    /// The opposite of [`Index::order_key`].
+    fn block_at(&self, size: BlockBytes, level: Level, key: BlockId) -> BlockId {
+        match level {
+            Level::Memory => self.slabs[level as usize].owner(size, key.0),
+            Level::Disk => key,
+        }
     }
 
     /// Changes an entry and everything that follows from it: counters, eviction orders, and which slots are held.
@@ -519,11 +500,13 @@ impl Index {
             if was == is {
                 continue;
             }
-            if was.is_some() {
-                self.order(&before, level).remove(&id);
+            if let Some(keep) = was {
+                let key = self.order_key(id, &before, level);
+                self.class_mut(before.class).remove(level, keep, key);
             }
-            if is.is_some() {
-                self.order(&after, level).insert(id);
+            if let Some(keep) = is {
+                let key = self.order_key(id, &after, level);
+                self.class_mut(after.class).insert(level, keep, key);
             }
             // A slot that is given away counts as held: see `take_slot`.
             match (was.is_some(), is.is_some()) {
@@ -535,17 +518,12 @@ impl Index {
         result
     }
 
-    fn order(&mut self, entry: &Entry, level: Level) -> &mut Lru {
-        let class = &mut self.classes[entry.class.0 as usize];
-        match entry.keep() {
-            Keep::Cached => &mut class.idle[level as usize],
-            // Of a hard pin only the copies that are not the last.
-            Keep::Soft | Keep::Hard => &mut class.soft[level as usize],
-        }
-    }
-
     fn class(&self, id: ClassId) -> &Class {
         &self.classes[id.0 as usize]
+    }
+
+    fn class_mut(&mut self, id: ClassId) -> &mut Class {
+        &mut self.classes[id.0 as usize]
     }
 
     /// The class of blocks of that size and origin; `None` if a slab can't hold such a block or there are too many classes.
@@ -558,13 +536,13 @@ impl Index {
         let at = match found.or_else(|| self.classes.iter().position(|class| class.blocks == 0)) {
             Some(at) => at,
             None if self.classes.len() < MAX_CLASSES => {
-                self.classes.push(Class::new(size, share));
+                self.classes.push(Class::new(size, share, &self.policies, self.classes.len()));
                 self.classes.len() - 1
             }
             None => return None,
         };
         if (self.classes[at].size, self.classes[at].share) != (size, share) {
-            self.classes[at] = Class::new(size, share);
+            self.classes[at] = Class::new(size, share, &self.policies, at);
         }
         Some(ClassId(u8::try_from(at).expect("below MAX_CLASSES")))
     }
@@ -573,26 +551,8 @@ impl Index {
         u32::try_from(self.entries.len() * PIECE).expect("ids are 32 bits")
     }
 
-    fn key(&self, hash: BlockHash) -> (usize, u64) {
-        hash_key(hash, self.seed)
-    }
-
     fn entry_mut(&mut self, id: BlockId) -> &mut Entry {
         &mut self.entries[id.0 as usize / PIECE][id.0 as usize % PIECE]
-    }
-}
-
-impl Class {
-    fn new(size: BlockBytes, share: ShareId) -> Self {
-        Self {
-            size,
-            share,
-            blocks: 0,
-            idle: Default::default(),
-            soft: Default::default(),
-            tail: Default::default(),
-            evictions: [0; 2],
-        }
     }
 }
 
@@ -625,64 +585,5 @@ impl Blocks {
 
     fn leave(&mut self, entry: &Entry) {
         self.count(entry, |n| *n -= 1);
-    }
-}
-
-/// Which table, and the key in it. Hashes come from outside, and a writer could choose many that fall together: the seed is
-/// the node's own.
-fn hash_key(hash: BlockHash, seed: u64) -> (usize, u64) {
-    let mut first = [0; 8];
-    first.copy_from_slice(&hash.0[..8]);
-    let wide = u128::from(u64::from_le_bytes(first) ^ seed) * u128::from(0x9e37_79b9_7f4a_7c15_u64);
-    let key = (wide >> 64) as u64 ^ wide as u64;
-    // Bits that the table itself uses neither for the bucket nor for the tag.
-    ((key >> 48) as usize % TABLES, key)
-}
-
-#[cfg(test)]
-impl Index {
-    /// Compares every counter and every order with the entries.
-    pub(crate) fn check(&self) {
-        let mut blocks = Blocks::default();
-        let mut places: [Vec<(u64, u64)>; 2] = Default::default();
-        let (mut live, mut idle, mut by_class) = (0, [0; 2], std::collections::HashMap::new());
-        for id in 0..self.capacity() {
-            let (id, entry) = (BlockId(id), self.entry(BlockId(id)));
-            if entry.state() == State::Vacant {
-                continue;
-            }
-            live += 1;
-            blocks.enter(entry);
-            *by_class.entry(entry.class.0).or_insert(0) += 1;
-            assert_eq!(self.find(self.size(id), entry.hash), Some(id));
-            assert!(Level::ALL.iter().any(|&level| entry.has_slot(level)), "{id} is nowhere");
-            for level in Level::ALL {
-                if entry.has_slot(level) {
-                    let place = self.place(id, level);
-                    places[level as usize].push((place.offset, place.offset + place.size.0));
-                }
-                if entry.idle_in(level) {
-                    idle[level as usize] += 1;
-                    let class = self.class(entry.class);
-                    let orders = [&class.idle[level as usize], &class.soft[level as usize]];
-                    assert!(orders[usize::from(entry.keep() != Keep::Cached)].contains(id));
-                }
-            }
-        }
-        assert_eq!(blocks, self.blocks);
-        assert_eq!(live, self.tables.iter().map(HashTable::len).sum::<usize>());
-        assert_eq!(live + self.vacant.len(), self.capacity() as usize);
-        for (class, at) in self.classes.iter().zip(0u8..) {
-            assert_eq!(class.blocks, by_class.get(&at).copied().unwrap_or(0));
-        }
-        for level in Level::ALL {
-            let at = level as usize;
-            self.slabs[at].check();
-            let listed: usize = self.classes.iter().map(|class| class.idle[at].len() + class.soft[at].len()).sum();
-            assert_eq!(listed, idle[at], "{level:?}: listed = what may be given up");
-            places[at].sort_unstable();
-            assert!(places[at].windows(2).all(|pair| pair[0].1 <= pair[1].0), "two blocks share a byte");
-            assert!(places[at].last().is_none_or(|last| last.1 <= self.slabs[at].capacity_bytes()));
-        }
     }
 }

@@ -33,6 +33,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use kvasir_kv_cache::Ask;
 use kvasir_types::{BlockHash, BlockId};
 
 use entry::State;
@@ -43,7 +44,8 @@ use quota::Quotas;
 use slab::{Slabs, Use};
 
 pub(crate) use entry::{Facts, Keep, Level};
-pub(crate) use index::{Place, ReadEnd};
+pub use index::Policy;
+pub(crate) use index::{Place, Policies, ReadEnd};
 pub use leases::{LeaseId, ReservationId};
 pub(crate) use quota::{Limits, Origin};
 pub(crate) use sift::{Forget, Sift, Which, tag};
@@ -69,6 +71,7 @@ pub(crate) struct Settings {
     /// Of the memory, what hard pins may keep, in percent.
     pub(crate) max_pinned_percent: u8,
     pub(crate) quotas: Limits,
+    pub(crate) policies: Policies,
     /// Random: ids of leases and reservations follow from it.
     pub(crate) seed: u64,
 }
@@ -201,7 +204,7 @@ impl Store {
         let quotas = Quotas::new(settings.quotas.clone());
         Self {
             started: now,
-            index: Index::new(memory, disk, quotas, settings.seed),
+            index: Index::new(memory, disk, quotas, settings.policies, settings.seed),
             leases: Holds::new(settings.max_leases, settings.seed),
             // Another start: the id of a lease never opens a reservation.
             reservations: Holds::new(settings.max_reservations, !settings.seed),
@@ -213,12 +216,14 @@ impl Store {
         }
     }
 
-    /// The longest run of `hashes` that is in memory, from the first one on, held by a new lease.
+    /// The longest run of `hashes` that is in memory, from the first one on, held by a new lease. They are blocks of a prompt
+    /// of so many; fewer than there are hashes: nobody says.
     pub(crate) fn lookup(
         &mut self,
         now: Instant,
         size: BlockBytes,
         hashes: &[BlockHash],
+        prompt_blocks: u32,
     ) -> Result<Option<Found>, Refused> {
         if self.leases.is_full() {
             self.totals.refused_calls += 1;
@@ -232,6 +237,8 @@ impl Store {
         self.totals.lookups += 1;
         self.totals.hit_blocks += run.len() as u64;
         self.totals.missed_blocks += (hashes.len() - run.len()) as u64;
+        let ask = self.ask(&run, hashes.len(), prompt_blocks);
+        self.index.ask(size, ask);
         if run.is_empty() {
             return Ok(None);
         }
@@ -275,27 +282,32 @@ impl Store {
         now: Instant,
         size: BlockBytes,
         hashes: &[BlockHash],
+        prompt_blocks: u32,
         facts: impl Fn(usize) -> Facts,
     ) -> Result<Reserved, Refused> {
         if self.reservations.is_full() {
             self.totals.refused_calls += 1;
             return Err(Refused::Reservations(self.settings.max_reservations));
         }
-        // What is there counts as used before anything is evicted: a prompt's end must not push out its beginning.
-        let present: Vec<BlockId> = hashes
-            .iter()
-            .filter_map(|&hash| self.index.find(size, hash))
-            .filter(|&id| self.index.entry(id).state() == State::Present)
-            .collect();
-        self.touch_run(now, &present);
+        // What is there stays while room is made: a prompt's end must not push out its beginning.
+        let present: Vec<BlockId> = hashes.iter().filter_map(|&hash| self.index.find(size, hash)).collect();
+        let held = self.index.hold(&present);
+        let blocks_told = (0..hashes.len()).map(|n| u32::from(facts(n).position) + 1).max().unwrap_or(0);
+        let ask = self.ask(&held, hashes.len(), blocks_told.max(prompt_blocks));
+        self.index.writing(ask);
         let at = self.tick(now);
         let mut blocks = Vec::new();
+        let mut before: Option<(BlockId, u16)> = None;
         let mut slots = Vec::with_capacity(hashes.len());
         for (n, &hash) in hashes.iter().enumerate() {
-            slots.push(match self.index.find(size, hash).map(|id| self.index.entry(id).state()) {
+            let facts = facts(n);
+            let after =
+                before.filter(|&(_, position)| position.checked_add(1) == Some(facts.position)).map(|(id, _)| id);
+            let known = self.index.find(size, hash);
+            slots.push(match known.map(|id| self.index.entry(id).state()) {
                 Some(State::Present) => SlotState::Present,
                 Some(State::Reserved | State::Vacant) => SlotState::Busy,
-                None => match self.index.reserve(size, hash, facts(n), at) {
+                None => match self.index.reserve(size, hash, facts, after, at) {
                     Some(block) => {
                         blocks.push(block);
                         SlotState::Reserved { offset: self.index.place(block, Level::Memory).offset }
@@ -306,7 +318,9 @@ impl Store {
                     }
                 },
             });
+            before = known.or_else(|| self.index.find(size, hash)).map(|id| (id, facts.position));
         }
+        self.index.let_go(&held);
         let until = now + self.settings.reservation;
         let reservation = (!blocks.is_empty()).then(|| self.reservations.open(blocks, until));
         Ok(Reserved { reservation, slots })
@@ -325,14 +339,10 @@ impl Store {
     }
 
     /// The grant of a closed reservation is revoked: `good` blocks become visible, its other blocks are undone.
-    pub(crate) fn finish_reservation(
-        &mut self,
-        now: Instant,
-        reservation: ReservationId,
-        good: &HashMap<BlockId, Checksum>,
-    ) {
+    pub(crate) fn finish_reservation(&mut self, reservation: ReservationId, good: &HashMap<BlockId, Checksum>) {
         let mut published = Vec::new();
-        for id in self.reservations.finish(reservation) {
+        // Backwards, as always: of what came together the end is to go first.
+        for id in self.reservations.finish(reservation).into_iter().rev() {
             match good.get(&id) {
                 Some(&checksum) => {
                     self.index.publish(id, checksum);
@@ -342,10 +352,8 @@ impl Store {
             }
         }
         self.totals.committed_blocks += published.len() as u64;
-        self.touch_run(now, &published);
         if self.settings.disk_bytes > 0 {
-            // The end first: the disk gives up first what came first, and a run without its beginning is useless.
-            self.dirty.extend(published.into_iter().rev());
+            self.dirty.extend(published);
         }
     }
 
@@ -396,6 +404,14 @@ impl Store {
     /// Origins that have blocks here, and how many.
     pub(crate) fn origins(&mut self) -> Vec<(Origin, u64)> {
         self.index.quotas().in_use().map(|(origin, blocks)| (origin.clone(), blocks)).collect()
+    }
+
+    /// How far a request for so many blocks of a prompt gets with the first of them, as far as is known here.
+    fn ask(&self, run: &[BlockId], blocks: usize, prompt_blocks: u32) -> Ask {
+        let place = |id: &BlockId| u32::from(self.index.entry(*id).position);
+        let found = run.last().map_or(0, |last| place(last) + 1);
+        let told = run.first().map_or(0, place) + u32::try_from(blocks).unwrap_or(u32::MAX);
+        Ask { found, blocks: told.max(prompt_blocks) }
     }
 
     /// Counts a run as used, its end first: so its end is also evicted first, which leaves a shorter run, while evicting

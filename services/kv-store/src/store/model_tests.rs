@@ -117,6 +117,7 @@ impl World {
             max_moves: 8,
             max_pinned_percent: 50,
             quotas: Limits::default(),
+            policies: Policies { memory: Policy::Lru, disk: Policy::Lru },
             lease: HOLD,
             reservation: HOLD,
             max_leases: 6,
@@ -181,7 +182,7 @@ impl World {
 
     fn lookup(&mut self, size: BlockBytes, run: std::ops::Range<u8>) {
         let hashes: Vec<_> = run.map(hash).collect();
-        let Ok(Some(found)) = self.store.lookup(self.now, size, &hashes) else { return };
+        let Ok(Some(found)) = self.store.lookup(self.now, size, &hashes, 0) else { return };
         let mut blocks = Vec::new();
         for (&hash, stored) in hashes.iter().zip(&found.blocks) {
             let tag = self.visible[&(size, hash)];
@@ -194,7 +195,7 @@ impl World {
 
     fn reserve(&mut self, size: BlockBytes, run: std::ops::Range<u8>) {
         let hashes: Vec<_> = run.map(hash).collect();
-        let Ok(reserved) = self.store.reserve(self.now, size, &hashes, |_| Facts::default()) else { return };
+        let Ok(reserved) = self.store.reserve(self.now, size, &hashes, 0, |_| Facts::default()) else { return };
         let slots: Vec<_> = hashes
             .iter()
             .zip(&reserved.slots)
@@ -243,7 +244,7 @@ impl World {
                 let tag = (writer.size, written.place.hash, writer.writing);
                 self.visible.insert((writer.size, written.place.hash), tag);
             }
-            self.store.finish_reservation(self.now, id, &good);
+            self.store.finish_reservation(id, &good);
         }
     }
 
@@ -272,16 +273,16 @@ proptest! {
 
 /// Reserves, writes and commits; the slots' states.
 fn put(store: &mut Store, now: Instant, size: BlockBytes, hashes: &[BlockHash]) -> Vec<SlotState> {
-    let reserved = store.reserve(now, size, hashes, |_| Facts::default()).unwrap();
+    let reserved = store.reserve(now, size, hashes, 0, |_| Facts::default()).unwrap();
     if let Some(id) = reserved.reservation {
         let written = store.begin_commit(id).unwrap();
-        store.finish_reservation(now, id, &written.iter().map(|written| (written.block, [9; 16])).collect());
+        store.finish_reservation(id, &written.iter().map(|written| (written.block, [9; 16])).collect());
     }
     reserved.slots
 }
 
 fn found(store: &mut Store, now: Instant, size: BlockBytes, hashes: &[BlockHash]) -> usize {
-    let Some(found) = store.lookup(now, size, hashes).unwrap() else { return 0 };
+    let Some(found) = store.lookup(now, size, hashes, 0).unwrap() else { return 0 };
     assert!(store.close_lease(found.lease));
     store.finish_lease(found.lease);
     found.blocks.len()
@@ -314,9 +315,9 @@ fn nothing_in_use_is_given_up_for_room() {
     let (mut world, size) = (World::new(), SIZES[2]);
     let (now, store) = (world.now, &mut world.store);
     put(store, now, size, &[hash(0), hash(1)]);
-    let held = store.lookup(now, size, &[hash(0), hash(1)]).unwrap().unwrap();
+    let held = store.lookup(now, size, &[hash(0), hash(1)], 0).unwrap().unwrap();
     let reserve =
-        |store: &mut Store, hashes: &[BlockHash]| store.reserve(now, size, hashes, |_| Facts::default()).unwrap();
+        |store: &mut Store, hashes: &[BlockHash]| store.reserve(now, size, hashes, 0, |_| Facts::default()).unwrap();
     reserve(store, &[hash(2), hash(3)]);
     let refused = reserve(store, &[hash(4)]);
     assert_eq!((refused.slots, refused.reservation), (vec![SlotState::Full], None));
@@ -346,11 +347,11 @@ fn past_the_limit_of_open_leases_lookups_are_refused() {
     let mut world = World::new();
     let (now, store) = (world.now, &mut world.store);
     put(store, now, SIZES[0], &[hash(0)]);
-    let leases: Vec<_> = (0..6).map(|_| store.lookup(now, SIZES[0], &[hash(0)]).unwrap().unwrap().lease).collect();
-    assert_eq!(store.lookup(now, SIZES[0], &[hash(0)]), Err(Refused::Leases(6)));
+    let leases: Vec<_> = (0..6).map(|_| store.lookup(now, SIZES[0], &[hash(0)], 0).unwrap().unwrap().lease).collect();
+    assert_eq!(store.lookup(now, SIZES[0], &[hash(0)], 0), Err(Refused::Leases(6)));
     assert!(store.close_lease(leases[0]));
     store.finish_lease(leases[0]);
-    assert!(store.lookup(now, SIZES[0], &[hash(0)]).is_ok());
+    assert!(store.lookup(now, SIZES[0], &[hash(0)], 0).is_ok());
 }
 
 #[test]

@@ -209,6 +209,23 @@ impl Slabs {
         self.used_bytes -= self.stride(size);
     }
 
+    /// The slot's number among all slots, if all slabs were of this size.
+    pub(crate) fn number(&self, size: BlockBytes, slot: Slot) -> u32 {
+        let per_slab = u32::try_from(self.slots_per_slab(size)).expect("a slab has fewer slots");
+        slot.slab.0 * per_slab + slot.index
+    }
+
+    /// The block in the slot of that number.
+    ///
+    /// # Panics
+    /// If there is none.
+    pub(crate) fn owner(&self, size: BlockBytes, number: u32) -> BlockId {
+        let per_slab = u32::try_from(self.slots_per_slab(size)).expect("a slab has fewer slots");
+        let owner = self.slab(SlabId(number / per_slab)).slots[(number % per_slab) as usize];
+        assert_ne!(owner, NOBODY, "a number in use names a block");
+        owner
+    }
+
     /// Where the slot starts in the tier.
     pub(crate) fn offset(&self, slot: Slot) -> u64 {
         let stride = self.slab(slot.slab).size.map_or(0, |size| self.stride(size));

@@ -118,7 +118,7 @@ struct World {
     writings: u64,
 }
 
-fn settings() -> Settings {
+fn settings(policies: Policies) -> Settings {
     Settings {
         capacity_bytes: 3 * SLAB,
         slab_bytes: SLAB,
@@ -129,6 +129,7 @@ fn settings() -> Settings {
         max_reservations: 6,
         max_moves: 3,
         max_pinned_percent: 50,
+        policies,
         quotas: Limits { tenants: HashMap::from([("small".to_owned(), 34)]), others: None },
         seed: 1,
     }
@@ -136,9 +137,13 @@ fn settings() -> Settings {
 
 impl World {
     fn new() -> Self {
+        Self::with(Policies { memory: Policy::Lru, disk: Policy::Lru })
+    }
+
+    fn with(policies: Policies) -> Self {
         let now = Instant::now();
         Self {
-            store: Store::new(settings(), now),
+            store: Store::new(settings(policies), now),
             now,
             memory: HashMap::new(),
             disk: HashMap::new(),
@@ -219,7 +224,7 @@ impl World {
             let parent = if n == 0 { 0 } else { tag(hashes[n - 1]) };
             Facts { position: n as u16, parent, group: 7, origin }
         };
-        let Ok(reserved) = self.store.reserve(self.now, size, hashes, facts) else { return };
+        let Ok(reserved) = self.store.reserve(self.now, size, hashes, 0, facts) else { return };
         let Some(id) = reserved.reservation else { return };
         let mut good = HashMap::new();
         for written in self.store.begin_commit(id).expect("it is open") {
@@ -229,12 +234,12 @@ impl World {
             self.put.insert((size, written.place.hash), tag);
             good.insert(written.block, sum(tag));
         }
-        self.store.finish_reservation(self.now, id, &good);
+        self.store.finish_reservation(id, &good);
     }
 
     fn lookup(&mut self, size: BlockBytes, hashes: &[BlockHash]) {
         let there = self.store.exists(size, hashes).into_iter().take_while(|tiers| tiers[0]).count();
-        let Ok(found) = self.store.lookup(self.now, size, hashes) else { return };
+        let Ok(found) = self.store.lookup(self.now, size, hashes, 0) else { return };
         assert_eq!(found.as_ref().map_or(0, |found| found.blocks.len()), there);
         let Some(found) = found else { return };
         let blocks = hashes.iter().zip(&found.blocks).map(|(&hash, stored)| {
@@ -248,7 +253,7 @@ impl World {
 
     fn fetch(&mut self, size: BlockBytes, hashes: &[BlockHash]) {
         let there = self.store.exists(size, hashes).into_iter().take_while(|[memory, disk]| *memory || *disk).count();
-        let fetch = self.store.fetch(self.now, size, hashes);
+        let fetch = self.store.fetch(size, hashes);
         assert!(fetch.ready + fetch.coming <= there && fetch.reads.len() <= fetch.coming);
         self.moves.extend(fetch.reads.into_iter().map(Under::Up));
     }
@@ -302,6 +307,10 @@ impl World {
     }
 }
 
+fn policies() -> impl Strategy<Value = Policy> {
+    prop_oneof![Just(Policy::HitDensity), Just(Policy::Lru), Just(Policy::S3Fifo)]
+}
+
 fn run(first: u8, len: u8) -> Vec<BlockHash> {
     (first..first + len).map(hash).collect()
 }
@@ -310,8 +319,11 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 768, ..ProptestConfig::default() })]
 
     #[test]
-    fn whatever_moves_what_is_found_is_what_was_put(ops in prop::collection::vec(op(), 1..150)) {
-        let mut world = World::new();
+    fn whatever_moves_what_is_found_is_what_was_put(
+        ops in prop::collection::vec(op(), 1..150),
+        (memory, disk) in (policies(), policies()),
+    ) {
+        let mut world = World::with(Policies { memory, disk });
         ops.iter().for_each(|op| world.apply(op));
         world.settle();
         let usage = world.store.usage();
@@ -340,10 +352,10 @@ fn what_memory_gives_up_is_on_disk_and_comes_back() {
     assert_eq!((usage.memory_blocks, usage.disk_blocks, usage.blocks), (12, 20, 20), "the disk has room for twenty");
     // The disk's four oldest are in memory no more: the end of the first run.
     assert_eq!(world.store.exists(size, &run(0, 12)).iter().filter(|tiers| tiers[1]).count(), 8);
-    let fetch = world.store.fetch(world.now, size, &run(0, 3));
+    let fetch = world.store.fetch(size, &run(0, 3));
     assert_eq!((fetch.ready, fetch.coming, fetch.reads.len()), (0, 3, 3));
     world.moves.extend(fetch.reads.into_iter().map(Under::Up));
-    assert!(world.store.lookup(world.now, size, &run(0, 3)).unwrap().is_none(), "not there yet");
+    assert!(world.store.lookup(world.now, size, &run(0, 3), 0).unwrap().is_none(), "not there yet");
     world.settle();
     world.apply(&Op::Lookup { size: 0, first: 0, len: 3 });
     assert_eq!(world.readers[0].1.len(), 3);

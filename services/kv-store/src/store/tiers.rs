@@ -6,8 +6,6 @@
 //! what follows it in the run that was asked for. What must be moved is handed out as [`Move`]s; who moves bytes says how
 //! it ended.
 
-use std::time::Instant;
-
 use kvasir_types::{BlockHash, BlockId};
 
 use super::{
@@ -51,7 +49,7 @@ pub(crate) struct Recovered {
 
 impl Store {
     /// Starts to bring into memory what of the run of `hashes` is on disk only.
-    pub(crate) fn fetch(&mut self, now: Instant, size: BlockBytes, hashes: &[BlockHash]) -> Fetch {
+    pub(crate) fn fetch(&mut self, size: BlockBytes, hashes: &[BlockHash]) -> Fetch {
         let there = |&hash: &BlockHash| {
             let id = self.index.find(size, hash)?;
             let entry = self.index.entry(id);
@@ -62,12 +60,11 @@ impl Store {
         if ready == run.len() {
             return Fetch { ready, ..Fetch::default() };
         }
-        // As used before room is made for the rest: the run's end must not push out its beginning.
-        self.touch_run(now, &run);
+        // What is there stays while room is made for the rest: the run's end must not push out its beginning.
+        let held = self.index.hold(&run);
         let (mut reads, mut coming) = (Vec::new(), 0);
-        for &id in &run[ready..] {
+        for (n, &id) in run.iter().enumerate().skip(ready) {
             let entry = *self.index.entry(id);
-            // The fetch itself may have displaced a block of the run's own end.
             let on_its_way = entry.moving() == Moving::Up || entry.good_in(Level::Memory);
             if !on_its_way {
                 if self.moves[Level::Disk as usize] >= self.settings.max_moves {
@@ -75,12 +72,14 @@ impl Store {
                     coming = run.len() - ready;
                     break;
                 }
-                let Some(memory_offset) = self.index.start_read(id) else { break };
+                let after = n.checked_sub(1).map(|before| run[before]);
+                let Some(memory_offset) = self.index.start_read(id, after) else { break };
                 self.moves[Level::Disk as usize] += 1;
                 reads.push(self.moving(id, memory_offset, self.index.place(id, Level::Disk).offset));
             }
             coming += 1;
         }
+        self.index.let_go(&held);
         Fetch { ready, coming, reads }
     }
 

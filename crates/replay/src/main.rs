@@ -1,0 +1,172 @@
+//! `kvasir-replay`: request traces against a KV store. See `--help`.
+
+#![forbid(unsafe_code)]
+
+use std::{
+    fs::File,
+    io::{BufReader, IsTerminal, Write},
+    path::PathBuf,
+};
+
+use anyhow::{Context, bail};
+use clap::Parser;
+use kvasir_kv_cache::POLICIES;
+use kvasir_replay::{
+    CONVERSATION, generate,
+    report::{self, Row},
+    simulate::{Plan, simulate},
+    size::Size,
+    trace::Trace,
+};
+
+/// Replays request traces against a KV store and says what share of the blocks asked for it has.
+///
+/// A trace is a file in Mooncake's format (JSON lines with timestamp, input_length, output_length and hash_ids, one id for
+/// each block of the prompt; equal ids mean equal prefixes), or the name of one that comes with the program: conversation
+/// (one hour of an online service, recorded), chat, agents, documents, batch, shift (made up from --seed).
+///
+/// A hit is a block of the longest run that is there from the prompt's start. The bound is what a store without limit hits.
+#[derive(Debug, Parser)]
+#[command(
+    name = "kvasir-replay",
+    after_help = "Examples:
+  # which policy for a store as large as 5, 10 and 30 % of what is asked for?
+  kvasir-replay --simulate conversation --memory 5% --memory 10% --memory 30%
+
+  # does the load spread over many nodes?
+  kvasir-replay --simulate conversation --nodes 4 --nodes 64 --nodes 256 --policy hit-density
+
+  # own trace, blocks of 4 MiB, 64 GiB of memory and 1 TiB of disk in all
+  kvasir-replay --simulate my.jsonl --block-bytes 4194304 --memory 64GiB --disk 1TiB --json out.json
+
+  # write a made-up trace to look at
+  kvasir-replay --generate agents --seed 7 > agents.txt"
+)]
+struct Args {
+    /// Files, or names of traces that come with the program.
+    #[arg(value_name = "TRACE", required_unless_present = "generate")]
+    traces: Vec<String>,
+
+    /// Simulate a store: its own placement and eviction, in this process, without bytes. The only mode there is.
+    #[arg(long, conflicts_with = "generate")]
+    simulate: bool,
+
+    /// Write a made-up trace to standard output: chat, agents, documents, batch or shift.
+    #[arg(long, value_name = "NAME", conflicts_with = "traces")]
+    generate: Option<String>,
+
+    /// What made-up traces are made from.
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+
+    /// How many nodes share the load, 1 to 256; may be given several times.
+    #[arg(long, default_values_t = [1])]
+    nodes: Vec<usize>,
+
+    /// Eviction policy: lru, s3-fifo or hit-density; may be given several times. All of them if none is given.
+    #[arg(long)]
+    policy: Vec<String>,
+
+    /// Memory of all nodes together: 5% (of the trace's distinct blocks), 5000 (blocks) or 10GiB; may be given several times.
+    #[arg(long, value_name = "SIZE", default_values = ["5%", "10%", "30%"])]
+    memory: Vec<Size>,
+
+    /// Disk of all nodes together, in the same units.
+    #[arg(long, value_name = "SIZE", default_value = "0")]
+    disk: Size,
+
+    /// Bytes of one block of the trace, for sizes in bytes.
+    #[arg(long, default_value_t = 1 << 20)]
+    block_bytes: u64,
+
+    /// Consecutive blocks of the trace that are placed together. Mooncake's traces have blocks of 512 tokens: as many as
+    /// one placement group of 32 blocks of 16 tokens.
+    #[arg(long, default_value_t = 1)]
+    group_blocks: usize,
+
+    /// Also write everything to this file.
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+}
+
+fn main() -> anyhow::Result<()> {
+    let args = Args::parse();
+    if let Some(name) = &args.generate {
+        let trace = generate::generate(name, args.seed)
+            .with_context(|| format!("there is no trace {name:?} to make; there are {}", generate::NAMES.join(", ")))?;
+        return std::io::stdout().write_all(trace.to_text().as_bytes()).context("the trace could not be written");
+    }
+    if !args.simulate {
+        bail!("say --simulate: traces are replayed in a simulation only, so far");
+    }
+    let mut rows = Vec::new();
+    for name in &args.traces {
+        run(&args, name, &load(name, args.seed)?, &mut rows)?;
+    }
+    print!("{}", report::table(&rows));
+    if let Some(path) = &args.json {
+        let failed = || format!("{} could not be written", path.display());
+        serde_json::to_writer_pretty(File::create(path).with_context(failed)?, &rows).with_context(failed)?;
+    }
+    Ok(())
+}
+
+fn load(name: &str, seed: u64) -> anyhow::Result<Trace> {
+    if name == "conversation" {
+        return Ok(Trace::read(CONVERSATION.as_bytes())?);
+    }
+    if let Some(trace) = generate::generate(name, seed) {
+        return Ok(trace);
+    }
+    let file = File::open(name).with_context(|| format!("trace {name} can't be opened"))?;
+    Trace::read(BufReader::new(file)).with_context(|| format!("trace {name} can't be used"))
+}
+
+fn run(args: &Args, name: &str, trace: &Trace, rows: &mut Vec<Row>) -> anyhow::Result<()> {
+    let (requests, blocks) = (trace.requests.len(), trace.references);
+    eprintln!(
+        "{name}: {requests} requests for {blocks} blocks, {} distinct: bound {:.4}",
+        trace.distinct,
+        trace.bound()
+    );
+    let policies: Vec<&str> = match args.policy.as_slice() {
+        [] => POLICIES.to_vec(),
+        some => some.iter().map(String::as_str).collect(),
+    };
+    let on_terminal = std::io::stderr().is_terminal();
+    for &nodes in &args.nodes {
+        for &memory in &args.memory {
+            for &policy in &policies {
+                let plan = Plan {
+                    policy: policy.to_owned(),
+                    nodes,
+                    group_blocks: args.group_blocks,
+                    memory_blocks: memory.blocks(trace.distinct, args.block_bytes),
+                    disk_blocks: args.disk.blocks(trace.distinct, args.block_bytes),
+                };
+                let counts = simulate(trace, &plan, |done| {
+                    if on_terminal {
+                        eprint!("\r{policy}, {memory}, {nodes} nodes: {:>3} %", done * 100 / requests.max(1));
+                    }
+                })?;
+                if on_terminal {
+                    eprint!("\r\x1b[K");
+                }
+                rows.push(Row {
+                    trace: name.rsplit('/').next().unwrap_or(name).to_owned(),
+                    policy: policy.to_owned(),
+                    nodes,
+                    memory: memory.to_string(),
+                    memory_blocks: plan.memory_blocks,
+                    disk_blocks: plan.disk_blocks,
+                    hit_rate: counts.hit_rate(),
+                    memory_hit_rate: counts.memory_hits as f64 / counts.asked.max(1) as f64,
+                    bound: trace.bound(),
+                    imbalance: counts.imbalance(),
+                    counts,
+                });
+            }
+        }
+    }
+    Ok(())
+}
