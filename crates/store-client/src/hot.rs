@@ -49,6 +49,13 @@ pub(crate) fn group(key: BlockHash) -> u64 {
     crate::rendezvous::first_eight(&key.0)
 }
 
+/// A key that is placed as the group of that short name.
+pub(crate) fn key(group: u64) -> BlockHash {
+    let mut key = [0; 16];
+    key[..8].copy_from_slice(&group.to_le_bytes());
+    BlockHash(key)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -56,11 +63,6 @@ mod tests {
     #[test]
     fn a_hint_is_believed_for_a_while_and_there_is_a_bound_on_how_many() {
         let (hot, now) = (Hot::default(), Instant::now());
-        let key = |n: u64| {
-            let mut key = [0; 16];
-            key[..8].copy_from_slice(&n.to_le_bytes());
-            BlockHash(key)
-        };
         hot.told(&[v1::HotGroup { group: 7, copies: 3 }, v1::HotGroup { group: 8, copies: u32::MAX }], now);
         assert_eq!((hot.copies(key(7), now), hot.copies(key(8), now), hot.copies(key(9), now)), (3, 8, 1));
         assert_eq!(hot.copies(key(7), now + BELIEVED), 1);

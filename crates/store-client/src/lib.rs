@@ -46,13 +46,13 @@ use futures_util::future::join_all;
 use kvasir_cluster::View;
 use kvasir_proto::v1;
 use kvasir_transfer::TransferEngine;
-use kvasir_types::{BlockHash, Deadline, Epoch, ModelFingerprint, RequestId};
+use kvasir_types::{BlockHash, Deadline, Epoch, MemberId, ModelFingerprint, RequestId};
 use tokio::sync::watch;
 
 pub use config::Config;
 pub use error::Error;
 pub use read::{Found, ReadReport};
-pub use write::WriteReport;
+pub use write::{GroupBlocks, WriteReport};
 
 use hot::Hot;
 use peers::Peers;
@@ -213,6 +213,29 @@ impl StoreClient {
             }
         }
         (has.into_iter().take_while(|&has| has).count(), error)
+    }
+
+    /// Gives a group's blocks, which lie in the own arena, to the nodes that are to have them, as [`StoreClient::write`] does.
+    pub async fn hand_over(
+        &self,
+        request: &RequestId,
+        origin: &Origin,
+        group: &GroupBlocks,
+        block_bytes: u64,
+        deadline: Deadline,
+    ) -> WriteReport {
+        write::hand_over(&self.inner, request, origin, group, block_bytes, deadline).await
+    }
+
+    /// Whether that node is to have the group (first eight bytes of the hash of its first block).
+    pub fn is_home(&self, group: u64, id: &MemberId) -> bool {
+        let placement = self.inner.placement();
+        placement.homes(hot::key(group), placement.replicas()).iter().any(|node| node.id == *id)
+    }
+
+    /// What is known of that node: whether it is about to leave; `None` if there is none of that name.
+    pub fn is_leaving(&self, id: &MemberId) -> Option<bool> {
+        self.inner.placement().get(id).map(|node| node.draining)
     }
 
     /// As of which change of the cluster's members blocks are divided now.

@@ -165,6 +165,11 @@ impl Placement {
         others.into_iter().map(|node| self.nodes[node].clone()).filter(|node| node.id != *asked).collect()
     }
 
+    /// The node of that name.
+    pub(crate) fn get(&self, id: &MemberId) -> Option<&Node> {
+        self.nodes.iter().find(|node| node.id == *id).map(|node| &**node)
+    }
+
     /// How many blocks a group has.
     pub(crate) fn group_blocks(&self) -> usize {
         self.group_blocks

@@ -53,6 +53,9 @@ impl store_server::Store for Liar {
     async fn pin(&self, _: Request<v1::PinRequest>) -> Result<Response<v1::PinResponse>, Status> {
         Err(Status::internal("no"))
     }
+    async fn drain(&self, _: Request<v1::DrainRequest>) -> Result<Response<v1::DrainResponse>, Status> {
+        Err(Status::internal("no"))
+    }
     async fn evict(&self, _: Request<v1::EvictRequest>) -> Result<Response<v1::EvictResponse>, Status> {
         Err(Status::internal("no"))
     }

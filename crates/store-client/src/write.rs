@@ -16,16 +16,15 @@ use futures_util::{
 };
 use kvasir_proto::{convert, v1};
 use kvasir_transfer::{Batch, Op, Priority, Range};
-use kvasir_types::{BlockHash, Deadline, Epoch, PROTOCOL_VERSION, RequestId, SegmentDescriptor};
+use kvasir_types::{BlockHash, Deadline, Epoch, MemberId, PROTOCOL_VERSION, RequestId, SegmentDescriptor};
 
 use tokio::sync::Mutex;
 
 use crate::{
-    Error, Inner, MAX_CALLS, MAX_HASHES, Origin,
+    Error, Inner, MAX_CALLS, MAX_HASHES, Origin, hot,
     in_flight::InFlight,
     placement::{Node, Placement, Share, collect},
     read::later,
-    rendezvous::group_key,
 };
 
 /// What became of blocks offered to the store.
@@ -80,6 +79,24 @@ struct New {
     offset: u64,
 }
 
+/// Blocks of one placement group that a store node gives to others.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GroupBlocks {
+    /// First eight bytes, as a little-endian number, of the hash of the group's first block.
+    pub group: u64,
+    /// How many blocks of the prompt come before the first of these.
+    pub position: u32,
+    /// First four bytes of the hash of the block before the first of these, as a little-endian number; 0: there is none.
+    pub parent: u32,
+    /// Hash and offset of each; they follow one another.
+    pub blocks: Vec<(BlockHash, u64)>,
+    /// Who gives them.
+    pub from: MemberId,
+    /// On how many nodes they are to be, where that is more than is usual.
+    pub copies: usize,
+}
+
+/// Offers a prompt's blocks to their homes.
 pub(crate) async fn write(
     inner: &Inner,
     request: &RequestId,
@@ -90,29 +107,24 @@ pub(crate) async fn write(
     deadline: Deadline,
 ) -> WriteReport {
     let sums = blocks.iter().map(|_| OnceLock::new()).collect();
-    let offer = Offer { inner, request, origin, blocks, block_bytes, deadline, sums, hashing: Mutex::new(()) };
-    let (mut fates, mut error) = (vec![Fate::Skipped; blocks.len()], None);
-    let mut todo: Vec<usize> = (have..blocks.len()).collect();
-    for _ in 0..MAX_ROUNDS {
-        let placement = inner.placement();
-        let shares = offer.shares(&placement, &todo).into_iter().map(|share| offer.write_share(share, placement.epoch));
-        let reports: Vec<_> = stream::iter(shares).buffer_unordered(MAX_CALLS).collect().await;
-        todo.clear();
-        for report in reports {
-            report.fates.into_iter().for_each(|(block, fate)| fates[block] = fates[block].max(fate));
-            todo.extend(report.moved);
-            error = error.or(report.error);
-        }
-        todo.sort_unstable();
-        todo.dedup();
-        if todo.is_empty() {
-            break;
-        }
-    }
-    let count = |fate| fates.iter().filter(|&&each| each == fate).count();
-    let (written, present) = (count(Fate::Written), count(Fate::Present));
-    let skipped = blocks.len() - have - written - present;
-    WriteReport { written, present, skipped, bytes: written as u64 * block_bytes, error }
+    Offer { inner, request, origin, blocks, group: None, block_bytes, deadline, sums, hashing: Mutex::new(()) }
+        .run(have)
+        .await
+}
+
+/// Offers a group's blocks to its homes other than the one that gives them.
+pub(crate) async fn hand_over(
+    inner: &Inner,
+    request: &RequestId,
+    origin: &Origin,
+    group: &GroupBlocks,
+    block_bytes: u64,
+    deadline: Deadline,
+) -> WriteReport {
+    let (blocks, sums) = (&group.blocks, group.blocks.iter().map(|_| OnceLock::new()).collect());
+    Offer { inner, request, origin, blocks, group: Some(group), block_bytes, deadline, sums, hashing: Mutex::new(()) }
+        .run(0)
+        .await
 }
 
 /// What all shares of one write have in common.
@@ -121,6 +133,8 @@ struct Offer<'a> {
     request: &'a RequestId,
     origin: &'a Origin,
     blocks: &'a [(BlockHash, u64)],
+    /// Set if they are one group's, whose place in its prompt it tells; else they are a prompt's, from its first block on.
+    group: Option<&'a GroupBlocks>,
     block_bytes: u64,
     deadline: Deadline,
     /// Checksums of the blocks' bytes, computed once for all copies.
@@ -130,13 +144,40 @@ struct Offer<'a> {
 }
 
 impl Offer<'_> {
+    /// Offers them but for the first `have`.
+    async fn run(&self, have: usize) -> WriteReport {
+        let (mut fates, mut error) = (vec![Fate::Skipped; self.blocks.len()], None);
+        let mut todo: Vec<usize> = (have..self.blocks.len()).collect();
+        for _ in 0..MAX_ROUNDS {
+            let placement = self.inner.placement();
+            let shares =
+                self.shares(&placement, &todo).into_iter().map(|share| self.write_share(share, placement.epoch));
+            let reports: Vec<_> = stream::iter(shares).buffer_unordered(MAX_CALLS).collect().await;
+            todo.clear();
+            for report in reports {
+                report.fates.into_iter().for_each(|(block, fate)| fates[block] = fates[block].max(fate));
+                todo.extend(report.moved);
+                error = error.or(report.error);
+            }
+            todo.sort_unstable();
+            todo.dedup();
+            if todo.is_empty() {
+                break;
+            }
+        }
+        let count = |fate| fates.iter().filter(|&&each| each == fate).count();
+        let (written, present) = (count(Fate::Written), count(Fate::Present));
+        let skipped = self.blocks.len() - have - written - present;
+        WriteReport { written, present, skipped, bytes: written as u64 * self.block_bytes, error }
+    }
+
     /// What to write where: the groups in which these blocks are go to as many nodes as there are to be copies.
     fn shares(&self, placement: &Placement, blocks: &[usize]) -> Vec<Share> {
-        let size = placement.group_blocks();
+        let size = self.group_blocks(placement);
+        let copies = placement.replicas().max(self.group.map_or(1, |group| group.copies));
         let groups = || blocks.chunk_by(|a, b| a / size == b / size);
         let homes: Vec<Vec<Arc<Node>>> =
-            groups().map(|part| placement.homes(self.blocks[part[0] / size * size].0, placement.replicas())).collect();
-        let most = usize::try_from(PART_BYTES / self.block_bytes.max(1)).unwrap_or(MAX_HASHES).clamp(1, MAX_HASHES);
+            groups().map(|part| self.homes(placement, part[0] / size * size, copies)).collect();
         let of_copy = |copy: usize| {
             let parts = groups().zip(&homes).filter_map(move |(part, homes)| {
                 let node = homes.get(copy)?;
@@ -144,7 +185,20 @@ impl Offer<'_> {
             });
             collect(parts, size, most)
         };
-        (0..placement.replicas()).flat_map(of_copy).collect()
+        (0..copies).flat_map(of_copy).collect()
+    }
+
+    /// How many of the blocks are placed together.
+    fn group_blocks(&self, placement: &Placement) -> usize {
+        if self.group.is_some() { self.blocks.len().max(1) } else { placement.group_blocks() }
+    }
+
+    /// The nodes that are to have the group which begins with that block.
+    fn homes(&self, placement: &Placement, first: usize, copies: usize) -> Vec<Arc<Node>> {
+        let Some(group) = self.group else { return placement.homes(self.blocks[first].0, copies) };
+        let mut homes = placement.homes(hot::key(group.group), copies);
+        homes.retain(|node| node.id != group.from);
+        homes
     }
 
     async fn write_share(&self, share: Share, epoch: Epoch) -> ShareReport {
@@ -228,13 +282,18 @@ impl Offer<'_> {
         let group = share.group_blocks;
         let run = |part: &[usize]| {
             let first = part[0];
+            let (mut position, mut key) = (0, hot::group(self.blocks[first / group * group].0));
+            let mut parent = first.checked_sub(1).map(|before| self.blocks[before].0.0);
+            if let Some(given) = self.group {
+                (position, key) = (given.position, given.group);
+                let tag = |tag: u32| std::array::from_fn(|byte| tag.to_le_bytes().get(byte).copied().unwrap_or(0));
+                parent = parent.or_else(|| (given.parent != 0).then(|| tag(given.parent)));
+            }
             v1::BlockRun {
                 blocks: u32::try_from(part.len()).unwrap_or(u32::MAX),
-                position: u32::try_from(first).unwrap_or(u32::MAX),
-                group: group_key(self.blocks[first / group * group].0),
-                parent: first
-                    .checked_sub(1)
-                    .map_or_else(Default::default, |before| convert::bytes16(&self.blocks[before].0.0)),
+                position: position.saturating_add(u32::try_from(first).unwrap_or(u32::MAX)),
+                group: key,
+                parent: parent.map_or_else(Default::default, |parent| convert::bytes16(&parent)),
             }
         };
         share.blocks.chunk_by(|a, b| a / group == b / group && a + 1 == *b).map(run).collect()

@@ -54,6 +54,10 @@ pub struct Config {
     /// For how long after its start the node tells readers that others may have what it lacks, in milliseconds: those who
     /// had its share before. It costs them a second lookup. Default 60000.
     pub warm_ms: u64,
+    /// Handing blocks over to other nodes.
+    pub handover: HandoverConfig,
+    /// More copies of what is asked for often.
+    pub replication: ReplicationConfig,
     /// How long a block that a reader was told of stays where it is, in milliseconds. Default 5000.
     pub lease_ms: u64,
     /// How long a writer may take from reserving to committing, in milliseconds. Default 5000.
@@ -73,6 +77,39 @@ pub struct Config {
     pub limits: LimitsConfig,
     /// Moving blocks.
     pub transfer: kvasir_transfer::Settings,
+}
+
+/// Blocks in memory that other nodes are to have, because nodes came or this one goes, are given to them.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct HandoverConfig {
+    /// How much of them in a second, in MiB; 0: none at all. Default 256.
+    pub mib_per_s: u64,
+    /// How long a node that is told to stop goes on handing over, in milliseconds, within `shutdown.grace_ms`. To wait until
+    /// all is done, drain it first. Default 5000.
+    pub on_shutdown_ms: u64,
+}
+
+/// A placement group that is asked for often is given to the next nodes in its order, too, and readers are told.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ReplicationConfig {
+    /// How many lookups of one group in a second are too many for one node; 0: never. Default 50.
+    pub hot_lookups_per_s: f64,
+    /// Most copies of such a group, 1 to 8. Default 3.
+    pub max_copies: usize,
+}
+
+impl Default for HandoverConfig {
+    fn default() -> Self {
+        Self { mib_per_s: 256, on_shutdown_ms: 5_000 }
+    }
+}
+
+impl Default for ReplicationConfig {
+    fn default() -> Self {
+        Self { hot_lookups_per_s: 50.0, max_copies: 3 }
+    }
 }
 
 /// Which blocks go first: `hit-density`, `lru` or `s3-fifo` (docs/eviction.md).
@@ -136,6 +173,8 @@ impl Default for Config {
             group_blocks: 32,
             replicas: 1,
             warm_ms: 60_000,
+            handover: HandoverConfig::default(),
+            replication: ReplicationConfig::default(),
             lease_ms: 5_000,
             reservation_ms: 5_000,
             verify_on_commit: true,
@@ -223,6 +262,13 @@ impl Config {
             replicas: self.replicas,
         };
         info.check().map_err(|reason| anyhow!(reason))?;
+        let &ReplicationConfig { hot_lookups_per_s, max_copies } = &self.replication;
+        let (max, hot) = (StoreInfo::MAX_REPLICAS as usize, "replication.hot_lookups_per_s");
+        ensure!(
+            hot_lookups_per_s.is_finite() && hot_lookups_per_s >= 0.0,
+            "{hot}: {hot_lookups_per_s}, allowed is 0 or more"
+        );
+        ensure!((1..=max).contains(&max_copies), "replication.max_copies: {max_copies}, allowed is 1 to {max}");
         Ok(info)
     }
 

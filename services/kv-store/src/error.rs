@@ -23,6 +23,9 @@ pub(crate) enum Error {
     /// No grant could be opened.
     #[error("opening a grant failed")]
     Grant(#[source] kvasir_transfer::Error),
+    /// Others could not be told.
+    #[error("telling the others failed")]
+    Registry(#[source] kvasir_cluster::Error),
     /// The task that served the call is gone: the node is leaving.
     #[error("this node is leaving")]
     Leaving,
@@ -34,6 +37,7 @@ impl Error {
         match self {
             Self::Message(_) | Self::Count { .. } | Self::TooLarge { .. } => Retry::Never,
             Self::Refused(_) => Retry::After(std::time::Duration::from_millis(100)),
+            Self::Registry(error) => error.retry(),
             Self::Grant(_) | Self::Leaving => Retry::Elsewhere,
         }
     }
@@ -46,7 +50,7 @@ impl From<Error> for Status {
             Error::Message(kvasir_proto::Error::Version { .. }) => Code::FailedPrecondition,
             Error::Message(_) | Error::Count { .. } | Error::TooLarge { .. } => Code::InvalidArgument,
             Error::Refused(_) => Code::ResourceExhausted,
-            Error::Grant(_) | Error::Leaving => Code::Unavailable,
+            Error::Grant(_) | Error::Registry(_) | Error::Leaving => Code::Unavailable,
         };
         tracing::debug!(error = kvasir_runtime::chain(&error), retry = ?error.retry(), "refused");
         Status::new(code, kvasir_runtime::chain(&error))

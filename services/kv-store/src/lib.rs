@@ -6,6 +6,7 @@
 //!                                 └────▶ mover ──▶ disk                            between memory and disk
 //!   one-sided bytes ───────────────────▶ the engine's arena                        the blocks themselves
 //!   expiry ─────────▶ node                                                         ends what nobody ended
+//!   handover ───────▶ node, store client                                           gives others what they are to have
 //! ```
 //!
 //! Control goes over gRPC, bytes do not: a client reads and writes the arena itself, under a grant. The rules this service
@@ -22,6 +23,8 @@ mod config;
 pub mod disk;
 mod error;
 mod expiry;
+mod handover;
+mod heat;
 mod membership;
 mod messages;
 mod metrics;
@@ -34,6 +37,6 @@ mod store;
 #[cfg(test)]
 mod tests;
 
-pub use config::{Config, EvictionConfig, LimitsConfig, QuotasConfig};
+pub use config::{Config, EvictionConfig, HandoverConfig, LimitsConfig, QuotasConfig, ReplicationConfig};
 pub use serve::{run, run_with_etcd};
 pub use store::Policy;

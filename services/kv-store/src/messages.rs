@@ -104,5 +104,6 @@ pub(crate) fn status(id: &MemberId, node: &Node, started: Instant) -> v1::StoreS
         kept: usage.kept,
         disk_state: node.disk_state().to_owned(),
         origins: origins.into_iter().map(origin).collect(),
+        ..Default::default()
     }
 }

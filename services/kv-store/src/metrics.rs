@@ -15,6 +15,8 @@
 //! | `kvasir_kv_store_expired_total` | holds | `hold`: lease, reservation |
 //! | `kvasir_kv_store_moved_bytes_total` | bytes | `transport`: local, tcp; `direction`: read, written |
 //! | `kvasir_kv_store_fenced_connections_total` | connections cut so that memory could be reused | |
+//! | `kvasir_kv_store_handed_over_blocks_total`, `_handed_over_bytes_total` | blocks, bytes given to other nodes | |
+//! | `kvasir_kv_store_handover_groups_left`, `_hot_groups` | placement groups | |
 //! | `kvasir_kv_store_call_seconds` | seconds | `call` |
 
 use std::{sync::Arc, time::Instant};
@@ -42,10 +44,11 @@ pub(crate) enum Call {
     Report,
     Pin,
     Evict,
+    Drain,
 }
 
 impl Call {
-    const ALL: [Self; 10] = [
+    const ALL: [Self; 11] = [
         Self::Lookup,
         Self::Release,
         Self::Reserve,
@@ -56,6 +59,7 @@ impl Call {
         Self::Report,
         Self::Pin,
         Self::Evict,
+        Self::Drain,
     ];
 
     fn label(self) -> &'static str {
@@ -70,6 +74,7 @@ impl Call {
             Self::Report => "report",
             Self::Pin => "pin",
             Self::Evict => "evict",
+            Self::Drain => "drain",
         }
     }
 }

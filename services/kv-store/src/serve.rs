@@ -9,6 +9,7 @@ use anyhow::Context as _;
 use kvasir_cluster::{Member, Registry, StoreInfo};
 use kvasir_proto::v1::store_server::StoreServer;
 use kvasir_runtime::{Context, Kind, Listening};
+use kvasir_store_client::StoreClient;
 use kvasir_transfer::{LocalNet, TransferEngine};
 use kvasir_types::{MemberId, PROTOCOL_VERSION, Role};
 use tokio::net::TcpListener;
@@ -18,11 +19,13 @@ use crate::{
     config::Config,
     disk::{self, Disk, Origins},
     expiry,
+    handover::{self, Handover, HotGroups, Progress},
+    heat::Heat,
     membership::Membership,
     metrics::Metrics,
     mover,
     node::{DiskTier, Node},
-    service::{MAX_REQUEST_BYTES, StoreService},
+    service::{Drain, MAX_REQUEST_BYTES, StoreService},
     store::Recovered,
 };
 
@@ -41,13 +44,16 @@ pub async fn run_with_etcd(config: Config, context: Context) -> anyhow::Result<(
 /// Runs a store node until shutdown. `local` is shared by all workers and store nodes of this process.
 pub async fn run(config: Config, context: Context, registry: Arc<dyn Registry>, local: LocalNet) -> anyhow::Result<()> {
     let grace = Duration::from_millis(config.shutdown.grace_ms);
-    let started = start(config, &context, &*registry, local).await?;
+    let handing_over = Duration::from_millis(config.handover.on_shutdown_ms).min(grace);
+    let started = start(config, &context, &registry, local).await?;
     context.shutdown.wait().await;
     context.health.set_not_ready("leaving");
     if let Err(error) = registry.deregister(&started.member.id, Role::KvStore).await {
         tracing::warn!(error = kvasir_runtime::chain(&error), "not deregistered, the lease will end by itself");
     }
-    context.tasks.finish_requests(grace).await;
+    let leaving = Instant::now();
+    started.handover.leave(leaving + handing_over).await;
+    context.tasks.finish_requests(grace.saturating_sub(leaving.elapsed())).await;
     // Joins its threads; readers and writers see their transfers fail and take the blocks for misses.
     let node = started.node;
     tokio::task::spawn_blocking(move || node.close()).await.context("stopping the transfer engine")
@@ -57,13 +63,14 @@ pub async fn run(config: Config, context: Context, registry: Arc<dyn Registry>, 
 pub(crate) struct Started {
     pub(crate) node: Arc<Node>,
     pub(crate) member: Member,
+    handover: Arc<Handover>,
 }
 
 /// Builds and announces a node; it serves until the context's shutdown.
 pub(crate) async fn start(
     config: Config,
     context: &Context,
-    registry: &dyn Registry,
+    registry: &Arc<dyn Registry>,
     local: LocalNet,
 ) -> anyhow::Result<Started> {
     let id = config.member_id()?;
@@ -89,6 +96,19 @@ pub(crate) async fn start(
     let (lease, reservation, capacity_bytes) = (settings.lease, settings.reservation, settings.capacity_bytes);
     let node = Arc::new(Node::new(engine.clone(), settings, tier, config.verify_on_commit).context("transfer")?);
     node.recover(recovered);
+    let (grpc, admin) = (listening.advertised.clone(), listening.beside(admin));
+    let member = member(&id, &engine, info, grpc, admin);
+    let heat = Heat::new(config.replication.hot_lookups_per_s, config.replication.max_copies);
+    let (hot, waiting) = HotGroups::new(heat);
+    let handover = Arc::new(Handover {
+        id: id.clone(),
+        node: node.clone(),
+        client: StoreClient::new(kvasir_store_client::Config::default(), registry.view(), engine.clone()),
+        config: config.handover.clone(),
+        progress: Arc::new(Progress::new()),
+        hot: Arc::new(hot),
+    });
+    handover::copy_at_scrape(&context.metrics, handover.progress.clone(), handover.hot.clone());
     let service = StoreService {
         id: id.clone(),
         node: node.clone(),
@@ -97,6 +117,12 @@ pub(crate) async fn start(
         lease,
         reservation,
         started: Instant::now(),
+        hot: handover.hot.clone(),
+        drain: Drain {
+            registry: Arc::downgrade(registry),
+            member: member.clone(),
+            progress: handover.progress.clone(),
+        },
         membership: Membership::new(registry.view(), Duration::from_millis(config.warm_ms)),
     };
     let expiring = expiry::run(node.clone(), context.tasks.clone(), context.shutdown.clone());
@@ -104,10 +130,13 @@ pub(crate) async fn start(
         expiring.await;
         Ok(())
     });
-    let (grpc, admin) = (listening.advertised.clone(), listening.beside(admin));
     serve(&config, context, service, listening.listener);
+    let (view, leaving, handing) = (registry.view(), context.shutdown.clone(), handover.clone());
+    context.tasks.spawn(Kind::Background, "handover", async move {
+        handing.run(view, waiting, leaving).await;
+        Ok(())
+    });
 
-    let member = member(&id, &engine, info, grpc, admin);
     registry.register(member.clone()).await.context("registration")?;
     if let Some(path) = &config.port_file {
         kvasir_runtime::write_port_file(path, &ports)
@@ -123,7 +152,7 @@ pub(crate) async fn start(
         disk_blocks = node.usage().disk_blocks,
         "ready"
     );
-    Ok(Started { node, member })
+    Ok(Started { node, member, handover })
 }
 
 /// The disk, and what it held. A disk that does not work is a warning: the node serves from memory.

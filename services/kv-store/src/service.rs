@@ -6,10 +6,11 @@
 
 use std::{
     collections::HashMap,
-    sync::Arc,
+    sync::{Arc, Weak},
     time::{Duration, Instant},
 };
 
+use kvasir_cluster::{Member, Registry};
 use kvasir_proto::{check_protocol, convert, v1};
 use kvasir_runtime::{Kind, Tasks};
 use kvasir_types::{BlockHash, Epoch, MemberId};
@@ -18,6 +19,7 @@ use tonic::{Request, Response, Status};
 
 use crate::{
     error::Error,
+    handover::{HotGroups, Leaving, Progress},
     membership::Membership,
     messages::{self, MAX_HASHES, block_bytes, hashes},
     metrics::{Call, Metrics},
@@ -42,6 +44,29 @@ pub(crate) struct StoreService {
     pub(crate) reservation: Duration,
     pub(crate) started: Instant,
     pub(crate) membership: Membership,
+    pub(crate) hot: Arc<HotGroups>,
+    pub(crate) drain: Drain,
+}
+
+/// How the node says that it is about to leave.
+pub(crate) struct Drain {
+    /// Not held: with it, the record of a node that is gone would stay.
+    pub(crate) registry: Weak<dyn Registry>,
+    /// Its record, as long as it stays.
+    pub(crate) member: Member,
+    pub(crate) progress: Arc<Progress>,
+}
+
+impl Drain {
+    /// Takes no new blocks from here on. What is there is handed over once the node sees that others know.
+    async fn begin(&self) -> Result<(), Error> {
+        let registry = self.registry.upgrade().ok_or(Error::Leaving)?;
+        if self.progress.leaving() == Leaving::No {
+            self.progress.set_leaving(Leaving::Draining);
+            tracing::info!("draining");
+        }
+        registry.update(Member { draining: true, ..self.member.clone() }).await.map_err(Error::Registry)
+    }
 }
 
 type Answer<T> = Result<Response<T>, Status>;
@@ -115,8 +140,21 @@ impl v1::store_server::Store for StoreService {
         Ok(Response::new(self.give_up(request.get_ref()).await?))
     }
 
+    async fn drain(&self, _request: Request<v1::DrainRequest>) -> Answer<v1::DrainResponse> {
+        let _timer = self.metrics.time(Call::Drain);
+        self.drain.begin().await?;
+        Ok(Response::new(v1::DrainResponse {}))
+    }
+
     async fn store_status(&self, _request: Request<v1::StoreStatusRequest>) -> Answer<v1::StoreStatusResponse> {
-        Ok(Response::new(messages::status(&self.id, &self.node, self.started)))
+        let (status, progress) = (messages::status(&self.id, &self.node, self.started), &self.drain.progress);
+        Ok(Response::new(v1::StoreStatusResponse {
+            leaving: progress.leaving().name().to_owned(),
+            handed_over_blocks_total: progress.blocks(),
+            handover_groups_left: progress.groups_left(),
+            hot_groups: self.hot.count() as u64,
+            ..status
+        }))
     }
 }
 
@@ -128,9 +166,11 @@ impl StoreService {
         let (found, coming) = self.node.lookup(size, &hashes, request.prompt_blocks, until(request.wait_ms)).await?;
         let blocks = found.as_ref().map_or(0, |found| found.blocks.len());
         tracing::debug!(request_id = request.request_id, asked = hashes.len(), found = blocks, coming, "lookup");
-        let coming = coming as u32;
         let rest = v1::LookupResponse {
-            coming,
+            coming: coming as u32,
+            hot: found.as_ref().map_or_else(Vec::new, |found| {
+                self.hot.seen(found.blocks.iter().map(|block| block.group).filter(|&group| group != 0), Instant::now())
+            }),
             view: self.membership.newer_than(Epoch(request.epoch)),
             warming: self.membership.warming(Instant::now()),
             ..Default::default()

@@ -15,6 +15,7 @@
 //! and is not taken from under its reader; no two blocks share a byte; taken + free = all.
 
 mod entry;
+mod groups;
 mod index;
 mod leases;
 mod pins;
@@ -44,6 +45,7 @@ use quota::Quotas;
 use slab::{Slabs, Use};
 
 pub(crate) use entry::{Facts, Keep, Level};
+pub(crate) use groups::{Group, Groups, Held};
 pub use index::Policy;
 pub(crate) use index::{Place, Policies, ReadEnd};
 pub use leases::{LeaseId, ReservationId};
@@ -90,6 +92,8 @@ pub(crate) enum Refused {
 pub(crate) struct Stored {
     pub(crate) offset: u64,
     pub(crate) checksum: Checksum,
+    /// The placement group it belongs to.
+    pub(crate) group: u64,
 }
 
 /// What a lookup found: at least one block, held until the lease ends.
@@ -247,7 +251,8 @@ impl Store {
         for &id in &run {
             assert!(self.index.lease(id), "it has fewer leases than can be counted");
             let place = self.index.place(id, Level::Memory);
-            blocks.push(Stored { offset: place.offset, checksum: self.index.entry(id).checksum });
+            let entry = self.index.entry(id);
+            blocks.push(Stored { offset: place.offset, checksum: entry.checksum, group: entry.facts().group });
         }
         let lease = self.leases.open(run, now + self.settings.lease);
         Ok(Some(Found { lease, blocks }))

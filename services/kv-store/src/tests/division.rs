@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use kvasir_cluster::View;
+use kvasir_proto::v1;
 use kvasir_store_client::{
     Config,
     rendezvous::{Rendezvous, Spot},
@@ -210,4 +211,106 @@ async fn readers_spread_over_the_copies() {
         // Binomial: mean 20, standard deviation 3.7; what is drawn is the same each time.
         assert!((8..=32).contains(&read), "{read} of 60 reads from {}", node.member.id);
     }
+}
+
+#[tokio::test]
+async fn what_a_drained_node_had_is_found_after_it_is_gone() {
+    let cluster = Cluster::with(&[TransportKind::Tcp]);
+    let mut nodes = Vec::new();
+    for name in ["kv-0", "kv-1", "kv-2"] {
+        nodes.push(cluster.node(name, |config| config.handover.mib_per_s = 1000).await);
+    }
+    let client = cluster.client(200);
+    let all = client.prepare(0, &hashes(0..BLOCKS));
+    client.write(&all).await;
+    let had = blocks(&[&nodes[0]])[0];
+    assert!(had > 0);
+    let mut raw = nodes[0].raw().await;
+    let status = raw.store_status(v1::StoreStatusRequest {}).await.unwrap().into_inner();
+    assert_eq!(status.leaving, "no");
+    raw.drain(v1::DrainRequest {}).await.unwrap();
+    let start = std::time::Instant::now();
+    let status = loop {
+        let status = raw.store_status(v1::StoreStatusRequest {}).await.unwrap().into_inner();
+        if status.leaving == "drained" {
+            break status;
+        }
+        assert!(start.elapsed() < std::time::Duration::from_secs(10), "{status:?}");
+        tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+    };
+    assert_eq!((status.handed_over_blocks_total, status.handover_groups_left), (had, 0));
+    assert_eq!(status.pinned, 0, "no lease is left");
+    drop(nodes.remove(0));
+    eventually("the client knows", || client.store.nodes() == 2).await;
+    let reader = cluster.client(200);
+    let places = reader.places(0, &hashes(0..BLOCKS));
+    assert_eq!(read_groups(&reader, &places).await, (200, 0));
+}
+
+#[tokio::test]
+async fn a_node_that_joins_is_given_its_share_by_those_who_had_it() {
+    let cluster = Cluster::with(&[TransportKind::Tcp]);
+    let zero = cluster.node("kv-0", |config| config.handover.mib_per_s = 1000).await;
+    let one = cluster.node("kv-1", |config| config.handover.mib_per_s = 1000).await;
+    let client = cluster.client(200);
+    let all = client.prepare(0, &hashes(0..BLOCKS));
+    client.write(&all).await;
+    let before = blocks(&[&zero, &one]);
+    let two = cluster.node("kv-2", |_| {}).await;
+    let of_two = homes(&["kv-0", "kv-1", "kv-2"], 1).iter().filter(|homes| homes[0] == 2).count() * GROUP;
+    eventually("its share is there", || two.node.usage().blocks == of_two as u64).await;
+    assert_eq!(read_groups(&client, &all).await, (200, 0));
+    assert_eq!(blocks(&[&zero, &one]), before, "the others keep theirs until room is wanted");
+}
+
+#[tokio::test]
+async fn a_node_that_is_stopped_hands_over_in_its_grace() {
+    let cluster = Cluster::with(&[TransportKind::Tcp]);
+    let (one, net) = (cluster.node("kv-1", |_| {}).await, kvasir_transfer::LocalNet::new());
+    let (context, registry) = (kvasir_runtime::Context::detached("kv-0"), cluster.hub().registry());
+    let mut config = crate::Config { id: Some("kv-0".into()), capacity_bytes: 16 << 20, ..Default::default() };
+    (config.group_blocks, config.weight) = (GROUP as u32, Some(8.0));
+    config.transfer.transports = kvasir_types::Transports::Named(vec![TransportKind::Tcp]);
+    let running = Box::pin(crate::run(config, context.clone(), registry, net));
+    let client = cluster.client(200);
+    let all = client.prepare(0, &hashes(0..BLOCKS));
+    let using = async {
+        eventually("it is there", || client.store.nodes() == 2).await;
+        assert_eq!(client.write(&all).await.written, 200);
+        assert!(one.node.usage().blocks < 200);
+        context.shutdown.trigger();
+    };
+    let (end, ()) = futures_util::future::join(running, using).await;
+    end.unwrap();
+    assert_eq!(one.node.usage().blocks, 200);
+    assert_eq!(read_groups(&client, &all).await, (200, 0));
+}
+
+#[tokio::test]
+async fn a_hot_group_is_read_from_copies_that_nobody_asked_for() {
+    let cluster = Cluster::with(&[TransportKind::Tcp]);
+    let mut nodes = Vec::new();
+    for name in ["kv-0", "kv-1", "kv-2"] {
+        let change = |config: &mut crate::Config| {
+            config.replication = crate::ReplicationConfig { hot_lookups_per_s: 2.0, max_copies: 2 };
+        };
+        nodes.push(cluster.node(name, change).await);
+    }
+    let client = cluster.client(GROUP as u64);
+    let group = client.prepare(0, &hashes(0..GROUP as u32));
+    client.write(&group).await;
+    let names = ["kv-0", "kv-1", "kv-2"];
+    let home = homes(&names, 2)[0].clone();
+    assert_eq!(blocks(&[&nodes[home[0]], &nodes[home[1]]]), [GROUP as u64, 0]);
+    for _ in 0..40 {
+        assert_eq!(client.read(&group).await.blocks, GROUP);
+    }
+    eventually("it has a copy", || nodes[home[1]].node.usage().blocks == GROUP as u64).await;
+    let read = |node: &TestNode| node.node.engine().stats().owner.of(TransportKind::Tcp).read_bytes;
+    for _ in 0..40 {
+        assert_eq!(client.read(&group).await.blocks, GROUP);
+        assert!(client.has(&group));
+    }
+    eventually("some read from it", || read(&nodes[home[1]]) > 0).await;
+    assert!(nodes.iter().map(|node| node.node.usage().blocks).sum::<u64>() == 2 * GROUP as u64);
 }

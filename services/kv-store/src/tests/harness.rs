@@ -14,7 +14,7 @@ use kvasir_types::{BlockHash, Deadline, Epoch, PROTOCOL_VERSION, RequestId, Tran
 use tokio::sync::watch;
 use tonic::transport::Channel;
 
-use crate::{Config, node::Node, serve};
+use crate::{Config, HandoverConfig, ReplicationConfig, node::Node, serve};
 
 /// Bytes of a block of the demo model: five layers of two heads of 32, 16 tokens, bf16.
 pub(super) const BLOCK: u64 = 20_480;
@@ -52,6 +52,8 @@ impl Cluster {
             slab_bytes: 1 << 20,
             group_blocks: 4,
             warm_ms: 0,
+            handover: HandoverConfig { mib_per_s: 0, ..HandoverConfig::default() },
+            replication: ReplicationConfig { hot_lookups_per_s: 0.0, ..ReplicationConfig::default() },
             ..Config::default()
         };
         config.transfer.transports = Transports::Named(self.transports.clone());
@@ -60,7 +62,7 @@ impl Cluster {
         let (context, registry, net) = (Context::detached(id), self.hub.registry(), self.net.clone());
         let started = {
             let (context, registry) = (context.clone(), registry.clone());
-            runtime.spawn(async move { serve::start(config, &context, &*registry, net).await.unwrap() }).await.unwrap()
+            runtime.spawn(async move { serve::start(config, &context, &registry, net).await.unwrap() }).await.unwrap()
         };
         TestNode { node: started.node, member: started.member, context, runtime: Some(runtime), registry }
     }
