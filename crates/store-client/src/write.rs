@@ -17,7 +17,6 @@ use futures_util::{
 use kvasir_proto::{convert, v1};
 use kvasir_transfer::{Batch, Op, Priority, Range};
 use kvasir_types::{BlockHash, Deadline, Epoch, MemberId, PROTOCOL_VERSION, RequestId, SegmentDescriptor};
-
 use tokio::sync::Mutex;
 
 use crate::{
@@ -178,6 +177,7 @@ impl Offer<'_> {
         let groups = || blocks.chunk_by(|a, b| a / size == b / size);
         let homes: Vec<Vec<Arc<Node>>> =
             groups().map(|part| self.homes(placement, part[0] / size * size, copies)).collect();
+        let most = usize::try_from(PART_BYTES / self.block_bytes.max(1)).unwrap_or(MAX_HASHES).clamp(1, MAX_HASHES);
         let of_copy = |copy: usize| {
             let parts = groups().zip(&homes).filter_map(move |(part, homes)| {
                 let node = homes.get(copy)?;
