@@ -45,6 +45,11 @@ impl Process {
         kib.unwrap_or(0u64) * 1024
     }
 
+    /// Processor seconds so far, all threads, user and kernel; 0 once it has been reaped.
+    pub fn cpu_seconds(&self) -> f64 {
+        cpu_seconds(self.child.id())
+    }
+
     /// What it has written so far, to standard output and error.
     pub fn log(&self) -> String {
         std::fs::read_to_string(&self.log).unwrap_or_default()
@@ -104,6 +109,19 @@ impl Drop for Process {
     fn drop(&mut self) {
         self.kill();
     }
+}
+
+/// Processor seconds that a process has used, all threads, user and kernel; 0 if there is none.
+pub fn cpu_seconds(pid: u32) -> f64 {
+    /// Unit of processor time in `/proc`: the same on every Linux.
+    const TICKS_PER_SECOND: f64 = 100.0;
+    let ticks = || {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        // The name before may hold anything, a parenthesis too.
+        let mut fields = stat.rsplit_once(')')?.1.split_whitespace().skip(11);
+        Some(fields.next()?.parse::<u64>().ok()? + fields.next()?.parse::<u64>().ok()?)
+    };
+    ticks().map_or(0.0, |ticks| ticks as f64 / TICKS_PER_SECOND)
 }
 
 #[cfg(test)]

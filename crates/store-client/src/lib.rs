@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!             placement                 control (gRPC)                     bytes (one-sided, transfer engine)
-//!   read   blocks ─▶ groups ─▶ nodes ─▶ Lookup: longest run, leased ─────▶ read into the given offsets ─▶ verify ─▶ Release
+//!   read   blocks ─▶ groups ─▶ nodes ─▶ Lookup: longest run, leased ─────▶ read into the given offsets ─▶ verify
 //!   write  blocks ─▶ groups ─▶ nodes ─▶ Reserve: slots for what is new ──▶ write from the given offsets ──────────▶ Commit
 //! ```
 //!
@@ -20,6 +20,7 @@
 mod breaker;
 mod config;
 mod error;
+mod exists;
 mod hot;
 mod in_flight;
 mod lookup;
@@ -41,6 +42,7 @@ use std::{
     time::Instant,
 };
 
+use futures_util::future::join_all;
 use kvasir_cluster::View;
 use kvasir_proto::v1;
 use kvasir_transfer::TransferEngine;
@@ -54,7 +56,7 @@ pub use write::{GroupBlocks, WriteReport};
 
 use hot::Hot;
 use peers::Peers;
-use placement::{Node, Placement};
+use placement::{Node, Placement, collect};
 use views::Views;
 
 /// Most hashes in one call, as the protocol has it.
@@ -85,6 +87,7 @@ struct Inner {
     choices: AtomicU64,
     engine: TransferEngine,
     peers: Peers,
+    shared: Arc<exists::Shared>,
 }
 
 impl StoreClient {
@@ -93,7 +96,17 @@ impl StoreClient {
     pub fn new(config: Config, members: watch::Receiver<Arc<View>>, engine: TransferEngine) -> Self {
         let peers = Peers::new(&config);
         let (zone, views, hot) = (config.zone, Views::new(members), Hot::default());
-        Self { inner: Arc::new(Inner { zone, views, hot, choices: AtomicU64::new(0), engine, peers }) }
+        Self {
+            inner: Arc::new(Inner {
+                zone,
+                views,
+                hot,
+                choices: AtomicU64::new(0),
+                engine,
+                peers,
+                shared: Arc::default(),
+            }),
+        }
     }
 
     /// Reads the longest run of `blocks` that the store has, from the first one on, each to its offset in the own arena.
@@ -133,8 +146,8 @@ impl StoreClient {
     }
 
     /// Gives the leases of what was found back: blocks may leave the store earlier than the leases' end would let them.
-    pub async fn release(&self, found: Found) {
-        read::release(&self.inner, found).await;
+    pub fn release(&self, found: Found) {
+        read::release(&self.inner, found);
     }
 
     /// The same for the rest of a chain of which the first `have` blocks are there already: the run begins behind them, and
@@ -178,6 +191,28 @@ impl StoreClient {
         deadline: Deadline,
     ) -> WriteReport {
         write::write(&self.inner, request, origin, blocks, have.min(blocks.len()), block_bytes, deadline).await
+    }
+
+    /// How many of a prompt's blocks the store has, from the first one on, in memory or on disk. Nothing is held or fetched:
+    /// they may be gone a moment later. What a node that does not answer has counts as missing; the first error is told.
+    pub async fn exists(&self, blocks: &[BlockHash], block_bytes: u64, deadline: Deadline) -> (usize, Option<Error>) {
+        let inner = &*self.inner;
+        let placement = inner.placement();
+        let groups = placement.groups(blocks.len());
+        let parts = groups.filter_map(|group| Some((inner.source(&placement, blocks[group.start])?, group)));
+        let shares = collect(parts, placement.group_blocks(), MAX_HASHES);
+        let asking = shares.iter().map(|share| async move {
+            let hashes = share.blocks.iter().map(|&block| blocks[block]).collect();
+            (share, exists::exists(inner, share, hashes, block_bytes, deadline).await)
+        });
+        let (mut has, mut error) = (vec![false; blocks.len()], None);
+        for (share, found) in join_all(asking).await {
+            match found {
+                Ok(found) => share.blocks[..found].iter().for_each(|&block| has[block] = true),
+                Err(failure) => error = error.or(Some(failure)),
+            }
+        }
+        (has.into_iter().take_while(|&has| has).count(), error)
     }
 
     /// Gives a group's blocks, which lie in the own arena, to the nodes that are to have them, as [`StoreClient::write`] does.

@@ -210,7 +210,7 @@ impl Search<'_> {
             hashes: convert::pack16(share.blocks.iter().map(|&block| &self.blocks[block].0.0)),
             block_bytes: self.block_bytes,
             wait_ms: 0,
-            ended: Vec::new(),
+            ended: self.inner.peers.take_ended(&share.node),
             prompt_blocks: u32::try_from(self.blocks.len()).unwrap_or(u32::MAX),
             epoch: epoch.0,
         };

@@ -39,9 +39,14 @@ struct Peer {
     incarnation: Incarnation,
     channel: Channel,
     breaker: Breaker,
+    /// Leases that are done with, to be told with the next call.
+    ended: Vec<u64>,
     /// Bytes that this client is reading from it. A hint for the choice among copies, so no order is asked for.
     load: Arc<AtomicU64>,
 }
+
+/// Most leases that are told to have ended with one call; who has more lets the rest end by themselves.
+const MAX_ENDED: usize = 1024;
 
 /// The nodes this client has talked to. Written and read by whatever task makes a call; the lock is held for a map look-up
 /// only.
@@ -101,7 +106,7 @@ impl Peers {
         let limit = timeout.min(deadline.remaining());
         let error = match tokio::time::timeout(limit, call(client)).await {
             Ok(Ok(response)) => {
-                self.with(node, Breaker::answered);
+                self.with(node, |peer| peer.breaker.answered());
                 return Ok(response.into_inner());
             }
             Ok(Err(status)) => Error::Call { member: node.id.clone(), status: Box::new(status) },
@@ -118,9 +123,26 @@ impl Peers {
         Err(error)
     }
 
+    /// A lease is done with. Nobody waits for a node to hear that, and it costs no call: the next lookup or reservation
+    /// there says so. Where none follows, the lease ends by itself.
+    pub(crate) fn end(&self, node: &Node, lease: u64) {
+        self.with(node, |peer| {
+            if peer.ended.len() < MAX_ENDED {
+                peer.ended.push(lease);
+            }
+        });
+    }
+
+    /// What a call tells a node to have ended.
+    pub(crate) fn take_ended(&self, node: &Node) -> Vec<u64> {
+        let mut ended = Vec::new();
+        self.with(node, |peer| std::mem::swap(&mut peer.ended, &mut ended));
+        ended
+    }
+
     /// A node did not do its part.
     pub(crate) fn failed(&self, node: &Node) {
-        self.with(node, |breaker| breaker.failed(Instant::now()));
+        self.with(node, |peer| peer.breaker.failed(Instant::now()));
     }
 
     /// So many bytes are under way from the node from now on.
@@ -152,6 +174,7 @@ impl Peers {
             incarnation: node.incarnation,
             channel: channel.clone(),
             breaker: Breaker::new(self.wait),
+            ended: Vec::new(),
             load: Arc::default(),
         };
         peers.insert(node.id.clone(), peer);
@@ -168,11 +191,11 @@ impl Peers {
         Ok(endpoint.connect_lazy())
     }
 
-    fn with(&self, node: &Node, change: impl FnOnce(&mut Breaker)) {
+    fn with(&self, node: &Node, change: impl FnOnce(&mut Peer)) {
         if let Some(peer) = self.lock().get_mut(&node.id)
             && peer.incarnation == node.incarnation
         {
-            change(&mut peer.breaker);
+            change(peer);
         }
     }
 

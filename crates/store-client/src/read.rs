@@ -2,17 +2,17 @@
 //!
 //! All nodes are asked at once ([`crate::lookup`]), because one lookup costs a round trip and moves nothing. What comes back
 //! is an answer for each share: so many of its blocks, in order. The first block without an answer is where the run ends;
-//! blocks past it are not fetched, however many there are. The bytes of a group are one batch, so that a deadline that passes halfway
-//! still leaves the groups that had come.
+//! blocks past it are not fetched, however many there are. The bytes come in slices, so that one is verified while the next is
+//! on its way, and so that a deadline that passes halfway still leaves what had come.
 
 use std::{
+    collections::VecDeque,
     ops::Range,
     time::{Duration, Instant},
 };
 
-use futures_util::{StreamExt, future::join_all, stream::FuturesUnordered};
-use kvasir_proto::v1;
-use kvasir_transfer::{Batch, Op, Priority};
+use futures_util::{StreamExt, stream::FuturesUnordered};
+use kvasir_transfer::{Batch, Checksum, Op, Priority};
 use kvasir_types::{BlockHash, Deadline, RequestId};
 
 use crate::{
@@ -23,9 +23,12 @@ use crate::{
     placement::Node,
 };
 
-/// How long giving a lease back may take. It only makes blocks evictable earlier than the lease's end would, so it is not
-/// worth waiting for.
-const RELEASE_TIMEOUT: Duration = Duration::from_millis(50);
+/// Slices of a read: as many as this, if they are neither too small nor too large.
+const SLICES: u64 = 8;
+/// Smallest slice: what the transfer engine copies within a host without waking another thread.
+const MIN_SLICE: u64 = 32 << 10;
+/// Largest slice.
+const MAX_SLICE: u64 = 1 << 20;
 
 /// What a read brought.
 #[derive(Debug, Default)]
@@ -38,16 +41,33 @@ pub struct ReadReport {
     pub error: Option<Error>,
 }
 
-/// A batch under way: blocks that follow one another in one share.
+/// Under way: blocks that follow one another in one share.
 struct Piece<'a> {
     answer: &'a Answer,
     /// Index of its first block in the share.
     first: usize,
     /// How many.
     len: usize,
-    transfer: InFlight,
+    /// All of their bytes, in order.
+    slices: VecDeque<Slice>,
     /// Counts its bytes as under way from its node, for as long as they are.
     _load: Load,
+}
+
+/// One batch of a piece.
+struct Slice {
+    transfer: InFlight,
+    parts: Vec<Part>,
+}
+
+/// Bytes of one block.
+struct Part {
+    /// Index of the block in the share.
+    at: usize,
+    local: u64,
+    len: u64,
+    /// Whether they are its last.
+    last: bool,
 }
 
 /// What the store has of a chain: leased for a while, and not read yet. Dropped without
@@ -108,7 +128,7 @@ pub(crate) async fn fetch(
     let Found { blocks, block_bytes, run, answers, .. } = found;
     let pieces = submit(inner, answers, blocks, *block_bytes, run, deadline).into_iter().map(|piece| async {
         let (first, len) = (piece.answer.share.blocks[piece.first], piece.len);
-        let (good, failure) = finish(inner, piece, blocks, *block_bytes).await;
+        let (good, failure) = finish(inner, piece, blocks).await;
         debug_assert!(good <= len, "no more is good than was read");
         (first..first + good, failure)
     });
@@ -129,8 +149,8 @@ pub(crate) async fn fetch(
 }
 
 /// Gives the leases back.
-pub(crate) async fn release(inner: &Inner, found: Found) {
-    join_all(found.answers.iter().map(|answer| release_one(inner, answer))).await;
+pub(crate) fn release(inner: &Inner, found: Found) {
+    found.answers.iter().for_each(|answer| inner.peers.end(&answer.share.node, answer.lease));
 }
 
 pub(crate) async fn read(
@@ -144,11 +164,9 @@ pub(crate) async fn read(
     let mut found = find(inner, request, blocks.to_vec(), have, block_bytes, deadline).await;
     let mut report = fetch(inner, &found, deadline, |_| {}).await;
     report.error = found.take_error().or(report.error);
-    release(inner, found).await;
+    release(inner, found);
     report
 }
-
-type Client = v1::store_client::StoreClient<tonic::transport::Channel>;
 
 /// So many milliseconds after `start`, bounded: the number comes from outside.
 pub(crate) fn later(start: Instant, ms: u64) -> Deadline {
@@ -187,65 +205,134 @@ fn submit<'a>(
         }
     }
     stretches.sort_unstable_by_key(|&(answer, first, _)| answer.share.blocks[first]);
+    let total = stretches.iter().map(|&(_, _, len)| len as u64 * block_bytes).sum::<u64>();
+    let slice = (total / SLICES).clamp(MIN_SLICE, MAX_SLICE);
     stretches
         .into_iter()
         .map(|(answer, first, len)| {
-            let ranges = (first..first + len)
-                .map(|at| kvasir_transfer::Range {
-                    local: blocks[answer.share.blocks[at]].1,
-                    remote: answer.found[at].offset,
-                    len: block_bytes,
-                })
-                .collect();
-            let batch = Batch {
+            let places = (first..first + len).map(|at| Place {
+                at,
+                local: blocks[answer.share.blocks[at]].1,
+                remote: answer.found[at].offset,
+            });
+            let slices = cut(places, block_bytes, slice);
+            let start = |ranges: &[(Part, kvasir_transfer::Range)]| Batch {
                 op: Op::Read,
                 target: answer.segment.clone(),
                 grant: answer.grant,
-                ranges,
+                ranges: ranges.iter().map(|(_, range)| *range).collect(),
                 deadline: deadline.min(answer.until),
                 priority: Priority::Normal,
                 notice: None,
             };
+            let slices = slices.into_iter().map(|slice| Slice {
+                transfer: InFlight::new(inner.engine.submit(start(&slice))),
+                parts: slice.into_iter().map(|(part, _)| part).collect(),
+            });
             let load = inner.peers.load(&answer.share.node, len as u64 * block_bytes);
-            Piece { answer, first, len, transfer: InFlight::new(inner.engine.submit(batch)), _load: load }
+            Piece { answer, first, len, slices: slices.collect(), _load: load }
         })
         .collect()
 }
 
-/// Waits for a piece and verifies it: how many of its blocks, from its first on, are good.
-async fn finish(
-    inner: &Inner,
-    piece: Piece<'_>,
-    blocks: &[(BlockHash, u64)],
-    block_bytes: u64,
-) -> (usize, Option<Error>) {
-    let Piece { answer, first, len, transfer, _load } = piece;
-    let node: &Node = &answer.share.node;
-    if let Err(source) = transfer.await {
-        inner.transfer_failed(node, &source);
-        return (0, Some(Error::Transfer { member: node.id.clone(), source }));
-    }
-    for at in first..first + len {
-        let (hash, offset) = blocks[answer.share.blocks[at]];
-        match inner.engine.checksum(offset, block_bytes) {
-            Ok(checksum) if checksum == answer.found[at].checksum => {}
-            Ok(_) => {
-                tracing::warn!(member = %node.id, %hash, "a stored block has other bytes than were stored, taken as a miss");
-                return (at - first, Some(Error::Checksum { member: node.id.clone(), hash }));
-            }
-            Err(source) => return (at - first, Some(Error::Local(source))),
-        }
-        // A block is a millisecond of hashing at most; a prompt is not, and others use this thread too.
-        tokio::task::yield_now().await;
-    }
-    (len, None)
+/// A block of a piece: its index in the share, and where it lies here and there.
+struct Place {
+    at: usize,
+    local: u64,
+    remote: u64,
 }
 
-async fn release_one(inner: &Inner, answer: &Answer) {
-    let message = v1::ReleaseRequest { lease: answer.lease };
-    let call = async |mut client: Client| client.release(message).await;
-    let result = inner.peers.call(&answer.share.node, Deadline::after(RELEASE_TIMEOUT), call).await;
-    if let Err(error) = result {
-        tracing::debug!(member = %answer.share.node.id, %error, "lease not given back, it ends by itself");
+/// Cuts blocks into slices of so many bytes or a little more, but for the last one; a block that is larger than a slice is cut
+/// within.
+fn cut(places: impl Iterator<Item = Place>, block_bytes: u64, slice: u64) -> Vec<Vec<(Part, kvasir_transfer::Range)>> {
+    let (mut slices, mut current, mut bytes) = (Vec::new(), Vec::new(), 0);
+    for Place { at, local, remote } in places {
+        let mut done = 0;
+        while done < block_bytes {
+            let len = slice.min(block_bytes - done);
+            let part = Part { at, local: local.saturating_add(done), len, last: done + len == block_bytes };
+            let range = kvasir_transfer::Range { local: part.local, remote: remote.saturating_add(done), len };
+            current.push((part, range));
+            (done, bytes) = (done + len, bytes + len);
+            if bytes >= slice {
+                slices.push(std::mem::take(&mut current));
+                bytes = 0;
+            }
+        }
+    }
+    if !current.is_empty() {
+        slices.push(current);
+    }
+    slices
+}
+
+/// Waits for a piece and verifies it: how many of its blocks, from its first on, are good.
+async fn finish(inner: &Inner, mut piece: Piece<'_>, blocks: &[(BlockHash, u64)]) -> (usize, Option<Error>) {
+    let (good, failure) = match verify(inner, &mut piece, blocks).await {
+        Ok(()) => (piece.len, None),
+        Err((at, failure)) => (at - piece.first, Some(failure)),
+    };
+    // What is of no use any more is waited for all the same: it writes to memory.
+    for slice in piece.slices {
+        let _ = slice.transfer.await;
+    }
+    (good, failure)
+}
+
+/// Verifies slice after slice as they come; fails with the first block of the share that is not good.
+async fn verify(inner: &Inner, piece: &mut Piece<'_>, blocks: &[(BlockHash, u64)]) -> Result<(), (usize, Error)> {
+    let (answer, node): (_, &Node) = (piece.answer, &piece.answer.share.node);
+    let mut sum = Checksum::new(&inner.engine);
+    while let Some(Slice { transfer, parts }) = piece.slices.pop_front() {
+        let first = parts.first().map_or(piece.first, |part| part.at);
+        if let Err(source) = transfer.await {
+            inner.transfer_failed(node, &source);
+            return Err((first, Error::Transfer { member: node.id.clone(), source }));
+        }
+        for part in parts {
+            sum.add(part.local, part.len).map_err(|source| (part.at, Error::Local(source)))?;
+            if part.last {
+                let found = std::mem::replace(&mut sum, Checksum::new(&inner.engine)).finish();
+                if found != answer.found[part.at].checksum {
+                    let hash = blocks[answer.share.blocks[part.at]].0;
+                    tracing::warn!(member = %node.id, %hash, "a stored block has other bytes than were stored, taken as a miss");
+                    return Err((part.at, Error::Checksum { member: node.id.clone(), hash }));
+                }
+            }
+            // A slice is a fraction of a millisecond of hashing; a prompt is not, and others use this thread too.
+            tokio::task::yield_now().await;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn slices_are_all_bytes_of_all_blocks_in_order(blocks in 1u64..20, block_bytes in 1u64..500, slice in 1u64..300) {
+            let place = |at: u64| Place { at: at as usize, local: at * 1000, remote: 100_000 - at * 1000 };
+            let slices = cut((0..blocks).map(place), block_bytes, slice);
+            let (mut at, mut done) = (0, 0);
+            for (index, cut) in slices.iter().enumerate() {
+                let bytes: u64 = cut.iter().map(|(part, _)| part.len).sum();
+                prop_assert!(bytes < 2 * slice && (bytes >= slice || index + 1 == slices.len()));
+                for (part, range) in cut {
+                    let Place { local, remote, .. } = place(at);
+                    prop_assert_eq!((part.at as u64, part.local, part.len), (at, local + done, range.len));
+                    prop_assert_eq!((range.local, range.remote), (local + done, remote + done));
+                    done += part.len;
+                    prop_assert_eq!(part.last, done == block_bytes);
+                    if part.last {
+                        (at, done) = (at + 1, 0);
+                    }
+                }
+            }
+            prop_assert_eq!((at, done), (blocks, 0));
+        }
     }
 }

@@ -21,6 +21,7 @@ struct Liar {
     lookup: v1::LookupResponse,
     reserve: v1::ReserveResponse,
     committed: u32,
+    tiers: Vec<u8>,
 }
 
 #[tonic::async_trait]
@@ -38,7 +39,7 @@ impl store_server::Store for Liar {
         Ok(Response::new(v1::CommitResponse { committed: self.committed }))
     }
     async fn exists(&self, _: Request<v1::ExistsRequest>) -> Result<Response<v1::ExistsResponse>, Status> {
-        Err(Status::internal("no"))
+        Ok(Response::new(v1::ExistsResponse { tiers: self.tiers.clone().into() }))
     }
     async fn get(&self, _: Request<v1::GetRequest>) -> Result<Response<v1::GetResponse>, Status> {
         Err(Status::internal("no"))
@@ -192,5 +193,16 @@ async fn no_answer_to_a_reservation_makes_a_write_more_than_skipped() {
         let report = world.client.write(&"test".parse().unwrap(), &Origin::default(), &blocks(), BLOCK, deadline).await;
         assert_eq!((report.written, report.present, report.skipped), (0, present, 4 - present), "{lie}: {report:?}");
         assert!(!deadline.passed(), "{lie}: took too long");
+    }
+}
+
+#[tokio::test]
+async fn no_answer_to_a_question_makes_a_run_that_is_not_there() {
+    let hashes: Vec<_> = blocks().into_iter().map(|(hash, _)| hash).collect();
+    for (tiers, run, wrong) in [(vec![1, 3, 0, 2], 2, false), (vec![1; 3], 0, true), (vec![1; 5], 0, true)] {
+        let world = world(Liar { tiers: tiers.clone(), ..Liar::default() }).await;
+        let (found, error) = world.client.exists(&hashes, BLOCK, Deadline::after(Duration::from_secs(5))).await;
+        assert_eq!(found, run, "{tiers:?}");
+        assert_eq!(matches!(error, Some(Error::Count { asked: 4, .. })), wrong, "{tiers:?}: {error:?}");
     }
 }

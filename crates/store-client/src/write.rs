@@ -17,6 +17,7 @@ use futures_util::{
 use kvasir_proto::{convert, v1};
 use kvasir_transfer::{Batch, Op, Priority, Range};
 use kvasir_types::{BlockHash, Deadline, Epoch, MemberId, PROTOCOL_VERSION, RequestId, SegmentDescriptor};
+use tokio::sync::Mutex;
 
 use crate::{
     Error, Inner, MAX_CALLS, MAX_HASHES, Origin, hot,
@@ -40,6 +41,8 @@ pub struct WriteReport {
     pub error: Option<Error>,
 }
 
+/// Bytes that are reserved and committed as one, so that a node verifies them while the next are written.
+const PART_BYTES: u64 = 8 << 20;
 /// Most rounds of reservations for one write. There is a second one only if a node knew a newer view of the members.
 const MAX_ROUNDS: usize = 3;
 
@@ -103,7 +106,9 @@ pub(crate) async fn write(
     deadline: Deadline,
 ) -> WriteReport {
     let sums = blocks.iter().map(|_| OnceLock::new()).collect();
-    Offer { inner, request, origin, blocks, group: None, block_bytes, deadline, sums }.run(have).await
+    Offer { inner, request, origin, blocks, group: None, block_bytes, deadline, sums, hashing: Mutex::new(()) }
+        .run(have)
+        .await
 }
 
 /// Offers a group's blocks to its homes other than the one that gives them.
@@ -116,7 +121,9 @@ pub(crate) async fn hand_over(
     deadline: Deadline,
 ) -> WriteReport {
     let (blocks, sums) = (&group.blocks, group.blocks.iter().map(|_| OnceLock::new()).collect());
-    Offer { inner, request, origin, blocks, group: Some(group), block_bytes, deadline, sums }.run(0).await
+    Offer { inner, request, origin, blocks, group: Some(group), block_bytes, deadline, sums, hashing: Mutex::new(()) }
+        .run(0)
+        .await
 }
 
 /// What all shares of one write have in common.
@@ -131,6 +138,8 @@ struct Offer<'a> {
     deadline: Deadline,
     /// Checksums of the blocks' bytes, computed once for all copies.
     sums: Vec<OnceLock<[u8; 16]>>,
+    /// Held while checksums are computed: all of them together take a core at most, and the first part is to be ready first.
+    hashing: Mutex<()>,
 }
 
 impl Offer<'_> {
@@ -168,12 +177,13 @@ impl Offer<'_> {
         let groups = || blocks.chunk_by(|a, b| a / size == b / size);
         let homes: Vec<Vec<Arc<Node>>> =
             groups().map(|part| self.homes(placement, part[0] / size * size, copies)).collect();
+        let most = usize::try_from(PART_BYTES / self.block_bytes.max(1)).unwrap_or(MAX_HASHES).clamp(1, MAX_HASHES);
         let of_copy = |copy: usize| {
             let parts = groups().zip(&homes).filter_map(move |(part, homes)| {
                 let node = homes.get(copy)?;
                 Some((node.clone(), part[0]..part[part.len() - 1] + 1))
             });
-            collect(parts, size, MAX_HASHES)
+            collect(parts, size, most)
         };
         (0..copies).flat_map(of_copy).collect()
     }
@@ -260,6 +270,7 @@ impl Offer<'_> {
             prompt_blocks: u32::try_from(self.blocks.len()).unwrap_or(u32::MAX),
             model: self.origin.model.map_or_else(Default::default, |model| convert::bytes16(&model.0)),
             tenant: self.origin.tenant.clone(),
+            ended: self.inner.peers.take_ended(&share.node),
             epoch: epoch.0,
         };
         let call = async |mut client: Client| client.reserve(message).await;
@@ -332,6 +343,7 @@ impl Offer<'_> {
     }
 
     async fn checksums(&self, part: &[New]) -> Result<Vec<Sum>, Error> {
+        let _turn = self.hashing.lock().await;
         let mut sums = Vec::with_capacity(part.len());
         for new in part {
             let offset = self.blocks[new.block].1;

@@ -18,6 +18,7 @@ use kvasir_types::{GrantKey, HostMemory, SegmentDescriptor, TransportKind};
 use crate::{
     batch::{Batch, BatchState, Op, Priority, Setting, Transfer},
     builder::Builder,
+    checksum::Checksum,
     choice::{Circumstances, Slot, Way, choose},
     config::Config,
     copier::Copier,
@@ -294,26 +295,9 @@ impl TransferEngine {
     /// # Errors
     /// [`Error::OutOfBounds`].
     pub fn checksum(&self, offset: u64, len: u64) -> Result<[u8; 16], Error> {
-        // By way of a buffer that stays in the first-level cache: no reference to the bytes is formed, and 16 KiB
-        // feed all of BLAKE3's vector lanes.
-        let mut buffer = [0; 16 << 10];
-        let mut hasher = blake3::Hasher::new();
-        let mut from = self.own(offset, len)?.at(offset, len).cast_const();
-        let mut left = len as usize;
-        while left > 0 {
-            let part = left.min(buffer.len());
-            // SAFETY: the range was checked against its region, which stays mapped (`register` never moves memory, and
-            // the caller holds the block); the buffer is ours.
-            unsafe {
-                std::ptr::copy_nonoverlapping(from, buffer.as_mut_ptr(), part);
-                from = from.add(part);
-            }
-            hasher.update(&buffer[..part]);
-            left -= part;
-        }
-        let mut short = [0; 16];
-        short.copy_from_slice(&hasher.finalize().as_bytes()[..16]);
-        Ok(short)
+        let mut sum = Checksum::new(self);
+        sum.add(offset, len)?;
+        Ok(sum.finish())
     }
 
     /// Copies registered bytes out: for tests and small uses. The usual discipline applies: nobody writes them meanwhile,

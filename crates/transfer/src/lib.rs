@@ -42,6 +42,7 @@
 #![expect(unsafe_code, reason = "owns the arena and hands its addresses to the kernel")]
 
 mod builder;
+mod checksum;
 mod choice;
 mod config;
 mod engine;
@@ -83,6 +84,7 @@ pub use kvasir_types::Transports;
 
 pub use batch::{Batch, Op, Priority, Range, Report, Transfer};
 pub use builder::Builder;
+pub use checksum::Checksum;
 pub use config::{Config, ShmConfig, TlsConfig, UcxConfig};
 pub use engine::{Region, TransferEngine};
 pub use error::{Error, Refusal};

@@ -168,7 +168,7 @@ pub struct StoreConfig {
     /// costs so much, of one request in each second. Default 50.
     pub lookup_timeout_ms: u64,
     /// How long a request may wait for blocks from the store in all, in milliseconds; with `fetch: measured` never longer than
-    /// computing them is expected to take. Default 1000.
+    /// computing them is expected to take, nor than a few times what reading them is. Default 5000.
     pub read_timeout_ms: u64,
     /// Which finished blocks go to the store, and how.
     pub write_back: WriteBackConfig,
@@ -318,7 +318,7 @@ impl Default for StoreConfig {
             enabled: true,
             fetch: Fetch::default(),
             lookup_timeout_ms: 50,
-            read_timeout_ms: 1_000,
+            read_timeout_ms: 5_000,
             write_back: WriteBackConfig::default(),
             spill: SpillConfig::default(),
         }

@@ -162,11 +162,7 @@ impl StoreService {
     async fn look_up(&self, request: &v1::LookupRequest) -> Result<v1::LookupResponse, Error> {
         check_protocol(request.protocol_version)?;
         let (size, hashes) = (block_bytes(request.block_bytes)?, hashes(&request.hashes)?);
-        if request.ended.len() > MAX_HASHES {
-            let (field, got, limit) = ("ended", request.ended.len(), MAX_HASHES);
-            return Err(kvasir_proto::Error::TooMany { field, got, limit }.into());
-        }
-        self.node.end_leases(request.ended.iter().map(|&lease| LeaseId(lease)));
+        self.end(&request.ended)?;
         let (found, coming) = self.node.lookup(size, &hashes, request.prompt_blocks, until(request.wait_ms)).await?;
         let blocks = found.as_ref().map_or(0, |found| found.blocks.len());
         tracing::debug!(request_id = request.request_id, asked = hashes.len(), found = blocks, coming, "lookup");
@@ -191,9 +187,19 @@ impl StoreService {
         })
     }
 
+    /// Leases that a caller gives back along with what it wants.
+    fn end(&self, leases: &[u64]) -> Result<(), Error> {
+        if leases.len() > MAX_HASHES {
+            return Err(kvasir_proto::Error::TooMany { field: "ended", got: leases.len(), limit: MAX_HASHES }.into());
+        }
+        self.node.end_leases(leases.iter().map(|&lease| LeaseId(lease)));
+        Ok(())
+    }
+
     fn make_room(&self, request: &v1::ReserveRequest) -> Result<v1::ReserveResponse, Error> {
         check_protocol(request.protocol_version)?;
         let (size, hashes) = (block_bytes(request.block_bytes)?, hashes(&request.hashes)?);
+        self.end(&request.ended)?;
         if let Some(view) = self.membership.newer_than(Epoch(request.epoch)) {
             // Written here, others might not look for it here.
             return Ok(v1::ReserveResponse { view: Some(view), ..Default::default() });

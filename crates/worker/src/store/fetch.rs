@@ -1,7 +1,8 @@
 //! Reading the beginning of a prompt from the store, if that is faster than computing it.
 //!
 //! The request that waits is never worse off by more than it would have taken to compute: that is the deadline of lookup
-//! and read together, as far as it is known, and `store.read_timeout_ms` in any case. A node that does not say in
+//! and read together, as far as it is known; a few times what they were expected to take is another, and
+//! `store.read_timeout_ms` holds in any case. A node that does not say in
 //! `store.lookup_timeout_ms` what it has is left alone for a while (the client's breaker); one that has blocks on disk says
 //! so in this time.
 //!
@@ -24,6 +25,11 @@ use super::{
     lock,
 };
 use crate::{config::Fetch, error::went_without_store};
+
+/// A read that takes so many times as long as was expected is given up.
+const LATE: u32 = 4;
+/// What is expected of a short one is mostly chance.
+const LEAST_PATIENCE: Duration = Duration::from_millis(250);
 
 /// What becomes of a held sequence while its blocks are being read.
 pub(crate) trait Meanwhile {
@@ -84,7 +90,7 @@ impl Store {
         if let Some(error) = &report.error {
             went_without(error, until);
         }
-        self.release(found);
+        self.client.release(found);
         Fetched { blocks: start..start + report.blocks, computing: head > 0 }
     }
 
@@ -134,7 +140,7 @@ impl Store {
         };
         self.metrics.decided(decision);
         if matches!(decision, "miss" | "compute") {
-            self.release(found);
+            self.client.release(found);
             return None;
         }
         // A probe may take what was expected of the whole: it is there to find out.
@@ -157,10 +163,12 @@ impl Store {
         }
     }
 
-    /// How long a request may wait for blocks that could be computed meanwhile.
+    /// How long a request may wait for blocks that could be computed meanwhile. A store from which nothing comes any more
+    /// should cost less than the computing that is saved by one that is well.
     fn patience(&self, verdict: &Verdict) -> Duration {
         let limit = Duration::from_millis(self.config.read_timeout_ms);
-        if self.config.fetch == Fetch::Measured { limit.min(verdict.compute) } else { limit }
+        let late = verdict.read.saturating_mul(LATE).max(LEAST_PATIENCE);
+        if self.config.fetch == Fetch::Measured { limit.min(verdict.compute).min(late) } else { limit }
     }
 
     fn note(&self, verdict: &Verdict, blocks: usize) {
@@ -175,15 +183,6 @@ impl Store {
             read_ms = millis(*read),
             "store or compute"
         );
-    }
-
-    /// Gives leases back, which nobody waits for.
-    fn release(&self, found: Found) {
-        let client = self.client.clone();
-        self.tasks.spawn(kvasir_runtime::Kind::Background, "release", async move {
-            client.release(found).await;
-            Ok(())
-        });
     }
 }
 

@@ -21,7 +21,7 @@ use std::{
 
 use kvasir_cluster::ModelInfo;
 use kvasir_engine::Handle;
-use kvasir_runtime::{Context, Tasks};
+use kvasir_runtime::Context;
 use kvasir_store_client::StoreClient;
 use kvasir_transfer::TransferEngine;
 use kvasir_types::{BlockHash, BlockId, KvLayout};
@@ -45,7 +45,6 @@ pub(crate) struct Store {
     engine: Handle,
     costs: Mutex<Costs>,
     metrics: StoreMetrics,
-    tasks: Tasks,
     /// What was finished goes this way.
     pub(crate) write_back: WriteBack,
 }
@@ -72,7 +71,7 @@ impl Store {
         if write_back.writes_evicted() {
             parts.evictions.go_to(write_back.clone(), parts.config, parts.transfer)?;
         }
-        let Parts { client, config, engine, context, .. } = parts;
+        let Parts { client, config, engine, .. } = parts;
         Ok(Arc::new(Self {
             client,
             config: config.store.clone(),
@@ -81,7 +80,6 @@ impl Store {
             engine,
             costs: Mutex::new(costs),
             metrics,
-            tasks: context.tasks.clone(),
             write_back,
         }))
     }

@@ -59,11 +59,11 @@ async fn bytes_in_messages_are_stored_and_read_like_others() {
     let got = raw.get(get_request(&hashes(0..8))).await.unwrap().into_inner();
     assert!(got.blocks.iter().zip(&all).all(|(bytes, &hash)| bytes[..] == content(hash)));
     assert_eq!(got.blocks.len(), 6);
+    let usage = node.node.usage();
+    assert_eq!((usage.pinned, usage.reserved), (0, 0), "nothing stays held");
     let places = client.places(0, &all);
     assert_eq!(client.read(&places).await.blocks, 6);
     assert!(client.has(&places));
-    let usage = node.node.usage();
-    assert_eq!((usage.pinned, usage.reserved), (0, 0), "nothing stays held");
 }
 
 #[tokio::test]

@@ -20,7 +20,7 @@ use tonic::Code;
 async fn what_is_written_is_read_back_bit_for_bit_over_every_transport() {
     for transport in [TransportKind::Local, TransportKind::Shm, TransportKind::Tcp] {
         let cluster = Cluster::with(&[transport]);
-        let node = cluster.node("kv-0", |_| {}).await;
+        let node = cluster.node("kv-0", |config| config.lease_ms = 600_000).await;
         let (writer, reader) = (cluster.client(100), cluster.client(100));
         let blocks = writer.prepare(0, &hashes(0..100));
         let report = writer.write(&blocks).await;
@@ -38,7 +38,9 @@ async fn what_is_written_is_read_back_bit_for_bit_over_every_transport() {
             (moved.read_bytes, moved.written_bytes) == (100 * BLOCK, 100 * BLOCK)
         })
         .await;
-        eventually("the lease is given back", || node.node.usage().pinned == 0).await;
+        assert_eq!(node.node.usage().pinned, 100);
+        assert_eq!(reader.read(&reader.places(0, &hashes(200..201))).await.blocks, 0);
+        eventually("the lease was given back with the next lookup", || node.node.usage().pinned == 0).await;
     }
 }
 
@@ -450,4 +452,27 @@ async fn under_mixed_load_every_read_is_right_or_a_miss_and_nothing_leaks() {
     })
     .await;
     assert!(node.node.totals().0.evicted_blocks > 0);
+}
+
+#[tokio::test]
+async fn many_who_ask_at_once_are_each_told_how_long_their_run_is() {
+    let cluster = Cluster::new();
+    let nodes = [cluster.node("kv-0", |_| {}).await, cluster.node("kv-1", |_| {}).await];
+    let client = cluster.client(200);
+    let blocks = client.prepare(0, &hashes(0..200));
+    assert_eq!(client.write(&blocks).await.written, 200);
+    // Some of them alone are more than one call takes; runs of all lengths, with a hash behind them that nobody has.
+    let ask = |have: usize| {
+        let prompt: Vec<_> = hashes(0..have as u32).into_iter().chain(hashes(900..901)).collect();
+        let client = client.store.clone();
+        async move { client.exists(&prompt, BLOCK, soon()).await }
+    };
+    let told = futures_util::future::join_all((0..200).map(ask)).await;
+    for (have, (found, error)) in told.into_iter().enumerate() {
+        assert!(error.is_none(), "{error:?}");
+        assert_eq!(found, have);
+    }
+    assert_eq!(nodes.iter().map(|node| node.node.usage().pinned).sum::<u64>(), 0, "nothing is held");
+    let calls = nodes.iter().map(|node| node.node.totals().0.lookups).sum::<u64>();
+    assert_eq!(calls, 0, "nor counted as used");
 }

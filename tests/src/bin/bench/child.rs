@@ -15,8 +15,6 @@ use serde_json::Value;
 
 /// How long a program may take to start or to answer, unless somebody knows better.
 const PATIENCE: Duration = Duration::from_secs(60);
-/// Unit of processor time in `/proc`: the same on every Linux.
-const TICKS_PER_SECOND: f64 = 100.0;
 
 /// A child process whose standard output is read line by line.
 pub struct Child {
@@ -78,7 +76,7 @@ impl Child {
         drop(self.input.take());
         let end = Instant::now() + self.patience;
         // A zombie's account is complete and still there; reaping takes it away.
-        while self.stat().is_some_and(|(state, _)| state != 'Z') {
+        while self.state().is_some_and(|state| state != 'Z') {
             if Instant::now() > end {
                 bail!("{} does not end", self.name);
             }
@@ -105,16 +103,14 @@ impl Child {
 
     /// Processor seconds so far, all threads, user and kernel.
     pub fn cpu_seconds(&self) -> f64 {
-        self.stat().map_or(0.0, |(_, ticks)| ticks as f64 / TICKS_PER_SECOND)
+        kvasir_tests::process::cpu_seconds(self.process.id())
     }
 
-    /// State and processor ticks.
-    fn stat(&self) -> Option<(char, u64)> {
+    /// What the kernel says it is doing.
+    fn state(&self) -> Option<char> {
         let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.process.id())).ok()?;
         // The name before may hold anything, a parenthesis too.
-        let fields: Vec<_> = stat.rsplit_once(')')?.1.split_whitespace().collect();
-        let ticks = fields.get(11)?.parse::<u64>().ok()? + fields.get(12)?.parse::<u64>().ok()?;
-        Some((fields.first()?.chars().next()?, ticks))
+        stat.rsplit_once(')')?.1.trim_start().chars().next()
     }
 
     /// Stops it: a program that polls while it waits would take a core from the others.

@@ -8,6 +8,7 @@
 mod child;
 mod engine;
 mod first_light;
+mod kv_store;
 mod record;
 mod report;
 mod rivals;
@@ -51,9 +52,10 @@ async fn run() -> Result<()> {
     let report: Report = match name {
         "engine" => engine::run(&options)?,
         "first-light" => first_light::run(&options).await?,
+        "kv-store" => kv_store::run(&options).await?,
         "shared-prompt" => shared_prompt::run(&options).await?,
         "transfer" => transfer::run(&options)?,
-        _ => bail!("there is no benchmark '{name}'; there are: engine, first-light, shared-prompt, transfer"),
+        _ => bail!("there is no benchmark '{name}'; there are: engine, first-light, kv-store, shared-prompt, transfer"),
     };
     report.finish()
 }
