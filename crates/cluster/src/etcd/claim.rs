@@ -56,7 +56,7 @@ pub(super) async fn claim(shared: &Shared, slot: &Slot, own: &mut Own, patience:
         };
         if patience == Patience::OneLease
             && give_up.is_none()
-            && is_gone(&found).await
+            && is_gone(found).await
             && attempt(shared, slot, own, found.revision).await?
         {
             tracing::info!(key = slot.key, %holder, "took the name of a process that is gone");
