@@ -12,6 +12,7 @@ use std::{
 };
 
 use futures_util::{StreamExt, stream::FuturesUnordered};
+use kvasir_proto::{convert, v1};
 use kvasir_transfer::{Batch, Checksum, Op, Priority};
 use kvasir_types::{BlockHash, Deadline, RequestId};
 
@@ -29,6 +30,11 @@ const SLICES: u64 = 8;
 const MIN_SLICE: u64 = 32 << 10;
 /// Largest slice.
 const MAX_SLICE: u64 = 1 << 20;
+
+/// How long telling a node of wrong bytes may take: the reader goes on without them anyway.
+const REPORT_TIMEOUT: Duration = Duration::from_millis(50);
+
+type Client = v1::store_client::StoreClient<tonic::transport::Channel>;
 
 /// What a read brought.
 #[derive(Debug, Default)]
@@ -128,7 +134,7 @@ pub(crate) async fn fetch(
     let Found { blocks, block_bytes, run, answers, .. } = found;
     let pieces = submit(inner, answers, blocks, *block_bytes, run, deadline).into_iter().map(|piece| async {
         let (first, len) = (piece.answer.share.blocks[piece.first], piece.len);
-        let (good, failure) = finish(inner, piece, blocks).await;
+        let (good, failure) = finish(inner, piece, blocks, *block_bytes).await;
         debug_assert!(good <= len, "no more is good than was read");
         (first..first + good, failure)
     });
@@ -267,7 +273,12 @@ fn cut(places: impl Iterator<Item = Place>, block_bytes: u64, slice: u64) -> Vec
 }
 
 /// Waits for a piece and verifies it: how many of its blocks, from its first on, are good.
-async fn finish(inner: &Inner, mut piece: Piece<'_>, blocks: &[(BlockHash, u64)]) -> (usize, Option<Error>) {
+async fn finish(
+    inner: &Inner,
+    mut piece: Piece<'_>,
+    blocks: &[(BlockHash, u64)],
+    block_bytes: u64,
+) -> (usize, Option<Error>) {
     let (good, failure) = match verify(inner, &mut piece, blocks).await {
         Ok(()) => (piece.len, None),
         Err((at, failure)) => (at - piece.first, Some(failure)),
@@ -276,7 +287,20 @@ async fn finish(inner: &Inner, mut piece: Piece<'_>, blocks: &[(BlockHash, u64)]
     for slice in piece.slices {
         let _ = slice.transfer.await;
     }
+    if let Some(Error::Checksum { hash, .. }) = &failure {
+        report(inner, piece.answer, *hash, block_bytes).await;
+    }
     (good, failure)
+}
+
+/// Tells a node that it has wrong bytes under a hash, so that the next reader does not fetch them as well. The lease ends with
+/// it: a block that is held is not given up.
+async fn report(inner: &Inner, answer: &Answer, hash: BlockHash, block_bytes: u64) {
+    let message = v1::ReportRequest { block_bytes, hashes: convert::bytes16(&hash.0), ended: vec![answer.lease] };
+    let call = async |mut client: Client| client.report(message).await;
+    if let Err(error) = inner.peers.call(&answer.share.node, Deadline::after(REPORT_TIMEOUT), call).await {
+        tracing::debug!(member = %answer.share.node.id, %error, "wrong bytes not reported");
+    }
 }
 
 /// Verifies slice after slice as they come; fails with the first block of the share that is not good.

@@ -126,6 +126,7 @@ impl v1::store_server::Store for StoreService {
         let _timer = self.metrics.time(Call::Report);
         let request = request.get_ref();
         let (size, hashes) = (block_bytes(request.block_bytes)?, hashes(&request.hashes)?);
+        self.node.end_leases(request.ended.iter().take(MAX_HASHES).map(|&lease| LeaseId(lease)));
         let dropped = self.node.report(size, &hashes).await?;
         Ok(Response::new(v1::ReportResponse { dropped: dropped as u32 }))
     }

@@ -123,6 +123,9 @@ impl Slabs {
         // Ascending offsets, as disks are read, are found at once: the lowest is the last of the empty ones.
         let at = slab.empty.iter().rposition(|&empty| empty == index)?;
         slab.empty.swap_remove(at);
+        if slab.empty.is_empty() {
+            slab.empty = Vec::new();
+        }
         slab.slots[index as usize] = owner;
         if slab.empty.is_empty() {
             self.forget_partial(size, id);
@@ -180,6 +183,10 @@ impl Slabs {
         };
         let slab = self.slab_mut(id);
         let index = slab.empty.pop().expect("a slab listed as partial has an empty slot");
+        if slab.empty.is_empty() {
+            // Most slabs of a store are full most of the time.
+            slab.empty = Vec::new();
+        }
         let before = std::mem::replace(&mut slab.slots[index as usize], owner);
         assert_eq!(before, NOBODY, "a slot listed as empty has an owner");
         if slab.empty.is_empty() {

@@ -97,7 +97,7 @@ async fn what_a_reader_reports_is_checked_and_only_what_is_broken_goes() {
     let node = cluster.node("kv-0", |_| {}).await;
     let (client, mut raw) = (cluster.client(3), node.raw().await);
     client.write(&client.prepare(0, &hashes(0..3))).await;
-    let report = v1::ReportRequest { block_bytes: BLOCK, hashes: names(&hashes(0..3)) };
+    let report = v1::ReportRequest { block_bytes: BLOCK, hashes: names(&hashes(0..3)), ended: Vec::new() };
     assert_eq!(raw.report(report.clone()).await.unwrap().into_inner().dropped, 0);
     let found = raw.lookup(super::harness::lookup_request(&hashes(1..2))).await.unwrap().into_inner();
     raw.release(v1::ReleaseRequest { lease: found.lease }).await.unwrap();
