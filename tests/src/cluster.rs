@@ -64,7 +64,7 @@ impl Builder {
         self.set(Service::Prefill, path, value.clone()).set(Service::Decode, path, value)
     }
 
-    /// A setting of every process of one kind, by its dotted name.
+    /// A setting of every process of one kind, by its dotted name. In a text, `{id}` stands for the process's own.
     #[must_use]
     pub fn set(mut self, service: Service, path: &str, value: impl Into<Value>) -> Self {
         self.settings.push((service, path.to_owned(), value.into()));
@@ -137,7 +137,11 @@ impl Builder {
             Service::KvStore => {}
         }
         for (_, path, value) in self.settings.iter().filter(|setting| setting.0 == service) {
-            set(&mut config, path, value.clone());
+            let value = match value {
+                Value::String(text) => Value::String(text.replace("{id}", id)),
+                other => other.clone(),
+            };
+            set(&mut config, path, value);
         }
         config
     }

@@ -4,7 +4,7 @@
 //!   arguments ─▶ etcd: who is there ─▶ every member: how are you (in parallel, each with a time limit) ─▶ table or JSON
 //! ```
 //!
-//! It only reads, but for `kv pin`, `kv unpin` and `kv evict`. Exit status: 0 the question was answered (members that could
+//! It only reads, but for `kv pin`, `kv unpin`, `kv evict` and `kv drain`. Exit status: 0 the question was answered (members that could
 //! not be reached are shown as such), 1 the cluster's metadata could not be read or what was to be done was not, 2 wrong
 //! usage.
 #![forbid(unsafe_code)]

@@ -130,6 +130,9 @@ async fn the_kv_store_is_looked_into_pinned_and_emptied() -> Result<()> {
                 ctl(cluster, &["kv", "evict", "--model", "no-such", "--yes"]).is_err(),
                 "a model that is not there"
             );
+            let drained = ctl(cluster, &["kv", "drain", "kv-store-1", "--for", "20s"])?;
+            ensure!(drained == "kv-store-1: drained, safe to delete\n", "{drained}");
+            ensure!(ctl(cluster, &["kv", "drain", "kv-store-9"]).is_err(), "a node that is not there");
             ctl(cluster, &["kv", "evict", "--all", "--yes"])?;
             let stats: Value = serde_json::from_str(&ctl(cluster, &["kv", "stats", "--output", "json"])?)?;
             ensure!(stats["origins"] == serde_json::json!([]), "{stats}");

@@ -18,4 +18,5 @@ mod prompts;
 mod scripts;
 mod spill;
 mod store;
+mod store_nodes;
 mod telemetry;

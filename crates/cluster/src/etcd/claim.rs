@@ -4,8 +4,12 @@
 //!   key absent, or ours ──▶ lease ──▶ put if unchanged ──▶ claimed
 //!        ▲    ▲                            │ changed
 //!        │    └────────────────────────────┘
-//!   another incarnation's ── its lease may be that of a dead process: wait for one lease time ──▶ Taken
+//!   another incarnation's ── nobody listens where it says it does ──▶ it is dead: put if unchanged
+//!                         └─ else it may be dead: wait for one lease time ──▶ Taken
 //! ```
+//!
+//! A process that was killed and comes back gets its name at once: its old port refuses connections. One that is stopped or
+//! cut off does not refuse them, and keeps its name until its lease ends.
 
 use std::{
     sync::atomic::Ordering,
@@ -50,6 +54,14 @@ pub(super) async fn claim(shared: &Shared, slot: &Slot, own: &mut Own, patience:
             }
             continue;
         };
+        if patience == Patience::OneLease
+            && give_up.is_none()
+            && is_gone(found).await
+            && attempt(shared, slot, own, found.revision).await?
+        {
+            tracing::info!(key = slot.key, %holder, "took the name of a process that is gone");
+            return Ok(());
+        }
         let end = match (give_up, patience) {
             (Some(end), _) => end,
             (None, Patience::None) => Instant::now(),
@@ -101,6 +113,17 @@ pub(super) async fn publish(shared: &Shared, slot: &Slot, own: &mut Own) -> Resu
         }
         None => claim(shared, slot, own, Patience::None).await,
     }
+}
+
+/// Whether a process's port says that nobody is there any more. Any other answer, and none, says nothing.
+async fn is_gone(found: &Found) -> bool {
+    #[derive(Deserialize)]
+    struct Address {
+        grpc: String,
+    }
+    let Ok(Address { grpc }) = serde_json::from_slice(&found.record) else { return false };
+    let connected = tokio::time::timeout(LOOK_AGAIN, tokio::net::TcpStream::connect(&grpc)).await;
+    matches!(connected, Ok(Err(error)) if error.kind() == std::io::ErrorKind::ConnectionRefused)
 }
 
 /// Whose record it is; the record itself may be one we can't read.

@@ -122,6 +122,22 @@ async fn an_etcd_that_comes_back_empty_gets_its_members_again_and_nobody_sees_th
 }
 
 #[tokio::test]
+async fn a_process_whose_port_refuses_is_gone_and_its_name_is_free_at_once() {
+    let etcd = Etcd::start().await;
+    // Its lease lasts longer than this test may.
+    let config = EtcdConfig { lease_ttl_s: 600, ..etcd.config() };
+    let killed = Process::with_etcd(config).await.unwrap();
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let mut record = member("a", 1);
+    record.grpc = port.local_addr().unwrap().to_string();
+    killed.registry.register(record).await.unwrap();
+    drop((killed, port));
+    let next = join(&etcd, "a", 2).await;
+    next.sees(&["a"]).await;
+    assert_eq!(next.view().members, [member("a", 2)]);
+}
+
+#[tokio::test]
 async fn a_stopped_etcd_blocks_no_reader_and_every_call_ends() {
     let etcd = Etcd::start().await;
     let (one, two) = (join(&etcd, "a", 1).await, join(&etcd, "b", 2).await);

@@ -33,6 +33,17 @@ pub(crate) enum KvCommand {
     /// Give blocks up, in memory and on disk: those of a prompt and of all prompts that begin with it, of a model, of a tenant,
     /// or all. What is being read or written stays. Asks first, unless --yes is given
     Evict(EvictArgs),
+    /// Have a node hand over what it has in memory, and wait until it may be stopped; others find its blocks elsewhere then
+    Drain {
+        /// The node, as `kv stats` names it
+        node: String,
+        /// How long to wait: 90s, 15m
+        #[arg(long = "for", value_name = "TIME", default_value = "10m", value_parser = time)]
+        patience: Duration,
+        /// Begin, and don't wait for the end
+        #[arg(long)]
+        no_wait: bool,
+    },
 }
 
 /// Which blocks to give up.

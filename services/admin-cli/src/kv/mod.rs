@@ -27,6 +27,9 @@ const MAX_HASHES: usize = 1024;
 /// Most rounds of following evicted blocks: chains across nodes take one for each node change.
 const MAX_ROUNDS: usize = 10_000;
 
+/// Between two looks at a node that is leaving.
+const LOOK_AGAIN: Duration = Duration::from_millis(200);
+
 type Client = v1::store_client::StoreClient<tonic::transport::Channel>;
 
 /// A node's answer, or why there is none.
@@ -115,6 +118,7 @@ pub(crate) async fn run(command: &KvCommand, view: &View, limit: Duration, outpu
             nodes.pin(&prompt::read(prompt, view)?, v1::pin_request::Keep::Cached, Duration::ZERO, output).await
         }
         KvCommand::Evict(args) => nodes.evict(args, view, output).await,
+        KvCommand::Drain { node, patience, no_wait } => nodes.drain(node, *patience, *no_wait, output).await,
     }
 }
 
@@ -224,6 +228,32 @@ impl Nodes {
             self.evict_once(v1::EvictRequest { model, tenant: args.tenant.clone(), ..request }).await?.0
         };
         Ok(show::evicted(evicted, in_use, output))
+    }
+
+    /// Tells a node to leave and watches it until it has handed over what it had.
+    async fn drain(&self, node: &str, patience: Duration, no_wait: bool, output: Output) -> anyhow::Result<String> {
+        let names = || self.members.iter().map(|member| member.id.as_str()).collect::<Vec<_>>().join(", ");
+        let Some(member) = self.members.iter().find(|member| member.id.as_str() == node) else {
+            bail!("no store node is called {node:?}, there are: {}", names());
+        };
+        let wrong = |why: String| anyhow::anyhow!("store node {node}: {why}");
+        let begin = async |mut client: Client| client.drain(v1::DrainRequest {}).await;
+        probe::ask_store(&member.grpc, self.limit, begin).await.map_err(wrong)?;
+        let start = std::time::Instant::now();
+        loop {
+            let ask = async |mut client: Client| client.store_status(v1::StoreStatusRequest {}).await;
+            let status = probe::ask_store(&member.grpc, self.limit, ask).await.map_err(wrong)?;
+            let leaving = probe::printable(&status.leaving);
+            if leaving == "drained" || no_wait {
+                return Ok(show::leaving(node, &leaving, output));
+            }
+            ensure!(
+                start.elapsed() < patience,
+                "store node {node} is {leaving} after {} s; it goes on, ask again",
+                patience.as_secs()
+            );
+            tokio::time::sleep(LOOK_AGAIN).await;
+        }
     }
 
     /// The prompt's blocks; then, wherever they are, those that follow evicted ones, and so on.

@@ -203,6 +203,15 @@ pub(crate) fn evicted(evicted: u64, in_use: u64, output: Output) -> String {
     }
 }
 
+/// `kv drain`.
+pub(crate) fn leaving(node: &str, leaving: &str, output: Output) -> String {
+    match (output, leaving) {
+        (Output::Json, _) => render::json(&serde_json::json!({ "node": node, "leaving": leaving })),
+        (Output::Table, "drained") => format!("{node}: drained, safe to delete\n"),
+        (Output::Table, _) => format!("{node}: {leaving}\n"),
+    }
+}
+
 fn silent(silent: &[Silent]) -> String {
     silent.iter().map(|silent| format!("{}: not reached, {}\n", silent.node, silent.why)).collect()
 }

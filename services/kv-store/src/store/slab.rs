@@ -120,7 +120,8 @@ impl Slabs {
             Some(_) => return None,
         }
         let slab = self.slab_mut(id);
-        let at = slab.empty.iter().position(|&empty| empty == index)?;
+        // Ascending offsets, as disks are read, are found at once: the lowest is the last of the empty ones.
+        let at = slab.empty.iter().rposition(|&empty| empty == index)?;
         slab.empty.swap_remove(at);
         slab.slots[index as usize] = owner;
         if slab.empty.is_empty() {
