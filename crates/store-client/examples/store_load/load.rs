@@ -8,9 +8,11 @@ use std::{
     time::{Duration, Instant},
 };
 
+use kvasir_cluster::Registry;
+use kvasir_proto::{MAX_MESSAGE_BYTES, v1, v1::store_client::StoreClient as Raw};
 use kvasir_store_client::{Origin, StoreClient};
 use kvasir_transfer::TransferEngine;
-use kvasir_types::{BlockHash, Deadline, RequestId, TokenId};
+use kvasir_types::{BlockHash, Deadline, PROTOCOL_VERSION, RequestId, Role, TokenId};
 use serde_json::{Value, json};
 use tokio::task::JoinSet;
 
@@ -22,6 +24,7 @@ const SOON: Duration = Duration::from_secs(30);
 pub struct Load {
     client: StoreClient,
     engine: TransferEngine,
+    registry: Arc<dyn Registry>,
     request: RequestId,
 }
 
@@ -33,8 +36,8 @@ struct Values {
 }
 
 impl Load {
-    pub fn new(client: StoreClient, engine: TransferEngine) -> Self {
-        Self { client, engine, request: "store-load".parse().expect("a valid id") }
+    pub fn new(client: StoreClient, engine: TransferEngine, registry: Arc<dyn Registry>) -> Self {
+        Self { client, engine, registry, request: "store-load".parse().expect("a valid id") }
     }
 
     pub async fn answer(self: Arc<Self>, ask: &Value) -> Result<Value, Failure> {
@@ -44,6 +47,7 @@ impl Load {
             "check" => self.check(&values(ask)?),
             op @ ("put" | "get") => self.timed(op, ask).await,
             "lookup" => self.lookup(ask).await,
+            "clear" => self.clear().await,
             other => Err(format!("there is nothing called '{other}'").into()),
         }
     }
@@ -88,6 +92,17 @@ impl Load {
         }
         let bytes = values.blocks.len() as u64 * values.bytes;
         Ok(figures(latencies, started.elapsed(), bytes))
+    }
+
+    /// Has all nodes give all blocks up, but for those that are being read.
+    async fn clear(&self) -> Result<Value, Failure> {
+        let nodes: Vec<_> =
+            self.registry.view().borrow().role(Role::KvStore).map(|member| member.grpc.clone()).collect();
+        for grpc in nodes {
+            let mut raw = Raw::connect(format!("http://{grpc}")).await?.max_decoding_message_size(MAX_MESSAGE_BYTES);
+            raw.evict(v1::EvictRequest { protocol_version: PROTOCOL_VERSION, all: true, ..Default::default() }).await?;
+        }
+        Ok(json!({}))
     }
 
     /// Lookups of prompts of so many blocks, by so many callers for so long.

@@ -53,7 +53,7 @@ async fn serve(settings: &Value) -> Result<(), Failure> {
     let engine = engine(settings)?;
     let client = StoreClient::new(Config::default(), registry.view(), engine.clone());
     nodes(&*registry, &client, settings["nodes"].as_u64().unwrap_or(1) as usize).await?;
-    let load = Arc::new(Load::new(client, engine));
+    let load = Arc::new(Load::new(client, engine, registry));
     // Lines come from a pipe: a thread of its own may wait for them.
     let (sender, mut lines) = tokio::sync::mpsc::channel(1);
     std::thread::spawn(move || {

@@ -135,10 +135,10 @@ impl Sides {
     }
 
     fn clear(&mut self, side: Side) -> Result<()> {
-        match &mut self.mooncake {
-            Some(mooncake) if side == Side::Mooncake => mooncake.clear(),
-            // Ours makes room by itself.
-            _ => Ok(()),
+        match side {
+            Side::Mooncake => self.mooncake.as_mut().map_or(Ok(()), Mooncake::clear),
+            Side::Auto => self.auto.clear(),
+            Side::Tcp => self.tcp.clear(),
         }
     }
 

@@ -29,6 +29,12 @@ impl Ours {
         Ok(Self { client, cluster })
     }
 
+    /// Takes all values out. What the store would give up by itself is another question than how fast it is: it keeps what was
+    /// read before, and lets new values go instead.
+    pub fn clear(&mut self) -> Result<()> {
+        self.client.ask(&json!({"do": "clear"})).map(drop)
+    }
+
     /// Processor seconds of client and nodes so far.
     pub fn cpu_seconds(&self) -> f64 {
         let nodes: f64 = self.cluster.nodes().iter().map(|node| node.process.cpu_seconds()).sum();
