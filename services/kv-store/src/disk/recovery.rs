@@ -60,8 +60,12 @@ pub(super) fn recover(directory: &Directory, found: &mut dyn FnMut(Recovered)) -
             if let Err(error) = records.read_exact_at(&mut bytes, from) {
                 tracing::warn!(%error, slab, "records of blocks on disk cannot be read, these blocks are lost");
             } else {
-                for record in bytes.as_chunks::<RECORD_BYTES>().0 {
+                for (record, place) in bytes.as_chunks::<RECORD_BYTES>().0.iter().zip((from..).step_by(RECORD_BYTES)) {
                     match decode(record) {
+                        // One that is not where its slot's record belongs is a copy that something went wrong with.
+                        Some((record, slot, _)) if geometry.record_at(slot, record.bytes) != Some(place) => {
+                            damaged += 1
+                        }
                         Some((record, slot, sequence)) => slab_found.push(Recovered { slot, record, sequence }),
                         None if record.iter().all(|&byte| byte == 0) => {}
                         None => damaged += 1,
@@ -71,12 +75,8 @@ pub(super) fn recover(directory: &Directory, found: &mut dyn FnMut(Recovered)) -
             at = to;
         }
         at = end;
-        // A record counts only where its slot's record belongs, and if its bytes can be there at all.
-        slab_found.retain(|Recovered { slot, record, .. }| {
-            slot.0 / geometry.slab_bytes == slab
-                && geometry.record_at(*slot, record.bytes).is_some()
-                && slot.0 + record.bytes <= data_len
-        });
+        // A record counts only if its bytes can be there at all.
+        slab_found.retain(|Recovered { slot, record, .. }| slot.0 + record.bytes <= data_len);
         if let Some(latest) = slab_found.iter().max_by_key(|found| found.sequence) {
             let size = slot_bytes(latest.record.bytes);
             recovery.next = recovery.next.max(Sequence(latest.sequence.0.saturating_add(1)));
