@@ -512,8 +512,10 @@ fn what_is_urgent_overtakes_what_waits() {
         stream.read_exact(&mut request).unwrap();
         order.push(request[36]);
     }
-    assert_eq!(order.last(), Some(&2), "{order:?}");
-    assert!(order.iter().position(|&at| at == 4) < order.iter().position(|&at| at == 3), "{order:?}");
+    // One was taken before all had come, whichever that was; the others are in order.
+    let mut urgent_first = vec![4, 3, 1, 2];
+    urgent_first.retain(|&at| at != order[0]);
+    assert_eq!(order[1..], urgent_first, "{order:?}");
     transfers.iter().for_each(kvasir_transfer::Transfer::cancel);
 }
 
