@@ -3,7 +3,7 @@
 use anyhow::{Result, ensure};
 use futures_util::future;
 use kvasir_tests::{
-    Builder, Cluster, Service,
+    Builder, Cluster, Process, Service,
     golden::KvDtype,
     metrics::Metrics,
     wait::{self, SOON},
@@ -45,16 +45,16 @@ async fn until_committed(cluster: &Cluster, blocks: u64) -> Result<()> {
 
 #[tokio::test]
 async fn answers_are_the_same_when_the_store_is_killed_in_the_middle() -> Result<()> {
-    failing(|cluster| cluster.node_mut(Service::KvStore, 0).process.kill()).await
+    failing(Process::kill).await
 }
 
 #[tokio::test]
 async fn answers_are_the_same_when_the_store_stops_answering_in_the_middle() -> Result<()> {
-    failing(|cluster| cluster.node_mut(Service::KvStore, 0).process.pause()).await
+    failing(Process::pause).await
 }
 
 /// All questions with the store, all while it fails, all without it.
-async fn failing(fail: fn(&mut Cluster)) -> Result<()> {
+async fn failing(fail: fn(&mut Process)) -> Result<()> {
     let folder = workspace::demo_model();
     asking()
         .set(Service::Prefill, "engine.prefix_cache", false)
@@ -71,17 +71,14 @@ async fn failing(fail: fn(&mut Cluster)) -> Result<()> {
                     (status.hit_blocks_total > before + 10).then_some(())
                 })
                 .await?;
-                fail(cluster);
+                fail(&mut cluster.node_mut(Service::KvStore, 0).process);
                 anyhow::Ok(())
             };
             let (agreed, failed) = future::join(all(), fails).await;
             agreed?;
             failed?;
             all().await?;
-            let process = &mut cluster.node_mut(Service::KvStore, 0).process;
-            if !process.is_reaped() {
-                process.resume();
-            }
+            cluster.node_mut(Service::KvStore, 0).process.resume();
             Ok(())
         })
         .await

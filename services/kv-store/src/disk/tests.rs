@@ -338,7 +338,7 @@ fn a_full_file_system_keeps_what_it_has_and_is_filled_again_once_there_is_room()
 }
 
 #[test]
-#[ignore = "run by the test above, in a namespace of its own"]
+#[ignore = "not a test: the inside of the one above: cargo nextest run -p kvasir-kv-store -E 'test(a_full_file_system)'"]
 fn in_a_small_file_system() {
     let dir = PathBuf::from(std::env::var(MOUNTED).unwrap());
     let opened = try_open(&DiskConfig { retry_ms: 1, ..config(&dir) }, SLAB).unwrap();
@@ -450,7 +450,7 @@ fn a_disk_may_be_dropped_by_its_own_thread() {
 
 /// The time that a large node's restart takes; says it, and asserts none.
 #[test]
-#[ignore = "writes more than a gigabyte"]
+#[ignore = "writes gigabytes: cargo test --release -p kvasir-kv-store --lib ten_million_blocks -- --ignored --nocapture"]
 fn ten_million_blocks_are_found_again() {
     let dir = tempfile::tempdir().unwrap();
     let (slab, len, count) = (16 << 20, 64 * KIB, 10_000_000);
