@@ -29,6 +29,7 @@ use tokio::sync::{mpsc, watch};
 
 use crate::{
     config::HandoverConfig,
+    expiry::sleep_until,
     heat::{Heat, Seen},
     node::Node,
     store::{Group, Groups, Held, LeaseId},
@@ -42,6 +43,9 @@ const MAX_WAITING: usize = 256;
 const GROUP_TIMEOUT: Duration = Duration::from_secs(10);
 /// A change of the members seldom comes alone: the others are waited for.
 const SETTLE: Duration = Duration::from_millis(50);
+/// After how long groups are offered again that did not arrive; twice as long each time in a row, up to the second.
+const AGAIN: Duration = Duration::from_millis(500);
+const AGAIN_AT_MOST: Duration = Duration::from_secs(30);
 
 /// How far a node that is about to leave is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -74,12 +78,38 @@ pub(crate) struct Progress {
     bytes: AtomicU64,
     /// Groups still to be handed over.
     groups_left: AtomicU64,
+    /// Times that a group did not arrive, or not all of it.
+    failed: AtomicU64,
+}
+
+/// How far handing over came.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum End {
+    /// Everything is where it is to be.
+    Done,
+    /// Some groups did not arrive.
+    Failed,
+    /// It was told to stop.
+    Stopped,
+}
+
+/// What became of a group.
+#[derive(Default)]
+struct Pushed {
+    bytes: u64,
+    failed: bool,
 }
 
 impl Progress {
     pub(crate) fn new() -> Self {
         let zero = || AtomicU64::new(0);
-        Self { leaving: AtomicU8::new(Leaving::No as u8), blocks: zero(), bytes: zero(), groups_left: zero() }
+        Self {
+            leaving: AtomicU8::new(Leaving::No as u8),
+            blocks: zero(),
+            bytes: zero(),
+            groups_left: zero(),
+            failed: zero(),
+        }
     }
 
     pub(crate) fn blocks(&self) -> u64 {
@@ -178,6 +208,7 @@ impl Handover {
         mut hot: mpsc::Receiver<HotGroup>,
         shutdown: Shutdown,
     ) {
+        let (mut again, mut pause) = (None, AGAIN);
         loop {
             // Waiting loses nothing: a change stays to be seen, a hot group stays in its queue.
             tokio::select! {
@@ -188,7 +219,12 @@ impl Handover {
                     // Within that, more may change; cut short by shutdown only.
                     tokio::time::timeout(SETTLE, shutdown.wait()).await.ok();
                     view.mark_unchanged();
-                    self.round(&shutdown, &view).await;
+                    pause = AGAIN;
+                    again = self.round(&shutdown, &view).await.then(|| Instant::now() + pause);
+                }
+                () = sleep_until(again) => {
+                    pause = AGAIN_AT_MOST.min(pause * 2);
+                    again = self.round(&shutdown, &view).await.then(|| Instant::now() + pause);
                 }
                 Some(group) = hot.recv() => self.copy(group).await,
                 () = shutdown.wait() => return,
@@ -196,16 +232,20 @@ impl Handover {
         }
     }
 
-    /// Hands over everything that others are to have now, until it is done, the members change, or shutdown.
-    async fn round(&self, shutdown: &Shutdown, view: &watch::Receiver<Arc<View>>) {
+    /// Hands over everything that others are to have now, until it is done, the members change, or shutdown. Whether some
+    /// of it is to be tried again.
+    async fn round(&self, shutdown: &Shutdown, view: &watch::Receiver<Arc<View>>) -> bool {
         // A node that its own view does not name has just begun, or was taken for dead: its blocks stay where they are.
-        let Some(leaving) = self.client.is_leaving(&self.id).filter(|_| self.config.mib_per_s > 0) else { return };
+        let Some(leaving) = self.client.is_leaving(&self.id).filter(|_| self.config.mib_per_s > 0) else {
+            return false;
+        };
         let stop = || shutdown.is_triggered() || view.has_changed().unwrap_or(true);
-        let done = self.hand_over(stop).await;
-        if done && leaving && self.progress.leaving() == Leaving::Draining {
+        let end = self.hand_over(stop).await;
+        if end == End::Done && leaving && self.progress.leaving() == Leaving::Draining {
             self.progress.set_leaving(Leaving::Drained);
             tracing::info!(blocks = self.progress.blocks(), "drained, safe to stop");
         }
+        end == End::Failed
     }
 
     /// Hands over until then at most: this node is no longer a member.
@@ -218,35 +258,45 @@ impl Handover {
             tokio::time::sleep(SETTLE).await;
         }
         if self.client.nodes() > 0 {
-            let left = tokio::time::timeout_at(until.into(), self.hand_over(|| false)).await;
+            let all = async {
+                while self.hand_over(|| false).await != End::Done {
+                    tokio::time::sleep(AGAIN).await;
+                }
+            };
+            let left = tokio::time::timeout_at(until.into(), all).await;
             tracing::info!(blocks = self.progress.blocks(), all = left.is_ok(), "handed over before leaving");
         }
     }
 
-    /// Hands over every group whose homes are others, the last used first. Whether it came to the end.
-    async fn hand_over(&self, stop: impl Fn() -> bool) -> bool {
+    /// Hands over every group whose homes are others, the last used first.
+    async fn hand_over(&self, stop: impl Fn() -> bool) -> End {
         let groups = self.foreign().await;
-        let mut left = groups.len();
+        let (mut left, mut failed) = (groups.len(), 0);
         self.progress.groups_left.store(left as u64, Ordering::Relaxed);
         if groups.is_empty() {
-            return true;
+            return End::Done;
         }
         tracing::info!(groups = left, "handing over what others are to have");
         let started = Instant::now();
         let mut bytes = 0;
         let mut pushes = stream::iter(groups).map(|group| self.push(group, 1)).buffer_unordered(MAX_UNDER_WAY);
         while let Some(pushed) = pushes.next().await {
-            left -= 1;
-            bytes += pushed;
+            failed += usize::from(pushed.failed);
+            left -= usize::from(!pushed.failed);
+            bytes += pushed.bytes;
             self.progress.groups_left.store(left as u64, Ordering::Relaxed);
-            if stop() {
+            if left > failed && stop() {
                 // What is on its way is dropped: its transfers are cancelled, and its reservations end by themselves.
-                return left == 0;
+                return End::Stopped;
             }
             let due = Duration::from_secs_f64(bytes as f64 / (self.config.mib_per_s as f64 * 1048576.0));
             tokio::time::sleep(due.saturating_sub(started.elapsed())).await;
         }
-        true
+        if failed == 0 {
+            return End::Done;
+        }
+        tracing::info!(groups = failed, "groups did not arrive, they are offered again");
+        End::Failed
     }
 
     /// The groups here whose homes are others, the last used first.
@@ -263,16 +313,16 @@ impl Handover {
         let parts = groups(&self.node, |other| other == group).await;
         let mut bytes = 0;
         for part in parts {
-            bytes += self.push(part, copies).await;
+            bytes += self.push(part, copies).await.bytes;
         }
         // Also with nothing written: the others had it already.
         self.hot.copied(group, copies);
         tracing::debug!(group, copies, bytes, "a hot group was copied");
     }
 
-    /// Gives one group to those who are to have it; bytes written.
-    async fn push(&self, group: Group, copies: usize) -> u64 {
-        let Some(held) = self.node.lock().store.hold_group(Instant::now(), &group) else { return 0 };
+    /// Gives one group to those who are to have it.
+    async fn push(&self, group: Group, copies: usize) -> Pushed {
+        let Some(held) = self.node.lock().store.hold_group(Instant::now(), &group) else { return Pushed::default() };
         let Held { lease, blocks, position, parent, origin } = held;
         // Also if this is dropped halfway.
         let _lease = Leased { node: &self.node, lease };
@@ -283,11 +333,12 @@ impl Handover {
         let deadline = Deadline::after(GROUP_TIMEOUT);
         let report = self.client.hand_over(&request(), &origin, &blocks, group.size.0, deadline).await;
         if let Some(error) = &report.error {
+            self.progress.failed.fetch_add(1, Ordering::Relaxed);
             tracing::debug!(group = group.group, error = kvasir_runtime::chain(error), "a group was not handed over");
         }
         self.progress.blocks.fetch_add(report.written as u64, Ordering::Relaxed);
         self.progress.bytes.fetch_add(report.bytes, Ordering::Relaxed);
-        report.bytes
+        Pushed { bytes: report.bytes, failed: report.error.is_some() }
     }
 }
 
@@ -318,11 +369,13 @@ async fn groups(node: &Node, mut wanted: impl FnMut(u64) -> bool) -> Vec<Group> 
 pub(crate) fn copy_at_scrape(page: &kvasir_runtime::Metrics, progress: Arc<Progress>, hot: Arc<HotGroups>) {
     let blocks = page.counter("kvasir_kv_store_handed_over_blocks", "Blocks given to other nodes.");
     let bytes = page.counter("kvasir_kv_store_handed_over_bytes", "Bytes of those.");
+    let failed = page.counter("kvasir_kv_store_handover_failed_groups", "Times that a group did not arrive elsewhere.");
     let left = page.gauge("kvasir_kv_store_handover_groups_left", "Placement groups still to be given to other nodes.");
     let groups = page.gauge("kvasir_kv_store_hot_groups", "Placement groups with more copies than others.");
     page.on_scrape(move || {
         set_total(&blocks, progress.blocks());
         set_total(&bytes, progress.bytes.load(Ordering::Relaxed));
+        set_total(&failed, progress.failed.load(Ordering::Relaxed));
         left.set(i64::try_from(progress.groups_left()).unwrap_or(i64::MAX));
         groups.set(i64::try_from(hot.count()).unwrap_or(i64::MAX));
     });

@@ -3,6 +3,7 @@
 mod client;
 mod disk;
 mod members;
+mod parted;
 mod stalled;
 
 use std::{
