@@ -48,8 +48,8 @@ use kvasir_replay::{
   # the store nodes of a running cluster, twice: what does the second find?
   kvasir-replay --store conversation --limit 2000 --repeat 2 --etcd 127.0.0.1:2379 --json out.json
 
-  # the same at ten times the trace's own pace, blocks of 1 MiB
-  kvasir-replay --store conversation --limit 2000 --speed 10 --block-bytes 1048576
+  # the same at ten times the trace's own pace, 2 MiB for each block of the trace, put into the store in 32 blocks of 64 KiB
+  kvasir-replay --store conversation --limit 2000 --speed 10 --block-bytes 2097152 --split 32
 
   # a whole cluster, through its router
   kvasir-replay --router http://127.0.0.1:8000 chat --limit 200 --concurrency 4

@@ -3,12 +3,15 @@
 use std::{path::Path, process::Command};
 
 use anyhow::{Context, Result, ensure};
+use kvasir_replay::live::Names;
 use kvasir_tests::{
     Builder, Cluster, Process, Service,
     wait::{self, SOON},
     workspace,
 };
 use serde_json::Value;
+
+use crate::store_nodes::{BLOCK, Client};
 
 /// Two nodes and nothing else, with room for `memory` and `disk` bytes each.
 fn nodes(disks: &Path, memory: u64, disk: u64) -> Builder {
@@ -96,7 +99,9 @@ async fn a_store_with_room_for_all_hits_what_can_be_hit_and_the_second_time_ever
             let arguments = ["conversation", "--limit", "80", "--concurrency", "1", "--namespace", "e2e"];
             let first = Replay::of_store(cluster, "first", &arguments, dir.path())?.row().await?;
             let (asked, hit) = (count(&first, "/blocks/asked")?, count(&first, "/blocks/hit")?);
-            ensure!(count(&first, "/requests")? == 80 && asked > 500 && hit > 0, "{first}");
+            ensure!(count(&first, "/requests")? == 80 && asked > 1000 && hit > 0, "{first}");
+            let (split, bytes) = (count(&first, "/split")?, count(&first, "/block_bytes")?);
+            ensure!((split, bytes) == (2, 2048), "as many blocks as the nodes place together: {first}");
             ensure!(count(&first, "/blocks/wrong")? == 0 && first["errors"] == serde_json::json!({}), "{first}");
             ensure!(rate(&first, "hit_rate")? == rate(&first, "bound")?, "{first}");
             ensure!(count(&first, "/blocks/written")? + hit == asked, "what was not there was written: {first}");
@@ -128,7 +133,7 @@ async fn a_store_with_room_for_all_hits_what_can_be_hit_and_the_second_time_ever
 #[tokio::test]
 async fn what_memory_has_no_room_for_comes_from_disk_and_says_so() -> Result<()> {
     let dir = tempfile::tempdir()?;
-    // Memory for 512 blocks, disks for all.
+    // Memory for 1,024 blocks, disks for all.
     nodes(dir.path(), 1 << 20, 64 << 20)
         .run(async |cluster| {
             let arguments = |passes: &'static str| {
@@ -136,7 +141,7 @@ async fn what_memory_has_no_room_for_comes_from_disk_and_says_so() -> Result<()>
             };
             let first = Replay::of_store(cluster, "first", &arguments("1"), dir.path())?.row().await?;
             let written = count(&first, "/blocks/written")?;
-            ensure!(written > 600, "more than memory has room for: {first}");
+            ensure!(written > 1200, "more than memory has room for: {first}");
             wait::until("all blocks are on disk", SOON, async || {
                 let mut on_disk = 0;
                 for index in 0..2 {
@@ -172,6 +177,38 @@ async fn a_node_killed_in_the_middle_costs_hits_and_no_wrong_bytes() -> Result<(
             ensure!(count(&row, "/requests")? == 200 && count(&row, "/blocks/wrong")? == 0, "{row}");
             ensure!(count(&row, "/blocks/hit")? > 0 && rate(&row, "hit_rate")? < rate(&row, "bound")?, "{row}");
             ensure!(row["errors"].as_object().is_some_and(|errors| !errors.is_empty()), "{row}");
+            Ok(())
+        })
+        .await
+}
+
+#[tokio::test]
+async fn a_block_with_other_bytes_than_its_own_is_counted_and_fails_the_run() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let trace = dir.path().join("two.txt");
+    std::fs::write(&trace, "0 1024 1 7 8\n")?;
+    nodes(dir.path(), 64 << 20, 64 << 20)
+        .run(async |cluster| {
+            // Somebody else writes under the names of these four blocks.
+            let names = Names::new("wrong", "two.txt", BLOCK);
+            let hashes: Vec<_> = (0..4).map(|number| names.hash(number)).collect();
+            let client = Client::new(cluster, 4).await?;
+            let written = client.write(0, &hashes).await?.written;
+            ensure!(written == 4, "all four are new");
+            let bytes = (2 * BLOCK).to_string();
+            let arguments = [&trace.to_string_lossy(), "--namespace", "wrong", "--block-bytes", &bytes];
+            let etcd = cluster.etcd().endpoint().to_owned();
+            let arguments = [&arguments[..], &["--store", "--etcd", &etcd, "--timeout", "20000"]].concat();
+            let mut run = Replay::start("run", &arguments, dir.path())?;
+            let status = run.process.wait(SOON).await?;
+            ensure!(status.code() == Some(1), "{status}");
+            ensure!(
+                run.process.log().contains("4 blocks of two.txt came back with wrong bytes"),
+                "{}",
+                run.process.log()
+            );
+            let rows: Value = serde_json::from_str(&std::fs::read_to_string(&run.json)?)?;
+            ensure!(count(&rows[0], "/blocks/wrong")? == 4 && count(&rows[0], "/blocks/hit")? == 0, "{rows}");
             Ok(())
         })
         .await

@@ -8,7 +8,7 @@ use kvasir_cluster::EtcdConfig;
 
 use super::{Pace, Plan, router, store};
 
-/// Bytes of a block that is put into a store, unless asked otherwise: enough to move something, little enough for a laptop.
+/// Bytes of a block of the trace that is put into a store, unless asked otherwise: enough to move something, little enough for a laptop.
 const BLOCK_BYTES: u64 = 64 << 10;
 /// Requests at a time, one after the other in each lane.
 const CLOSED_LANES: usize = 8;
@@ -60,6 +60,11 @@ pub struct LiveArgs {
     /// one, in milliseconds [default: 1000 for --store, 600000 for --router].
     #[arg(long, value_name = "MS", requires = "live", value_parser = clap::value_parser!(u64).range(1..=86_400_000))]
     pub timeout: Option<u64>,
+
+    /// Blocks of the store for each block of the trace, which --block-bytes is divided among [default: as many as the nodes
+    /// place together, group_blocks in their settings].
+    #[arg(long, value_name = "N", requires = "live", conflicts_with = "router", value_parser = clap::value_parser!(u64).range(1..=1024))]
+    pub split: Option<u64>,
 
     /// etcd endpoints of the cluster, with commas between them [default: $KVASIR_ETCD, else 127.0.0.1:2379].
     #[arg(long, value_name = "HOST:PORT,…", requires = "live", conflicts_with = "router")]
@@ -115,6 +120,7 @@ impl LiveArgs {
         Ok(store::Settings {
             etcd: etcd(self.etcd.as_deref(), variable.as_deref(), &self.prefix)?,
             block_bytes,
+            split: self.split,
             timeout: self.timeout.map_or(STORE_TIMEOUT, Duration::from_millis),
         })
     }

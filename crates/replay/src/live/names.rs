@@ -1,4 +1,4 @@
-//! What a trace's block is called and what is in it, which follow from the run's namespace and the block's number.
+//! What a block is called and what is in it, which follow from the run's namespace and the block's number.
 //!
 //! Nobody has to remember what was written: a reader knows what must be there. Every word of a block's bytes depends on the
 //! block and on its place in it, so bytes of another block, or of another place, are seen.
@@ -21,15 +21,15 @@ impl Names {
         Self { root: *hasher.finalize().as_bytes() }
     }
 
-    /// The name of the trace's block of that number.
-    pub fn hash(&self, block: u32) -> BlockHash {
+    /// The name of the block of that number.
+    pub fn hash(&self, block: u64) -> BlockHash {
         let mut hash = BlockHash([0; 16]);
         hash.0.copy_from_slice(&blake3::keyed_hash(&self.root, &block.to_le_bytes()).as_bytes()[..16]);
         hash
     }
 
     /// Words of the block of that number, without end. SplitMix64 (Steele, Lea, Flood 2014).
-    pub fn words(&self, block: u32) -> impl Iterator<Item = u64> + use<> {
+    pub fn words(&self, block: u64) -> impl Iterator<Item = u64> + use<> {
         let mut state = u64::from_le_bytes(self.hash(block).0[..8].try_into().expect("eight of sixteen bytes"));
         std::iter::repeat_with(move || {
             state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
@@ -41,7 +41,7 @@ impl Names {
     }
 
     /// Fills `bytes` with what is in the block of that number.
-    pub fn fill(&self, block: u32, bytes: &mut [u8]) {
+    pub fn fill(&self, block: u64, bytes: &mut [u8]) {
         for (place, word) in bytes.chunks_mut(8).zip(self.words(block)) {
             place.copy_from_slice(&word.to_le_bytes()[..place.len()]);
         }

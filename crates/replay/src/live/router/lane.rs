@@ -105,7 +105,7 @@ fn blocks(request: &Request, block_tokens: u32, room: Option<u64>) -> usize {
 /// The tokens of a request's first blocks, and one more.
 fn prompt(names: &Names, request: &Request, blocks: usize, block_tokens: u32, vocabulary: u32) -> Vec<u64> {
     let token = |word: u64| FIRST_TOKEN + word % (u64::from(vocabulary) - FIRST_TOKEN);
-    let tokens = |&block: &u32| names.words(block).take(block_tokens as usize).map(token);
+    let tokens = |&block: &u32| names.words(block.into()).take(block_tokens as usize).map(token);
     request.blocks[..blocks].iter().flat_map(tokens).chain([FIRST_TOKEN]).collect()
 }
 

@@ -55,7 +55,7 @@ impl StoreLane {
     }
 
     /// How many of these blocks of the arena are not what they must be.
-    fn compare(&mut self, numbers: &[u32], places: &[(BlockHash, u64)]) -> usize {
+    fn compare(&mut self, numbers: &[u64], places: &[(BlockHash, u64)]) -> usize {
         let mut wrong = 0;
         for (&number, &(_, offset)) in numbers.iter().zip(places) {
             self.ground.names.fill(number, &mut self.expected);
@@ -66,7 +66,7 @@ impl StoreLane {
     }
 
     /// Puts into the arena what these blocks are to be.
-    fn fill(&mut self, numbers: &[u32], places: &[(BlockHash, u64)]) {
+    fn fill(&mut self, numbers: &[u64], places: &[(BlockHash, u64)]) {
         for (&number, &(_, offset)) in numbers.iter().zip(places) {
             self.ground.names.fill(number, &mut self.expected);
             self.ground.engine.write_bytes(offset, &self.expected).expect("the lane's part of the arena is its own");
@@ -74,8 +74,9 @@ impl StoreLane {
     }
 
     async fn request(&mut self, turn: &Turn<'_>) -> Outcome {
-        let Ground { client, names, block_bytes, patience, .. } = &*self.ground.clone();
-        let numbers = &turn.request.blocks;
+        let Ground { client, names, block_bytes, split, patience, .. } = &*self.ground.clone();
+        let parts = |&block: &u32| u64::from(block) * split..(u64::from(block) + 1) * split;
+        let numbers: Vec<u64> = turn.request.blocks.iter().flat_map(parts).collect();
         let mut outcome = Outcome { asked: numbers.len(), ..Outcome::default() };
         if numbers.is_empty() {
             return outcome;

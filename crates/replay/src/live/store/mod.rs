@@ -3,6 +3,10 @@
 //! Each request does what a worker does: looks its prompt's blocks up, reads the run that is there, and offers the others,
 //! which takes reserving, writing one-sided and committing. What a worker does not do: every block read is compared with
 //! what must be in it, beside the checksum that the store's client verifies anyway.
+//!
+//! A block of a recorded trace is some 512 tokens, and of a store 16: so a block of the trace is put into the store in
+//! parts, unless told otherwise as many as the nodes place together. (Were it one block, 32 blocks of the trace would be
+//! placed by the first of them, which in a service with one system prompt is everybody's.)
 
 mod lane;
 mod report;
@@ -37,8 +41,10 @@ const PATIENCE: u32 = 10;
 pub struct Settings {
     /// Where the cluster's metadata is.
     pub etcd: EtcdConfig,
-    /// Bytes of each block.
+    /// Bytes of each block of the trace.
     pub block_bytes: u64,
+    /// Blocks of the store that it becomes; `None`: as many as the nodes place together.
+    pub split: Option<u64>,
     /// How long a node has for an answer.
     pub timeout: Duration,
 }
@@ -48,7 +54,10 @@ struct Ground {
     client: StoreClient,
     engine: TransferEngine,
     names: Names,
+    /// Bytes of a block of the store.
     block_bytes: u64,
+    /// Blocks of the store for one of the trace.
+    split: u64,
     patience: Duration,
 }
 
@@ -72,7 +81,16 @@ pub(super) async fn replay(
             let lanes = (0..plan.lanes).map(|lane| StoreLane::new(ground.clone(), arena * lane as u64)).collect();
             let course = Course { name: name.clone(), trace: trace.clone(), limit: plan.limit, pace: plan.pace };
             let (counts, ended) = drive(course, lanes, Counts::default(), stops).await;
-            let about = Pass { name, trace, pass, plan, settings, nodes: nodes(&*registry), ended };
+            let about = Pass {
+                name,
+                trace,
+                pass,
+                plan,
+                block_bytes: ground.block_bytes,
+                split: ground.split,
+                nodes: nodes(&*registry),
+                ended,
+            };
             let report = counts.report(about, &mut bound);
             print!("{}", report.table());
             rows.push(Row::Store(report));
@@ -94,12 +112,23 @@ fn ground(
     trace: &Trace,
     registry: &dyn Registry,
 ) -> anyhow::Result<(Ground, u64)> {
-    let block_bytes = settings.block_bytes;
+    let group = registry.view().borrow().role(Role::KvStore).find_map(|node| Some(node.store.as_ref()?.group_blocks));
+    let split = settings.split.unwrap_or_else(|| group.unwrap_or(1).max(1).into());
+    let block_bytes = settings.block_bytes / split;
+    ensure!(
+        block_bytes > 0 && settings.block_bytes.is_multiple_of(split),
+        "{} bytes can't be put into {split} blocks of the store (--block-bytes, --split)",
+        settings.block_bytes
+    );
     let longest = trace.requests.iter().take(plan.limit).map(|request| request.blocks.len()).max().unwrap_or(0);
-    let lane = (longest.max(1) as u64).checked_mul(block_bytes);
+    let lane = (longest.max(1) as u64).checked_mul(settings.block_bytes);
     let arena = lane.and_then(|lane| usize::try_from(lane.checked_mul(plan.lanes as u64)?).ok());
     let (Some(lane), Some(arena)) = (lane, arena) else {
-        bail!("{name}: {} prompts of {longest} blocks of {block_bytes} bytes are too many bytes", plan.lanes);
+        bail!(
+            "{name}: {} prompts of {longest} blocks of {} bytes are too many bytes",
+            plan.lanes,
+            settings.block_bytes
+        );
     };
     let engine =
         TransferEngine::new(kvasir_transfer::Config::default(), LocalNet::new(), arena).with_context(|| {
@@ -112,7 +141,7 @@ fn ground(
     ensure!(client.nodes() > 0, "no store node is running (or --prefix names another cluster)");
     let names = Names::new(&plan.namespace, name, block_bytes);
     let patience = settings.timeout.saturating_mul(PATIENCE);
-    Ok((Ground { client, engine, names, block_bytes, patience }, lane))
+    Ok((Ground { client, engine, names, block_bytes, split, patience }, lane))
 }
 
 /// Names of the store's nodes, as far as they are known now.

@@ -7,7 +7,7 @@ use std::{
 
 use serde::Serialize;
 
-use super::{Settings, lane::Outcome};
+use super::lane::Outcome;
 use crate::{
     live::{
         Pace, Plan,
@@ -27,8 +27,10 @@ pub struct Report {
     pub pass: u32,
     /// What its blocks are named after.
     pub namespace: String,
-    /// Bytes of each.
+    /// Bytes of each block of the store, which is what is counted here.
     pub block_bytes: u64,
+    /// How many of them one of the trace's blocks is.
+    pub split: u64,
     /// When requests went out.
     pub pace: Pace,
     /// Most of them at a time.
@@ -125,7 +127,8 @@ pub(super) struct Pass<'a> {
     /// Which one, from 1 on.
     pub(super) pass: u32,
     pub(super) plan: &'a Plan,
-    pub(super) settings: &'a Settings,
+    pub(super) block_bytes: u64,
+    pub(super) split: u64,
     /// Those that are known, whether or not they gave something.
     pub(super) nodes: BTreeSet<String>,
     pub(super) ended: Ended,
@@ -184,19 +187,20 @@ impl Tally<Outcome> for Counts {
 impl Counts {
     /// The report of a pass. The bound counts the requests that were served, in the trace's order.
     pub(super) fn report(mut self, pass: Pass<'_>, bound: &mut Bound) -> Report {
-        let Pass { name, trace, pass, plan, settings, nodes, ended } = pass;
+        let Pass { name, trace, pass, plan, block_bytes, split, nodes, ended } = pass;
         self.served.sort_unstable();
         let bound: usize = self.served.iter().map(|&number| bound.ask(&trace.requests[number].blocks)).sum();
         for id in nodes {
             self.nodes.entry(id).or_default();
         }
-        let (blocks, block_bytes) = (self.blocks, settings.block_bytes);
+        let blocks = self.blocks;
         let (busiest, all) = (self.nodes.values().max().copied().unwrap_or(0), self.nodes.values().sum());
         Report {
             trace: name.to_owned(),
             pass,
             namespace: plan.namespace.clone(),
             block_bytes,
+            split,
             pace: plan.pace,
             concurrency: plan.lanes,
             seconds: ended.seconds,
@@ -205,7 +209,7 @@ impl Counts {
             hit_rate: share(blocks.hit, blocks.asked),
             memory_hit_rate: share(blocks.memory, blocks.asked),
             disk_hit_rate: share(blocks.disk, blocks.asked),
-            bound: share(bound as u64, blocks.asked),
+            bound: share(bound as u64 * split, blocks.asked),
             bytes: Bytes { read: (blocks.hit + blocks.wrong) * block_bytes, written: blocks.written * block_bytes },
             blocks,
             latency_us: Times {
