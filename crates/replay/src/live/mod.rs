@@ -7,8 +7,8 @@
 //!                                              └─ router: a prompt made of the ids, an answer token by token
 //! ```
 //!
-//! [`drive`](drive::drive) knows nothing of what a lane does; [`store`] and [`router`] know nothing of pace, progress and
-//! stopping. What both tell is made of [`stats`], beside the [`bound`]: what a cache without limit would have had.
+//! `drive` knows nothing of what a lane does; [`store`] and [`router`] know nothing of pace, progress and stopping. What both
+//! tell is made of `stats`, beside the `bound`: what a cache without limit would have had.
 
 mod args;
 mod bound;
