@@ -15,7 +15,8 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use kvasir_tests::{Builder, Cluster, Service, wait};
 
-use client::{Client, GROUP, Random, SOON, conversation};
+pub(crate) use client::{BLOCK, Client};
+use client::{GROUP, Random, SOON, conversation};
 
 /// So many nodes and nothing else, each with room for 64 blocks in memory.
 fn in_memory(count: usize) -> Builder {

@@ -14,7 +14,7 @@ use kvasir_transfer::{LocalNet, TransferEngine};
 use kvasir_types::{BlockHash, Deadline, PROTOCOL_VERSION, TokenId};
 use tonic::transport::Channel;
 
-pub(super) const BLOCK: u64 = 16 << 10;
+pub(crate) const BLOCK: u64 = 16 << 10;
 /// Blocks that are placed together.
 pub(super) const GROUP: usize = 4;
 pub(super) const SOON: Duration = Duration::from_secs(30);
@@ -22,7 +22,7 @@ pub(super) const SOON: Duration = Duration::from_secs(30);
 const PATIENCE: Duration = Duration::from_secs(2);
 
 /// A reader and writer with memory of its own, and what keeps its view of the members up to date.
-pub(super) struct Client {
+pub(crate) struct Client {
     pub(super) store: StoreClient,
     pub(super) engine: TransferEngine,
     watching: tokio::task::JoinSet<()>,
@@ -30,7 +30,7 @@ pub(super) struct Client {
 }
 
 impl Client {
-    pub(super) async fn new(cluster: &mut Cluster, blocks: u64) -> Result<Self> {
+    pub(crate) async fn new(cluster: &mut Cluster, blocks: u64) -> Result<Self> {
         Self::connect(cluster.etcd().endpoint(), blocks, Config::default()).await
     }
 
@@ -54,7 +54,7 @@ impl Client {
     }
 
     /// Stops following the members: before they leave.
-    pub(super) fn close(self) {
+    pub(crate) fn close(self) {
         drop(self.watching);
     }
 
@@ -71,7 +71,7 @@ impl Client {
         Ok(())
     }
 
-    pub(super) async fn write(&self, first: u64, hashes: &[BlockHash]) -> Result<WriteReport> {
+    pub(crate) async fn write(&self, first: u64, hashes: &[BlockHash]) -> Result<WriteReport> {
         let blocks = Self::places(first, hashes);
         self.put(&blocks)?;
         let deadline = Deadline::after(self.patience);
