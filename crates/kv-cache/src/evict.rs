@@ -6,15 +6,19 @@
 //! `crate::model_tests` hold for every implementation.
 //!
 //! What may make a policy better than recency is told to it beside that: [`ask`](Evict::ask) says that a request begins
-//! (policies know no other clock), [`describe`](Evict::describe) what a new block is and what it hangs on,
+//! (policies know no other clock than the one told there), [`describe`](Evict::describe) what a new block is and what it hangs on,
 //! [`touch`](Evict::touch) that it was asked for, held or not, and [`gone`](Evict::gone) that its contents are no more.
 //! An owner that says none of it gets the same laws and a poorer order.
 //!
+//! A policy that learns from what it sees can tell others what it has counted ([`learned`](Evict::learned)), and count what
+//! they have seen with its own ([`hear`](Evict::hear)): parts of one prompt that lie on several nodes go together only if
+//! all nodes think alike.
+//!
 //! | policy | bytes a block | for |
 //! | --- | --- | --- |
-//! | [`Lru`] | 8 | a worker's pool, whose chains the pool itself keeps in order; nodes that share prompts |
+//! | [`Lru`] | 8 | a worker's pool, whose chains the pool itself keeps in order; disks |
 //! | [`S3Fifo`] | 20 to 40 | comparison: what page caches do |
-//! | [`HitDensity`] | 36 to 44, and up to 6 MB a policy | a store whose prompts are on one node |
+//! | [`HitDensity`] | 36 to 44, and up to 6 MB a policy | a store's memory |
 //!
 //! docs/eviction.md has the measurements.
 
@@ -24,17 +28,27 @@ mod hit_density;
 mod lru;
 mod s3_fifo;
 
-pub use hit_density::HitDensity;
+pub use hit_density::{HitDensity, Learned, NotLearned};
 pub use lru::Lru;
 pub use s3_fifo::S3Fifo;
+
+/// When: sixteenths of a second since whenever the owner began. Only differences count.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Tick(pub u32);
 
 /// How far a request got: the same for all of its blocks.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Ask {
-    /// One past the last block of the prompt that was there, as far as known: all before it were there once, too.
+    /// One past the last block of the prompt that was there, or is [remembered](Evict::remembers), as far as known: all
+    /// before it were there once, too. [`Ask::UNKNOWN`] to who is asked for a part of the prompt only.
     pub found: u32,
     /// Blocks of the prompt, as far as known.
     pub blocks: u32,
+}
+
+impl Ask {
+    /// How much of the prompt was there is for others to say.
+    pub const UNKNOWN: u32 = u32::MAX;
 }
 
 /// What is known of a block when it is written.
@@ -52,8 +66,8 @@ pub struct Facts<K> {
 
 /// An order of eviction over keys that nobody uses at present.
 pub trait Evict<K>: Send {
-    /// A request begins: time moves on by one, and touches from here on are its.
-    fn ask(&mut self, _ask: Ask) {}
+    /// A request begins: it is that late now, and touches from here on are its.
+    fn ask(&mut self, _now: Tick, _ask: Ask) {}
 
     /// `key` stands for a new block now: whatever was known under it is [`gone`](Evict::gone). The block is held until
     /// it is [inserted](Evict::insert).
@@ -83,6 +97,19 @@ pub trait Evict<K>: Send {
 
     /// How many keys could be popped.
     fn len(&self) -> usize;
+
+    /// Whether a block of that name was here and was popped, not too long ago; one in a thousand others is taken for one.
+    fn remembers(&self, _hash: BlockHash) -> bool {
+        false
+    }
+
+    /// What it has counted itself, for others to [hear](Evict::hear).
+    fn learned(&self) -> Option<Learned> {
+        None
+    }
+
+    /// What all others have counted, in sum; what was heard before is out of date.
+    fn hear(&mut self, _others: Learned) {}
 
     /// Whether none could.
     fn is_empty(&self) -> bool {

@@ -24,7 +24,7 @@ mod evict;
 
 pub use cache::{Hit, KvCache};
 pub use events::{Batch, CacheEvent, Snapshot, Stored};
-pub use evict::{Ask, Evict, Facts, HitDensity, Lru, POLICIES, S3Fifo, policy};
+pub use evict::{Ask, Evict, Facts, HitDensity, Learned, Lru, NotLearned, POLICIES, S3Fifo, Tick, policy};
 pub use geometry::{Geometry, in_group};
 pub use pool::{BlockPool, Counts, Filling, Landing, Leaving, Name, OnEvict, Sealed};
 pub use table::Table;

@@ -77,9 +77,17 @@ struct Args {
     #[arg(long, default_values_t = [1])]
     nodes: Vec<usize>,
 
-    /// Eviction policy: lru, s3-fifo or hit-density; may be given several times. All of them if none is given.
+    /// Eviction policy of the memory: lru, s3-fifo or hit-density; may be given several times. All of them if none is given.
     #[arg(long)]
     policy: Vec<String>,
+
+    /// Eviction policy of the disk.
+    #[arg(long, value_name = "POLICY", default_value = "lru")]
+    disk_policy: String,
+
+    /// How often simulated nodes hear what the others have learned, in milliseconds of the trace; 0: never.
+    #[arg(long, value_name = "MS", default_value_t = 15_000)]
+    exchange_ms: u64,
 
     /// Memory of all nodes together: 5% (of the trace's distinct blocks), 5000 (blocks) or 10GiB; may be given several times.
     #[arg(long, value_name = "SIZE", default_values = ["5%", "10%", "30%"])]
@@ -181,6 +189,8 @@ fn run(args: &Args, name: &str, trace: &Trace, rows: &mut Vec<Row>) -> anyhow::R
             for &policy in &policies {
                 let plan = Plan {
                     policy: policy.to_owned(),
+                    disk_policy: args.disk_policy.clone(),
+                    exchange_ms: args.exchange_ms,
                     nodes,
                     group_blocks: args.group_blocks,
                     memory_blocks: memory.blocks(trace.distinct, args.block_bytes.unwrap_or(BLOCK_BYTES)),

@@ -2,16 +2,17 @@
 //! there.
 //!
 //! Placement is the store's own ([`Rendezvous`], by the first block of each group), and so are the eviction policies. What
-//! a node tells its policy is what a node is told: the prompt's length, the positions of the blocks it is asked for, and,
-//! when it is to take blocks, up to where any node had some. A hit is a block of the longest run that is there from the prompt's start, wherever its parts are: a
-//! block behind a gap is of no use. While a request runs, its blocks are held.
+//! a node tells its policy is what a node is told: the time, the prompt's length, the positions of the blocks it is asked
+//! for, and, when it is to take blocks, up to where any node had some or remembers some. Every few seconds each node hears
+//! what the others have learned. A hit is a block of the longest run that is there from the prompt's start, wherever its parts
+//! are: a block behind a gap is of no use. While a request runs, its blocks are held.
 //!
 //! With a disk, what memory gives up goes there; a block found there is read into memory and stays on disk too, until the
 //! disk gives it up.
 
 use std::collections::HashMap;
 
-use kvasir_kv_cache::{Ask, Evict, Facts, POLICIES, policy};
+use kvasir_kv_cache::{Ask, Evict, Facts, Learned, POLICIES, Tick, policy};
 use kvasir_store_client::rendezvous::{Rendezvous, Spot};
 use kvasir_types::{BlockHash, BlockId};
 
@@ -20,11 +21,16 @@ use crate::trace::Trace;
 /// Most nodes of a simulation.
 pub const MAX_NODES: usize = 256;
 
+/// A block may be forgotten, and those after it not: so many strangers in a row are believed.
+const MAX_STRANGERS: usize = 3;
+
 /// What is simulated.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Plan {
-    /// A name in [`POLICIES`].
+    /// Who goes from memory: a name in [`POLICIES`].
     pub policy: String,
+    /// Who goes from disk: another one.
+    pub disk_policy: String,
     /// Up to [`MAX_NODES`].
     pub nodes: usize,
     /// Consecutive blocks of the trace that are placed together.
@@ -33,6 +39,8 @@ pub struct Plan {
     pub memory_blocks: usize,
     /// Blocks on the disks of all nodes together.
     pub disk_blocks: usize,
+    /// How often nodes hear what the others have learned; 0: never.
+    pub exchange_ms: u64,
 }
 
 /// A plan that can't be simulated.
@@ -84,7 +92,7 @@ impl Outcome {
 /// # Errors
 /// If the plan can't be simulated.
 pub fn simulate(trace: &Trace, plan: &Plan, mut progress: impl FnMut(usize)) -> Result<Outcome, Error> {
-    let &Plan { nodes, group_blocks, memory_blocks, disk_blocks, .. } = plan;
+    let &Plan { nodes, group_blocks, memory_blocks, disk_blocks, exchange_ms, .. } = plan;
     if nodes == 0 || nodes > MAX_NODES {
         return Err(Error::Nodes(nodes));
     }
@@ -95,16 +103,26 @@ pub fn simulate(trace: &Trace, plan: &Plan, mut progress: impl FnMut(usize)) -> 
     let spot = |name| Spot { name, weight: 1.0, zone: "", stays: true };
     let placement = Rendezvous::new(names.iter().map(|name| spot(name)));
     let share = |all: usize, node: usize| all / nodes + usize::from(node < all % nodes);
+    let order = |name: &String, room| policy(name, room).ok_or_else(|| Error::Policy(name.clone()));
+    let tier = |name, room| Ok(Tier { order: order(name, room)?, room, used: 0 });
     let mut store = (0..nodes)
-        .map(|node| Node::new(&plan.policy, share(memory_blocks, node), share(disk_blocks, node)))
-        .collect::<Option<Vec<Node>>>()
-        .ok_or_else(|| Error::Policy(plan.policy.clone()))?;
+        .map(|node| {
+            let memory = tier(&plan.policy, share(memory_blocks, node))?;
+            Ok(Node::new(memory, tier(&plan.disk_policy, share(disk_blocks, node))?))
+        })
+        .collect::<Result<Vec<Node>, Error>>()?;
+    let mut exchanged_ms = 0;
     let mut outcome = Outcome { asked_of_node: vec![0; nodes], ..Outcome::default() };
     let mut homes: HashMap<u32, usize> = HashMap::new();
     for (n, request) in trace.requests.iter().enumerate() {
         if n % 1000 == 0 {
             progress(n);
         }
+        if exchange_ms > 0 && nodes > 1 && request.at_ms >= exchanged_ms + exchange_ms {
+            exchanged_ms = request.at_ms;
+            exchange(&mut store);
+        }
+        let now = Tick((request.at_ms * 16 / 1000) as u32);
         // Each node's part of the prompt: position and name of its blocks.
         let mut parts: Vec<(usize, Vec<(u32, u32)>)> = Vec::new();
         for (group, start) in request.blocks.chunks(group_blocks).zip((0u32..).step_by(group_blocks)) {
@@ -124,15 +142,33 @@ pub fn simulate(trace: &Trace, plan: &Plan, mut progress: impl FnMut(usize)) -> 
             part.iter().find(|(_, name)| !store[*node].has(*name)).map(|&(position, _)| position)
         };
         let run = parts.iter().filter_map(end).min().unwrap_or(request.blocks.len() as u32);
-        let there = |(node, part): &(usize, Vec<(u32, u32)>)| store[*node].known(part);
+        let there = |(node, part): &(usize, Vec<(u32, u32)>)| store[*node].remembered(part);
         let (known, blocks) = (parts.iter().map(there).max().unwrap_or(0), request.blocks.len() as u32);
         for (node, part) in &parts {
             outcome.asked_of_node[*node] += part.len() as u64;
-            store[*node].serve(part, run, Ask { found: known, blocks }, &mut outcome);
+            store[*node].serve(now, part, run, Ask { found: known, blocks }, &mut outcome);
         }
         outcome.asked += request.blocks.len() as u64;
     }
     Ok(outcome)
+}
+
+/// Every node hears what all others have learned, as it is on the way between nodes.
+fn exchange(store: &mut [Node]) {
+    let told: Vec<Option<Learned>> = store.iter().map(Node::learned).collect();
+    // Each hears the sum of those before it and of those behind it.
+    let mut behind = vec![Learned::default(); store.len() + 1];
+    for node in (0..store.len()).rev() {
+        behind[node] = behind[node + 1].clone();
+        told[node].iter().for_each(|learned| behind[node].add(learned));
+    }
+    let mut others = Learned::default();
+    for (node, learned) in told.iter().enumerate() {
+        let mut hears = others.clone();
+        hears.add(&behind[node + 1]);
+        store[node].memory.order.hear(hears);
+        learned.iter().for_each(|learned| others.add(learned));
+    }
 }
 
 /// A block's hash, made of its number.
@@ -177,10 +213,14 @@ struct Node {
 }
 
 impl Node {
-    fn new(name: &str, memory: usize, disk: usize) -> Option<Self> {
-        let tier = |room| Some(Tier { order: policy(name, room)?, room, used: 0 });
-        let (memory, disk) = (tier(memory)?, tier(disk)?);
-        Some(Self { memory, disk, entries: Vec::new(), vacant: Vec::new(), at: HashMap::new() })
+    fn new(memory: Tier, disk: Tier) -> Self {
+        Self { memory, disk, entries: Vec::new(), vacant: Vec::new(), at: HashMap::new() }
+    }
+
+    /// What the memory's policy has learned, as others get it.
+    fn learned(&self) -> Option<Learned> {
+        let bytes = self.memory.order.learned()?.encode();
+        Some(Learned::decode(&bytes).expect("what was encoded can be decoded"))
     }
 
     fn has(&self, name: u32) -> bool {
@@ -192,13 +232,27 @@ impl Node {
         part.iter().rfind(|(_, name)| self.has(*name)).map_or(0, |&(position, _)| position + 1)
     }
 
+    /// The same, also with blocks that are gone but were here once.
+    fn remembered(&self, part: &[(u32, u32)]) -> u32 {
+        let was = |name| self.has(name) || self.memory.order.remembers(hash(name));
+        let (mut known, mut strangers) = (0, 0);
+        for &(position, name) in part {
+            (known, strangers) = if was(name) { (position + 1, 0) } else { (known, strangers + 1) };
+            if strangers == MAX_STRANGERS {
+                break;
+            }
+        }
+        known
+    }
+
     /// A request asks for these blocks of its prompt, of which those before `run` are of use to it, and writes the others,
     /// with what it has heard from all nodes.
-    fn serve(&mut self, part: &[(u32, u32)], run: u32, writes: Ask, outcome: &mut Outcome) {
+    fn serve(&mut self, now: Tick, part: &[(u32, u32)], run: u32, writes: Ask, outcome: &mut Outcome) {
         // While it looks, a node knows of its own blocks only.
-        let ask = Ask { found: self.known(part), ..writes };
-        self.memory.order.ask(ask);
-        self.disk.order.ask(ask);
+        let whole = part.len() as u32 == writes.blocks;
+        let ask = Ask { found: if whole { self.known(part) } else { Ask::UNKNOWN }, ..writes };
+        self.memory.order.ask(now, ask);
+        self.disk.order.ask(now, ask);
         let mut held = Vec::with_capacity(part.len());
         for &(position, name) in part {
             let known = self.at.get(&name).copied();

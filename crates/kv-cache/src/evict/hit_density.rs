@@ -4,14 +4,17 @@
 //!
 //! Every block is in one **cell**: a class and an age. The class says what is known of it: how often it was asked for,
 //! also before it was evicted and written again; whether another block hangs on it; how much of the last prompt it was
-//! asked for in was there already, and how long the rest was. The age is the number of requests since, in steps that
-//! grow with it. From a sample of blocks, watched on after they were evicted, [`learn`] keeps how often a block of each
-//! class comes back at each age, and turns that into one number for each cell: the most hits per block and request that
+//! asked for in was there already, and how long the rest was. The age is the time since, in steps that grow with it. From a sample of blocks, watched on after they were evicted, [`learn`] keeps how often a block of each
+//! class comes back at each age, and turns that into one number for each cell: the most hits per block and time that
 //! keeping such a block for some time longer brings. The cell with the least gives up its oldest block.
 //!
 //! So the policy has nothing to be set. Where old blocks don't come back it is LRU; where people take a minute to read an
 //! answer, blocks of that age stay and the last one of a prompt goes at once; a batch job's blocks go before those of
 //! conversations as soon as it has been seen that nobody asks for them; popular documents stay by their count of uses.
+//!
+//! **Several nodes.** A prompt's blocks lie on many nodes, and are of use only up to the first that is missing. So what a
+//! node thinks of a block may depend only on what the others know as well: on when it was asked for, by the clock rather than
+//! by the node's own requests; on how much of its whole prompt was there; and on counts of all nodes together ([`Learned`]).
 //!
 //! **Leaves first.** A block that others hang on is passed over and put back when the last of them is gone; only where
 //! nothing else can be popped (what hangs on it is held) it goes before them.
@@ -20,14 +23,17 @@
 //! every thousand sampled blocks or more. 28 bytes a block and 8 to 16 for its history; for each policy 0.4 MB of cells
 //! and, once it has seen that many blocks, up to 6 MB of samples.
 
-use kvasir_types::BlockId;
+use kvasir_types::{BlockHash, BlockId};
 
-use super::{Ask, Evict, Facts, short};
+use super::{Ask, Evict, Facts, Tick, short};
 
 mod cells;
 mod class;
 mod history;
 mod learn;
+mod learned;
+
+pub use learned::{Learned, NotLearned};
 
 use cells::{Cells, PASSED};
 use class::{Class, age_step, cell};
@@ -45,7 +51,7 @@ struct Block {
     /// The list it is in; [`cells::OUT`] if it is held.
     list: u16,
     class: Class,
-    /// The request that asked for it last.
+    /// When it was last asked for.
     last: u32,
     /// Part of its hash; meaningful if it was described.
     name: u32,
@@ -76,7 +82,7 @@ pub struct HitDensity {
     learner: Learner,
     history: History,
     len: usize,
-    /// Requests so far, and the present one.
+    /// The time, and the present request.
     now: u32,
     ask: Ask,
     /// When the lists were last sorted by age.
@@ -181,8 +187,8 @@ impl HitDensity {
 }
 
 impl Evict<BlockId> for HitDensity {
-    fn ask(&mut self, ask: Ask) {
-        self.now = self.now.wrapping_add(1);
+    fn ask(&mut self, Tick(now): Tick, ask: Ask) {
+        self.now = now;
         self.ask = ask;
         self.learner.advance(self.now);
         if let Some(density) = self.learner.learn() {
@@ -243,7 +249,8 @@ impl Evict<BlockId> for HitDensity {
             return;
         }
         let was = self.unlink(id);
-        // A request asks once for a block, however often its owner says so.
+        // A request asks once for a block, however often its owner says so; and several at the same moment say no more
+        // about its return than one does.
         if last != self.now {
             let class = Class::of(class.uses() + 1, class.has_child(), self.ask);
             (self.blocks[id as usize].class, self.blocks[id as usize].last) = (class, self.now);
@@ -286,6 +293,18 @@ impl Evict<BlockId> for HitDensity {
 
     fn len(&self) -> usize {
         self.len
+    }
+
+    fn remembers(&self, hash: BlockHash) -> bool {
+        self.history.uses(short(hash)).is_some()
+    }
+
+    fn learned(&self) -> Option<Learned> {
+        Some(self.learner.own().clone())
+    }
+
+    fn hear(&mut self, others: Learned) {
+        self.learner.hear(others);
     }
 }
 

@@ -54,10 +54,13 @@ proptest! {
     ) {
         for name in POLICIES {
             let mut policy = policy(name, 4).unwrap();
-            let mut oracle = Oracle::default();
+            let (mut oracle, mut now) = (Oracle::default(), 0);
             for &(op, id, other, number) in &ops {
                 match op {
-                    0 => policy.ask(Ask { found: number / 2, blocks: number }),
+                    0 => {
+                        now += other;
+                        policy.ask(Tick(now), Ask { found: number / 2, blocks: number });
+                    }
                     1 | 2 => {
                         let ask = Ask { found: number / 2, blocks: number };
                         let parent = (other != id).then_some(BlockId(other));
@@ -92,7 +95,7 @@ proptest! {
         let mut oracle = Oracle::default();
         let mut vacant: Vec<u32> = (0..24).rev().collect();
         let mut held: Vec<u32> = Vec::new();
-        for (op, one, other) in ops {
+        for (now, (op, one, other)) in (0..).zip(ops) {
             match op {
                 // A new block, which hangs on some block that is there, or on none.
                 0 | 1 => {
@@ -100,7 +103,7 @@ proptest! {
                     let there = |id: &u32| *id != one && !vacant.contains(id);
                     let parent = Some(other).filter(there).filter(|&parent| parent != id);
                     let ask = Ask { found: other, blocks: one };
-                    policy.ask(ask);
+                    policy.ask(Tick(now), ask);
                     let facts = Facts { hash: hash(one), parent: parent.map(BlockId), position: other, ask };
                     policy.describe(BlockId(id), facts);
                     parent.map(|parent| oracle.parent.insert(id, parent));

@@ -6,7 +6,8 @@ fn conversation() -> Trace {
 }
 
 fn plan(policy: &str, memory_blocks: usize) -> Plan {
-    Plan { policy: policy.to_owned(), nodes: 1, group_blocks: 1, memory_blocks, disk_blocks: 0 }
+    let (policy, disk_policy) = (policy.to_owned(), policy.to_owned());
+    Plan { policy, disk_policy, nodes: 1, group_blocks: 1, memory_blocks, disk_blocks: 0, exchange_ms: 15_000 }
 }
 
 fn hit_rate(trace: &Trace, policy: &str, percent: f64) -> f64 {

@@ -2,7 +2,7 @@
 
 use crate::Ask;
 
-/// Steps of age: two to each doubling, up to 16 million requests.
+/// Steps of age: two to each doubling, up to twelve days of sixteenths of a second.
 pub(super) const AGES: usize = 48;
 
 const USES: u16 = 6;
@@ -15,8 +15,8 @@ pub(super) const ROOTS: usize = USES as usize * 2;
 pub(super) const BRANCHES: usize = (SHARES * RESTS) as usize;
 pub(super) const CLASSES: usize = ROOTS * BRANCHES;
 
-/// Uses and whether a block hangs on it (the *root*: what matters most); then, of the prompt it was last asked for in, how
-/// much was there and how long the rest was.
+/// Uses and whether a block hangs on it (the *root*: what matters most); then, of the prompt it was last asked for in, how much was
+/// there and how long the rest was. If that is [unknown](Ask::UNKNOWN), all was there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Class(u16);
 

@@ -11,6 +11,8 @@
 //!    analysis of rates by iterative proportional fitting;
 //! 4. a class scales and bends the product.
 //!
+//! What other nodes have counted is counted in: see [`Learned`].
+//!
 //! A block's worth at an age is the best ratio, over all ages it might be kept until, of the hits to expect by then to the
 //! time its place is taken by then (the Gittins index of keeping it): a place is free again at the first hit, as the block
 //! is a new one then.
@@ -19,7 +21,10 @@ use std::collections::{HashMap, VecDeque};
 
 use crate::Ask;
 
-use super::class::{AGES, BRANCH_VALUES, BRANCHES, CLASSES, Class, ROOTS, age_step, branch, step_start};
+use super::{
+    class::{AGES, BRANCH_VALUES, BRANCHES, CLASSES, Class, ROOTS, age_step, branch, step_start},
+    learned::Learned,
+};
 
 /// Most blocks watched.
 const MOST_WATCHED: usize = 1 << 17;
@@ -31,6 +36,8 @@ const HALF_LIFE: u32 = 1 << 17;
 /// A new order of the cells after so many samples, then after ever more: a part of all seen.
 const FIRST_LESSON: u32 = 1 << 10;
 const LESSON_PART: u32 = 16;
+/// Less than that from others is no reason for a new order.
+const LEAST_HEARD: f32 = 100.0;
 /// How many expected hits a scale, and how many blocks a step of age, must have seen to count as much as what was known
 /// before: a few prompts (see [`weight`]).
 const SCALE_PRIOR: f32 = 40.0;
@@ -63,8 +70,11 @@ pub(super) struct Learner {
     stamp: u32,
     /// One name in so many is watched.
     one_in: u32,
-    reached: Table,
-    hit: Table,
+    own: Learned,
+    /// What all other nodes have counted.
+    others: Option<Learned>,
+    /// How much of others' was known at the last lesson.
+    heard: f32,
     seen: u32,
     next_lesson: u32,
 }
@@ -77,8 +87,9 @@ impl Learner {
             queues: vec![VecDeque::new(); AGES],
             stamp: 0,
             one_in: 1,
-            reached: vec![0.0; CLASSES * AGES],
-            hit: vec![0.0; CLASSES * AGES],
+            own: Learned::default(),
+            others: None,
+            heard: 0.0,
             seen: 0,
             next_lesson: FIRST_LESSON,
         };
@@ -89,6 +100,16 @@ impl Learner {
     /// There is room for that many blocks.
     pub(super) fn grow(&mut self, capacity: usize) {
         self.one_in = (capacity * HORIZON).div_ceil(MOST_WATCHED).max(1) as u32;
+    }
+
+    /// What was counted here.
+    pub(super) fn own(&self) -> &Learned {
+        &self.own
+    }
+
+    /// What was counted elsewhere.
+    pub(super) fn hear(&mut self, others: Learned) {
+        self.others = Some(others);
     }
 
     /// A block was asked for, or written, by a request for so many blocks, and is of that class now.
@@ -103,7 +124,7 @@ impl Learner {
                 let before = std::mem::replace(&mut self.samples[at as usize], sample);
                 let step = age_step(now.wrapping_sub(before.last));
                 self.count_reached(before, step);
-                self.hit[before.class.index() * AGES + step] += before.weight;
+                self.own.hit[before.class.index() * AGES + step] += before.weight;
                 at
             }
             None => {
@@ -122,7 +143,7 @@ impl Learner {
                 at
             }
         };
-        self.reached[class.index() * AGES] += sample.weight;
+        self.own.reached[class.index() * AGES] += sample.weight;
         self.queues[0].push_back((at, self.stamp));
         self.seen += 1;
     }
@@ -156,7 +177,7 @@ impl Learner {
     fn count_reached(&mut self, sample: Sample, step: usize) {
         let first = sample.class.index() * AGES;
         for reached in
-            &mut self.reached[first..][usize::from(sample.step) + 1..(step + 1).max(usize::from(sample.step) + 1)]
+            &mut self.own.reached[first..][usize::from(sample.step) + 1..(step + 1).max(usize::from(sample.step) + 1)]
         {
             *reached += sample.weight;
         }
@@ -178,13 +199,17 @@ impl Learner {
 
     /// What each cell is worth, whenever enough more has been seen.
     pub(super) fn learn(&mut self) -> Option<Table> {
-        if self.seen < self.next_lesson {
+        let heard = self.others.as_ref().map_or(0.0, Learned::samples);
+        let much_more = (heard - self.heard).abs() > self.heard / LESSON_PART as f32 + LEAST_HEARD;
+        if self.seen < self.next_lesson && !much_more {
             return None;
         }
-        let density = self.chances().iter().flat_map(worth).collect();
+        self.heard = heard;
+        let mut density: Table = self.chances().iter().flat_map(worth).collect();
+        parents_last(&mut density);
         if self.seen >= HALF_LIFE {
             self.seen /= 2;
-            self.reached.iter_mut().chain(&mut self.hit).for_each(|count| *count /= 2.0);
+            self.own.halve();
         }
         self.next_lesson = self.seen + (self.seen / LESSON_PART).max(FIRST_LESSON);
         Some(density)
@@ -192,7 +217,11 @@ impl Learner {
 
     /// The chance of a hit in each step of age, given that the step is reached, for every class.
     fn chances(&self) -> Vec<Curve> {
-        let counts = |class: usize| (&self.hit[class * AGES..][..AGES], &self.reached[class * AGES..][..AGES]);
+        let all = match &self.others {
+            Some(others) => &others.with(&self.own),
+            None => &self.own,
+        };
+        let counts = |class: usize| (&all.hit[class * AGES..][..AGES], &all.reached[class * AGES..][..AGES]);
         let sum = |classes: &mut dyn Iterator<Item = usize>| {
             let (mut hit, mut reached) = ([0.0; AGES], [0.0; AGES]);
             for class in classes {
@@ -225,6 +254,22 @@ impl Learner {
                 refine(hit, reached, &roots[class / BRANCHES].map(|chance| (chance * factor).min(1.0)))
             })
             .collect()
+    }
+}
+
+/// Makes a block worth no less than one that was asked for less often, or has none hanging on it, all else being equal. Within
+/// a prompt all else is: whoever asks for a block asks for all before it, so those go after it. Where the counts say
+/// otherwise, it is by chance; and where blocks of a prompt are on other nodes, nothing else keeps that order.
+fn parents_last(density: &mut [f32]) {
+    let branches = BRANCHES * AGES;
+    for root in 1..ROOTS {
+        let (lower, from) = density.split_at_mut(root * branches);
+        let below = [(root % 2 == 1).then_some(root - 1), root.checked_sub(2)];
+        for below in below.into_iter().flatten() {
+            for (worth, below) in from[..branches].iter_mut().zip(&lower[below * branches..]) {
+                *worth = worth.max(*below);
+            }
+        }
     }
 }
 

@@ -5,6 +5,7 @@ use super::*;
 /// A node with room for so many blocks, and the names of what they hold.
 struct Node {
     policy: Box<dyn Evict<BlockId>>,
+    now: u32,
     at: std::collections::HashMap<u32, BlockId>,
     holds: Vec<Option<u32>>,
     vacant: Vec<BlockId>,
@@ -14,6 +15,7 @@ impl Node {
     fn new(policy: &str, capacity: usize) -> Self {
         Self {
             policy: crate::evict::policy(policy, capacity).unwrap(),
+            now: 0,
             at: Default::default(),
             holds: vec![None; capacity],
             vacant: (0..capacity as u32).map(BlockId).collect(),
@@ -24,7 +26,8 @@ impl Node {
     fn ask(&mut self, prompt: &[u32]) -> usize {
         let found = prompt.iter().take_while(|name| self.at.contains_key(name)).count();
         let ask = Ask { found: found as u32, blocks: prompt.len() as u32 };
-        self.policy.ask(ask);
+        self.now += 1;
+        self.policy.ask(Tick(self.now), ask);
         for (position, &name) in prompt.iter().enumerate() {
             if let Some(id) = self.at.get(&name) {
                 self.policy.touch(id);
@@ -74,7 +77,7 @@ fn what_comes_back_stays_while_a_scan_passes() {
 fn the_last_block_of_a_prompt_goes_before_those_it_hangs_on() {
     let mut policy = HitDensity::default();
     let ask = Ask { found: 0, blocks: 5 };
-    policy.ask(ask);
+    policy.ask(Tick(1), ask);
     for id in 0..5u32 {
         let parent = id.checked_sub(1).map(BlockId);
         policy.describe(BlockId(id), Facts { hash: hash(id), parent, position: id, ask });
@@ -102,7 +105,7 @@ fn a_block_that_comes_back_is_no_new_one() {
     let mut policy = HitDensity::with_capacity(8);
     let facts = Facts { hash: hash(7), parent: None, position: 0, ask: Ask { found: 0, blocks: 1 } };
     for uses in 0..4 {
-        policy.ask(facts.ask);
+        policy.ask(Tick(uses.into()), facts.ask);
         policy.describe(BlockId(3), facts);
         assert_eq!(policy.blocks[3].class.uses(), uses);
         policy.insert(BlockId(3));
