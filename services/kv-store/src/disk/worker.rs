@@ -178,7 +178,7 @@ impl Shared {
     pub(super) fn run(&self) {
         while let Some((jobs, refused)) = self.next() {
             // Also of jobs that are refused, all of them: the queue counts who writes.
-            let first = jobs.first().or(refused.first().map(|(job, _)| job));
+            let first = jobs.first().or_else(|| refused.first().map(|(job, _)| job));
             let write = first.is_some_and(|job| !matches!(job.kind, Kind::Read(_)));
             for (job, failure) in refused {
                 self.end(job, Err(failure));
