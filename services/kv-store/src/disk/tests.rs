@@ -3,6 +3,7 @@ use std::{
     os::unix::fs::{FileExt as _, symlink},
     path::Path,
     sync::mpsc,
+    time::Duration,
 };
 
 use kvasir_transfer::Allocation;
@@ -308,6 +309,27 @@ fn a_full_disk_takes_no_more_new_blocks_and_says_so() {
     assert!(matches!(refused, Err(Failure::Full)));
     opened.forget(0, 4096).unwrap();
     assert_eq!(opened.disk.stats().full, 2);
+}
+
+#[test]
+fn a_full_disk_ends_every_write_that_it_took_however_often_it_is_tried() {
+    let dir = with_data("/dev/full");
+    let opened = try_open(&DiskConfig { retry_ms: 5, ..config(dir.path()) }, SLAB).unwrap();
+    let (sender, receiver) = mpsc::channel();
+    for _ in 0..50 {
+        while !opened.disk.may_grow() {}
+        // All are taken, for the disk is to be tried; one of them tries it, and the others, no neighbours, are refused.
+        let write = |number: u64| {
+            let sender = sender.clone();
+            let done = move |result: Result<(), Failure>| sender.send(result).unwrap();
+            opened.disk.write(DiskOffset(number * 8192), record(number, 4096), 0, done).is_ok()
+        };
+        let taken = (0..4).filter(|&number| write(number)).count();
+        for _ in 0..taken {
+            let ended = receiver.recv_timeout(Duration::from_secs(30)).expect("it is told what became of it");
+            assert!(matches!(ended, Err(Failure::Full)));
+        }
+    }
 }
 
 /// Says that tests which mount a file system are not to be run.
