@@ -23,6 +23,7 @@ mod error;
 mod exists;
 mod hot;
 mod in_flight;
+mod known;
 mod lookup;
 mod peers;
 mod placement;
@@ -55,6 +56,7 @@ pub use read::{Found, ReadReport, Source};
 pub use write::{GroupBlocks, WriteReport};
 
 use hot::Hot;
+use known::Known;
 use peers::Peers;
 use placement::{Node, Placement, collect};
 use views::Views;
@@ -83,6 +85,7 @@ struct Inner {
     zone: String,
     views: Views,
     hot: Hot,
+    known: Known,
     /// Counts choices among copies: what is drawn for each follows from it.
     choices: AtomicU64,
     engine: TransferEngine,
@@ -101,6 +104,7 @@ impl StoreClient {
                 zone,
                 views,
                 hot,
+                known: Known::default(),
                 choices: AtomicU64::new(0),
                 engine,
                 peers,

@@ -61,6 +61,8 @@ pub(crate) struct Found {
 /// What a node said beside what it has.
 struct Reply {
     answer: Option<Answer>,
+    /// How many of its share's blocks it knows, found or not.
+    known: usize,
     warming: bool,
     /// It knew a newer view, and blocks are divided otherwise by that.
     moved: bool,
@@ -101,11 +103,11 @@ impl Group {
 }
 
 impl Search<'_> {
-    /// Every answer there is, and the first thing that went wrong.
+    /// Every answer there is, and the first thing that went wrong. How far the prompt is known is noted for who writes it.
     pub(crate) async fn run(&self) -> (Vec<Answer>, Option<Error>) {
         let mut placement = self.inner.placement();
         let mut groups = self.groups(&placement);
-        let (mut answers, mut error) = (Vec::new(), None);
+        let (mut answers, mut error, mut known) = (Vec::new(), None, self.have);
         for _ in 0..MAX_ROUNDS {
             let asking = self.shares(&placement, &groups).into_iter().map(|share| self.ask(share, placement.epoch));
             let replies: Vec<_> = stream::iter(asking).buffer_unordered(MAX_CALLS).collect().await;
@@ -125,6 +127,8 @@ impl Search<'_> {
                 match reply {
                     Ok(reply) => {
                         moved |= reply.moved;
+                        let last = reply.known.min(blocks.len()).checked_sub(1);
+                        known = known.max(last.map_or(0, |last| blocks[last] + 1));
                         answers.extend(reply.answer);
                     }
                     Err(failure) => error = error.or(Some(failure)),
@@ -138,6 +142,7 @@ impl Search<'_> {
                 }
             }
         }
+        self.inner.known.note(self.blocks, known);
         (answers, error)
     }
 
@@ -233,7 +238,7 @@ impl Search<'_> {
         }
         let moved = response.view.as_ref().is_some_and(|view| self.inner.newer(&share.node, view));
         self.inner.hot.told(&response.hot, Instant::now());
-        let reply = |answer| Reply { answer, warming: response.warming, moved };
+        let reply = |answer| Reply { answer, known: response.known as usize, warming: response.warming, moved };
         if response.offsets.is_empty() {
             return Ok(reply(None));
         }

@@ -2,7 +2,13 @@
 //!
 //! What an honest node and this client do together is tested where the node is, in `kvasir-kv-store`.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::Duration,
+};
 
 use kvasir_cluster::{Member, MemoryHub, Registry};
 use kvasir_proto::v1::{self, store_server};
@@ -22,6 +28,8 @@ struct Liar {
     reserve: v1::ReserveResponse,
     committed: u32,
     tiers: Vec<u8>,
+    /// What the last reservation said that was known of its prompt.
+    told_known: Arc<AtomicU32>,
 }
 
 #[tonic::async_trait]
@@ -32,7 +40,8 @@ impl store_server::Store for Liar {
     async fn release(&self, _: Request<v1::ReleaseRequest>) -> Result<Response<v1::ReleaseResponse>, Status> {
         Err(Status::internal("no"))
     }
-    async fn reserve(&self, _: Request<v1::ReserveRequest>) -> Result<Response<v1::ReserveResponse>, Status> {
+    async fn reserve(&self, request: Request<v1::ReserveRequest>) -> Result<Response<v1::ReserveResponse>, Status> {
+        self.told_known.store(request.get_ref().prompt_known, Ordering::Relaxed);
         Ok(Response::new(self.reserve.clone()))
     }
     async fn commit(&self, _: Request<v1::CommitRequest>) -> Result<Response<v1::CommitResponse>, Status> {
@@ -51,6 +60,9 @@ impl store_server::Store for Liar {
         Err(Status::internal("no"))
     }
     async fn pin(&self, _: Request<v1::PinRequest>) -> Result<Response<v1::PinResponse>, Status> {
+        Err(Status::internal("no"))
+    }
+    async fn learned(&self, _: Request<v1::LearnedRequest>) -> Result<Response<v1::LearnedResponse>, Status> {
         Err(Status::internal("no"))
     }
     async fn drain(&self, _: Request<v1::DrainRequest>) -> Result<Response<v1::DrainResponse>, Status> {
@@ -204,5 +216,18 @@ async fn no_answer_to_a_question_makes_a_run_that_is_not_there() {
         let (found, error) = world.client.exists(&hashes, BLOCK, Deadline::after(Duration::from_secs(5))).await;
         assert_eq!(found, run, "{tiers:?}");
         assert_eq!(matches!(error, Some(Error::Count { asked: 4, .. })), wrong, "{tiers:?}: {error:?}");
+    }
+}
+
+#[tokio::test]
+async fn whoever_writes_a_prompt_tells_how_far_it_was_known() {
+    let told = Arc::new(AtomicU32::new(0));
+    for (known, told_known) in [(0, 0), (3, 3), (u32::MAX, 4)] {
+        let lookup = v1::LookupResponse { known, ..Default::default() };
+        let world = world(Liar { lookup, told_known: told.clone(), ..Liar::default() }).await;
+        let (request, soon) = ("test".parse().unwrap(), Deadline::after(Duration::from_secs(20)));
+        assert_eq!(world.client.read(&request, &blocks(), BLOCK, soon).await.blocks, 0);
+        world.client.write(&request, &Origin::default(), &blocks(), BLOCK, soon).await;
+        assert_eq!(told.load(Ordering::Relaxed), told_known);
     }
 }

@@ -106,9 +106,8 @@ pub(crate) async fn write(
     deadline: Deadline,
 ) -> WriteReport {
     let sums = blocks.iter().map(|_| OnceLock::new()).collect();
-    Offer { inner, request, origin, blocks, group: None, block_bytes, deadline, sums, hashing: Mutex::new(()) }
-        .run(have)
-        .await
+    let (known, hashing) = (inner.known.of(blocks), Mutex::new(()));
+    Offer { inner, request, origin, blocks, known, group: None, block_bytes, deadline, sums, hashing }.run(have).await
 }
 
 /// Offers a group's blocks to its homes other than the one that gives them.
@@ -121,7 +120,8 @@ pub(crate) async fn hand_over(
     deadline: Deadline,
 ) -> WriteReport {
     let (blocks, sums) = (&group.blocks, group.blocks.iter().map(|_| OnceLock::new()).collect());
-    Offer { inner, request, origin, blocks, group: Some(group), block_bytes, deadline, sums, hashing: Mutex::new(()) }
+    let (known, hashing) = (0, Mutex::new(()));
+    Offer { inner, request, origin, blocks, known, group: Some(group), block_bytes, deadline, sums, hashing }
         .run(0)
         .await
 }
@@ -132,6 +132,8 @@ struct Offer<'a> {
     request: &'a RequestId,
     origin: &'a Origin,
     blocks: &'a [(BlockHash, u64)],
+    /// So many of them, from the first on, were known to some node when they were looked for.
+    known: usize,
     /// Set if they are one group's, whose place in its prompt it tells; else they are a prompt's, from its first block on.
     group: Option<&'a GroupBlocks>,
     block_bytes: u64,
@@ -268,6 +270,7 @@ impl Offer<'_> {
             block_bytes: self.block_bytes,
             runs: self.runs(share),
             prompt_blocks: u32::try_from(self.blocks.len()).unwrap_or(u32::MAX),
+            prompt_known: u32::try_from(self.known).unwrap_or(u32::MAX),
             model: self.origin.model.map_or_else(Default::default, |model| convert::bytes16(&model.0)),
             tenant: self.origin.tenant.clone(),
             ended: self.inner.peers.take_ended(&share.node),

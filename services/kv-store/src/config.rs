@@ -121,11 +121,14 @@ pub struct EvictionConfig {
     /// From the disk. Default lru, which takes 8 bytes a block: a disk has room for many, and the larger a tier is, the less
     /// the order matters.
     pub disk: Policy,
+    /// How often the node asks others what they have learned of which blocks come back, in milliseconds, up to an hour; 0:
+    /// never. Default 15000.
+    pub exchange_ms: u64,
 }
 
 impl Default for EvictionConfig {
     fn default() -> Self {
-        Self { memory: Policy::HitDensity, disk: Policy::Lru }
+        Self { memory: Policy::HitDensity, disk: Policy::Lru, exchange_ms: 15_000 }
     }
 }
 
@@ -221,6 +224,8 @@ impl Config {
         ] {
             ensure!(value > 0, "limits.{key}: 0, allowed is at least 1");
         }
+        let exchange_ms = self.eviction.exchange_ms;
+        ensure!(exchange_ms <= MAX_HOLD_MS, "eviction.exchange_ms: {exchange_ms}, allowed is 0 to {MAX_HOLD_MS}");
         let percent = self.max_pinned_percent;
         ensure!(percent <= 100, "max_pinned_percent: {percent}, allowed is 0 to 100");
         let QuotasConfig { tenants, default_percent } = &self.quotas;
@@ -306,6 +311,7 @@ mod tests {
             ("capacity_bytes", bad(|c| c.capacity_bytes = 1)),
             ("lease_ms", bad(|c| c.lease_ms = 0)),
             ("reservation_ms", bad(|c| c.reservation_ms = u64::MAX)),
+            ("eviction.exchange_ms", bad(|c| c.eviction.exchange_ms = u64::MAX)),
             ("weight", bad(|c| c.weight = Some(0.0))),
             ("weight", bad(|c| c.weight = Some(f64::NAN))),
             ("zone", bad(|c| c.zone = "z".repeat(65))),

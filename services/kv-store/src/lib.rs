@@ -22,6 +22,7 @@ mod config;
 #[doc(hidden)] // for the benchmark that puts it beside another engine
 pub mod disk;
 mod error;
+mod exchange;
 mod expiry;
 mod handover;
 mod heat;

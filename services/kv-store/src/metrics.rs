@@ -18,9 +18,13 @@
 //! | `kvasir_kv_store_handed_over_blocks_total`, `_handed_over_bytes_total` | blocks, bytes given to other nodes | |
 //! | `kvasir_kv_store_handover_failed_groups_total` | times that a group did not arrive elsewhere | |
 //! | `kvasir_kv_store_handover_groups_left`, `_hot_groups` | placement groups | |
+//! | `kvasir_kv_store_heard_from_nodes` | nodes whose counts are counted with this one's | |
 //! | `kvasir_kv_store_call_seconds` | seconds | `call` |
 
-use std::{sync::Arc, time::Instant};
+use std::{
+    sync::{Arc, atomic::Ordering},
+    time::Instant,
+};
 
 use kvasir_runtime::metrics::{Histograms, set_total};
 use kvasir_types::TransportKind;
@@ -46,10 +50,11 @@ pub(crate) enum Call {
     Pin,
     Evict,
     Drain,
+    Learned,
 }
 
 impl Call {
-    const ALL: [Self; 11] = [
+    const ALL: [Self; 12] = [
         Self::Lookup,
         Self::Release,
         Self::Reserve,
@@ -61,6 +66,7 @@ impl Call {
         Self::Pin,
         Self::Evict,
         Self::Drain,
+        Self::Learned,
     ];
 
     fn label(self) -> &'static str {
@@ -76,6 +82,7 @@ impl Call {
             Self::Pin => "pin",
             Self::Evict => "evict",
             Self::Drain => "drain",
+            Self::Learned => "learned",
         }
     }
 }
@@ -143,7 +150,9 @@ fn copy_at_scrape(page: &kvasir_runtime::Metrics, node: Arc<Node>) {
         "Bytes that clients read from and wrote into this node.",
     );
     let fenced = page.counter("kvasir_kv_store_fenced_connections", "Connections cut so that memory could be reused.");
+    let heard_from = page.gauge("kvasir_kv_store_heard_from_nodes", "Nodes whose counts are counted with this one's.");
     page.on_scrape(move || {
+        heard_from.set(gauge(node.heard_from.load(Ordering::Relaxed)));
         let (usage, (totals, torn), stats) = (node.usage(), node.totals(), node.engine().stats());
         capacity.set(gauge(usage.capacity_bytes));
         used.set(gauge(usage.used_bytes));

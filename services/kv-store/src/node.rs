@@ -16,10 +16,11 @@
 
 use std::{
     collections::HashMap,
-    sync::{Arc, Mutex, MutexGuard},
+    sync::{Arc, Mutex, MutexGuard, atomic::AtomicU64},
     time::{Duration, Instant},
 };
 
+use kvasir_kv_cache::Ask;
 use kvasir_transfer::{Access, Grant, GrantRange, TransferEngine};
 use kvasir_types::{BlockHash, BlockId, GrantKey};
 use tokio::sync::{Notify, Semaphore};
@@ -45,6 +46,8 @@ pub(crate) struct Node {
     opened: Notify,
     /// Blocks have come from the disk, or will not come.
     pub(super) arrived: Notify,
+    /// How many others' counts of returns are counted with this node's. Written by the exchange, for metrics.
+    pub(super) heard_from: AtomicU64,
     /// One permit for each core: verifying is all computing.
     verifiers: Arc<Semaphore>,
 }
@@ -84,8 +87,8 @@ pub(crate) struct Offer<'a> {
     /// One for each hash, its origin left open.
     pub(crate) facts: &'a [Facts],
     pub(crate) origin: &'a Origin,
-    /// Of the prompt they belong to, as far as told.
-    pub(crate) prompt_blocks: u32,
+    /// How long the prompt is that they belong to, and how far it was known, as far as told.
+    pub(crate) prompt: Ask,
 }
 
 impl Node {
@@ -111,6 +114,7 @@ impl Node {
             }),
             opened: Notify::new(),
             arrived: Notify::new(),
+            heard_from: AtomicU64::new(0),
             verifiers: Arc::new(Semaphore::new(cores)),
         })
     }
@@ -154,6 +158,11 @@ impl Node {
         let found = state.store.lookup(now, size, hashes, prompt_blocks)?;
         self.wake(before, &state);
         Ok(found)
+    }
+
+    /// How many of these blocks, of which so many were found, were here once, as far as is remembered.
+    pub(crate) fn known(&self, size: BlockBytes, hashes: &[BlockHash], found: usize) -> usize {
+        if found == hashes.len() { found } else { self.lock().store.known(size, hashes, found) }
     }
 
     /// Ends leases early; those that have ended already are passed over.
@@ -380,7 +389,7 @@ impl State {
     fn reserve(&mut self, now: Instant, offer: &Offer<'_>) -> Result<Reserved, Error> {
         let origin = self.store.origin(offer.origin);
         let facts = |n: usize| Facts { origin, ..offer.facts.get(n).copied().unwrap_or_default() };
-        Ok(self.store.reserve(now, offer.size, offer.hashes, offer.prompt_blocks, facts)?)
+        Ok(self.store.reserve(now, offer.size, offer.hashes, offer.prompt, facts)?)
     }
 }
 

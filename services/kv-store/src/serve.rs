@@ -18,6 +18,7 @@ use tonic::transport::{Server, server::TcpIncoming};
 use crate::{
     config::Config,
     disk::{self, Disk, Origins},
+    exchange::Exchange,
     expiry,
     handover::{self, Handover, HotGroups, Progress},
     heat::Heat,
@@ -131,6 +132,15 @@ pub(crate) async fn start(
         Ok(())
     });
     serve(&config, context, service, listening.listener);
+    if config.eviction.exchange_ms > 0 {
+        let interval = Duration::from_millis(config.eviction.exchange_ms);
+        let exchange = Exchange { id: id.clone(), node: node.clone(), interval };
+        let (view, leaving) = (registry.view(), context.shutdown.clone());
+        context.tasks.spawn(Kind::Background, "exchange", async move {
+            exchange.run(view, leaving).await;
+            Ok(())
+        });
+    }
     let (view, leaving, handing) = (registry.view(), context.shutdown.clone(), handover.clone());
     context.tasks.spawn(Kind::Background, "handover", async move {
         handing.run(view, waiting, leaving).await;

@@ -11,6 +11,7 @@ use std::{
 };
 
 use kvasir_cluster::{Member, Registry};
+use kvasir_kv_cache::Ask;
 use kvasir_proto::{check_protocol, convert, v1};
 use kvasir_runtime::{Kind, Tasks};
 use kvasir_types::{BlockHash, Epoch, MemberId};
@@ -19,6 +20,7 @@ use tonic::{Request, Response, Status};
 
 use crate::{
     error::Error,
+    exchange,
     handover::{HotGroups, Leaving, Progress},
     membership::Membership,
     messages::{self, MAX_HASHES, block_bytes, hashes},
@@ -147,6 +149,12 @@ impl v1::store_server::Store for StoreService {
         Ok(Response::new(v1::DrainResponse {}))
     }
 
+    async fn learned(&self, request: Request<v1::LearnedRequest>) -> Answer<v1::LearnedResponse> {
+        let _timer = self.metrics.time(Call::Learned);
+        check_protocol(request.get_ref().protocol_version).map_err(Error::from)?;
+        Ok(Response::new(exchange::told(&self.node)))
+    }
+
     async fn store_status(&self, _request: Request<v1::StoreStatusRequest>) -> Answer<v1::StoreStatusResponse> {
         let (status, progress) = (messages::status(&self.id, &self.node, self.started), &self.drain.progress);
         Ok(Response::new(v1::StoreStatusResponse {
@@ -166,9 +174,11 @@ impl StoreService {
         self.end(&request.ended)?;
         let (found, coming) = self.node.lookup(size, &hashes, request.prompt_blocks, until(request.wait_ms)).await?;
         let blocks = found.as_ref().map_or(0, |found| found.blocks.len());
+        let known = self.node.known(size, &hashes, blocks);
         tracing::debug!(request_id = request.request_id, asked = hashes.len(), found = blocks, coming, "lookup");
         let rest = v1::LookupResponse {
             coming: coming as u32,
+            known: known as u32,
             hot: found.as_ref().map_or_else(Vec::new, |found| {
                 self.hot.seen(found.blocks.iter().map(|block| block.group).filter(|&group| group != 0), Instant::now())
             }),
@@ -207,8 +217,8 @@ impl StoreService {
         }
         let facts = messages::facts(&request.runs, &hashes)?;
         let origin = messages::origin(&request.model, &request.tenant)?;
-        let prompt_blocks = request.prompt_blocks;
-        let offer = Offer { size, hashes: &hashes, facts: &facts, origin: &origin, prompt_blocks };
+        let prompt = Ask { found: request.prompt_known, blocks: request.prompt_blocks };
+        let offer = Offer { size, hashes: &hashes, facts: &facts, origin: &origin, prompt };
         let (reserved, key) = self.node.reserve(Instant::now(), &offer)?;
         Ok(v1::ReserveResponse {
             slots: reserved.slots.iter().map(messages::slot).collect(),
@@ -269,7 +279,7 @@ impl StoreService {
         }
         let facts = messages::facts(&request.runs, &hashes)?;
         let origin = messages::origin(&request.model, &request.tenant)?;
-        let offer = Offer { size, hashes: &hashes, facts: &facts, origin: &origin, prompt_blocks: 0 };
+        let offer = Offer { size, hashes: &hashes, facts: &facts, origin: &origin, prompt: Ask::default() };
         let (committing, present) = self.node.reserve_and_fill(Instant::now(), &offer, &request.blocks)?;
         let committed = match committing {
             Some(committing) => self.finish(committing, named).await?,

@@ -89,16 +89,45 @@ fn groups_spread_over_nodes_and_hits_stay() {
     assert!(many.hit_rate() > 0.95 * one.hit_rate());
 }
 
-/// Parts of a prompt on several nodes are of use together only: each node's own order costs more than LRU's.
+fn rate_of(trace: &Trace, policy: &str, nodes: usize, exchange_ms: u64) -> f64 {
+    let plan = Plan { nodes, exchange_ms, ..plan(policy, trace.distinct as usize / 20) };
+    simulate(trace, &plan, |_| {}).unwrap().hit_rate()
+}
+
+/// Parts of a prompt on several nodes are of use together only: without what the others learned, an own order helps little.
 #[test]
-fn hit_density_is_not_below_lru_on_several_nodes() {
+fn nodes_that_tell_one_another_what_they_learned_keep_what_one_node_gains() {
     let trace = conversation();
-    let rate = |policy| {
-        let plan = Plan { nodes: 4, ..plan(policy, trace.distinct as usize / 10) };
-        simulate(&trace, &plan, |_| {}).unwrap().hit_rate()
+    for nodes in [4, 16] {
+        let lru = rate_of(&trace, "lru", nodes, 0);
+        let (alone, together) =
+            (rate_of(&trace, "hit-density", nodes, 0), rate_of(&trace, "hit-density", nodes, 15_000));
+        assert!(together >= lru * 1.14, "{nodes} nodes: {together} beside {lru}");
+        assert!(together > alone, "{nodes} nodes: {together} beside {alone}");
+    }
+}
+
+#[test]
+fn hit_density_is_not_below_lru_on_several_nodes_either() {
+    for name in generate::NAMES {
+        let trace = generate::generate(name, 1).unwrap();
+        let (lru, ours) = (rate_of(&trace, "lru", 4, 0), rate_of(&trace, "hit-density", 4, 15_000));
+        assert!(ours >= lru * 0.99, "{name}: {ours} beside {lru}");
+    }
+}
+
+/// What a node does unless it is told otherwise: hit density in memory, LRU on disk.
+#[test]
+fn a_disk_has_a_policy_of_its_own() {
+    let trace = conversation();
+    let blocks = trace.distinct as usize;
+    let run = |disk_policy: &str| {
+        let disk_policy = disk_policy.to_owned();
+        let plan = Plan { disk_policy, disk_blocks: blocks / 10, ..plan("hit-density", blocks / 20) };
+        simulate(&trace, &plan, |_| {}).unwrap()
     };
-    let (lru, ours) = (rate("lru"), rate("hit-density"));
-    assert!(ours >= lru * 0.99, "{ours} beside {lru}");
+    let (lru, same) = (run("lru"), run("hit-density"));
+    assert!(lru.disk_hits > 0 && same.disk_hits > 0 && lru != same);
 }
 
 #[test]

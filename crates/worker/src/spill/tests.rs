@@ -57,6 +57,9 @@ impl store_server::Store for Slow {
     async fn evict(&self, _: Request<v1::EvictRequest>) -> Result<Response<v1::EvictResponse>, Status> {
         Ok(Response::new(Default::default()))
     }
+    async fn learned(&self, _: Request<v1::LearnedRequest>) -> Result<Response<v1::LearnedResponse>, Status> {
+        Err(Status::internal("no"))
+    }
     async fn drain(&self, _: Request<v1::DrainRequest>) -> Result<Response<v1::DrainResponse>, Status> {
         Ok(Response::new(Default::default()))
     }

@@ -13,10 +13,11 @@
 //! only while it is `Present`. All changes of an entry go through [`Index::change`], which compares what may be given up
 //! before and after, so that orders and holds can't miss one. Blocks are named by hash within their size.
 
-use kvasir_kv_cache::Ask;
+use kvasir_kv_cache::{Ask, Tick};
 use kvasir_types::{BlockHash, BlockId};
 
 mod class;
+mod learned;
 mod room;
 mod table;
 
@@ -186,10 +187,10 @@ impl Index {
     }
 
     /// A request asks for blocks of this size: what it finds and touches from here on is its.
-    pub(crate) fn ask(&mut self, size: BlockBytes, ask: Ask) {
+    pub(crate) fn ask(&mut self, size: BlockBytes, now: Use, ask: Ask) {
         self.ask = ask;
         for class in self.classes.iter_mut().filter(|class| class.size == size && class.blocks > 0) {
-            class.idle.iter_mut().for_each(|order| order.ask(ask));
+            class.idle.iter_mut().for_each(|order| order.ask(Tick(now.0), ask));
         }
     }
 

@@ -34,7 +34,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use kvasir_kv_cache::Ask;
+use kvasir_kv_cache::{Ask, Learned};
 use kvasir_types::{BlockHash, BlockId};
 
 use entry::State;
@@ -86,6 +86,9 @@ pub(crate) enum Refused {
     #[error("{0} reservations are open, no more are given")]
     Reservations(usize),
 }
+
+/// A block may be forgotten and those behind it not: so many strangers in a row are believed.
+const MAX_STRANGERS: usize = 3;
 
 /// A block that a lookup found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -241,8 +244,11 @@ impl Store {
         self.totals.lookups += 1;
         self.totals.hit_blocks += run.len() as u64;
         self.totals.missed_blocks += (hashes.len() - run.len()) as u64;
+        let whole = hashes.len() >= prompt_blocks as usize;
         let ask = self.ask(&run, hashes.len(), prompt_blocks);
-        self.index.ask(size, ask);
+        // Who is asked for a part of a prompt does not see how far all of it got.
+        let ask = if whole { ask } else { Ask { found: Ask::UNKNOWN, ..ask } };
+        self.index.ask(size, self.tick(now), ask);
         if run.is_empty() {
             return Ok(None);
         }
@@ -287,7 +293,7 @@ impl Store {
         now: Instant,
         size: BlockBytes,
         hashes: &[BlockHash],
-        prompt_blocks: u32,
+        prompt: Ask,
         facts: impl Fn(usize) -> Facts,
     ) -> Result<Reserved, Refused> {
         if self.reservations.is_full() {
@@ -298,7 +304,8 @@ impl Store {
         let present: Vec<BlockId> = hashes.iter().filter_map(|&hash| self.index.find(size, hash)).collect();
         let held = self.index.hold(&present);
         let blocks_told = (0..hashes.len()).map(|n| u32::from(facts(n).position) + 1).max().unwrap_or(0);
-        let ask = self.ask(&held, hashes.len(), blocks_told.max(prompt_blocks));
+        let here = self.ask(&held, hashes.len(), blocks_told.max(prompt.blocks));
+        let ask = Ask { found: here.found.max(prompt.found.min(here.blocks)), ..here };
         self.index.writing(ask);
         let at = self.tick(now);
         let mut blocks = Vec::new();
@@ -329,6 +336,29 @@ impl Store {
         let until = now + self.settings.reservation;
         let reservation = (!blocks.is_empty()).then(|| self.reservations.open(blocks, until));
         Ok(Reserved { reservation, slots })
+    }
+
+    /// How many of these blocks, of which so many were found, were here once, as far as is remembered.
+    pub(crate) fn known(&self, size: BlockBytes, hashes: &[BlockHash], found: usize) -> usize {
+        let (mut known, mut strangers) = (found, 0);
+        for (n, &hash) in hashes.iter().enumerate().skip(found) {
+            let was = self.index.find(size, hash).is_some() || self.index.remembers(size, hash);
+            (known, strangers) = if was { (n + 1, 0) } else { (known, strangers + 1) };
+            if strangers == MAX_STRANGERS {
+                break;
+            }
+        }
+        known
+    }
+
+    /// What was counted here of blocks that came back, for so many sizes: those with the most blocks.
+    pub(crate) fn learned(&self, sizes: usize) -> Vec<(BlockBytes, Learned)> {
+        self.index.learned(sizes)
+    }
+
+    /// What all others have counted.
+    pub(crate) fn hear(&mut self, others: &HashMap<BlockBytes, Learned>) {
+        self.index.hear(others);
     }
 
     /// The number of an origin, for [`Facts`].

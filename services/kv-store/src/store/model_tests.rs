@@ -195,7 +195,9 @@ impl World {
 
     fn reserve(&mut self, size: BlockBytes, run: std::ops::Range<u8>) {
         let hashes: Vec<_> = run.map(hash).collect();
-        let Ok(reserved) = self.store.reserve(self.now, size, &hashes, 0, |_| Facts::default()) else { return };
+        let Ok(reserved) = self.store.reserve(self.now, size, &hashes, Ask::default(), |_| Facts::default()) else {
+            return;
+        };
         let slots: Vec<_> = hashes
             .iter()
             .zip(&reserved.slots)
@@ -273,7 +275,7 @@ proptest! {
 
 /// Reserves, writes and commits; the slots' states.
 fn put(store: &mut Store, now: Instant, size: BlockBytes, hashes: &[BlockHash]) -> Vec<SlotState> {
-    let reserved = store.reserve(now, size, hashes, 0, |_| Facts::default()).unwrap();
+    let reserved = store.reserve(now, size, hashes, Ask::default(), |_| Facts::default()).unwrap();
     if let Some(id) = reserved.reservation {
         let written = store.begin_commit(id).unwrap();
         store.finish_reservation(id, &written.iter().map(|written| (written.block, [9; 16])).collect());
@@ -316,8 +318,9 @@ fn nothing_in_use_is_given_up_for_room() {
     let (now, store) = (world.now, &mut world.store);
     put(store, now, size, &[hash(0), hash(1)]);
     let held = store.lookup(now, size, &[hash(0), hash(1)], 0).unwrap().unwrap();
-    let reserve =
-        |store: &mut Store, hashes: &[BlockHash]| store.reserve(now, size, hashes, 0, |_| Facts::default()).unwrap();
+    let reserve = |store: &mut Store, hashes: &[BlockHash]| {
+        store.reserve(now, size, hashes, Ask::default(), |_| Facts::default()).unwrap()
+    };
     reserve(store, &[hash(2), hash(3)]);
     let refused = reserve(store, &[hash(4)]);
     assert_eq!((refused.slots, refused.reservation), (vec![SlotState::Full], None));

@@ -224,7 +224,9 @@ impl World {
             let parent = if n == 0 { 0 } else { tag(hashes[n - 1]) };
             Facts { position: n as u16, parent, group: 7, origin }
         };
-        let Ok(reserved) = self.store.reserve(self.now, size, hashes, 0, facts) else { return };
+        let Ok(reserved) = self.store.reserve(self.now, size, hashes, Ask::default(), facts) else {
+            return;
+        };
         let Some(id) = reserved.reservation else { return };
         let mut good = HashMap::new();
         for written in self.store.begin_commit(id).expect("it is open") {

@@ -104,6 +104,11 @@ impl TestNode {
         }
     }
 
+    /// Is no member any more.
+    pub(super) async fn leave(&self) {
+        self.registry.deregister(&self.member.id, kvasir_types::Role::KvStore).await.unwrap();
+    }
+
     /// Says that it is about to leave, and does nothing else.
     pub(super) async fn say_draining(&self) {
         self.registry.update(Member { draining: true, ..self.member.clone() }).await.unwrap();

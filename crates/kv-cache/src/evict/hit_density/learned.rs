@@ -218,7 +218,10 @@ mod tests {
         assert!(matches!(refused(&twice), NotLearned::Place { .. }));
         for wrong in [f32::INFINITY, -1.0, 1e30] {
             let [_, _, low, high] = wrong.to_le_bytes();
-            assert_eq!(refused(&[1, 0, 0, 0, 1, low, high, 0, 0]), NotLearned::Count(f32::from_bits(wrong.to_bits() >> 16 << 16)));
+            assert_eq!(
+                refused(&[1, 0, 0, 0, 1, low, high, 0, 0]),
+                NotLearned::Count(f32::from_bits(wrong.to_bits() >> 16 << 16))
+            );
         }
         assert!(matches!(refused(&[1, 0, 0, 0, 1, 0xff, 0x7f, 0, 0]), NotLearned::Count(_)), "not a number");
     }
