@@ -72,6 +72,8 @@ pub(crate) struct Progress {
     leaving: AtomicU8,
     blocks: AtomicU64,
     bytes: AtomicU64,
+    /// Blocks that were in memory and that others were to have and did not take, or not in time.
+    missed: AtomicU64,
     /// Groups still to be handed over.
     groups_left: AtomicU64,
 }
@@ -79,11 +81,21 @@ pub(crate) struct Progress {
 impl Progress {
     pub(crate) fn new() -> Self {
         let zero = || AtomicU64::new(0);
-        Self { leaving: AtomicU8::new(Leaving::No as u8), blocks: zero(), bytes: zero(), groups_left: zero() }
+        Self {
+            leaving: AtomicU8::new(Leaving::No as u8),
+            blocks: zero(),
+            bytes: zero(),
+            missed: zero(),
+            groups_left: zero(),
+        }
     }
 
     pub(crate) fn blocks(&self) -> u64 {
         self.blocks.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn missed(&self) -> u64 {
+        self.missed.load(Ordering::Relaxed)
     }
 
     pub(crate) fn groups_left(&self) -> u64 {
@@ -199,54 +211,81 @@ impl Handover {
     /// Hands over everything that others are to have now, until it is done, the members change, or shutdown.
     async fn round(&self, shutdown: &Shutdown, view: &watch::Receiver<Arc<View>>) {
         // A node that its own view does not name has just begun, or was taken for dead: its blocks stay where they are.
-        let Some(leaving) = self.client.is_leaving(&self.id).filter(|_| self.config.mib_per_s > 0) else { return };
+        let Some(leaving) = self.client.is_leaving(&self.id) else { return };
         let stop = || shutdown.is_triggered() || view.has_changed().unwrap_or(true);
         let done = self.hand_over(stop).await;
         if done && leaving && self.progress.leaving() == Leaving::Draining {
             self.progress.set_leaving(Leaving::Drained);
-            tracing::info!(blocks = self.progress.blocks(), "drained, safe to stop");
+            let (blocks, missed) = (self.progress.blocks(), self.progress.missed());
+            tracing::info!(handed_over = blocks, not_handed_over = missed, "drained, safe to stop");
         }
     }
 
     /// Hands over until then at most: this node is no longer a member.
     pub(crate) async fn leave(&self, until: Instant) {
-        if self.config.mib_per_s == 0 {
-            return;
-        }
         // The others' places follow from the view without this node, which is on its way.
         while self.client.is_leaving(&self.id).is_some() && Instant::now() < until {
             tokio::time::sleep(SETTLE).await;
         }
         if self.client.nodes() > 0 {
             let left = tokio::time::timeout_at(until.into(), self.hand_over(|| false)).await;
-            tracing::info!(blocks = self.progress.blocks(), all = left.is_ok(), "handed over before leaving");
+            let (blocks, missed) = (self.progress.blocks(), self.progress.missed());
+            tracing::info!(handed_over = blocks, not_handed_over = missed, in_time = left.is_ok(), "leaving");
         }
     }
 
     /// Hands over every group whose homes are others, the last used first. Whether it came to the end.
     async fn hand_over(&self, stop: impl Fn() -> bool) -> bool {
-        let groups = self.foreign().await;
-        let mut left = groups.len();
+        let mut groups = self.foreign().await;
+        if self.config.mib_per_s == 0 {
+            self.missed(groups.iter());
+            return true;
+        }
+        // Who could not take a group the first time, busy or just gone, is asked once more.
+        for _ in 0..2 {
+            let Some(refused) = self.hand_over_once(groups, &stop).await else { return false };
+            groups = refused;
+        }
+        self.missed(groups.iter());
+        true
+    }
+
+    /// Those that were not taken; `None` if it was stopped before the end.
+    async fn hand_over_once(&self, groups: Vec<Group>, stop: &impl Fn() -> bool) -> Option<Vec<Group>> {
+        let (mut left, mut refused) = (groups.len(), Vec::new());
         self.progress.groups_left.store(left as u64, Ordering::Relaxed);
         if groups.is_empty() {
-            return true;
+            return Some(refused);
         }
         tracing::info!(groups = left, "handing over what others are to have");
         let started = Instant::now();
         let mut bytes = 0;
-        let mut pushes = stream::iter(groups).map(|group| self.push(group, 1)).buffer_unordered(MAX_UNDER_WAY);
-        while let Some(pushed) = pushes.next().await {
+        let push = |group| async { (self.push(&group, 1).await, group) };
+        let mut pushes = stream::iter(groups).map(push).buffer_unordered(MAX_UNDER_WAY);
+        while let Some((pushed, group)) = pushes.next().await {
             left -= 1;
-            bytes += pushed;
+            bytes += pushed.bytes;
+            if !pushed.all {
+                refused.push(group);
+            }
             self.progress.groups_left.store(left as u64, Ordering::Relaxed);
-            if stop() {
+            if left > 0 && stop() {
                 // What is on its way is dropped: its transfers are cancelled, and its reservations end by themselves.
-                return left == 0;
+                return None;
             }
             let due = Duration::from_secs_f64(bytes as f64 / (self.config.mib_per_s as f64 * 1048576.0));
             tokio::time::sleep(due.saturating_sub(started.elapsed())).await;
         }
-        true
+        Some(refused)
+    }
+
+    /// These stay here, and go with this node.
+    fn missed<'a>(&self, groups: impl Iterator<Item = &'a Group>) {
+        let blocks: usize = groups.map(|group| group.blocks.len()).sum();
+        if blocks > 0 {
+            self.progress.missed.fetch_add(blocks as u64, Ordering::Relaxed);
+            tracing::warn!(blocks, "not handed over");
+        }
     }
 
     /// The groups here whose homes are others, the last used first.
@@ -263,16 +302,20 @@ impl Handover {
         let parts = groups(&self.node, |other| other == group).await;
         let mut bytes = 0;
         for part in parts {
-            bytes += self.push(part, copies).await;
+            bytes += self.push(&part, copies).await.bytes;
         }
         // Also with nothing written: the others had it already.
         self.hot.copied(group, copies);
         tracing::debug!(group, copies, bytes, "a hot group was copied");
     }
 
-    /// Gives one group to those who are to have it; bytes written.
-    async fn push(&self, group: Group, copies: usize) -> u64 {
-        let Some(held) = self.node.lock().store.hold_group(Instant::now(), &group) else { return 0 };
+    /// Gives one group to those who are to have it.
+    async fn push(&self, group: &Group, copies: usize) -> Pushed {
+        // What has been given up meanwhile is nobody's loss. (And no lease is to be had only while thousands of readers hold
+        // one each.)
+        let Some(held) = self.node.lock().store.hold_group(Instant::now(), group) else {
+            return Pushed { bytes: 0, all: true };
+        };
         let Held { lease, blocks, position, parent, origin } = held;
         // Also if this is dropped halfway.
         let _lease = Leased { node: &self.node, lease };
@@ -287,8 +330,15 @@ impl Handover {
         }
         self.progress.blocks.fetch_add(report.written as u64, Ordering::Relaxed);
         self.progress.bytes.fetch_add(report.bytes, Ordering::Relaxed);
-        report.bytes
+        Pushed { bytes: report.bytes, all: report.skipped == 0 }
     }
+}
+
+/// How giving one group away ended.
+struct Pushed {
+    bytes: u64,
+    /// Whether others have all of it now.
+    all: bool,
 }
 
 /// A lease that ends with this.
@@ -318,11 +368,16 @@ async fn groups(node: &Node, mut wanted: impl FnMut(u64) -> bool) -> Vec<Group> 
 pub(crate) fn copy_at_scrape(page: &kvasir_runtime::Metrics, progress: Arc<Progress>, hot: Arc<HotGroups>) {
     let blocks = page.counter("kvasir_kv_store_handed_over_blocks", "Blocks given to other nodes.");
     let bytes = page.counter("kvasir_kv_store_handed_over_bytes", "Bytes of those.");
+    let missed = page.counter(
+        "kvasir_kv_store_not_handed_over_blocks",
+        "Blocks that were in memory, that other nodes were to have and did not take.",
+    );
     let left = page.gauge("kvasir_kv_store_handover_groups_left", "Placement groups still to be given to other nodes.");
     let groups = page.gauge("kvasir_kv_store_hot_groups", "Placement groups with more copies than others.");
     page.on_scrape(move || {
         set_total(&blocks, progress.blocks());
         set_total(&bytes, progress.bytes.load(Ordering::Relaxed));
+        set_total(&missed, progress.missed());
         left.set(i64::try_from(progress.groups_left()).unwrap_or(i64::MAX));
         groups.set(i64::try_from(hot.count()).unwrap_or(i64::MAX));
     });

@@ -245,7 +245,7 @@ impl Nodes {
             let status = probe::ask_store(&member.grpc, self.limit, ask).await.map_err(wrong)?;
             let leaving = probe::printable(&status.leaving);
             if leaving == "drained" || no_wait {
-                return Ok(show::leaving(node, &leaving, output));
+                return Ok(show::leaving(node, &leaving, &status, output));
             }
             ensure!(
                 start.elapsed() < patience,

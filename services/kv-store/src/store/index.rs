@@ -212,7 +212,7 @@ impl Index {
         after: Option<BlockId>,
         now: Use,
     ) -> Option<BlockId> {
-        let class = self.class_for(size, facts)?;
+        let class = self.class_for(size, facts, now)?;
         let id = self.enter(class, hash, facts, now)?;
         let Some(slot) = self.room(Level::Memory, class, id) else {
             self.leave(id);
@@ -243,7 +243,7 @@ impl Index {
         if self.find(place.size, place.hash).is_some() {
             return false;
         }
-        let Some(class) = self.class_for(place.size, facts) else { return false };
+        let Some(class) = self.class_for(place.size, facts, last_use) else { return false };
         let Some(id) = self.enter(class, place.hash, facts, last_use) else { return false };
         let Some(slot) = self.slabs[Level::Disk as usize].claim(place.size, place.offset, id) else {
             self.leave(id);
@@ -527,7 +527,7 @@ impl Index {
     }
 
     /// The class of blocks of that size and origin; `None` if a slab can't hold such a block or there are too many classes.
-    fn class_for(&mut self, size: BlockBytes, facts: Facts) -> Option<ClassId> {
+    fn class_for(&mut self, size: BlockBytes, facts: Facts, now: Use) -> Option<ClassId> {
         if self.slabs[Level::Memory as usize].slots_per_slab(size) == 0 {
             return None;
         }
@@ -536,13 +536,13 @@ impl Index {
         let at = match found.or_else(|| self.classes.iter().position(|class| class.blocks == 0)) {
             Some(at) => at,
             None if self.classes.len() < MAX_CLASSES => {
-                self.classes.push(Class::new(size, share, &self.policies, self.classes.len()));
+                self.classes.push(Class::new(size, share, &self.policies, self.classes.len(), now));
                 self.classes.len() - 1
             }
             None => return None,
         };
         if (self.classes[at].size, self.classes[at].share) != (size, share) {
-            self.classes[at] = Class::new(size, share, &self.policies, at);
+            self.classes[at] = Class::new(size, share, &self.policies, at, now);
         }
         Some(ClassId(u8::try_from(at).expect("below MAX_CLASSES")))
     }

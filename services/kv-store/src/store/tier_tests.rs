@@ -491,3 +491,23 @@ fn an_index_of_ten_million_blocks_takes_under_100_bytes_for_each() {
     let there = store.exists(SIZE, &[hash(0), hash(BLOCKS / 2), hash(BLOCKS - 1), hash(BLOCKS)]);
     assert_eq!(there, [[false, true], [false, true], [false, true], [false, false]]);
 }
+
+#[test]
+fn blocks_of_a_size_that_nobody_uses_make_room_for_another_at_once() {
+    let (mut world, [small, large]) = (World::new(), SIZES);
+    world.put(small, &run(0, 12), &Origin::default());
+    world.apply(&Op::Wait { ms: 1000 });
+    for first in (100..106).step_by(2) {
+        world.put(large, &run(first, 2), &Origin::default());
+    }
+    let there = world.store.exists(large, &run(100, 6));
+    assert!(
+        there.iter().all(|tiers| tiers[0]),
+        "no block of a size in use went while there were older slabs: {there:?}"
+    );
+    assert_eq!(world.store.usage().memory_blocks, 6);
+    world.apply(&Op::Wait { ms: 1000 });
+    // Now both are in use, and a slab is taken back only from what is older than one's own.
+    world.put(small, &run(50, 4), &Origin::default());
+    assert_eq!(world.store.usage().memory_blocks, 4 + 4, "one slab changed hands");
+}
