@@ -21,11 +21,13 @@ mod breaker;
 mod config;
 mod error;
 mod exists;
+mod glance;
 mod hot;
 mod in_flight;
 mod lookup;
 mod peers;
 mod placement;
+pub mod published;
 mod read;
 pub mod rendezvous;
 mod views;
@@ -54,6 +56,7 @@ pub use error::Error;
 pub use read::{Found, ReadReport};
 pub use write::{GroupBlocks, WriteReport};
 
+use glance::Scratch;
 use hot::Hot;
 use peers::Peers;
 use placement::{Node, Placement, collect};
@@ -88,6 +91,7 @@ struct Inner {
     engine: TransferEngine,
     peers: Peers,
     shared: Arc<exists::Shared>,
+    scratch: Scratch,
 }
 
 impl StoreClient {
@@ -105,6 +109,7 @@ impl StoreClient {
                 engine,
                 peers,
                 shared: Arc::default(),
+                scratch: Scratch::default(),
             }),
         }
     }

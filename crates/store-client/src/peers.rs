@@ -10,7 +10,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use kvasir_proto::{MAX_MESSAGE_BYTES, v1::store_client::StoreClient};
+use kvasir_proto::{
+    MAX_MESSAGE_BYTES,
+    v1::{self, store_client::StoreClient},
+};
 use kvasir_types::{Deadline, Incarnation, MemberId};
 use tonic::{
     Code, Response, Status,
@@ -20,6 +23,7 @@ use tonic::{
 use crate::{
     Config, Error,
     breaker::Breaker,
+    glance::Index,
     placement::{Node, Placement},
 };
 
@@ -41,9 +45,20 @@ struct Peer {
     breaker: Breaker,
     /// Leases that are done with, to be told with the next call.
     ended: Vec<u64>,
+    /// Where its published index is, once it has said so.
+    index: Option<Arc<Index>>,
+    /// What was read by it and is to be told.
+    used: Vec<v1::UsedBlocks>,
+    /// When the first of those was read.
+    used_since: Instant,
     /// Bytes that this client is reading from it. A hint for the choice among copies, so no order is asked for.
     load: Arc<AtomicU64>,
 }
+
+/// So many reads without a lookup are told to a node at a time,
+const USED_AT_ONCE: usize = 16;
+/// or as many as there are after that time.
+const USED_WAIT: Duration = Duration::from_millis(100);
 
 /// Most leases that are told to have ended with one call; who has more lets the rest end by themselves.
 const MAX_ENDED: usize = 1024;
@@ -140,6 +155,35 @@ impl Peers {
         ended
     }
 
+    /// Where the node's index is, if that is known.
+    pub(crate) fn index(&self, node: &Node) -> Option<Arc<Index>> {
+        self.lock().get(&node.id).filter(|peer| peer.incarnation == node.incarnation)?.index.clone()
+    }
+
+    pub(crate) fn learn_index(&self, node: &Node, index: Index) {
+        self.with(node, |peer| peer.index = Some(Arc::new(index)));
+    }
+
+    pub(crate) fn forget_index(&self, node: &Node) {
+        self.with(node, |peer| peer.index = None);
+    }
+
+    /// Blocks were read without a lookup. What is to be told to the node now.
+    pub(crate) fn used(&self, node: &Node, blocks: v1::UsedBlocks) -> Option<Vec<v1::UsedBlocks>> {
+        let mut told = None;
+        self.with(node, |peer| {
+            let now = Instant::now();
+            if peer.used.is_empty() {
+                peer.used_since = now;
+            }
+            peer.used.push(blocks);
+            if peer.used.len() >= USED_AT_ONCE || now.saturating_duration_since(peer.used_since) >= USED_WAIT {
+                told = Some(std::mem::take(&mut peer.used));
+            }
+        });
+        told
+    }
+
     /// A node did not do its part.
     pub(crate) fn failed(&self, node: &Node) {
         self.with(node, |peer| peer.breaker.failed(Instant::now()));
@@ -175,6 +219,9 @@ impl Peers {
             channel: channel.clone(),
             breaker: Breaker::new(self.wait),
             ended: Vec::new(),
+            index: None,
+            used: Vec::new(),
+            used_since: Instant::now(),
             load: Arc::default(),
         };
         peers.insert(node.id.clone(), peer);

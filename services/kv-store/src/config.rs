@@ -69,6 +69,10 @@ pub struct Config {
     pub disk: DiskConfig,
     /// Of the memory, what hard pins may keep, in percent. Default 50.
     pub max_pinned_percent: u8,
+    /// Size of the index that clients on fast ways (same host, RDMA) read by themselves instead of asking, beside
+    /// `capacity_bytes`; 32 bytes tell one block. 0: there is none. Default: a 512th of `capacity_bytes`, which tells all
+    /// blocks that are larger than 32 KiB.
+    pub published_bytes: Option<u64>,
     /// Which blocks go first when there is no room.
     pub eviction: EvictionConfig,
     /// How much room tenants may take.
@@ -180,6 +184,7 @@ impl Default for Config {
             verify_on_commit: true,
             disk: DiskConfig::default(),
             max_pinned_percent: 50,
+            published_bytes: None,
             eviction: EvictionConfig::default(),
             quotas: QuotasConfig::default(),
             limits: LimitsConfig::default(),
@@ -223,6 +228,11 @@ impl Config {
         }
         let percent = self.max_pinned_percent;
         ensure!(percent <= 100, "max_pinned_percent: {percent}, allowed is 0 to 100");
+        let published_bytes = self.published_bytes.unwrap_or(capacity_bytes / 512);
+        ensure!(
+            published_bytes <= capacity_bytes,
+            "published_bytes: {published_bytes}, allowed is up to capacity_bytes ({capacity_bytes})"
+        );
         let QuotasConfig { tenants, default_percent } = &self.quotas;
         ensure!(tenants.len() <= 100, "quotas.tenants: {} tenants, allowed are at most 100", tenants.len());
         for (tenant, percent) in tenants.iter().map(|(name, percent)| (name.as_str(), percent)) {
@@ -239,6 +249,7 @@ impl Config {
             // The disk takes as many reads, and as many writes, as may wait: none is refused for that.
             max_moves: self.disk.queue,
             max_pinned_percent: percent,
+            published_bytes,
             policies: Policies { memory: self.eviction.memory, disk: self.eviction.disk },
             quotas: Limits {
                 tenants: tenants.iter().map(|(name, &percent)| (name.clone(), percent)).collect(),

@@ -36,6 +36,7 @@ const CALL_SECONDS: &[f64] =
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Call {
     Lookup,
+    Used,
     Release,
     Reserve,
     Commit,
@@ -49,8 +50,9 @@ pub(crate) enum Call {
 }
 
 impl Call {
-    const ALL: [Self; 11] = [
+    const ALL: [Self; 12] = [
         Self::Lookup,
+        Self::Used,
         Self::Release,
         Self::Reserve,
         Self::Commit,
@@ -66,6 +68,7 @@ impl Call {
     fn label(self) -> &'static str {
         match self {
             Self::Lookup => "lookup",
+            Self::Used => "used",
             Self::Release => "release",
             Self::Reserve => "reserve",
             Self::Commit => "commit",

@@ -27,6 +27,7 @@ use tokio::sync::{Notify, Semaphore};
 use crate::{
     disk::Disk,
     error::Error,
+    published::{Published, Whereabouts},
     store::{
         BlockBytes, Checksum, Facts, Found, Keep, LeaseId, Origin, Place, ReservationId, Reserved, Settings, SlotState,
         Store, Totals, Usage, Written,
@@ -40,6 +41,8 @@ pub(crate) struct Node {
     verify_on_commit: bool,
     /// What everybody reads with.
     reading: Grant,
+    /// Where the index is that clients read by themselves.
+    published: Option<Whereabouts>,
     pub(super) state: Mutex<State>,
     /// A hold was opened that ends before all others.
     opened: Notify,
@@ -98,14 +101,26 @@ impl Node {
         verify_on_commit: bool,
     ) -> Result<Self, kvasir_transfer::Error> {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        let all = GrantRange { offset: 0, len: settings.capacity_bytes, access: Access::Read };
+        let read = |offset, len| GrantRange { offset, len, access: Access::Read };
+        let mut readable = vec![read(0, settings.capacity_bytes)];
+        let (index_bytes, seed) = (settings.published_bytes, settings.seed);
+        let mut store = Store::new(settings, Instant::now());
+        let mut whereabouts = None;
+        if index_bytes > 0 {
+            let published = Published::new(&engine, index_bytes, seed)?;
+            let there = published.whereabouts();
+            readable.push(read(there.offset, published.bytes()));
+            whereabouts = Some(there);
+            store.publish_to(Box::new(published));
+        }
         Ok(Self {
-            reading: engine.grant(vec![all])?,
+            reading: engine.grant(readable)?,
+            published: whereabouts,
             engine,
             disk,
             verify_on_commit,
             state: Mutex::new(State {
-                store: Store::new(settings, Instant::now()),
+                store,
                 reservations: HashMap::new(),
                 torn_blocks: 0,
             }),
@@ -118,6 +133,16 @@ impl Node {
     /// The key that everybody reads the arena with.
     pub(crate) fn reading(&self) -> GrantKey {
         self.reading.key()
+    }
+
+    /// Where the index is that clients read by themselves; `None`: there is none.
+    pub(crate) fn published(&self) -> Option<Whereabouts> {
+        self.published
+    }
+
+    /// Readers have read these by themselves; the groups to which they belong.
+    pub(crate) fn used(&self, size: BlockBytes, hashes: &[BlockHash], prompt_blocks: u32) -> Vec<u64> {
+        self.lock().store.used(Instant::now(), size, hashes, prompt_blocks)
     }
 
     /// The longest run that is in memory, held by a lease, and how many blocks behind it are coming from disk. Waits for

@@ -102,6 +102,11 @@ impl v1::store_server::Store for StoreService {
         Ok(Response::new(v1::CommitResponse { committed: committed as u32 }))
     }
 
+    async fn used(&self, request: Request<v1::UsedRequest>) -> Answer<v1::UsedResponse> {
+        let _timer = self.metrics.time(Call::Used);
+        Ok(Response::new(self.count_used(request.get_ref())?))
+    }
+
     async fn exists(&self, request: Request<v1::ExistsRequest>) -> Answer<v1::ExistsResponse> {
         let _timer = self.metrics.time(Call::Exists);
         let request = request.get_ref();
@@ -109,7 +114,8 @@ impl v1::store_server::Store for StoreService {
         let (size, hashes) = (block_bytes(request.block_bytes)?, hashes(&request.hashes)?);
         let there = self.node.exists(size, &hashes);
         let tiers = there.iter().map(|&[memory, disk]| u8::from(memory) | u8::from(disk) << 1);
-        Ok(Response::new(v1::ExistsResponse { tiers: tiers.collect::<Vec<u8>>().into() }))
+        let index = self.index(request.index);
+        Ok(Response::new(v1::ExistsResponse { tiers: tiers.collect::<Vec<u8>>().into(), index }))
     }
 
     async fn get(&self, request: Request<v1::GetRequest>) -> Answer<v1::GetResponse> {
@@ -175,6 +181,7 @@ impl StoreService {
             }),
             view: self.membership.newer_than(Epoch(request.epoch)),
             warming: self.membership.warming(Instant::now()),
+            index: self.index(request.index),
             ..Default::default()
         };
         let Some(found) = found else { return Ok(rest) };
@@ -187,6 +194,38 @@ impl StoreService {
             lease_ms: self.lease.as_millis() as u64,
             ..rest
         })
+    }
+
+    /// Where the published index is, for a caller who wants to know.
+    fn index(&self, wanted: bool) -> Option<v1::PublishedIndex> {
+        let there = self.node.published().filter(|_| wanted)?;
+        Some(v1::PublishedIndex {
+            segment: Some((&self.node.engine().descriptor()).into()),
+            grant: self.node.reading().0,
+            offset: there.offset,
+            sets: there.shape.sets,
+            seed: there.shape.seed,
+        })
+    }
+
+    fn count_used(&self, request: &v1::UsedRequest) -> Result<v1::UsedResponse, Error> {
+        check_protocol(request.protocol_version)?;
+        let mut runs = Vec::with_capacity(request.runs.len().min(MAX_HASHES));
+        let mut blocks = 0;
+        for run in &request.runs {
+            let hashes = hashes(&run.hashes)?;
+            blocks += hashes.len().max(1);
+            if blocks > MAX_HASHES {
+                return Err(kvasir_proto::Error::TooMany { field: "runs", got: blocks, limit: MAX_HASHES }.into());
+            }
+            runs.push((block_bytes(run.block_bytes)?, hashes, run.prompt_blocks));
+        }
+        let mut hot = Vec::new();
+        for (size, hashes, prompt_blocks) in runs {
+            let groups = self.node.used(size, &hashes, prompt_blocks);
+            hot.extend(self.hot.seen(groups.into_iter().filter(|&group| group != 0), Instant::now()));
+        }
+        Ok(v1::UsedResponse { hot })
     }
 
     /// Leases that a caller gives back along with what it wants.

@@ -47,7 +47,7 @@ use slab::{Slabs, Use};
 pub(crate) use entry::{Facts, Keep, Level};
 pub(crate) use groups::{Group, Groups, Held};
 pub use index::Policy;
-pub(crate) use index::{Place, Policies, ReadEnd};
+pub(crate) use index::{Place, Policies, Publish, ReadEnd};
 pub use leases::{LeaseId, ReservationId};
 pub(crate) use quota::{Limits, Origin};
 pub(crate) use sift::{Forget, Sift, Which, tag};
@@ -74,6 +74,8 @@ pub(crate) struct Settings {
     pub(crate) max_pinned_percent: u8,
     pub(crate) quotas: Limits,
     pub(crate) policies: Policies,
+    /// Of the index that clients read by themselves; zero: there is none.
+    pub(crate) published_bytes: u64,
     /// Random: ids of leases and reservations follow from it.
     pub(crate) seed: u64,
 }
@@ -220,6 +222,11 @@ impl Store {
         }
     }
 
+    /// From now on it is told which blocks are in memory, which are none yet.
+    pub(crate) fn publish_to(&mut self, published: Box<dyn Publish>) {
+        self.index.publish_to(published);
+    }
+
     /// The longest run of `hashes` that is in memory, from the first one on, held by a new lease. They are blocks of a prompt
     /// of so many; fewer than there are hashes: nobody says.
     pub(crate) fn lookup(
@@ -256,6 +263,25 @@ impl Store {
         }
         let lease = self.leases.open(run, now + self.settings.lease);
         Ok(Some(Found { lease, blocks }))
+    }
+
+    /// A reader found these by itself, in the published index, and read them. Counts as a lookup that found what of them is
+    /// still in memory; the groups to which they belong.
+    pub(crate) fn used(
+        &mut self,
+        now: Instant,
+        size: BlockBytes,
+        hashes: &[BlockHash],
+        prompt_blocks: u32,
+    ) -> Vec<u64> {
+        let find = |&hash| self.index.find(size, hash).filter(|&id| self.index.entry(id).good_in(Level::Memory));
+        let run: Vec<BlockId> = hashes.iter().filter_map(find).collect();
+        self.totals.lookups += 1;
+        self.totals.hit_blocks += hashes.len() as u64;
+        let ask = self.ask(&run, hashes.len(), prompt_blocks);
+        self.index.ask(size, ask);
+        self.touch_run(now, &run);
+        run.iter().map(|&id| self.index.entry(id).facts().group).collect()
     }
 
     /// For each hash, in which tiers it is: memory, disk. Nothing is touched.

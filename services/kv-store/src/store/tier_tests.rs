@@ -5,6 +5,7 @@
 
 use std::{
     collections::HashMap,
+    sync::{Arc, Mutex},
     time::{Duration, Instant},
 };
 
@@ -105,8 +106,24 @@ enum Under {
     Down(Move),
 }
 
+/// What readers who look for themselves are told.
+#[derive(Clone, Default)]
+struct Told(Arc<Mutex<HashMap<(BlockBytes, BlockHash), (u64, Checksum)>>>);
+
+impl Publish for Told {
+    fn put(&mut self, place: &Place, checksum: &Checksum) {
+        let before = self.0.lock().unwrap().insert((place.size, place.hash), (place.offset, *checksum));
+        assert_eq!(before, None, "told twice");
+    }
+
+    fn take(&mut self, hash: &BlockHash, size: BlockBytes) {
+        assert!(self.0.lock().unwrap().remove(&(size, *hash)).is_some(), "taken back, never told");
+    }
+}
+
 struct World {
     store: Store,
+    told: Told,
     now: Instant,
     memory: HashMap<u64, Tag>,
     disk: HashMap<u64, Option<Tag>>,
@@ -129,6 +146,7 @@ fn settings(policies: Policies) -> Settings {
         max_reservations: 6,
         max_moves: 3,
         max_pinned_percent: 50,
+        published_bytes: 0,
         policies,
         quotas: Limits { tenants: HashMap::from([("small".to_owned(), 34)]), others: None },
         seed: 1,
@@ -141,9 +159,12 @@ impl World {
     }
 
     fn with(policies: Policies) -> Self {
-        let now = Instant::now();
+        let (now, told) = (Instant::now(), Told::default());
+        let mut store = Store::new(settings(policies), now);
+        store.publish_to(Box::new(told.clone()));
         Self {
-            store: Store::new(settings(policies), now),
+            store,
+            told,
             now,
             memory: HashMap::new(),
             disk: HashMap::new(),
@@ -211,6 +232,7 @@ impl World {
             }
         }
         self.store.index.check();
+        assert_eq!(*self.told.0.lock().unwrap(), self.store.index.readable(), "told is what is there");
         for (_, blocks) in &self.readers {
             assert!(blocks.iter().all(|(offset, tag)| self.memory.get(offset) == Some(tag)), "under a lease");
         }

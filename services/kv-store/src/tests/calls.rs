@@ -35,7 +35,12 @@ fn get_request(hashes: &[BlockHash]) -> v1::GetRequest {
 }
 
 fn exists_request(hashes: &[BlockHash]) -> v1::ExistsRequest {
-    v1::ExistsRequest { protocol_version: PROTOCOL_VERSION, block_bytes: BLOCK, hashes: names(hashes) }
+    v1::ExistsRequest {
+        protocol_version: PROTOCOL_VERSION,
+        block_bytes: BLOCK,
+        hashes: names(hashes),
+        index: false,
+    }
 }
 
 fn evict_request() -> v1::EvictRequest {

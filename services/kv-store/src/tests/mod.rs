@@ -3,6 +3,7 @@
 mod calls;
 mod disk;
 mod division;
+mod glance;
 mod harness;
 
 use std::time::{Duration, Instant};
