@@ -83,8 +83,7 @@ impl Shape {
     }
 
     fn check(&self, hash: &BlockHash, block_bytes: u64, place: u64, checksum: &[u8; 16]) -> u64 {
-        let words =
-            [word(&hash.0, 0), word(&hash.0, 8), block_bytes, place, word(checksum, 0), word(checksum, 8)];
+        let words = [word(&hash.0, 0), word(&hash.0, 8), block_bytes, place, word(checksum, 0), word(checksum, 8)];
         words.into_iter().fold(self.seed, |sum, word| mix(sum.rotate_left(1) ^ word))
     }
 }

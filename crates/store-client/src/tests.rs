@@ -13,7 +13,8 @@ use tonic::{Request, Response, Status, transport::server::TcpIncoming};
 
 use crate::{Config, Error, Origin, StoreClient};
 
-const BLOCK: u64 = 4096;
+/// Too large to be sent along with a call.
+const BLOCK: u64 = 64 << 10;
 
 /// Answers what it was told to answer.
 #[derive(Clone, Default)]

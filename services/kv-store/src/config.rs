@@ -62,7 +62,7 @@ pub struct Config {
     pub lease_ms: u64,
     /// How long a writer may take from reserving to committing, in milliseconds. Default 5000.
     pub reservation_ms: u64,
-    /// Whether written blocks are compared with their writer's checksum before they can be found. A reader compares too;
+    /// Whether written blocks are compared with their writer's checksum, as soon as they can be found. A reader compares too;
     /// this keeps a broken writer's blocks from taking room. Default true.
     pub verify_on_commit: bool,
     /// Blocks on disk: those that memory has no room for any more, and all of them after a restart.
@@ -70,8 +70,8 @@ pub struct Config {
     /// Of the memory, what hard pins may keep, in percent. Default 50.
     pub max_pinned_percent: u8,
     /// Size of the index that clients on fast ways (same host, RDMA) read by themselves instead of asking, beside
-    /// `capacity_bytes`; 32 bytes tell one block. 0: there is none. Default: a 512th of `capacity_bytes`, which tells all
-    /// blocks that are larger than 32 KiB.
+    /// `capacity_bytes`; 32 bytes tell one block. 0: there is none. Default: a 512th of `capacity_bytes`, which tells
+    /// nearly all blocks from 64 KiB on.
     pub published_bytes: Option<u64>,
     /// Which blocks go first when there is no room.
     pub eviction: EvictionConfig,

@@ -21,8 +21,8 @@ use std::{
 };
 
 use kvasir_transfer::{Access, Grant, GrantRange, TransferEngine};
-use kvasir_types::{BlockHash, BlockId, GrantKey};
-use tokio::sync::{Notify, Semaphore};
+use kvasir_types::{BlockHash, GrantKey};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 
 use crate::{
     disk::Disk,
@@ -80,6 +80,13 @@ pub(crate) struct Committing {
     written: Vec<Written>,
 }
 
+/// Committed blocks whose bytes nobody has looked at yet; they are held meanwhile.
+#[must_use = "blocks that are not verified are held for ever"]
+pub(crate) struct Unverified {
+    claimed: Vec<(Written, Checksum)>,
+    turn: OwnedSemaphorePermit,
+}
+
 /// What a writer offers.
 pub(crate) struct Offer<'a> {
     pub(crate) size: BlockBytes,
@@ -119,11 +126,7 @@ impl Node {
             engine,
             disk,
             verify_on_commit,
-            state: Mutex::new(State {
-                store,
-                reservations: HashMap::new(),
-                torn_blocks: 0,
-            }),
+            state: Mutex::new(State { store, reservations: HashMap::new(), torn_blocks: 0 }),
             opened: Notify::new(),
             arrived: Notify::new(),
             verifiers: Arc::new(Semaphore::new(cores)),
@@ -234,14 +237,13 @@ impl Node {
         }
     }
 
-    /// The same for bytes that came with the call: nobody gets a key, the blocks are written here. What to commit, and how
-    /// many are there already.
+    /// The same for bytes that came with the call: nobody gets a key, the blocks are written here. What to commit.
     pub(crate) fn reserve_and_fill<B: AsRef<[u8]>>(
         &self,
         now: Instant,
         offer: &Offer<'_>,
         blocks: &[B],
-    ) -> Result<(Option<Committing>, usize), Error> {
+    ) -> Result<(Option<Committing>, Vec<SlotState>), Error> {
         let (reserved, committing) = {
             let mut state = self.lock();
             let reserved = state.reserve(now, offer)?;
@@ -257,9 +259,8 @@ impl Node {
                 filled = filled.and_then(|()| self.engine.write_bytes(offset, block.as_ref()));
             }
         }
-        let present = reserved.slots.iter().filter(|&&slot| slot == SlotState::Present).count();
         match (filled, committing) {
-            (Ok(()), committing) => Ok((committing, present)),
+            (Ok(()), committing) => Ok((committing, reserved.slots)),
             (Err(error), committing) => {
                 if let Some(Committing { closed, .. }) = committing {
                     self.lock().store.finish_reservation(closed.id, &HashMap::new());
@@ -294,43 +295,62 @@ impl Node {
         self.lock().store.finish_reservation(id, &HashMap::new());
     }
 
-    /// Ends a reservation with those of its blocks that `named` gives the right checksum of. How many became visible.
-    pub(crate) async fn commit(self: &Arc<Self>, committing: Committing, named: HashMap<BlockHash, Checksum>) -> usize {
+    /// Ends a reservation with those of its blocks that `named` gives a checksum of. How many became visible, and what of them
+    /// is still to be compared with its bytes, see [`Node::verify`].
+    pub(crate) async fn commit(
+        self: &Arc<Self>,
+        committing: Committing,
+        named: HashMap<BlockHash, Checksum>,
+    ) -> (usize, Option<Unverified>) {
         let Committing { closed, written } = committing;
         let id = closed.id;
         closed.revoke().await;
-        // From here on the bytes can't change: what is verified is what will be read.
+        // From here on the bytes can't change: what is verified is what is read.
         let claimed: Vec<(Written, Checksum)> =
             written.into_iter().filter_map(|w| named.get(&w.place.hash).map(|&sum| (w, sum))).collect();
-        let claims = claimed.len();
-        let good = if self.verify_on_commit && claims > 0 { self.verify(claimed).await } else { by_block(claimed) };
+        let verified = if self.verify_on_commit && !claimed.is_empty() {
+            // A writer that is faster than all cores verify waits here.
+            self.verifiers.clone().acquire_owned().await.ok()
+        } else {
+            None
+        };
+        let good = claimed.iter().map(|(written, sum)| (written.block, *sum)).collect();
         {
             let mut state = self.lock();
-            state.torn_blocks += (claims - good.len()) as u64;
             state.store.finish_reservation(id, &good);
+            // What is being verified stays where it is.
+            if verified.is_some() {
+                state.store.hold_written(&claimed);
+            }
         }
         self.write_behind();
-        good.len()
+        (good.len(), verified.map(|turn| Unverified { claimed, turn }))
     }
 
-    /// Those whose bytes have the checksum they are claimed to have.
-    async fn verify(&self, claimed: Vec<(Written, Checksum)>) -> HashMap<BlockId, Checksum> {
+    /// Compares blocks that readers may find already with what their writer said of them, and gives up those that differ:
+    /// readers compare, too, so nobody was given wrong bytes; but they take room, and keep the right ones out.
+    pub(crate) async fn verify(self: &Arc<Self>, unverified: Unverified) {
+        let Unverified { claimed, turn } = unverified;
         let places = claimed.iter().map(|&(written, sum)| (written.place, sum)).collect();
         let right = self.verified(places).await;
-        by_block(claimed.into_iter().zip(right).filter_map(|(claim, right)| right.then_some(claim)).collect())
+        drop(turn);
+        self.lock().store.let_go_written(&claimed);
+        let wrong = claimed.iter().zip(right).filter_map(|((written, _), right)| (!right).then_some(written.place));
+        for place in wrong.collect::<Vec<_>>() {
+            tracing::warn!(hash = %place.hash, "a block was not written with the bytes its writer said, it is given up");
+            self.lock().torn_blocks += 1;
+            self.evict_these(place.size, &[place.hash]).await;
+        }
     }
 
     /// For each place, whether its bytes have that checksum.
     async fn verified(&self, places: Vec<(Place, Checksum)>) -> Vec<bool> {
         let (engine, count) = (self.engine.clone(), places.len());
-        let permit = self.verifiers.clone().acquire_owned().await;
         let verified = tokio::task::spawn_blocking(move || {
             let right = |&(place, sum): &(Place, Checksum)| {
                 engine.checksum(place.offset, place.size.0).is_ok_and(|found| found == sum)
             };
-            let verified = places.iter().map(right).collect();
-            drop(permit);
-            verified
+            places.iter().map(right).collect()
         });
         // It fails only if the process is ending: then nothing is verified.
         verified.await.unwrap_or_else(|_| vec![false; count])
@@ -343,7 +363,9 @@ impl Node {
             let Some(found) = self.look_up(Instant::now(), size, &[hash], 0)? else { continue };
             let places: Vec<_> =
                 found.blocks.iter().map(|block| (Place { hash, offset: block.offset, size }, block.checksum)).collect();
+            let turn = self.verifiers.clone().acquire_owned().await;
             let right = self.verified(places).await;
+            drop(turn);
             self.end_leases([found.lease]);
             if right.contains(&false) {
                 tracing::warn!(%hash, "a block's bytes have changed in memory, it is given up");
@@ -419,7 +441,3 @@ impl Closed {
 
 /// For how long a pin may last.
 pub(crate) const MAX_PIN: Duration = Duration::from_secs(7 * 24 * 3600);
-
-fn by_block(claimed: Vec<(Written, Checksum)>) -> HashMap<BlockId, Checksum> {
-    claimed.into_iter().map(|(written, sum)| (written.block, sum)).collect()
-}

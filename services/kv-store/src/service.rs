@@ -24,7 +24,7 @@ use crate::{
     messages::{self, MAX_HASHES, block_bytes, hashes},
     metrics::{Call, Metrics},
     node::{Committing, MAX_PIN, Node, Offer},
-    store::{Checksum, Keep, LeaseId, ReservationId, Which},
+    store::{Checksum, Keep, LeaseId, ReservationId, SlotState, Which},
 };
 
 /// Most bytes of blocks in one answer to `Get` or one `Put`.
@@ -264,8 +264,12 @@ impl StoreService {
     async fn finish(&self, committing: Committing, named: HashMap<BlockHash, Checksum>) -> Result<usize, Error> {
         let (node, (tell, told)) = (self.node.clone(), oneshot::channel());
         self.tasks.spawn(Kind::Request, "commit", async move {
+            let (committed, unverified) = node.commit(committing, named).await;
             // The caller may be gone; the commit counts all the same.
-            let _ = tell.send(node.commit(committing, named).await);
+            let _ = tell.send(committed);
+            if let Some(unverified) = unverified {
+                node.verify(unverified).await;
+            }
             Ok(())
         });
         told.await.map_err(|_| Error::Leaving)
@@ -293,6 +297,10 @@ impl StoreService {
 
     async fn take_in(&self, request: &v1::PutRequest) -> Result<v1::PutResponse, Error> {
         check_protocol(request.protocol_version)?;
+        self.end(&request.ended)?;
+        if let Some(view) = self.membership.newer_than(Epoch(request.epoch)) {
+            return Ok(v1::PutResponse { view: Some(view), ..Default::default() });
+        }
         let Some(first) = request.blocks.first() else { return Ok(v1::PutResponse::default()) };
         let (size, hashes) = (block_bytes(first.len() as u64)?, hashes(&request.hashes)?);
         let named = messages::named(&request.hashes, &request.checksums)?;
@@ -309,13 +317,16 @@ impl StoreService {
         }
         let facts = messages::facts(&request.runs, &hashes)?;
         let origin = messages::origin(&request.model, &request.tenant)?;
-        let offer = Offer { size, hashes: &hashes, facts: &facts, origin: &origin, prompt_blocks: 0 };
-        let (committing, present) = self.node.reserve_and_fill(Instant::now(), &offer, &request.blocks)?;
+        let prompt_blocks = request.prompt_blocks;
+        let offer = Offer { size, hashes: &hashes, facts: &facts, origin: &origin, prompt_blocks };
+        let (committing, slots) = self.node.reserve_and_fill(Instant::now(), &offer, &request.blocks)?;
         let committed = match committing {
             Some(committing) => self.finish(committing, named).await?,
             None => 0,
         };
-        Ok(v1::PutResponse { committed: committed as u32, present: present as u32 })
+        let present = slots.iter().filter(|&&slot| slot == SlotState::Present).count() as u32;
+        let states = slots.iter().map(|slot| messages::slot(slot).state).collect();
+        Ok(v1::PutResponse { committed: committed as u32, present, states, view: None })
     }
 
     async fn keep(&self, request: &v1::PinRequest) -> Result<v1::PinResponse, Error> {

@@ -388,6 +388,19 @@ impl Store {
         }
     }
 
+    /// Blocks that have just become visible are kept where they are until [`Store::let_go_written`].
+    pub(crate) fn hold_written(&mut self, written: &[(Written, Checksum)]) {
+        for (written, _) in written {
+            assert!(self.index.lease(written.block), "a new block has no leases yet");
+        }
+    }
+
+    /// The opposite.
+    pub(crate) fn let_go_written(&mut self, written: &[(Written, Checksum)]) {
+        // The end first, as always.
+        written.iter().rev().for_each(|(written, _)| self.index.end_lease(written.block));
+    }
+
     /// Whether a block with these bytes is there under this hash, in any size: what a repeated commit wants to know.
     pub(crate) fn holds(&self, hash: BlockHash, checksum: Checksum) -> bool {
         self.index.holds(hash, checksum)

@@ -22,7 +22,8 @@ async fn exists(client: &Client, count: u32) -> usize {
 async fn what_the_index_tells_is_read_without_a_call_over_every_transport() {
     for transport in [TransportKind::Local, TransportKind::Shm, TransportKind::Tcp] {
         let cluster = Cluster::with(&[transport]);
-        let node = cluster.node("kv-0", |_| {}).await;
+        // So much room that none is left out.
+        let node = cluster.node("kv-0", |config| config.published_bytes = Some(1 << 20)).await;
         let writer = cluster.client(200);
         writer.write(&writer.prepare(0, &hashes(0..200))).await;
         let reader = cluster.client(200);
@@ -49,7 +50,8 @@ async fn what_the_index_tells_is_read_without_a_call_over_every_transport() {
 #[tokio::test]
 async fn what_is_used_by_the_index_is_kept_like_what_is_asked_for() {
     let cluster = Cluster::new();
-    let node = cluster.node("kv-0", |config| config.eviction.memory = crate::store::Policy::Lru).await;
+    let lru = |config: &mut crate::Config| config.eviction.memory = crate::store::Policy::Lru;
+    let node = cluster.node("kv-0", lru).await;
     // There is room for 408 blocks. Of a prompt the end is the first to go.
     let client = cluster.client(200);
     let prompt = client.prepare(0, &hashes(0..200));

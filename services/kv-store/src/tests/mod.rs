@@ -139,9 +139,11 @@ async fn a_writer_that_lies_about_its_bytes_is_not_believed() {
     let reserved = raw.reserve(reserve_request(&hash)).await.unwrap().into_inner();
     client.touch(Op::Write, &node, reserved.grant, reserved.slots[0].offset).await.unwrap();
     let commit = commit_request(reserved.reservation, &[(hash[0], [6; 16])]);
-    assert_eq!(raw.commit(commit).await.unwrap().into_inner().committed, 0);
+    raw.commit(commit).await.unwrap();
+    let reader = cluster.client(1);
+    assert_eq!(reader.read(&reader.places(0, &hash)).await.blocks, 0, "at no time");
+    eventually("its room is free again", || node.node.usage().used_bytes == 0).await;
     assert!(raw.lookup(lookup_request(&hash)).await.unwrap().into_inner().offsets.is_empty());
-    assert_eq!(node.node.usage().used_bytes, 0, "its room is free again");
     assert_eq!(node.node.totals().1, 1, "and it is counted");
 }
 
