@@ -21,7 +21,7 @@ use tonic::{
 };
 
 use crate::{
-    Config, Error,
+    Config, Error, MAX_HASHES,
     breaker::Breaker,
     glance::Index,
     placement::{Node, Placement},
@@ -55,10 +55,12 @@ struct Peer {
     load: Arc<AtomicU64>,
 }
 
-/// So many reads without a lookup are told to a node at a time,
-const USED_AT_ONCE: usize = 16;
-/// or as many as there are after that time.
-const USED_WAIT: Duration = Duration::from_millis(100);
+/// So many blocks read without a lookup are told to a node at a time, as the protocol has it,
+const USED_AT_ONCE: usize = MAX_HASHES;
+/// or so many reads, since one read in so many waits for that,
+const READS_AT_ONCE: usize = 128;
+/// or as many as there are after this time.
+const USED_WAIT: Duration = Duration::from_millis(250);
 
 /// Most leases that are told to have ended with one call; who has more lets the rest end by themselves.
 const MAX_ENDED: usize = 1024;
@@ -168,17 +170,34 @@ impl Peers {
         self.with(node, |peer| peer.index = None);
     }
 
-    /// Blocks were read without a lookup. What is to be told to the node now.
-    pub(crate) fn used(&self, node: &Node, blocks: v1::UsedBlocks) -> Option<Vec<v1::UsedBlocks>> {
-        let mut told = None;
+    /// Blocks were read without a lookup: for a while, only this client knows.
+    pub(crate) fn used(&self, node: &Node, blocks: v1::UsedBlocks) {
         self.with(node, |peer| {
-            let now = Instant::now();
             if peer.used.is_empty() {
-                peer.used_since = now;
+                peer.used_since = Instant::now();
             }
             peer.used.push(blocks);
-            if peer.used.len() >= USED_AT_ONCE || now.saturating_duration_since(peer.used_since) >= USED_WAIT {
-                told = Some(std::mem::take(&mut peer.used));
+        });
+    }
+
+    /// What the node is to be told now of blocks that were read without a lookup.
+    pub(crate) fn take_used(&self, node: &Node) -> Vec<v1::UsedBlocks> {
+        let mut told = Vec::new();
+        self.with(node, |peer| {
+            let blocks: usize = peer.used.iter().map(|used| used.hashes.len() / 16).sum();
+            let many = peer.used.len() >= READS_AT_ONCE || blocks >= USED_AT_ONCE / 2;
+            if many || (blocks > 0 && peer.used_since.elapsed() >= USED_WAIT) {
+                let mut room = USED_AT_ONCE;
+                let fit = peer.used.iter().take_while(|used| {
+                    let blocks = used.hashes.len() / 16;
+                    let fits = blocks <= room;
+                    room = room.saturating_sub(blocks);
+                    fits
+                });
+                let fit = fit.count();
+                told = peer.used.drain(..fit).collect();
+                // More than a call takes came in at once: who reads so much can spare some of it.
+                peer.used.truncate(READS_AT_ONCE);
             }
         });
         told

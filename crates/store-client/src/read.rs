@@ -8,11 +8,14 @@
 use std::{
     collections::VecDeque,
     ops::Range,
-    sync::Arc,
     time::{Duration, Instant},
 };
 
-use futures_util::{StreamExt, future::join_all, stream::FuturesUnordered};
+use futures_util::{
+    StreamExt,
+    future::{join, join_all},
+    stream::FuturesUnordered,
+};
 use kvasir_proto::{convert, v1};
 use kvasir_transfer::{Batch, Checksum, Op, Priority};
 use kvasir_types::{BlockHash, Deadline, PROTOCOL_VERSION, RequestId};
@@ -36,7 +39,7 @@ const MAX_SLICE: u64 = 1 << 20;
 /// Most bytes that are read without a lease: a lookup for more takes a small part of the time.
 const MAX_GLANCED: u64 = 8 << 20;
 /// How long telling a node what was used may take.
-const USED_TIMEOUT: Duration = Duration::from_millis(500);
+const USED_TIMEOUT: Duration = Duration::from_millis(50);
 
 /// How long telling a node of wrong bytes may take: the reader goes on without them anyway.
 const REPORT_TIMEOUT: Duration = Duration::from_millis(50);
@@ -167,7 +170,7 @@ pub(crate) fn release(inner: &Inner, found: Found) {
 }
 
 pub(crate) async fn read(
-    inner: &Arc<Inner>,
+    inner: &Inner,
     request: &RequestId,
     blocks: &[(BlockHash, u64)],
     have: usize,
@@ -189,7 +192,7 @@ pub(crate) async fn read(
 /// Reads what published indexes tell, if it is so little that a lookup would take as long as the bytes. What goes wrong with
 /// that is no error yet.
 async fn read_at_a_glance(
-    inner: &Arc<Inner>,
+    inner: &Inner,
     blocks: &[(BlockHash, u64)],
     have: usize,
     block_bytes: u64,
@@ -204,7 +207,8 @@ async fn read_at_a_glance(
         return ReadReport::default();
     }
     let found = Found { blocks: blocks.to_vec(), block_bytes, run, answers, error: None };
-    let report = fetch(inner, &found, deadline, |_| {}).await;
+    let telling = found.answers.iter().map(|answer| tell_used(inner, &answer.share.node));
+    let (report, _) = join(fetch(inner, &found, deadline, |_| {}), join_all(telling)).await;
     for answer in &found.answers {
         let read = answer.share.blocks.iter().take(answer.found.len()).filter(|&&block| block < have + report.blocks);
         let read: Vec<_> = read.map(|&block| &blocks[block].0.0).collect();
@@ -213,11 +217,7 @@ async fn read_at_a_glance(
         }
         let hashes = convert::pack16(read.into_iter());
         let prompt_blocks = u32::try_from(blocks.len()).unwrap_or(u32::MAX);
-        let used = v1::UsedBlocks { block_bytes, hashes, prompt_blocks };
-        if let Some(runs) = inner.peers.used(&answer.share.node, used) {
-            // Nobody waits for that.
-            tokio::spawn(tell_used(Arc::clone(inner), answer.share.node.clone(), runs));
-        }
+        inner.peers.used(&answer.share.node, v1::UsedBlocks { block_bytes, hashes, prompt_blocks });
     }
     report
 }
@@ -247,11 +247,15 @@ async fn glances(
     join_all(glances).await
 }
 
-/// Tells a node what was read without asking it: what is used is what it keeps.
-async fn tell_used(inner: Arc<Inner>, node: Arc<Node>, runs: Vec<v1::UsedBlocks>) {
+/// Tells a node what was read earlier without asking it, now and then: what is used is what it keeps.
+async fn tell_used(inner: &Inner, node: &Node) {
+    let runs = inner.peers.take_used(node);
+    if runs.is_empty() {
+        return;
+    }
     let message = v1::UsedRequest { protocol_version: PROTOCOL_VERSION, runs };
     let call = async |mut client: Client| client.used(message).await;
-    match inner.peers.call(&node, Deadline::after(USED_TIMEOUT), call).await {
+    match inner.peers.call(node, Deadline::after(USED_TIMEOUT), call).await {
         Ok(answer) => inner.hot.told(&answer.hot, Instant::now()),
         Err(error) => tracing::debug!(member = %node.id, %error, "what was used was not told"),
     }
