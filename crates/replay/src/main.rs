@@ -6,6 +6,7 @@ use std::{
     fs::File,
     io::{BufReader, IsTerminal, Write},
     path::PathBuf,
+    sync::Arc,
 };
 
 use anyhow::{Context, bail};
@@ -13,13 +14,15 @@ use clap::Parser;
 use kvasir_kv_cache::POLICIES;
 use kvasir_replay::{
     CONVERSATION, generate,
+    live::{self, LiveArgs},
     report::{self, Row},
     simulate::{Plan, simulate},
     size::Size,
     trace::Trace,
 };
 
-/// Replays request traces against a KV store and says what share of the blocks asked for it has.
+/// Replays request traces against a KV store, simulated or running, or against a whole cluster, and says what share of what
+/// was asked for was there.
 ///
 /// A trace is a file in Mooncake's format (JSON lines with timestamp, input_length, output_length and hash_ids, one id for
 /// each block of the prompt; equal ids mean equal prefixes), or the name of one that comes with the program: conversation
@@ -40,14 +43,25 @@ use kvasir_replay::{
   kvasir-replay --simulate my.jsonl --block-bytes 4194304 --memory 64GiB --disk 1TiB --json out.json
 
   # write a made-up trace to look at
-  kvasir-replay --generate agents --seed 7 > agents.txt"
+  kvasir-replay --generate agents --seed 7 > agents.txt
+
+  # the store nodes of a running cluster, twice: what does the second find?
+  kvasir-replay --store conversation --limit 2000 --repeat 2 --etcd 127.0.0.1:2379 --json out.json
+
+  # the same at ten times the trace's own pace, 2 MiB for each block of the trace, put into the store in 32 blocks of 64 KiB
+  kvasir-replay --store conversation --limit 2000 --speed 10 --block-bytes 2097152 --split 32
+
+  # a whole cluster, through its router
+  kvasir-replay --router http://127.0.0.1:8000 chat --limit 200 --concurrency 4
+
+Exit status: 0 replayed; 1 not, or blocks came back with wrong bytes, or no request was answered; 2 wrong usage"
 )]
 struct Args {
     /// Files, or names of traces that come with the program.
     #[arg(value_name = "TRACE", required_unless_present = "generate")]
     traces: Vec<String>,
 
-    /// Simulate a store: its own placement and eviction, in this process, without bytes. The only mode there is.
+    /// Simulate a store: its own placement and eviction, in this process, without bytes.
     #[arg(long, conflicts_with = "generate")]
     simulate: bool,
 
@@ -75,9 +89,9 @@ struct Args {
     #[arg(long, value_name = "SIZE", default_value = "0")]
     disk: Size,
 
-    /// Bytes of one block of the trace, for sizes in bytes.
-    #[arg(long, default_value_t = 1 << 20)]
-    block_bytes: u64,
+    /// Bytes of one block of the trace: for sizes in bytes [default: 1048576], and of what --store moves [default: 65536].
+    #[arg(long)]
+    block_bytes: Option<u64>,
 
     /// Consecutive blocks of the trace that are placed together. Mooncake's traces have blocks of 512 tokens: as many as
     /// one placement group of 32 blocks of 16 tokens.
@@ -87,7 +101,13 @@ struct Args {
     /// Also write everything to this file.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
+
+    #[command(flatten)]
+    live: LiveArgs,
 }
+
+/// Bytes of a block in sizes, unless asked otherwise.
+const BLOCK_BYTES: u64 = 1 << 20;
 
 fn main() -> anyhow::Result<()> {
     let args = Args::parse();
@@ -96,8 +116,11 @@ fn main() -> anyhow::Result<()> {
             .with_context(|| format!("there is no trace {name:?} to make; there are {}", generate::NAMES.join(", ")))?;
         return std::io::stdout().write_all(trace.to_text().as_bytes()).context("the trace could not be written");
     }
+    if args.live.wanted() {
+        return replay(&args);
+    }
     if !args.simulate {
-        bail!("say --simulate: traces are replayed in a simulation only, so far");
+        bail!("say --simulate, --store or --router URL");
     }
     let mut rows = Vec::new();
     for name in &args.traces {
@@ -109,6 +132,25 @@ fn main() -> anyhow::Result<()> {
         serde_json::to_writer_pretty(File::create(path).with_context(failed)?, &rows).with_context(failed)?;
     }
     Ok(())
+}
+
+/// Replays against what runs. Whatever it says of the run, the rows are written.
+fn replay(args: &Args) -> anyhow::Result<()> {
+    // Before the run, which may take long: a file that can't be written is said at once.
+    let failed = |path: &PathBuf| format!("{} could not be written", path.display());
+    let json = args.json.as_ref().map(|path| File::create(path).with_context(|| failed(path))).transpose()?;
+    let load = |name: &String| anyhow::Ok((short(name).to_owned(), Arc::new(load(name, args.seed)?)));
+    let traces = args.traces.iter().map(load).collect::<Result<Vec<_>, _>>()?;
+    let rows = live::run(&args.live, args.block_bytes, &traces)?;
+    if let (Some(file), Some(path)) = (json, &args.json) {
+        serde_json::to_writer_pretty(file, &rows).with_context(|| failed(path))?;
+    }
+    live::verdict(&rows)
+}
+
+/// A trace's name without its folder.
+fn short(name: &str) -> &str {
+    name.rsplit('/').next().unwrap_or(name)
 }
 
 fn load(name: &str, seed: u64) -> anyhow::Result<Trace> {
@@ -141,8 +183,8 @@ fn run(args: &Args, name: &str, trace: &Trace, rows: &mut Vec<Row>) -> anyhow::R
                     policy: policy.to_owned(),
                     nodes,
                     group_blocks: args.group_blocks,
-                    memory_blocks: memory.blocks(trace.distinct, args.block_bytes),
-                    disk_blocks: args.disk.blocks(trace.distinct, args.block_bytes),
+                    memory_blocks: memory.blocks(trace.distinct, args.block_bytes.unwrap_or(BLOCK_BYTES)),
+                    disk_blocks: args.disk.blocks(trace.distinct, args.block_bytes.unwrap_or(BLOCK_BYTES)),
                 };
                 let counts = simulate(trace, &plan, |done| {
                     if on_terminal {
@@ -153,7 +195,7 @@ fn run(args: &Args, name: &str, trace: &Trace, rows: &mut Vec<Row>) -> anyhow::R
                     eprint!("\r\x1b[K");
                 }
                 rows.push(Row {
-                    trace: name.rsplit('/').next().unwrap_or(name).to_owned(),
+                    trace: short(name).to_owned(),
                     policy: policy.to_owned(),
                     nodes,
                     memory: memory.to_string(),
@@ -169,4 +211,32 @@ fn run(args: &Args, name: &str, trace: &Trace, rows: &mut Vec<Row>) -> anyhow::R
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn arguments_belong_to_their_mode() {
+        Args::command().debug_assert();
+        let parse = |line: &str| Args::try_parse_from(line.split(' ')).map(|args| args.live.wanted());
+        assert!(!parse("kvasir-replay --simulate chat").unwrap());
+        assert!(parse("kvasir-replay chat --store --concurrency 3 --speed 2 --etcd a:1").unwrap());
+        assert!(parse("kvasir-replay --router http://a:1 chat --block-tokens 32").unwrap());
+        for wrong in [
+            "--store",
+            "chat --store --router http://a:1",
+            "chat --store --simulate",
+            "chat --model demo",
+            "chat --simulate --speed 2",
+            "chat --store --model demo",
+            "chat --router http://a:1 --etcd a:1",
+            "chat --store --concurrency 0",
+        ] {
+            assert!(parse(&format!("kvasir-replay {wrong}")).is_err(), "{wrong}");
+        }
+    }
 }

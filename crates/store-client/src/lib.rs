@@ -53,7 +53,7 @@ use tokio::sync::watch;
 
 pub use config::Config;
 pub use error::Error;
-pub use read::{Found, ReadReport};
+pub use read::{Found, ReadReport, Source};
 pub use write::{GroupBlocks, WriteReport};
 
 use glance::Scratch;

@@ -46,6 +46,8 @@ pub(crate) struct Search<'a> {
 pub(crate) struct Answer {
     pub(crate) share: Share,
     pub(crate) found: Vec<Line>,
+    /// So many of them the node had in memory when it was asked; for the others it was waited.
+    pub(crate) at_once: usize,
     pub(crate) segment: SegmentDescriptor,
     pub(crate) grant: GrantKey,
     /// 0: nobody holds the blocks, they may be given up before they are read.
@@ -216,6 +218,7 @@ impl Search<'_> {
         let call = async |mut client: Client| client.lookup(message).await;
         let peers = &self.inner.peers;
         let mut response = peers.call_within(peers.lookup_timeout, &share.node, self.deadline, call).await?;
+        let at_once = response.offsets.len();
         if response.coming > 0 && !self.deadline.passed() {
             let (wait_ms, ended, now) =
                 (self.disk_wait(), Vec::from_iter(Some(response.lease).filter(|&lease| lease != 0)), Instant::now());
@@ -246,7 +249,7 @@ impl Search<'_> {
         // The node's lease began after we asked, so by our clock it lasts at least this long.
         let until = crate::read::later(asked, response.lease_ms);
         let grant = convert::grant_key(response.grant);
-        Ok(reply(Some(Answer { found, segment, grant, lease: response.lease, until, share })))
+        Ok(reply(Some(Answer { found, at_once, segment, grant, lease: response.lease, until, share })))
     }
 }
 

@@ -18,7 +18,7 @@ use futures_util::{
 };
 use kvasir_proto::{convert, v1};
 use kvasir_transfer::{Batch, Checksum, Op, Priority};
-use kvasir_types::{BlockHash, Deadline, PROTOCOL_VERSION, RequestId};
+use kvasir_types::{BlockHash, Deadline, MemberId, PROTOCOL_VERSION, RequestId};
 
 use crate::{
     Error, Inner, MAX_HASHES,
@@ -98,7 +98,40 @@ pub struct Found {
     error: Option<Error>,
 }
 
+/// What of a run one node has.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Source {
+    /// Which node.
+    pub member: MemberId,
+    /// Blocks that were in its memory when it was asked.
+    pub memory: usize,
+    /// Blocks that were waited for: they, or some before them in what was asked of the node, were on its disk only.
+    pub disk: usize,
+}
+
 impl Found {
+    /// Who has the blocks of the run, in which tier.
+    pub fn sources(&self) -> Vec<Source> {
+        let (mut sources, mut told) = (Vec::<Source>::new(), vec![false; self.blocks.len()]);
+        for Answer { share, found, at_once, .. } in &self.answers {
+            for (n, &block) in share.blocks[..found.len()].iter().enumerate() {
+                // Two nodes may have it, if the members changed meanwhile.
+                if !self.run.contains(&block) || std::mem::replace(&mut told[block], true) {
+                    continue;
+                }
+                let source = match sources.iter().position(|source| source.member == share.node.id) {
+                    Some(source) => &mut sources[source],
+                    None => {
+                        sources.push(Source { member: share.node.id.clone(), memory: 0, disk: 0 });
+                        sources.last_mut().expect("pushed above")
+                    }
+                };
+                *if n < *at_once { &mut source.memory } else { &mut source.disk } += 1;
+            }
+        }
+        sources
+    }
+
     /// Blocks in the run, from the first that was wanted on.
     pub fn blocks(&self) -> usize {
         self.run.len()
@@ -241,7 +274,8 @@ async fn glances(
             let hashes = share.blocks.iter().map(|&block| blocks[block].0);
             let found = glance(inner, &share.node, &index, hashes, block_bytes, deadline).await;
             let (segment, grant) = (index.segment.clone(), index.grant);
-            Answer { share, found, segment, grant, lease: 0, until: deadline }
+            let at_once = found.len();
+            Answer { share, found, at_once, segment, grant, lease: 0, until: deadline }
         })
     });
     join_all(glances).await

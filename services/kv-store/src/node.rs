@@ -34,6 +34,15 @@ use crate::{
     },
 };
 
+/// Committed bytes that are verified before anything else, because handing them to another thread takes as long; more are
+/// verified after they became visible.
+const VERIFIED_AT_ONCE: u64 = 256 << 10;
+
+/// How often a torn block that somebody holds is tried to be given up; after that the next reader reports it.
+const MAX_TRIES: u32 = 100;
+/// And after how long again.
+const TRY_AGAIN: Duration = Duration::from_millis(20);
+
 /// One store node. Shared by all tasks.
 pub(crate) struct Node {
     pub(super) engine: TransferEngine,
@@ -306,9 +315,17 @@ impl Node {
         let id = closed.id;
         closed.revoke().await;
         // From here on the bytes can't change: what is verified is what is read.
-        let claimed: Vec<(Written, Checksum)> =
+        let mut claimed: Vec<(Written, Checksum)> =
             written.into_iter().filter_map(|w| named.get(&w.place.hash).map(|&sum| (w, sum))).collect();
-        let verified = if self.verify_on_commit && !claimed.is_empty() {
+        let claims = claimed.len();
+        let small = claimed.iter().map(|(written, _)| written.place.size.0).sum::<u64>() <= VERIFIED_AT_ONCE;
+        if self.verify_on_commit && small {
+            claimed.retain(|(Written { place, .. }, sum)| {
+                self.engine.checksum(place.offset, place.size.0).is_ok_and(|found| found == *sum)
+            });
+        }
+        let torn = (claims - claimed.len()) as u64;
+        let verified = if self.verify_on_commit && !small {
             // A writer that is faster than all cores verify waits here.
             self.verifiers.clone().acquire_owned().await.ok()
         } else {
@@ -317,6 +334,7 @@ impl Node {
         let good = claimed.iter().map(|(written, sum)| (written.block, *sum)).collect();
         {
             let mut state = self.lock();
+            state.torn_blocks += torn;
             state.store.finish_reservation(id, &good);
             // What is being verified stays where it is.
             if verified.is_some() {
@@ -338,8 +356,12 @@ impl Node {
         let wrong = claimed.iter().zip(right).filter_map(|((written, _), right)| (!right).then_some(written.place));
         for place in wrong.collect::<Vec<_>>() {
             tracing::warn!(hash = %place.hash, "a block was not written with the bytes its writer said, it is given up");
-            self.lock().torn_blocks += 1;
-            self.evict_these(place.size, &[place.hash]).await;
+            // A reader who is just finding that out holds it for a moment.
+            let mut tries = 0;
+            while self.give_up_torn(place.size, &[place.hash]).await == 0 && tries < MAX_TRIES {
+                tokio::time::sleep(TRY_AGAIN).await;
+                tries += 1;
+            }
         }
     }
 
@@ -372,8 +394,14 @@ impl Node {
                 broken.push(hash);
             }
         }
-        self.lock().torn_blocks += broken.len() as u64;
-        Ok(self.evict_these(size, &broken).await.evicted as usize)
+        Ok(self.give_up_torn(size, &broken).await)
+    }
+
+    /// Counts those that go: somebody else may have been first, or is at them.
+    async fn give_up_torn(self: &Arc<Self>, size: BlockBytes, hashes: &[BlockHash]) -> usize {
+        let gone = self.evict_these(size, hashes).await.evicted;
+        self.lock().torn_blocks += gone;
+        gone as usize
     }
 
     /// How many of the named blocks are there with these bytes.

@@ -15,6 +15,7 @@ mod openai_client;
 mod pairing;
 mod priority;
 mod prompts;
+mod replay;
 mod scripts;
 mod spill;
 mod store;

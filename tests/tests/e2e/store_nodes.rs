@@ -13,7 +13,7 @@ use kvasir_tests::{Builder, Cluster, Service, wait};
 use kvasir_transfer::{LocalNet, TransferEngine};
 use kvasir_types::{BlockHash, Deadline, TokenId};
 
-const BLOCK: u64 = 16 << 10;
+pub(crate) const BLOCK: u64 = 16 << 10;
 /// What a request at most waits for.
 const PATIENCE: Duration = Duration::from_secs(2);
 const SOON: Duration = Duration::from_secs(30);
@@ -34,14 +34,14 @@ fn nodes(disks: &Path) -> Builder {
 }
 
 /// A reader and writer with memory of its own, and what keeps its view of the members up to date.
-struct Client {
+pub(crate) struct Client {
     store: StoreClient,
     engine: TransferEngine,
     watching: tokio::task::JoinSet<()>,
 }
 
 impl Client {
-    async fn new(cluster: &mut Cluster, blocks: u64) -> Result<Self> {
+    pub(crate) async fn new(cluster: &mut Cluster, blocks: u64) -> Result<Self> {
         let etcd = EtcdConfig { endpoints: vec![cluster.etcd().endpoint().to_owned()], ..EtcdConfig::default() };
         let (registry, watch) = kvasir_cluster::connect_etcd(etcd).await?;
         let mut watching = tokio::task::JoinSet::new();
@@ -57,7 +57,7 @@ impl Client {
         hashes.iter().zip(first..).map(|(&hash, place)| (hash, place * BLOCK)).collect()
     }
 
-    async fn write(&self, first: u64, hashes: &[BlockHash]) -> Result<WriteReport> {
+    pub(crate) async fn write(&self, first: u64, hashes: &[BlockHash]) -> Result<WriteReport> {
         let blocks = Self::places(first, hashes);
         for &(hash, offset) in &blocks {
             self.engine.write_bytes(offset, &content(hash))?;

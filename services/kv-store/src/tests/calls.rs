@@ -84,8 +84,8 @@ async fn bytes_in_messages_are_bounded_and_must_be_what_they_are_said_to_be() {
         assert!(status.message().contains(part), "{status:?}");
     }
     let lie = v1::PutRequest { checksums: vec![9; 32].into(), ..good };
-    raw.put(lie).await.unwrap();
-    eventually("it is found out", || node.node.totals().1 == 2 && node.node.usage().used_bytes == 0).await;
+    assert_eq!(raw.put(lie).await.unwrap().into_inner().committed, 0);
+    assert_eq!(node.node.usage().used_bytes, 0);
     let large = v1::GetRequest { block_bytes: 9 << 20, ..get_request(&hashes(0..1)) };
     assert_eq!(raw.get(large).await.unwrap_err().code(), Code::InvalidArgument);
     // More than fits into one answer: as many as do.

@@ -37,7 +37,7 @@ async fn what_the_index_tells_is_read_without_a_call_over_every_transport() {
         }
         assert!(reader.has(&blocks[..192]));
         assert_eq!((calls(&node, "exists").await, calls(&node, "lookup").await), asked, "{transport:?}");
-        assert_eq!(node.node.usage().pinned, 0, "nothing is held");
+        eventually("nothing is held", || node.node.usage().pinned == 0).await;
         assert!(node.node.totals().0.hit_blocks >= 3 * 128, "it is told what was used");
         // What is not in it is asked for.
         let report = reader.read(&reader.places(0, &hashes(199..202))).await;
@@ -49,7 +49,9 @@ async fn what_the_index_tells_is_read_without_a_call_over_every_transport() {
 #[tokio::test]
 async fn what_is_used_by_the_index_is_kept_like_what_is_asked_for() {
     let cluster = Cluster::new();
-    let lru = |config: &mut crate::Config| config.eviction.memory = crate::store::Policy::Lru;
+    let lru = |config: &mut crate::Config| {
+        (config.eviction.memory, config.published_bytes) = (crate::store::Policy::Lru, Some(1 << 20));
+    };
     let node = cluster.node("kv-0", lru).await;
     // There is room for 408 blocks. Of a prompt the end is the first to go.
     let client = cluster.client(200);
@@ -96,6 +98,7 @@ async fn wrong_bytes_found_by_the_index_are_a_miss_and_are_reported() {
     let client = cluster.client(10);
     let blocks = client.prepare(0, &hashes(0..10));
     client.write(&blocks).await;
+    eventually("they are verified", || node.node.usage().pinned == 0).await;
     assert_eq!(exists(&client, 10).await, 10);
     let found = node.node.lookup(crate::store::BlockBytes(BLOCK), &hashes(7..8), 0, std::time::Instant::now()).await;
     let found = found.unwrap().0.unwrap();
