@@ -1,12 +1,18 @@
 //! A whole cluster of separate processes, and the laws it is held to.
 
-use std::{path::PathBuf, time::Duration};
+use std::{
+    collections::HashMap,
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    path::PathBuf,
+    time::Duration,
+};
 
 use anyhow::{Context, Error, Result, bail, ensure};
 use serde_json::{Value, json};
 
 use crate::{
     Client, Etcd, Node, Service, logs,
+    net::Place,
     settings::set,
     wait::{self, SOON},
     workspace,
@@ -22,6 +28,8 @@ pub struct Builder {
     model: PathBuf,
     name: String,
     settings: Vec<(Service, String, Value)>,
+    places: HashMap<String, Place>,
+    etcd: IpAddr,
 }
 
 impl Builder {
@@ -71,6 +79,20 @@ impl Builder {
         self
     }
 
+    /// Where the `index`th process of a kind is to run.
+    #[must_use]
+    pub fn place(mut self, service: Service, index: usize, place: Place) -> Self {
+        self.places.insert(service.id(index), place);
+        self
+    }
+
+    /// The address that etcd listens on. Default: loopback.
+    #[must_use]
+    pub fn etcd(mut self, address: IpAddr) -> Self {
+        self.etcd = address;
+        self
+    }
+
     /// Starts everything and waits until it is ready, does `body`, checks the laws, stops everything. If any of that
     /// fails, the end of every log is shown.
     pub async fn run(self, body: impl AsyncFnOnce(&mut Cluster) -> Result<()>) -> Result<()> {
@@ -87,7 +109,7 @@ impl Builder {
     /// Starts everything and waits until it is ready; without the laws, and without a word at the end. For benchmarks.
     pub async fn start(self) -> Result<Cluster> {
         let dir = tempfile::Builder::new().prefix("kvasir-").tempdir()?;
-        let etcd = Etcd::start(dir.path()).await?;
+        let etcd = Etcd::start_at(dir.path(), self.etcd).await?;
         let mut cluster =
             Cluster { nodes: Vec::new(), etcd, expected: Vec::new(), quiet: false, builder: self, _dir: dir };
         // From the back to the front, each kind ready before the next starts: who starts later has seen all before it.
@@ -112,12 +134,17 @@ impl Builder {
         self
     }
 
+    fn place_of(&self, id: &str) -> Place {
+        self.places.get(id).cloned().unwrap_or_default()
+    }
+
     /// The configuration of one process: what all have, what its kind has, what the test set.
     fn config(&self, service: Service, id: &str, etcd: &str) -> Value {
+        let listen = SocketAddr::new(self.place_of(id).address, 0).to_string();
         let mut config = json!({
             "id": id,
-            "listen": "127.0.0.1:0",
-            "admin": {"listen": "127.0.0.1:0"},
+            "listen": listen,
+            "admin": {"listen": listen},
             "log": {"format": "json"},
             "registry": {"etcd": {"endpoints": [etcd]}},
         });
@@ -135,6 +162,9 @@ impl Builder {
                 set(&mut config, "models", json!([{"name": self.name, "path": path}]));
             }
             Service::KvStore => {}
+        }
+        if service != Service::Router {
+            set(&mut config, "transfer.listen", listen);
         }
         for (_, path, value) in self.settings.iter().filter(|setting| setting.0 == service) {
             let value = match value {
@@ -161,8 +191,15 @@ impl Cluster {
     /// One of everything, with the demo model.
     pub fn builder() -> Builder {
         let counts = [(Service::KvStore, 1), (Service::Prefill, 1), (Service::Decode, 1), (Service::Router, 1)];
-        Builder { counts, model: PathBuf::new(), name: String::new(), settings: Vec::new() }
-            .model(workspace::demo_model())
+        Builder {
+            counts,
+            model: PathBuf::new(),
+            name: String::new(),
+            settings: Vec::new(),
+            places: HashMap::new(),
+            etcd: Ipv4Addr::LOCALHOST.into(),
+        }
+        .model(workspace::demo_model())
     }
 
     /// A client of the first router.
@@ -210,6 +247,15 @@ impl Cluster {
         Ok(())
     }
 
+    /// Starts one more process of a kind, and waits until it is ready: its index.
+    pub async fn join(&mut self, service: Service) -> Result<usize> {
+        let index = self.nodes.iter().filter(|node| node.service == service).count();
+        let mut node = self.spawn(service, index)?;
+        node.ready().await?;
+        self.nodes.push(node);
+        Ok(index)
+    }
+
     /// Waits until no worker that lives has a request, then checks that free + cached blocks are all its blocks, and that
     /// no store node has a block pinned or reserved.
     pub async fn assert_no_leak(&self) -> Result<()> {
@@ -233,7 +279,7 @@ impl Cluster {
     fn spawn(&self, service: Service, index: usize) -> Result<Node> {
         let id = service.id(index);
         let config = self.builder.config(service, &id, self.etcd.endpoint());
-        Node::spawn(service, &id, config, self._dir.path())
+        Node::spawn(service, &id, config, self._dir.path(), &self.builder.place_of(&id).enter)
     }
 
     async fn check_laws(&mut self) -> Result<()> {

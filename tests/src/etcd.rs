@@ -1,6 +1,7 @@
 //! A real etcd of one node, on loopback, with its data in the test's directory. It can die and come back.
 
 use std::{
+    net::{IpAddr, Ipv4Addr, SocketAddr},
     path::{Path, PathBuf},
     process::Command,
     time::Duration,
@@ -24,7 +25,12 @@ pub struct Etcd {
 impl Etcd {
     /// Starts etcd with its data and log below `dir`, on a port that is free.
     pub async fn start(dir: &Path) -> Result<Self> {
-        let process = spawn(dir, "127.0.0.1:0")?;
+        Self::start_at(dir, Ipv4Addr::LOCALHOST.into()).await
+    }
+
+    /// The same on another address than loopback.
+    pub async fn start_at(dir: &Path, address: IpAddr) -> Result<Self> {
+        let process = spawn(dir, &SocketAddr::new(address, 0).to_string())?;
         let mut etcd = Self { process, dir: dir.to_owned(), address: String::new() };
         etcd.address = etcd.serving().await?;
         Ok(etcd)

@@ -23,6 +23,8 @@ pub mod etcd;
 pub mod golden;
 pub mod logs;
 pub mod metrics;
+pub mod namespace;
+pub mod net;
 pub mod node;
 pub mod openai;
 pub mod process;

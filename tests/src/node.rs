@@ -114,14 +114,23 @@ impl Addresses {
 }
 
 impl Node {
-    /// Starts a service with that configuration, its files in `dir`. It is not ready yet.
-    pub fn spawn(service: Service, id: &str, mut config: Value, dir: &Path) -> Result<Self> {
+    /// Starts a service with that configuration, its files in `dir`, behind what is to come before its command. It is not
+    /// ready yet.
+    pub fn spawn(service: Service, id: &str, mut config: Value, dir: &Path, enter: &[String]) -> Result<Self> {
         let port_file = dir.join(format!("{id}.ports.json"));
         let _ = std::fs::remove_file(&port_file); // a former life's
         config["port_file"] = port_file.to_string_lossy().into();
         let path = dir.join(format!("{id}.yaml"));
         std::fs::write(&path, serde_json::to_string_pretty(&config)?)?;
-        let mut command = Command::new(workspace::binary(service.binary())?);
+        let binary = workspace::binary(service.binary())?;
+        let mut command = match enter {
+            [] => Command::new(binary),
+            [first, rest @ ..] => {
+                let mut command = Command::new(first);
+                command.args(rest).arg(binary);
+                command
+            }
+        };
         command.arg("--config").arg(&path);
         let process = Process::spawn(id, command, dir)?;
         Ok(Self { service, process, port_file, addresses: Addresses::default() })

@@ -4,6 +4,7 @@
 //! never signalled again (its id may be somebody else's by then). Dropping kills and reaps.
 
 use std::{
+    ffi::OsString,
     fs::File,
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
@@ -28,6 +29,11 @@ impl Process {
     pub fn spawn(name: &str, mut command: Command, dir: &Path) -> Result<Self> {
         let log = dir.join(format!("{name}.log"));
         let out = File::options().create(true).append(true).open(&log).with_context(|| log.display().to_string())?;
+        // What is said to tests is no configuration of a service's.
+        let ours = |name: &OsString| name.to_str().is_some_and(|name| name.starts_with("KVASIR_TEST_"));
+        std::env::vars_os().map(|(name, _)| name).filter(ours).for_each(|name| {
+            command.env_remove(name);
+        });
         command.stdin(Stdio::null()).stdout(out.try_clone()?).stderr(out);
         let child = command.spawn().with_context(|| format!("start {name}: {command:?}"))?;
         Ok(Self { name: name.to_owned(), child, log, ended: None })

@@ -32,7 +32,8 @@ pub(crate) async fn run(node: Arc<Node>, tasks: Tasks, shutdown: Shutdown) {
     }
 }
 
-async fn sleep_until(end: Option<Instant>) {
+/// Until then; for ever if there is no such time.
+pub(crate) async fn sleep_until(end: Option<Instant>) {
     match end {
         Some(end) => tokio::time::sleep_until(end.into()).await,
         None => std::future::pending().await,

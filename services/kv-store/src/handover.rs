@@ -29,6 +29,7 @@ use tokio::sync::{mpsc, watch};
 
 use crate::{
     config::HandoverConfig,
+    expiry::sleep_until,
     heat::{Heat, Seen},
     node::Node,
     store::{Group, Groups, Held, LeaseId},
@@ -42,6 +43,9 @@ const MAX_WAITING: usize = 256;
 const GROUP_TIMEOUT: Duration = Duration::from_secs(10);
 /// A change of the members seldom comes alone: the others are waited for.
 const SETTLE: Duration = Duration::from_millis(50);
+/// After how long groups are offered again that did not arrive; twice as long each time in a row, up to the second.
+const AGAIN: Duration = Duration::from_millis(500);
+const AGAIN_AT_MOST: Duration = Duration::from_secs(30);
 
 /// How far a node that is about to leave is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -72,10 +76,32 @@ pub(crate) struct Progress {
     leaving: AtomicU8,
     blocks: AtomicU64,
     bytes: AtomicU64,
-    /// Blocks that were in memory and that others were to have and did not take, or not in time.
-    missed: AtomicU64,
     /// Groups still to be handed over.
     groups_left: AtomicU64,
+    /// Times that a group did not arrive, or not all of it.
+    failed: AtomicU64,
+    /// Blocks that nobody took when all was offered last: there is no room for them, or nobody else.
+    refused: AtomicU64,
+}
+
+/// How far handing over came.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum End {
+    /// Everything is where it is to be.
+    Done,
+    /// Some groups did not arrive.
+    Failed,
+    /// It was told to stop.
+    Stopped,
+}
+
+/// What became of a group.
+#[derive(Default)]
+struct Pushed {
+    bytes: u64,
+    failed: bool,
+    /// Blocks that nobody takes.
+    refused: usize,
 }
 
 impl Progress {
@@ -85,8 +111,9 @@ impl Progress {
             leaving: AtomicU8::new(Leaving::No as u8),
             blocks: zero(),
             bytes: zero(),
-            missed: zero(),
             groups_left: zero(),
+            failed: zero(),
+            refused: zero(),
         }
     }
 
@@ -94,8 +121,8 @@ impl Progress {
         self.blocks.load(Ordering::Relaxed)
     }
 
-    pub(crate) fn missed(&self) -> u64 {
-        self.missed.load(Ordering::Relaxed)
+    pub(crate) fn refused(&self) -> u64 {
+        self.refused.load(Ordering::Relaxed)
     }
 
     pub(crate) fn groups_left(&self) -> u64 {
@@ -190,6 +217,7 @@ impl Handover {
         mut hot: mpsc::Receiver<HotGroup>,
         shutdown: Shutdown,
     ) {
+        let (mut again, mut pause) = (None, AGAIN);
         loop {
             // Waiting loses nothing: a change stays to be seen, a hot group stays in its queue.
             tokio::select! {
@@ -200,7 +228,12 @@ impl Handover {
                     // Within that, more may change; cut short by shutdown only.
                     tokio::time::timeout(SETTLE, shutdown.wait()).await.ok();
                     view.mark_unchanged();
-                    self.round(&shutdown, &view).await;
+                    pause = AGAIN;
+                    again = self.round(&shutdown, &view).await.then(|| Instant::now() + pause);
+                }
+                () = sleep_until(again) => {
+                    pause = AGAIN_AT_MOST.min(pause * 2);
+                    again = self.round(&shutdown, &view).await.then(|| Instant::now() + pause);
                 }
                 Some(group) = hot.recv() => self.copy(group).await,
                 () = shutdown.wait() => return,
@@ -208,17 +241,19 @@ impl Handover {
         }
     }
 
-    /// Hands over everything that others are to have now, until it is done, the members change, or shutdown.
-    async fn round(&self, shutdown: &Shutdown, view: &watch::Receiver<Arc<View>>) {
+    /// Hands over everything that others are to have now, until it is done, the members change, or shutdown. Whether some
+    /// of it is to be tried again.
+    async fn round(&self, shutdown: &Shutdown, view: &watch::Receiver<Arc<View>>) -> bool {
         // A node that its own view does not name has just begun, or was taken for dead: its blocks stay where they are.
-        let Some(leaving) = self.client.is_leaving(&self.id) else { return };
+        let Some(leaving) = self.client.is_leaving(&self.id) else { return false };
         let stop = || shutdown.is_triggered() || view.has_changed().unwrap_or(true);
-        let done = self.hand_over(stop).await;
-        if done && leaving && self.progress.leaving() == Leaving::Draining {
+        let end = self.hand_over(stop).await;
+        if end == End::Done && leaving && self.progress.leaving() == Leaving::Draining {
             self.progress.set_leaving(Leaving::Drained);
-            let (blocks, missed) = (self.progress.blocks(), self.progress.missed());
-            tracing::info!(handed_over = blocks, not_handed_over = missed, "drained, safe to stop");
+            let (blocks, refused) = (self.progress.blocks(), self.progress.refused());
+            tracing::info!(handed_over = blocks, nobody_took = refused, "drained, safe to stop");
         }
+        end == End::Failed
     }
 
     /// Hands over until then at most: this node is no longer a member.
@@ -228,64 +263,50 @@ impl Handover {
             tokio::time::sleep(SETTLE).await;
         }
         if self.client.nodes() > 0 {
-            let left = tokio::time::timeout_at(until.into(), self.hand_over(|| false)).await;
-            let (blocks, missed) = (self.progress.blocks(), self.progress.missed());
-            tracing::info!(handed_over = blocks, not_handed_over = missed, in_time = left.is_ok(), "leaving");
+            let all = async {
+                while self.hand_over(|| false).await != End::Done {
+                    tokio::time::sleep(AGAIN).await;
+                }
+            };
+            let left = tokio::time::timeout_at(until.into(), all).await;
+            let (blocks, refused) = (self.progress.blocks(), self.progress.refused());
+            tracing::info!(handed_over = blocks, nobody_took = refused, in_time = left.is_ok(), "leaving");
         }
     }
 
-    /// Hands over every group whose homes are others, the last used first. Whether it came to the end.
-    async fn hand_over(&self, stop: impl Fn() -> bool) -> bool {
-        let mut groups = self.foreign().await;
-        if self.config.mib_per_s == 0 {
-            self.missed(groups.iter());
-            return true;
+    /// Hands over every group whose homes are others, the last used first.
+    async fn hand_over(&self, stop: impl Fn() -> bool) -> End {
+        let groups = self.foreign().await;
+        if self.config.mib_per_s == 0 || groups.is_empty() {
+            let all = groups.iter().map(|group| group.blocks.len() as u64).sum();
+            self.progress.refused.store(all, Ordering::Relaxed);
+            return End::Done;
         }
-        // Who could not take a group the first time, busy or just gone, is asked once more.
-        for _ in 0..2 {
-            let Some(refused) = self.hand_over_once(groups, &stop).await else { return false };
-            groups = refused;
-        }
-        self.missed(groups.iter());
-        true
-    }
-
-    /// Those that were not taken; `None` if it was stopped before the end.
-    async fn hand_over_once(&self, groups: Vec<Group>, stop: &impl Fn() -> bool) -> Option<Vec<Group>> {
-        let (mut left, mut refused) = (groups.len(), Vec::new());
+        let (mut left, mut failed, mut refused) = (groups.len(), 0, 0);
         self.progress.groups_left.store(left as u64, Ordering::Relaxed);
-        if groups.is_empty() {
-            return Some(refused);
-        }
         tracing::info!(groups = left, "handing over what others are to have");
         let started = Instant::now();
         let mut bytes = 0;
-        let push = |group| async { (self.push(&group, 1).await, group) };
-        let mut pushes = stream::iter(groups).map(push).buffer_unordered(MAX_UNDER_WAY);
-        while let Some((pushed, group)) = pushes.next().await {
-            left -= 1;
+        let mut pushes = stream::iter(groups).map(|group| self.push(group, 1)).buffer_unordered(MAX_UNDER_WAY);
+        while let Some(pushed) = pushes.next().await {
+            failed += usize::from(pushed.failed);
+            left -= usize::from(!pushed.failed);
+            refused += pushed.refused as u64;
             bytes += pushed.bytes;
-            if !pushed.all {
-                refused.push(group);
-            }
             self.progress.groups_left.store(left as u64, Ordering::Relaxed);
-            if left > 0 && stop() {
+            if left > failed && stop() {
                 // What is on its way is dropped: its transfers are cancelled, and its reservations end by themselves.
-                return None;
+                return End::Stopped;
             }
             let due = Duration::from_secs_f64(bytes as f64 / (self.config.mib_per_s as f64 * 1048576.0));
             tokio::time::sleep(due.saturating_sub(started.elapsed())).await;
         }
-        Some(refused)
-    }
-
-    /// These stay here, and go with this node.
-    fn missed<'a>(&self, groups: impl Iterator<Item = &'a Group>) {
-        let blocks: usize = groups.map(|group| group.blocks.len()).sum();
-        if blocks > 0 {
-            self.progress.missed.fetch_add(blocks as u64, Ordering::Relaxed);
-            tracing::warn!(blocks, "not handed over");
+        if failed == 0 {
+            self.progress.refused.store(refused, Ordering::Relaxed);
+            return End::Done;
         }
+        tracing::info!(groups = failed, "groups did not arrive, they are offered again");
+        End::Failed
     }
 
     /// The groups here whose homes are others, the last used first.
@@ -302,7 +323,7 @@ impl Handover {
         let parts = groups(&self.node, |other| other == group).await;
         let mut bytes = 0;
         for part in parts {
-            bytes += self.push(&part, copies).await.bytes;
+            bytes += self.push(part, copies).await.bytes;
         }
         // Also with nothing written: the others had it already.
         self.hot.copied(group, copies);
@@ -310,12 +331,8 @@ impl Handover {
     }
 
     /// Gives one group to those who are to have it.
-    async fn push(&self, group: &Group, copies: usize) -> Pushed {
-        // What has been given up meanwhile is nobody's loss. (And no lease is to be had only while thousands of readers hold
-        // one each.)
-        let Some(held) = self.node.lock().store.hold_group(Instant::now(), group) else {
-            return Pushed { bytes: 0, all: true };
-        };
+    async fn push(&self, group: Group, copies: usize) -> Pushed {
+        let Some(held) = self.node.lock().store.hold_group(Instant::now(), &group) else { return Pushed::default() };
         let Held { lease, blocks, position, parent, origin } = held;
         // Also if this is dropped halfway.
         let _lease = Leased { node: &self.node, lease };
@@ -326,19 +343,14 @@ impl Handover {
         let deadline = Deadline::after(GROUP_TIMEOUT);
         let report = self.client.hand_over(&request(), &origin, &blocks, group.size.0, deadline).await;
         if let Some(error) = &report.error {
+            self.progress.failed.fetch_add(1, Ordering::Relaxed);
             tracing::debug!(group = group.group, error = kvasir_runtime::chain(error), "a group was not handed over");
         }
         self.progress.blocks.fetch_add(report.written as u64, Ordering::Relaxed);
         self.progress.bytes.fetch_add(report.bytes, Ordering::Relaxed);
-        Pushed { bytes: report.bytes, all: report.skipped == 0 }
+        let failed = report.error.is_some();
+        Pushed { bytes: report.bytes, failed, refused: if failed { 0 } else { report.skipped } }
     }
-}
-
-/// How giving one group away ended.
-struct Pushed {
-    bytes: u64,
-    /// Whether others have all of it now.
-    all: bool,
 }
 
 /// A lease that ends with this.
@@ -368,16 +380,18 @@ async fn groups(node: &Node, mut wanted: impl FnMut(u64) -> bool) -> Vec<Group> 
 pub(crate) fn copy_at_scrape(page: &kvasir_runtime::Metrics, progress: Arc<Progress>, hot: Arc<HotGroups>) {
     let blocks = page.counter("kvasir_kv_store_handed_over_blocks", "Blocks given to other nodes.");
     let bytes = page.counter("kvasir_kv_store_handed_over_bytes", "Bytes of those.");
-    let missed = page.counter(
+    let failed = page.counter("kvasir_kv_store_handover_failed_groups", "Times that a group did not arrive elsewhere.");
+    let refused = page.gauge(
         "kvasir_kv_store_not_handed_over_blocks",
-        "Blocks that were in memory, that other nodes were to have and did not take.",
+        "Blocks in memory that other nodes were to have and nobody took when all were offered last.",
     );
     let left = page.gauge("kvasir_kv_store_handover_groups_left", "Placement groups still to be given to other nodes.");
     let groups = page.gauge("kvasir_kv_store_hot_groups", "Placement groups with more copies than others.");
     page.on_scrape(move || {
         set_total(&blocks, progress.blocks());
         set_total(&bytes, progress.bytes.load(Ordering::Relaxed));
-        set_total(&missed, progress.missed());
+        set_total(&failed, progress.failed.load(Ordering::Relaxed));
+        refused.set(i64::try_from(progress.refused()).unwrap_or(i64::MAX));
         left.set(i64::try_from(progress.groups_left()).unwrap_or(i64::MAX));
         groups.set(i64::try_from(hot.count()).unwrap_or(i64::MAX));
     });

@@ -16,7 +16,8 @@
 //! | `kvasir_kv_store_moved_bytes_total` | bytes | `transport`: local, tcp; `direction`: read, written |
 //! | `kvasir_kv_store_fenced_connections_total` | connections cut so that memory could be reused | |
 //! | `kvasir_kv_store_handed_over_blocks_total`, `_handed_over_bytes_total` | blocks, bytes given to other nodes | |
-//! | `kvasir_kv_store_not_handed_over_blocks_total` | blocks that others were to have and did not take | |
+//! | `kvasir_kv_store_handover_failed_groups_total` | times that a group did not arrive elsewhere | |
+//! | `kvasir_kv_store_not_handed_over_blocks` | blocks that others were to have and nobody took | |
 //! | `kvasir_kv_store_handover_groups_left`, `_hot_groups` | placement groups | |
 //! | `kvasir_kv_store_call_seconds` | seconds | `call` |
 

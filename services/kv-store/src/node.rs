@@ -29,8 +29,8 @@ use crate::{
     error::Error,
     published::{Published, Whereabouts},
     store::{
-        BlockBytes, Checksum, Facts, Found, Keep, LeaseId, Origin, Place, ReservationId, Reserved, Settings, SlotState,
-        Store, Totals, Usage, Written,
+        BlockBytes, Checksum, Facts, Found, Keep, LeaseId, Origin, Place, ReservationId, Reserved, Settings, Sift,
+        SlotState, Store, Totals, Usage, Written,
     },
 };
 
@@ -38,10 +38,11 @@ use crate::{
 /// verified after they became visible.
 const VERIFIED_AT_ONCE: u64 = 256 << 10;
 
-/// How often a torn block that somebody holds is tried to be given up; after that the next reader reports it.
-const MAX_TRIES: u32 = 100;
+/// How often it is tried to give up torn blocks that somebody holds, which is longer than leases last by themselves; after
+/// that the next reader reports them.
+const MAX_TRIES: u32 = 200;
 /// And after how long again.
-const TRY_AGAIN: Duration = Duration::from_millis(20);
+const TRY_AGAIN: Duration = Duration::from_millis(50);
 
 /// One store node. Shared by all tasks.
 pub(crate) struct Node {
@@ -354,14 +355,23 @@ impl Node {
         drop(turn);
         self.lock().store.let_go_written(&claimed);
         let wrong = claimed.iter().zip(right).filter_map(|((written, _), right)| (!right).then_some(written.place));
-        for place in wrong.collect::<Vec<_>>() {
+        let mut wrong: Vec<Place> = wrong.collect();
+        for place in &wrong {
             tracing::warn!(hash = %place.hash, "a block was not written with the bytes its writer said, it is given up");
-            // A reader who is just finding that out holds it for a moment.
-            let mut tries = 0;
-            while self.give_up_torn(place.size, &[place.hash]).await == 0 && tries < MAX_TRIES {
-                tokio::time::sleep(TRY_AGAIN).await;
-                tries += 1;
+        }
+        // Readers who are just finding that out hold them for a while.
+        for _ in 0..MAX_TRIES {
+            let mut held = Vec::new();
+            for place in wrong {
+                if self.give_up_torn(place.size, &[place.hash]).await.in_use > 0 {
+                    held.push(place);
+                }
             }
+            if held.is_empty() {
+                return;
+            }
+            wrong = held;
+            tokio::time::sleep(TRY_AGAIN).await;
         }
     }
 
@@ -394,14 +404,14 @@ impl Node {
                 broken.push(hash);
             }
         }
-        Ok(self.give_up_torn(size, &broken).await)
+        Ok(self.give_up_torn(size, &broken).await.evicted as usize)
     }
 
     /// Counts those that go: somebody else may have been first, or is at them.
-    async fn give_up_torn(self: &Arc<Self>, size: BlockBytes, hashes: &[BlockHash]) -> usize {
-        let gone = self.evict_these(size, hashes).await.evicted;
-        self.lock().torn_blocks += gone;
-        gone as usize
+    async fn give_up_torn(self: &Arc<Self>, size: BlockBytes, hashes: &[BlockHash]) -> Sift {
+        let sift = self.evict_these(size, hashes).await;
+        self.lock().torn_blocks += sift.evicted;
+        sift
     }
 
     /// How many of the named blocks are there with these bytes.

@@ -158,7 +158,7 @@ impl v1::store_server::Store for StoreService {
         Ok(Response::new(v1::StoreStatusResponse {
             leaving: progress.leaving().name().to_owned(),
             handed_over_blocks_total: progress.blocks(),
-            not_handed_over_blocks_total: progress.missed(),
+            not_handed_over_blocks: progress.refused(),
             handover_groups_left: progress.groups_left(),
             hot_groups: self.hot.count() as u64,
             ..status

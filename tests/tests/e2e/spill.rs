@@ -4,7 +4,7 @@
 use anyhow::{Result, ensure};
 use futures_util::future;
 use kvasir_tests::{
-    Builder, Client, Cluster, Service,
+    Builder, Client, Cluster, Process, Service,
     wait::{self, SOON},
 };
 use serde_json::Value;
@@ -96,7 +96,7 @@ async fn what_finds_no_staging_is_computed_again() -> Result<()> {
 }
 
 /// The store fails when blocks are on their way to it.
-async fn without_the_store(fail: fn(&mut Cluster)) -> Result<()> {
+async fn without_the_store(fail: fn(&mut Process)) -> Result<()> {
     tight()
         .run(async |cluster| {
             for warning in [
@@ -111,7 +111,7 @@ async fn without_the_store(fail: fn(&mut Cluster)) -> Result<()> {
             let (client, bodies) = (cluster.client(), bodies(cluster, 2));
             let failing = async {
                 spilling(cluster).await?;
-                fail(cluster);
+                fail(&mut cluster.node_mut(Service::KvStore, 0).process);
                 counted(cluster, "preemptions").await
             };
             let (crowded, before) = future::join(at_once(&client, &bodies), failing).await;
@@ -119,10 +119,7 @@ async fn without_the_store(fail: fn(&mut Cluster)) -> Result<()> {
             let after = counted(cluster, "preemptions").await?;
             ensure!(after > before, "nobody lost blocks any more when the store had failed");
             ensure!(crowded == one_by_one(&client, &bodies).await?, "an answer shows that its blocks were gone");
-            let process = &mut cluster.node_mut(Service::KvStore, 0).process;
-            if !process.is_reaped() {
-                process.resume();
-            }
+            cluster.node_mut(Service::KvStore, 0).process.resume();
             Ok(())
         })
         .await
@@ -130,10 +127,10 @@ async fn without_the_store(fail: fn(&mut Cluster)) -> Result<()> {
 
 #[tokio::test]
 async fn a_store_that_is_killed_costs_the_blocks_not_the_answers() -> Result<()> {
-    without_the_store(|cluster| cluster.node_mut(Service::KvStore, 0).process.kill()).await
+    without_the_store(Process::kill).await
 }
 
 #[tokio::test]
 async fn a_store_that_stops_answering_costs_the_blocks_not_the_answers() -> Result<()> {
-    without_the_store(|cluster| cluster.node_mut(Service::KvStore, 0).process.pause()).await
+    without_the_store(Process::pause).await
 }

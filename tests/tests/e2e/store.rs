@@ -1,11 +1,13 @@
 //! The KV store as requests meet it: what goes there, when it is asked, and what it costs when it fails.
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail, ensure};
 use futures_util::future;
 use kvasir_tests::{
-    Builder, Cluster, Service,
+    Builder, Cluster, Process, Service,
     golden::KvDtype,
     metrics::Metrics,
+    namespace::Namespace,
+    net::Net,
     wait::{self, SOON},
     workspace,
 };
@@ -45,16 +47,16 @@ async fn until_committed(cluster: &Cluster, blocks: u64) -> Result<()> {
 
 #[tokio::test]
 async fn answers_are_the_same_when_the_store_is_killed_in_the_middle() -> Result<()> {
-    failing(|cluster| cluster.node_mut(Service::KvStore, 0).process.kill()).await
+    failing(Process::kill).await
 }
 
 #[tokio::test]
 async fn answers_are_the_same_when_the_store_stops_answering_in_the_middle() -> Result<()> {
-    failing(|cluster| cluster.node_mut(Service::KvStore, 0).process.pause()).await
+    failing(Process::pause).await
 }
 
 /// All questions with the store, all while it fails, all without it.
-async fn failing(fail: fn(&mut Cluster)) -> Result<()> {
+async fn failing(fail: fn(&mut Process)) -> Result<()> {
     let folder = workspace::demo_model();
     asking()
         .set(Service::Prefill, "engine.prefix_cache", false)
@@ -71,17 +73,14 @@ async fn failing(fail: fn(&mut Cluster)) -> Result<()> {
                     (status.hit_blocks_total > before + 10).then_some(())
                 })
                 .await?;
-                fail(cluster);
+                fail(&mut cluster.node_mut(Service::KvStore, 0).process);
                 anyhow::Ok(())
             };
             let (agreed, failed) = future::join(all(), fails).await;
             agreed?;
             failed?;
             all().await?;
-            let process = &mut cluster.node_mut(Service::KvStore, 0).process;
-            if !process.is_reaped() {
-                process.resume();
-            }
+            cluster.node_mut(Service::KvStore, 0).process.resume();
             Ok(())
         })
         .await
@@ -238,6 +237,72 @@ async fn what_finds_no_room_in_the_queue_is_counted_and_forgotten() -> Result<()
             ensure!(dropped("queue_full") == blocks - 3.0, "{} of {blocks} blocks dropped", dropped("queue_full"));
             ensure!(committed(cluster).await? == 3, "no more were written than found room");
             Ok(())
+        })
+        .await
+}
+
+#[tokio::test]
+async fn with_fetch_off_nothing_is_asked_or_read_and_answers_are_the_same() -> Result<()> {
+    let folder = workspace::demo_model();
+    asking()
+        .prefill(1)
+        .set(Service::Prefill, "engine.prefix_cache", false)
+        .worker("store.fetch", "off")
+        .run(async |cluster| {
+            let (client, model) = (cluster.client(), cluster.model().to_owned());
+            // Everything is in the store when it is asked for the second time.
+            for _ in 0..2 {
+                answers_agree(&client, &model, &folder, 4, KvDtype::default()).await?;
+                until_committed(cluster, 10).await?;
+            }
+            let store = of(cluster, Service::KvStore, 0).await?;
+            ensure!(store.sum("kvasir_kv_store_lookups_total") == 0.0, "the store was asked");
+            for service in [Service::Prefill, Service::Decode] {
+                let metrics = of(cluster, service, 0).await?;
+                let read = metrics.sum_where("kvasir_worker_prompt_tokens_total", &[("source", "Store")]);
+                let decided = metrics.sum("kvasir_worker_store_decisions_total");
+                ensure!((read, decided) == (0.0, 0.0), "{service:?} read {read} tokens in {decided} decisions");
+            }
+            Ok(())
+        })
+        .await
+}
+
+#[tokio::test]
+async fn a_prompts_beginning_is_computed_while_the_rest_is_read() -> Result<()> {
+    if !Namespace::Network.entered("store::a_prompts_beginning_is_computed_while_the_rest_is_read")? {
+        return Ok(());
+    }
+    // A store from which a block takes about as long as computing it.
+    let net = Net::new(1).await?;
+    net.slow(0, 40)?;
+    Cluster::builder()
+        .etcd(Net::here())
+        .place(Service::KvStore, 0, net.place(0))
+        .set(Service::KvStore, "transfer.transports", "tcp")
+        .worker("engine.chunk_tokens", 16)
+        .worker("engine.prefix_cache", false)
+        .set(Service::Decode, "decode.local_prefill_tokens", 0)
+        .run(async |cluster| {
+            let (client, model) = (cluster.client(), cluster.model().to_owned());
+            let mut blocks = 0;
+            // How long reading takes it learns by reading.
+            for number in 0..20 {
+                let body = chat(&model, &format!("{number} {}", long(300)));
+                let computed = client.chat(&body).await?;
+                blocks += computed["usage"]["prompt_tokens"].as_u64().unwrap_or_default() / 16;
+                until_committed(cluster, blocks).await?;
+                let read = client.chat(&body).await?;
+                ensure!(text(&read) == text(&computed), "the same question has the same answer");
+                let metrics = of(cluster, Service::Prefill, 0).await?;
+                let meanwhile = metrics.sum("kvasir_worker_store_meanwhile_tokens_total");
+                if meanwhile > 0.0 {
+                    let read = metrics.sum_where("kvasir_worker_prompt_tokens_total", &[("source", "Store")]);
+                    ensure!(read > 0.0, "and the rest was read");
+                    return Ok(());
+                }
+            }
+            bail!("nothing was computed while blocks were read")
         })
         .await
 }

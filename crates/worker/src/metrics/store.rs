@@ -13,6 +13,8 @@ pub(crate) struct StoreMetrics {
     /// Of reading a run that was found, in seconds.
     pub(crate) read: Histogram,
     pub(crate) read_bytes: Counter,
+    /// Prompt tokens computed while the blocks behind them were read.
+    pub(crate) meanwhile_tokens: Counter,
     /// What was expected at the last decision, in seconds.
     pub(crate) expected_compute: FloatGauge,
     pub(crate) expected_read: FloatGauge,
@@ -53,6 +55,10 @@ impl StoreMetrics {
                 LATENCY_SECONDS,
             ),
             read_bytes: page.counter("kvasir_worker_store_read_bytes", "KV bytes read from the store for prompts"),
+            meanwhile_tokens: page.counter(
+                "kvasir_worker_store_meanwhile_tokens",
+                "Prompt tokens computed while the blocks behind them were read from the store",
+            ),
             expected_compute: page.float_gauge(
                 "kvasir_worker_store_expected_compute_seconds",
                 "At the last decision: how long computing the blocks was expected to take",

@@ -70,6 +70,8 @@ impl Store {
         let plan = self.find(request, admission, wanted.clone(), deadline).await;
         let Some(Plan { mut found, head, deadline: until }) = plan else { return Fetched::default() };
         let start = wanted.start + head;
+        let computed = || self.engine.stats().prefill.tokens;
+        let before = computed();
         if head > 0 {
             found.skip(head);
             meanwhile.compute_until(start);
@@ -85,6 +87,9 @@ impl Store {
         let took = started.elapsed();
         lock(&self.costs).read(report.bytes, took, Instant::now());
         self.metrics.read.observe(took.as_secs_f64());
+        // The engine had nothing else to do when it got the head: what it has computed since is the head, as far as that goes.
+        let meanwhile = (computed() - before).min((head * self.layout.block_size as usize) as u64);
+        self.metrics.meanwhile_tokens.inc_by(meanwhile);
         self.metrics.read_bytes.inc_by(report.bytes);
         tracing::debug!(found = found.blocks(), head, read = report.blocks, ms = millis(took), "read from the store");
         if let Some(error) = &report.error {

@@ -140,6 +140,7 @@ impl Nodes {
                 protocol_version: PROTOCOL_VERSION,
                 block_bytes: prompt.block_bytes,
                 hashes: pack(part),
+                index: false,
             };
             for Told { node, answer } in self.all(async |mut client| client.exists(request.clone()).await).await {
                 match answer {

@@ -205,7 +205,7 @@ pub(crate) fn evicted(evicted: u64, in_use: u64, output: Output) -> String {
 
 /// `kv drain`. What goes with the node is said before it goes.
 pub(crate) fn leaving(node: &str, leaving: &str, status: &v1::StoreStatusResponse, output: Output) -> String {
-    let (given, kept) = (status.handed_over_blocks_total, status.not_handed_over_blocks_total);
+    let (given, kept) = (status.handed_over_blocks_total, status.not_handed_over_blocks);
     let disk_only = status.blocks.saturating_sub(status.memory_blocks);
     if matches!(output, Output::Json) {
         return render::json(&serde_json::json!({

@@ -3,6 +3,7 @@ use std::{
     os::unix::fs::{FileExt as _, symlink},
     path::Path,
     sync::mpsc,
+    time::Duration,
 };
 
 use kvasir_transfer::Allocation;
@@ -310,6 +311,27 @@ fn a_full_disk_takes_no_more_new_blocks_and_says_so() {
     assert_eq!(opened.disk.stats().full, 2);
 }
 
+#[test]
+fn a_full_disk_ends_every_write_that_it_took_however_often_it_is_tried() {
+    let dir = with_data("/dev/full");
+    let opened = try_open(&DiskConfig { retry_ms: 5, ..config(dir.path()) }, SLAB).unwrap();
+    let (sender, receiver) = mpsc::channel();
+    for _ in 0..50 {
+        while !opened.disk.may_grow() {}
+        // All are taken, for the disk is to be tried; one of them tries it, and the others, no neighbours, are refused.
+        let write = |number: u64| {
+            let sender = sender.clone();
+            let done = move |result: Result<(), Failure>| sender.send(result).unwrap();
+            opened.disk.write(DiskOffset(number * 8192), record(number, 4096), 0, done).is_ok()
+        };
+        let taken = (0..4).filter(|&number| write(number)).count();
+        for _ in 0..taken {
+            let ended = receiver.recv_timeout(Duration::from_secs(30)).expect("it is told what became of it");
+            assert!(matches!(ended, Err(Failure::Full)));
+        }
+    }
+}
+
 /// Says that tests which mount a file system are not to be run.
 const LEFT_OUT: &str = "KVASIR_TEST_NO_MOUNTS";
 /// Where the test below finds the file system that was mounted for it.
@@ -338,7 +360,7 @@ fn a_full_file_system_keeps_what_it_has_and_is_filled_again_once_there_is_room()
 }
 
 #[test]
-#[ignore = "run by the test above, in a namespace of its own"]
+#[ignore = "not a test: the inside of the one above: cargo nextest run -p kvasir-kv-store -E 'test(a_full_file_system)'"]
 fn in_a_small_file_system() {
     let dir = PathBuf::from(std::env::var(MOUNTED).unwrap());
     let opened = try_open(&DiskConfig { retry_ms: 1, ..config(&dir) }, SLAB).unwrap();
@@ -450,7 +472,7 @@ fn a_disk_may_be_dropped_by_its_own_thread() {
 
 /// The time that a large node's restart takes; says it, and asserts none.
 #[test]
-#[ignore = "writes more than a gigabyte"]
+#[ignore = "writes gigabytes: cargo test --release -p kvasir-kv-store --lib ten_million_blocks -- --ignored --nocapture"]
 fn ten_million_blocks_are_found_again() {
     let dir = tempfile::tempdir().unwrap();
     let (slab, len, count) = (16 << 20, 64 * KIB, 10_000_000);

@@ -182,10 +182,12 @@ impl Shared {
     /// The life of a thread.
     pub(super) fn run(&self) {
         while let Some((jobs, refused)) = self.next() {
+            // Also of jobs that are refused, all of them: the queue counts who writes.
+            let first = jobs.first().or_else(|| refused.first().map(|(job, _)| job));
+            let write = first.is_some_and(|job| !matches!(job.kind, Kind::Read(_)));
             for (job, failure) in refused {
                 self.end(job, Err(failure));
             }
-            let write = jobs.first().is_some_and(|job| !matches!(job.kind, Kind::Read(_)));
             self.execute(jobs);
             if self.lock().queue.ended(write) {
                 self.changed.notify_one();

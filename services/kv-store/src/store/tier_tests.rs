@@ -106,9 +106,12 @@ enum Under {
     Down(Move),
 }
 
+/// Blocks, and where each is with which bytes.
+type Readable = HashMap<(BlockBytes, BlockHash), (u64, Checksum)>;
+
 /// What readers who look for themselves are told.
 #[derive(Clone, Default)]
-struct Told(Arc<Mutex<HashMap<(BlockBytes, BlockHash), (u64, Checksum)>>>);
+struct Told(Arc<Mutex<Readable>>);
 
 impl Publish for Told {
     fn put(&mut self, place: &Place, checksum: &Checksum) {

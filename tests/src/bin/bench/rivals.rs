@@ -1,9 +1,12 @@
-//! The rivals' packages, each in a virtual environment of its own under the target directory, installed once.
+//! The rivals' packages, each in a virtual environment of its own under the target directory, installed once; and what
+//! starting their servers takes.
 
 use std::{
     fs,
+    net::{Ipv4Addr, TcpListener},
     path::{Path, PathBuf},
     process::Command,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, bail};
@@ -41,6 +44,23 @@ pub fn packages(python: &Path) -> Result<PathBuf> {
     let print = "import sysconfig; print(sysconfig.get_path('platlib'))";
     let output = Command::new(python).args(["-c", print]).output()?;
     Ok(PathBuf::from(String::from_utf8(output.stdout)?.trim()))
+}
+
+/// Waits until a server that was just started is there.
+pub fn until<T>(what: &str, mut probe: impl FnMut() -> Option<T>) -> Result<T> {
+    let end = Instant::now() + Duration::from_secs(20);
+    while Instant::now() < end {
+        if let Some(value) = probe() {
+            return Ok(value);
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    bail!("waited in vain until {what}")
+}
+
+/// A port that is free now, for a server that can't be given port 0.
+pub fn free_port() -> Result<u16> {
+    Ok(TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?.port())
 }
 
 fn quiet(command: &mut Command) -> Result<()> {

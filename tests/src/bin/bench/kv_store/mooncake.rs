@@ -4,17 +4,20 @@
 //! while others are measured: a master that has not heard of its clients for a while takes them for dead.
 
 use std::{
-    net::{Ipv4Addr, TcpListener, TcpStream},
+    net::{Ipv4Addr, TcpStream},
     path::Path,
     process::Command,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use kvasir_tests::workspace;
 use serde_json::json;
 
-use crate::{child::Child, rivals};
+use crate::{
+    child::Child,
+    rivals::{self, free_port, until},
+};
 
 /// A key that was read can't be removed for so long: its default is five seconds.
 const LEASE: Duration = Duration::from_millis(500);
@@ -61,19 +64,4 @@ impl Mooncake {
         std::thread::sleep(LEASE + LEASE / 5);
         self.client.ask(&json!({"do": "clear"})).map(drop)
     }
-}
-
-fn until<T>(what: &str, mut probe: impl FnMut() -> Option<T>) -> Result<T> {
-    let end = Instant::now() + Duration::from_secs(20);
-    while Instant::now() < end {
-        if let Some(value) = probe() {
-            return Ok(value);
-        }
-        std::thread::sleep(Duration::from_millis(20));
-    }
-    bail!("waited in vain until {what}")
-}
-
-fn free_port() -> Result<u16> {
-    Ok(TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?.port())
 }

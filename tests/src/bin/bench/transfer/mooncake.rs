@@ -6,16 +6,18 @@
 
 use std::{
     io::{Read, Write},
-    net::{Ipv4Addr, TcpListener, TcpStream},
+    net::{Ipv4Addr, TcpStream},
     path::{Path, PathBuf},
     process::Command,
-    time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 
 use super::plan::{Figure, Load, WORKING_SET};
-use crate::{child::Child, rivals};
+use crate::{
+    child::Child,
+    rivals::{self, free_port, until},
+};
 
 /// A metadata server and a target.
 pub struct Mooncake {
@@ -109,21 +111,6 @@ fn registered(metadata: u16, name: &str) -> Option<()> {
     let mut answer = String::new();
     stream.read_to_string(&mut answer).ok()?;
     answer.contains("\"addr\"").then_some(())
-}
-
-fn until<T>(what: &str, mut probe: impl FnMut() -> Option<T>) -> Result<T> {
-    let end = Instant::now() + Duration::from_secs(20);
-    while Instant::now() < end {
-        if let Some(value) = probe() {
-            return Ok(value);
-        }
-        std::thread::sleep(Duration::from_millis(20));
-    }
-    bail!("waited in vain until {what}")
-}
-
-fn free_port() -> Result<u16> {
-    Ok(TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?.port())
 }
 
 /// Bytes that the loopback device has carried.
