@@ -1,4 +1,5 @@
-//! Looking without taking: how long a prompt's run in the store is.
+//! Looking without taking: how long a prompt's run in the store is. What a node's published index tells need not be asked
+//! for ([`crate::glance`]).
 //!
 //! Callers who ask a node at the same time share calls: while one is under way, those who come meanwhile wait, and their
 //! hashes go together in the next one. Who asks alone waits for nobody. No task does this: of those who wait, one makes the
@@ -20,7 +21,7 @@ use kvasir_types::{BlockHash, Deadline, Incarnation, MemberId, PROTOCOL_VERSION}
 use tokio::sync::oneshot;
 
 use crate::{
-    Error, Inner, MAX_HASHES,
+    Error, Inner, MAX_HASHES, glance,
     placement::{Node, Share},
 };
 
@@ -121,11 +122,30 @@ impl Drop for Turn {
 pub(crate) async fn exists(
     inner: &Inner,
     share: &Share,
-    hashes: Vec<BlockHash>,
+    mut hashes: Vec<BlockHash>,
     block_bytes: u64,
     deadline: Deadline,
 ) -> Result<usize, Error> {
     let node: &Node = &share.node;
+    if let Some(index) = inner.peers.index(node) {
+        let seen = glance::glance(inner, node, &index, hashes.iter().copied(), block_bytes, deadline).await.len();
+        if seen == hashes.len() {
+            return Ok(seen);
+        }
+        let rest = hashes.split_off(seen);
+        return Ok(seen + by_call(inner, node, rest, block_bytes, deadline).await?);
+    }
+    by_call(inner, node, hashes, block_bytes, deadline).await
+}
+
+/// The same, by asking.
+async fn by_call(
+    inner: &Inner,
+    node: &Node,
+    hashes: Vec<BlockHash>,
+    block_bytes: u64,
+    deadline: Deadline,
+) -> Result<usize, Error> {
     let key = (node.id.clone(), node.incarnation, block_bytes);
     let turn = match inner.shared.enter(&key, &hashes) {
         Ok(turn) => Some(turn),
@@ -163,9 +183,11 @@ async fn ask(
         protocol_version: PROTOCOL_VERSION,
         block_bytes,
         hashes: convert::pack16(hashes.iter().map(|hash| &hash.0)),
+        index: inner.peers.index(node).is_none(),
     };
     let call = async |mut client: v1::store_client::StoreClient<_>| client.exists(message).await;
-    let tiers = inner.peers.call(node, deadline, call).await?.tiers;
+    let v1::ExistsResponse { tiers, index } = inner.peers.call(node, deadline, call).await?;
+    glance::told(inner, node, index.as_ref());
     if tiers.len() == hashes.len() {
         return Ok(tiers.into());
     }

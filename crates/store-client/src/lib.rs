@@ -21,12 +21,14 @@ mod breaker;
 mod config;
 mod error;
 mod exists;
+mod glance;
 mod hot;
 mod in_flight;
 mod known;
 mod lookup;
 mod peers;
 mod placement;
+pub mod published;
 mod read;
 pub mod rendezvous;
 mod views;
@@ -55,6 +57,7 @@ pub use error::Error;
 pub use read::{Found, ReadReport, Source};
 pub use write::{GroupBlocks, WriteReport};
 
+use glance::Scratch;
 use hot::Hot;
 use known::Known;
 use peers::Peers;
@@ -91,6 +94,7 @@ struct Inner {
     engine: TransferEngine,
     peers: Peers,
     shared: Arc<exists::Shared>,
+    scratch: Scratch,
 }
 
 impl StoreClient {
@@ -109,6 +113,7 @@ impl StoreClient {
                 engine,
                 peers,
                 shared: Arc::default(),
+                scratch: Scratch::default(),
             }),
         }
     }

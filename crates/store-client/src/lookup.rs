@@ -23,8 +23,9 @@ use kvasir_proto::{convert, v1};
 use kvasir_types::{BlockHash, Deadline, Epoch, GrantKey, MemberId, PROTOCOL_VERSION, RequestId, SegmentDescriptor};
 
 use crate::{
-    Error, Inner, MAX_CALLS, MAX_HASHES,
+    Error, Inner, MAX_CALLS, MAX_HASHES, glance,
     placement::{Miss, Node, Placement, Share, collect},
+    published::Line,
 };
 
 /// Most rounds of lookups for one read; each costs a round trip.
@@ -44,18 +45,14 @@ pub(crate) struct Search<'a> {
 /// A node's answer to a lookup: it has the first `found.len()` blocks of the share.
 pub(crate) struct Answer {
     pub(crate) share: Share,
-    pub(crate) found: Vec<Found>,
+    pub(crate) found: Vec<Line>,
     /// So many of them the node had in memory when it was asked; for the others it was waited.
     pub(crate) at_once: usize,
     pub(crate) segment: SegmentDescriptor,
     pub(crate) grant: GrantKey,
+    /// 0: nobody holds the blocks, they may be given up before they are read.
     pub(crate) lease: u64,
     pub(crate) until: Deadline,
-}
-
-pub(crate) struct Found {
-    pub(crate) offset: u64,
-    pub(crate) checksum: [u8; 16],
 }
 
 /// What a node said beside what it has.
@@ -219,6 +216,7 @@ impl Search<'_> {
             wait_ms: 0,
             ended: self.inner.peers.take_ended(&share.node),
             prompt_blocks: u32::try_from(self.blocks.len()).unwrap_or(u32::MAX),
+            index: self.inner.peers.index(&share.node).is_none(),
             epoch: epoch.0,
         };
         let (again, mut asked) = (message.clone(), Instant::now());
@@ -238,6 +236,7 @@ impl Search<'_> {
         }
         let moved = response.view.as_ref().is_some_and(|view| self.inner.newer(&share.node, view));
         self.inner.hot.told(&response.hot, Instant::now());
+        glance::told(self.inner, &share.node, response.index.as_ref());
         let reply = |answer| Reply { answer, known: response.known as usize, warming: response.warming, moved };
         if response.offsets.is_empty() {
             return Ok(reply(None));
@@ -249,7 +248,7 @@ impl Search<'_> {
             let (asked, got) = (share.blocks.len(), response.offsets.len());
             return Err(Error::Count { member: member.clone(), asked, got });
         }
-        let found = response.offsets.iter().zip(sums).map(|(&offset, checksum)| Found { offset, checksum }).collect();
+        let found = response.offsets.iter().zip(sums).map(|(&offset, checksum)| Line { offset, checksum }).collect();
         let segment = response.segment.as_ref().ok_or(kvasir_proto::Error::Missing("segment"));
         let segment = segment.and_then(SegmentDescriptor::try_from).map_err(unacceptable)?;
         // The node's lease began after we asked, so by our clock it lasts at least this long.

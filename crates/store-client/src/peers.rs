@@ -10,7 +10,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use kvasir_proto::{MAX_MESSAGE_BYTES, v1::store_client::StoreClient};
+use kvasir_proto::{
+    MAX_MESSAGE_BYTES,
+    v1::{self, store_client::StoreClient},
+};
 use kvasir_types::{Deadline, Incarnation, MemberId};
 use tonic::{
     Code, Response, Status,
@@ -18,8 +21,9 @@ use tonic::{
 };
 
 use crate::{
-    Config, Error,
+    Config, Error, MAX_HASHES,
     breaker::Breaker,
+    glance::Index,
     placement::{Node, Placement},
 };
 
@@ -41,9 +45,22 @@ struct Peer {
     breaker: Breaker,
     /// Leases that are done with, to be told with the next call.
     ended: Vec<u64>,
+    /// Where its published index is, once it has said so.
+    index: Option<Arc<Index>>,
+    /// What was read by it and is to be told.
+    used: Vec<v1::UsedBlocks>,
+    /// When the first of those was read.
+    used_since: Instant,
     /// Bytes that this client is reading from it. A hint for the choice among copies, so no order is asked for.
     load: Arc<AtomicU64>,
 }
+
+/// So many blocks read without a lookup are told to a node at a time, as the protocol has it,
+const USED_AT_ONCE: usize = MAX_HASHES;
+/// or so many reads, since one read in so many waits for that,
+const READS_AT_ONCE: usize = 128;
+/// or as many as there are after this time.
+const USED_WAIT: Duration = Duration::from_millis(250);
 
 /// Most leases that are told to have ended with one call; who has more lets the rest end by themselves.
 const MAX_ENDED: usize = 1024;
@@ -140,6 +157,52 @@ impl Peers {
         ended
     }
 
+    /// Where the node's index is, if that is known.
+    pub(crate) fn index(&self, node: &Node) -> Option<Arc<Index>> {
+        self.lock().get(&node.id).filter(|peer| peer.incarnation == node.incarnation)?.index.clone()
+    }
+
+    pub(crate) fn learn_index(&self, node: &Node, index: Index) {
+        self.with(node, |peer| peer.index = Some(Arc::new(index)));
+    }
+
+    pub(crate) fn forget_index(&self, node: &Node) {
+        self.with(node, |peer| peer.index = None);
+    }
+
+    /// Blocks were read without a lookup: for a while, only this client knows.
+    pub(crate) fn used(&self, node: &Node, blocks: v1::UsedBlocks) {
+        self.with(node, |peer| {
+            if peer.used.is_empty() {
+                peer.used_since = Instant::now();
+            }
+            peer.used.push(blocks);
+        });
+    }
+
+    /// What the node is to be told now of blocks that were read without a lookup.
+    pub(crate) fn take_used(&self, node: &Node) -> Vec<v1::UsedBlocks> {
+        let mut told = Vec::new();
+        self.with(node, |peer| {
+            let blocks: usize = peer.used.iter().map(|used| used.hashes.len() / 16).sum();
+            let many = peer.used.len() >= READS_AT_ONCE || blocks >= USED_AT_ONCE / 2;
+            if many || (blocks > 0 && peer.used_since.elapsed() >= USED_WAIT) {
+                let mut room = USED_AT_ONCE;
+                let fit = peer.used.iter().take_while(|used| {
+                    let blocks = used.hashes.len() / 16;
+                    let fits = blocks <= room;
+                    room = room.saturating_sub(blocks);
+                    fits
+                });
+                let fit = fit.count();
+                told = peer.used.drain(..fit).collect();
+                // More than a call takes came in at once: who reads so much can spare some of it.
+                peer.used.truncate(READS_AT_ONCE);
+            }
+        });
+        told
+    }
+
     /// A node did not do its part.
     pub(crate) fn failed(&self, node: &Node) {
         self.with(node, |peer| peer.breaker.failed(Instant::now()));
@@ -175,6 +238,9 @@ impl Peers {
             channel: channel.clone(),
             breaker: Breaker::new(self.wait),
             ended: Vec::new(),
+            index: None,
+            used: Vec::new(),
+            used_since: Instant::now(),
             load: Arc::default(),
         };
         peers.insert(node.id.clone(), peer);

@@ -214,10 +214,11 @@ pub(crate) fn collect(
     shares
 }
 
-/// What most of the nodes that stay say, of several such values that of the first node by name.
+/// What most of the nodes that stay say, or of all if none does; of several such values that of the first node by name.
 fn majority(nodes: &[Node], value: impl Fn(&StoreInfo) -> u32) -> u32 {
     let mut counts: Vec<(u32, usize)> = Vec::new();
-    for node in nodes.iter().filter(|node| !node.draining) {
+    let none_stays = nodes.iter().all(|node| node.draining);
+    for node in nodes.iter().filter(|node| none_stays || !node.draining) {
         let value = value(&node.store);
         match counts.iter_mut().find(|(known, _)| *known == value) {
             Some((_, count)) => *count += 1,

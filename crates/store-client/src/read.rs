@@ -11,17 +11,22 @@ use std::{
     time::{Duration, Instant},
 };
 
-use futures_util::{StreamExt, stream::FuturesUnordered};
+use futures_util::{
+    StreamExt,
+    future::{join, join_all},
+    stream::FuturesUnordered,
+};
 use kvasir_proto::{convert, v1};
 use kvasir_transfer::{Batch, Checksum, Op, Priority};
-use kvasir_types::{BlockHash, Deadline, MemberId, RequestId};
+use kvasir_types::{BlockHash, Deadline, MemberId, PROTOCOL_VERSION, RequestId};
 
 use crate::{
-    Error, Inner,
+    Error, Inner, MAX_HASHES,
+    glance::glance,
     in_flight::InFlight,
     lookup::{Answer, Search},
     peers::Load,
-    placement::Node,
+    placement::{Node, collect},
 };
 
 /// Slices of a read: as many as this, if they are neither too small nor too large.
@@ -30,6 +35,11 @@ const SLICES: u64 = 8;
 const MIN_SLICE: u64 = 32 << 10;
 /// Largest slice.
 const MAX_SLICE: u64 = 1 << 20;
+
+/// Most bytes that are read without a lease: a lookup for more takes a small part of the time.
+const MAX_GLANCED: u64 = 8 << 20;
+/// How long telling a node what was used may take.
+const USED_TIMEOUT: Duration = Duration::from_millis(50);
 
 /// How long telling a node of wrong bytes may take: the reader goes on without them anyway.
 const REPORT_TIMEOUT: Duration = Duration::from_millis(50);
@@ -200,11 +210,90 @@ pub(crate) async fn read(
     block_bytes: u64,
     deadline: Deadline,
 ) -> ReadReport {
+    let seen = read_at_a_glance(inner, blocks, have, block_bytes, deadline).await;
+    let have = have + seen.blocks;
+    if have == blocks.len() {
+        inner.known.note(blocks, have);
+        return seen;
+    }
     let mut found = find(inner, request, blocks.to_vec(), have, block_bytes, deadline).await;
     let mut report = fetch(inner, &found, deadline, |_| {}).await;
     report.error = found.take_error().or(report.error);
     release(inner, found);
+    ReadReport { blocks: seen.blocks + report.blocks, bytes: seen.bytes + report.bytes, error: report.error }
+}
+
+/// Reads what published indexes tell, if it is so little that a lookup would take as long as the bytes. What goes wrong with
+/// that is no error yet.
+async fn read_at_a_glance(
+    inner: &Inner,
+    blocks: &[(BlockHash, u64)],
+    have: usize,
+    block_bytes: u64,
+    deadline: Deadline,
+) -> ReadReport {
+    if ((blocks.len() - have) as u64).saturating_mul(block_bytes) > MAX_GLANCED {
+        return ReadReport::default();
+    }
+    let answers = glances(inner, blocks, have, block_bytes, deadline).await;
+    let run = have..run_end(&answers, have, blocks.len());
+    if run.is_empty() {
+        return ReadReport::default();
+    }
+    let found = Found { blocks: blocks.to_vec(), block_bytes, run, answers, error: None };
+    let telling = found.answers.iter().map(|answer| tell_used(inner, &answer.share.node));
+    let (report, _) = join(fetch(inner, &found, deadline, |_| {}), join_all(telling)).await;
+    for answer in &found.answers {
+        let read = answer.share.blocks.iter().take(answer.found.len()).filter(|&&block| block < have + report.blocks);
+        let read: Vec<_> = read.map(|&block| &blocks[block].0.0).collect();
+        if read.is_empty() {
+            continue;
+        }
+        let hashes = convert::pack16(read.into_iter());
+        let prompt_blocks = u32::try_from(blocks.len()).unwrap_or(u32::MAX);
+        inner.peers.used(&answer.share.node, v1::UsedBlocks { block_bytes, hashes, prompt_blocks });
+    }
     report
+}
+
+/// What the nodes' indexes tell of the blocks behind the first `have`: nobody holds it.
+async fn glances(
+    inner: &Inner,
+    blocks: &[(BlockHash, u64)],
+    have: usize,
+    block_bytes: u64,
+    deadline: Deadline,
+) -> Vec<Answer> {
+    let placement = inner.placement();
+    let behind = |group: Range<usize>| (group.start, group.start.max(have)..group.end);
+    let parts = placement.groups(blocks.len()).map(behind).filter(|(_, part)| !part.is_empty());
+    let parts = parts.map_while(|(first, part)| Some((inner.source(&placement, blocks[first].0)?, part)));
+    let shares = collect(parts, placement.group_blocks(), MAX_HASHES);
+    let glances = shares.into_iter().filter_map(|share| {
+        let index = inner.peers.index(&share.node)?;
+        Some(async move {
+            let hashes = share.blocks.iter().map(|&block| blocks[block].0);
+            let found = glance(inner, &share.node, &index, hashes, block_bytes, deadline).await;
+            let (segment, grant) = (index.segment.clone(), index.grant);
+            let at_once = found.len();
+            Answer { share, found, at_once, segment, grant, lease: 0, until: deadline }
+        })
+    });
+    join_all(glances).await
+}
+
+/// Tells a node what was read earlier without asking it, now and then: what is used is what it keeps.
+async fn tell_used(inner: &Inner, node: &Node) {
+    let runs = inner.peers.take_used(node);
+    if runs.is_empty() {
+        return;
+    }
+    let message = v1::UsedRequest { protocol_version: PROTOCOL_VERSION, runs };
+    let call = async |mut client: Client| client.used(message).await;
+    match inner.peers.call(node, Deadline::after(USED_TIMEOUT), call).await {
+        Ok(answer) => inner.hot.told(&answer.hot, Instant::now()),
+        Err(error) => tracing::debug!(member = %node.id, %error, "what was used was not told"),
+    }
 }
 
 /// So many milliseconds after `start`, bounded: the number comes from outside.
@@ -320,7 +409,10 @@ async fn finish(
     for slice in piece.slices {
         let _ = slice.transfer.await;
     }
-    if let Some(Error::Checksum { hash, .. }) = &failure {
+    // Of what nobody held it is no wonder.
+    if let Some(Error::Checksum { hash, .. }) = &failure
+        && piece.answer.lease != 0
+    {
         report(inner, piece.answer, *hash, block_bytes).await;
     }
     (good, failure)
@@ -352,7 +444,11 @@ async fn verify(inner: &Inner, piece: &mut Piece<'_>, blocks: &[(BlockHash, u64)
                 let found = std::mem::replace(&mut sum, Checksum::new(&inner.engine)).finish();
                 if found != answer.found[part.at].checksum {
                     let hash = blocks[answer.share.blocks[part.at]].0;
-                    tracing::warn!(member = %node.id, %hash, "a stored block has other bytes than were stored, taken as a miss");
+                    if answer.lease == 0 {
+                        tracing::debug!(member = %node.id, %hash, "a block was given up before it was read");
+                    } else {
+                        tracing::warn!(member = %node.id, %hash, "a stored block has other bytes than were stored, taken as a miss");
+                    }
                     return Err((part.at, Error::Checksum { member: node.id.clone(), hash }));
                 }
             }

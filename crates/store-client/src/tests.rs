@@ -19,7 +19,8 @@ use tonic::{Request, Response, Status, transport::server::TcpIncoming};
 
 use crate::{Config, Error, Origin, StoreClient};
 
-const BLOCK: u64 = 4096;
+/// Too large to be sent along with a call.
+const BLOCK: u64 = 64 << 10;
 
 /// Answers what it was told to answer.
 #[derive(Clone, Default)]
@@ -48,7 +49,10 @@ impl store_server::Store for Liar {
         Ok(Response::new(v1::CommitResponse { committed: self.committed }))
     }
     async fn exists(&self, _: Request<v1::ExistsRequest>) -> Result<Response<v1::ExistsResponse>, Status> {
-        Ok(Response::new(v1::ExistsResponse { tiers: self.tiers.clone().into() }))
+        Ok(Response::new(v1::ExistsResponse { tiers: self.tiers.clone().into(), ..Default::default() }))
+    }
+    async fn used(&self, _: Request<v1::UsedRequest>) -> Result<Response<v1::UsedResponse>, Status> {
+        Err(Status::internal("no"))
     }
     async fn get(&self, _: Request<v1::GetRequest>) -> Result<Response<v1::GetResponse>, Status> {
         Err(Status::internal("no"))

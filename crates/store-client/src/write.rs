@@ -1,21 +1,23 @@
 //! Writing: reserve at every node what is new to it, write that one-sided, commit what arrived.
 //!
-//! Nodes are served side by side, those of all copies; on each it is three steps in a row. A node that knows a newer view of
+//! Nodes are served side by side, those of all copies; on each it is three steps in a row, or one call that carries the bytes
+//! where they are few. A node that knows a newer view of
 //! the members says so instead of reserving: its share is then divided anew, by that view. The checksums are computed while
 //! the bytes move. A commit names only blocks whose batch was acknowledged; what it does not name, the node takes back.
 
 use std::{
+    pin::pin,
     sync::{Arc, OnceLock},
     time::Instant,
 };
 
 use futures_util::{
     StreamExt,
-    future::{join, join_all},
+    future::{Either, join, join_all, select},
     stream,
 };
 use kvasir_proto::{convert, v1};
-use kvasir_transfer::{Batch, Op, Priority, Range};
+use kvasir_transfer::{Batch, Checksum, Op, Priority, Range};
 use kvasir_types::{BlockHash, Deadline, Epoch, MemberId, PROTOCOL_VERSION, RequestId, SegmentDescriptor};
 use tokio::sync::Mutex;
 
@@ -43,6 +45,12 @@ pub struct WriteReport {
 
 /// Bytes that are reserved and committed as one, so that a node verifies them while the next are written.
 const PART_BYTES: u64 = 8 << 20;
+/// A share up to this size is sent along with one call: that is less than three steps cost.
+const INLINE_BYTES: u64 = 128 << 10;
+/// The checksums of a share up to this size are begun while its room is being made: wasted if it is there already.
+const AHEAD_BYTES: u64 = 8 << 20;
+/// Bytes hashed in one go: others use this thread too.
+const HASHED_AT_ONCE: u64 = 256 << 10;
 /// Most rounds of reservations for one write. There is a second one only if a node knew a newer view of the members.
 const MAX_ROUNDS: usize = 3;
 
@@ -205,11 +213,68 @@ impl Offer<'_> {
 
     async fn write_share(&self, share: Share, epoch: Epoch) -> ShareReport {
         let mut report = ShareReport::default();
-        match self.try_share(&share, epoch, &mut report).await {
-            Ok(()) => {}
-            Err(error) => report.error = report.error.or(Some(error)),
+        let bytes = (share.blocks.len() as u64).saturating_mul(self.block_bytes);
+        let result = if bytes <= INLINE_BYTES {
+            self.put(&share, epoch, &mut report).await
+        } else if bytes <= AHEAD_BYTES {
+            let hashing = pin!(self.checksums(share.blocks.iter().copied()));
+            match select(pin!(self.try_share(&share, epoch, &mut report)), hashing).await {
+                Either::Left((result, _)) => result,
+                // What went wrong with it goes wrong there, too.
+                Either::Right((_, rest)) => rest.await,
+            }
+        } else {
+            self.try_share(&share, epoch, &mut report).await
+        };
+        if let Err(error) = result {
+            report.error = report.error.or(Some(error));
         }
         report
+    }
+
+    /// The bytes along with the call.
+    async fn put(&self, share: &Share, epoch: Epoch, report: &mut ShareReport) -> Result<(), Error> {
+        let sums = self.checksums(share.blocks.iter().copied()).await?;
+        let bytes = |&block: &usize| {
+            let mut bytes = vec![0; self.block_bytes as usize];
+            self.inner.engine.read_bytes(self.blocks[block].1, &mut bytes).map_err(Error::Local)?;
+            Ok::<_, Error>(bytes.into())
+        };
+        let message = v1::PutRequest {
+            protocol_version: PROTOCOL_VERSION,
+            request_id: self.request.to_string(),
+            hashes: convert::pack16(share.blocks.iter().map(|&block| &self.blocks[block].0.0)),
+            blocks: share.blocks.iter().map(bytes).collect::<Result<_, _>>()?,
+            checksums: convert::pack16(sums.iter().map(|sum| &sum.checksum)),
+            runs: self.runs(share),
+            model: self.origin.model.map_or_else(Default::default, |model| convert::bytes16(&model.0)),
+            tenant: self.origin.tenant.clone(),
+            prompt_blocks: u32::try_from(self.blocks.len()).unwrap_or(u32::MAX),
+            prompt_known: u32::try_from(self.known).unwrap_or(u32::MAX),
+            ended: self.inner.peers.take_ended(&share.node),
+            epoch: epoch.0,
+        };
+        let call = async |mut client: Client| client.put(message).await;
+        let response = self.inner.peers.call(&share.node, self.deadline, call).await?;
+        if let Some(view) = &response.view
+            && response.states.is_empty()
+        {
+            self.inner.newer(&share.node, view);
+            report.moved.clone_from(&share.blocks);
+            return Ok(());
+        }
+        let (asked, got) = (share.blocks.len(), response.states.len());
+        if got != asked {
+            return Err(Error::Count { member: share.node.id.clone(), asked, got });
+        }
+        for (state, &block) in response.states().zip(&share.blocks) {
+            match state {
+                v1::slot::State::Reserved => report.fates.push((block, Fate::Written)),
+                v1::slot::State::Present => report.fates.push((block, Fate::Present)),
+                v1::slot::State::Busy | v1::slot::State::Full | v1::slot::State::Unspecified => {}
+            }
+        }
+        Ok(())
     }
 
     async fn try_share(&self, share: &Share, epoch: Epoch, report: &mut ShareReport) -> Result<(), Error> {
@@ -328,7 +393,7 @@ impl Offer<'_> {
             pieces.push((part, InFlight::new(self.inner.engine.submit(batch))));
         }
         let pieces = pieces.into_iter().map(|(part, transfer)| async move {
-            let (moved, sums) = join(transfer, self.checksums(part)).await;
+            let (moved, sums) = join(transfer, self.checksums(part.iter().map(|new| new.block))).await;
             if let Err(source) = moved {
                 self.inner.transfer_failed(&share.node, &source);
                 return Err(Error::Transfer { member: share.node.id.clone(), source });
@@ -345,19 +410,29 @@ impl Offer<'_> {
         (commit, failure)
     }
 
-    async fn checksums(&self, part: &[New]) -> Result<Vec<Sum>, Error> {
+    async fn checksums(&self, blocks: impl Iterator<Item = usize>) -> Result<Vec<Sum>, Error> {
         let _turn = self.hashing.lock().await;
-        let mut sums = Vec::with_capacity(part.len());
-        for new in part {
-            let offset = self.blocks[new.block].1;
-            let known = self.sums[new.block].get().copied();
-            let sum = || self.inner.engine.checksum(offset, self.block_bytes).map_err(Error::Local);
-            let checksum = known.map_or_else(sum, Ok)?;
-            let _ = self.sums[new.block].set(checksum); // or another copy's writer came first, with the same
-            sums.push(Sum { block: new.block, checksum });
-            // A block is a millisecond of hashing at most; a prompt is not, and others use this thread too.
-            tokio::task::yield_now().await;
+        let mut sums = Vec::with_capacity(blocks.size_hint().0);
+        for block in blocks {
+            let checksum = match self.sums[block].get() {
+                Some(&known) => known,
+                None => self.checksum(self.blocks[block].1).await.map_err(Error::Local)?,
+            };
+            let _ = self.sums[block].set(checksum); // or another copy's writer came first, with the same
+            sums.push(Sum { block, checksum });
         }
         Ok(sums)
+    }
+
+    async fn checksum(&self, offset: u64) -> Result<[u8; 16], kvasir_transfer::Error> {
+        let (mut sum, mut done) = (Checksum::new(&self.inner.engine), 0);
+        while done < self.block_bytes {
+            let len = HASHED_AT_ONCE.min(self.block_bytes - done);
+            sum.add(offset.saturating_add(done), len)?;
+            done += len;
+            // A piece is a fraction of a millisecond of hashing; a prompt is not, and others use this thread too.
+            tokio::task::yield_now().await;
+        }
+        Ok(sum.finish())
     }
 }

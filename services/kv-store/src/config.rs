@@ -62,13 +62,17 @@ pub struct Config {
     pub lease_ms: u64,
     /// How long a writer may take from reserving to committing, in milliseconds. Default 5000.
     pub reservation_ms: u64,
-    /// Whether written blocks are compared with their writer's checksum before they can be found. A reader compares too;
+    /// Whether written blocks are compared with their writer's checksum, as soon as they can be found. A reader compares too;
     /// this keeps a broken writer's blocks from taking room. Default true.
     pub verify_on_commit: bool,
     /// Blocks on disk: those that memory has no room for any more, and all of them after a restart.
     pub disk: DiskConfig,
     /// Of the memory, what hard pins may keep, in percent. Default 50.
     pub max_pinned_percent: u8,
+    /// Size of the index that clients on fast ways (same host, RDMA) read by themselves instead of asking, beside
+    /// `capacity_bytes`; 32 bytes tell one block. 0: there is none. Default: a 512th of `capacity_bytes`, which tells
+    /// nearly all blocks from 64 KiB on.
+    pub published_bytes: Option<u64>,
     /// Which blocks go first when there is no room.
     pub eviction: EvictionConfig,
     /// How much room tenants may take.
@@ -183,6 +187,7 @@ impl Default for Config {
             verify_on_commit: true,
             disk: DiskConfig::default(),
             max_pinned_percent: 50,
+            published_bytes: None,
             eviction: EvictionConfig::default(),
             quotas: QuotasConfig::default(),
             limits: LimitsConfig::default(),
@@ -228,6 +233,11 @@ impl Config {
         ensure!(exchange_ms <= MAX_HOLD_MS, "eviction.exchange_ms: {exchange_ms}, allowed is 0 to {MAX_HOLD_MS}");
         let percent = self.max_pinned_percent;
         ensure!(percent <= 100, "max_pinned_percent: {percent}, allowed is 0 to 100");
+        let published_bytes = self.published_bytes.unwrap_or(capacity_bytes / 512);
+        ensure!(
+            published_bytes <= capacity_bytes,
+            "published_bytes: {published_bytes}, allowed is up to capacity_bytes ({capacity_bytes})"
+        );
         let QuotasConfig { tenants, default_percent } = &self.quotas;
         ensure!(tenants.len() <= 100, "quotas.tenants: {} tenants, allowed are at most 100", tenants.len());
         for (tenant, percent) in tenants.iter().map(|(name, percent)| (name.as_str(), percent)) {
@@ -244,6 +254,7 @@ impl Config {
             // The disk takes as many reads, and as many writes, as may wait: none is refused for that.
             max_moves: self.disk.queue,
             max_pinned_percent: percent,
+            published_bytes,
             policies: Policies { memory: self.eviction.memory, disk: self.eviction.disk },
             quotas: Limits {
                 tenants: tenants.iter().map(|(name, &percent)| (name.clone(), percent)).collect(),

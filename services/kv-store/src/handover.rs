@@ -80,6 +80,8 @@ pub(crate) struct Progress {
     groups_left: AtomicU64,
     /// Times that a group did not arrive, or not all of it.
     failed: AtomicU64,
+    /// Blocks that nobody took when all was offered last: there is no room for them, or nobody else.
+    refused: AtomicU64,
 }
 
 /// How far handing over came.
@@ -98,6 +100,8 @@ enum End {
 struct Pushed {
     bytes: u64,
     failed: bool,
+    /// Blocks that nobody takes.
+    refused: usize,
 }
 
 impl Progress {
@@ -109,11 +113,16 @@ impl Progress {
             bytes: zero(),
             groups_left: zero(),
             failed: zero(),
+            refused: zero(),
         }
     }
 
     pub(crate) fn blocks(&self) -> u64 {
         self.blocks.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn refused(&self) -> u64 {
+        self.refused.load(Ordering::Relaxed)
     }
 
     pub(crate) fn groups_left(&self) -> u64 {
@@ -236,23 +245,19 @@ impl Handover {
     /// of it is to be tried again.
     async fn round(&self, shutdown: &Shutdown, view: &watch::Receiver<Arc<View>>) -> bool {
         // A node that its own view does not name has just begun, or was taken for dead: its blocks stay where they are.
-        let Some(leaving) = self.client.is_leaving(&self.id).filter(|_| self.config.mib_per_s > 0) else {
-            return false;
-        };
+        let Some(leaving) = self.client.is_leaving(&self.id) else { return false };
         let stop = || shutdown.is_triggered() || view.has_changed().unwrap_or(true);
         let end = self.hand_over(stop).await;
         if end == End::Done && leaving && self.progress.leaving() == Leaving::Draining {
             self.progress.set_leaving(Leaving::Drained);
-            tracing::info!(blocks = self.progress.blocks(), "drained, safe to stop");
+            let (blocks, refused) = (self.progress.blocks(), self.progress.refused());
+            tracing::info!(handed_over = blocks, nobody_took = refused, "drained, safe to stop");
         }
         end == End::Failed
     }
 
     /// Hands over until then at most: this node is no longer a member.
     pub(crate) async fn leave(&self, until: Instant) {
-        if self.config.mib_per_s == 0 {
-            return;
-        }
         // The others' places follow from the view without this node, which is on its way.
         while self.client.is_leaving(&self.id).is_some() && Instant::now() < until {
             tokio::time::sleep(SETTLE).await;
@@ -264,18 +269,21 @@ impl Handover {
                 }
             };
             let left = tokio::time::timeout_at(until.into(), all).await;
-            tracing::info!(blocks = self.progress.blocks(), all = left.is_ok(), "handed over before leaving");
+            let (blocks, refused) = (self.progress.blocks(), self.progress.refused());
+            tracing::info!(handed_over = blocks, nobody_took = refused, in_time = left.is_ok(), "leaving");
         }
     }
 
     /// Hands over every group whose homes are others, the last used first.
     async fn hand_over(&self, stop: impl Fn() -> bool) -> End {
         let groups = self.foreign().await;
-        let (mut left, mut failed) = (groups.len(), 0);
-        self.progress.groups_left.store(left as u64, Ordering::Relaxed);
-        if groups.is_empty() {
+        if self.config.mib_per_s == 0 || groups.is_empty() {
+            let all = groups.iter().map(|group| group.blocks.len() as u64).sum();
+            self.progress.refused.store(all, Ordering::Relaxed);
             return End::Done;
         }
+        let (mut left, mut failed, mut refused) = (groups.len(), 0, 0);
+        self.progress.groups_left.store(left as u64, Ordering::Relaxed);
         tracing::info!(groups = left, "handing over what others are to have");
         let started = Instant::now();
         let mut bytes = 0;
@@ -283,6 +291,7 @@ impl Handover {
         while let Some(pushed) = pushes.next().await {
             failed += usize::from(pushed.failed);
             left -= usize::from(!pushed.failed);
+            refused += pushed.refused as u64;
             bytes += pushed.bytes;
             self.progress.groups_left.store(left as u64, Ordering::Relaxed);
             if left > failed && stop() {
@@ -293,6 +302,7 @@ impl Handover {
             tokio::time::sleep(due.saturating_sub(started.elapsed())).await;
         }
         if failed == 0 {
+            self.progress.refused.store(refused, Ordering::Relaxed);
             return End::Done;
         }
         tracing::info!(groups = failed, "groups did not arrive, they are offered again");
@@ -338,7 +348,8 @@ impl Handover {
         }
         self.progress.blocks.fetch_add(report.written as u64, Ordering::Relaxed);
         self.progress.bytes.fetch_add(report.bytes, Ordering::Relaxed);
-        Pushed { bytes: report.bytes, failed: report.error.is_some() }
+        let failed = report.error.is_some();
+        Pushed { bytes: report.bytes, failed, refused: if failed { 0 } else { report.skipped } }
     }
 }
 
@@ -370,12 +381,17 @@ pub(crate) fn copy_at_scrape(page: &kvasir_runtime::Metrics, progress: Arc<Progr
     let blocks = page.counter("kvasir_kv_store_handed_over_blocks", "Blocks given to other nodes.");
     let bytes = page.counter("kvasir_kv_store_handed_over_bytes", "Bytes of those.");
     let failed = page.counter("kvasir_kv_store_handover_failed_groups", "Times that a group did not arrive elsewhere.");
+    let refused = page.gauge(
+        "kvasir_kv_store_not_handed_over_blocks",
+        "Blocks in memory that other nodes were to have and nobody took when all were offered last.",
+    );
     let left = page.gauge("kvasir_kv_store_handover_groups_left", "Placement groups still to be given to other nodes.");
     let groups = page.gauge("kvasir_kv_store_hot_groups", "Placement groups with more copies than others.");
     page.on_scrape(move || {
         set_total(&blocks, progress.blocks());
         set_total(&bytes, progress.bytes.load(Ordering::Relaxed));
         set_total(&failed, progress.failed.load(Ordering::Relaxed));
+        refused.set(i64::try_from(progress.refused()).unwrap_or(i64::MAX));
         left.set(i64::try_from(progress.groups_left()).unwrap_or(i64::MAX));
         groups.set(i64::try_from(hot.count()).unwrap_or(i64::MAX));
     });

@@ -31,6 +31,7 @@ mod messages;
 mod metrics;
 mod mover;
 mod node;
+mod published;
 mod serve;
 mod service;
 mod store;

@@ -17,6 +17,7 @@
 //! | `kvasir_kv_store_fenced_connections_total` | connections cut so that memory could be reused | |
 //! | `kvasir_kv_store_handed_over_blocks_total`, `_handed_over_bytes_total` | blocks, bytes given to other nodes | |
 //! | `kvasir_kv_store_handover_failed_groups_total` | times that a group did not arrive elsewhere | |
+//! | `kvasir_kv_store_not_handed_over_blocks` | blocks that others were to have and nobody took | |
 //! | `kvasir_kv_store_handover_groups_left`, `_hot_groups` | placement groups | |
 //! | `kvasir_kv_store_heard_from_nodes` | nodes whose counts are counted with this one's | |
 //! | `kvasir_kv_store_call_seconds` | seconds | `call` |
@@ -40,6 +41,7 @@ const CALL_SECONDS: &[f64] =
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Call {
     Lookup,
+    Used,
     Release,
     Reserve,
     Commit,
@@ -54,8 +56,9 @@ pub(crate) enum Call {
 }
 
 impl Call {
-    const ALL: [Self; 12] = [
+    const ALL: [Self; 13] = [
         Self::Lookup,
+        Self::Used,
         Self::Release,
         Self::Reserve,
         Self::Commit,
@@ -72,6 +75,7 @@ impl Call {
     fn label(self) -> &'static str {
         match self {
             Self::Lookup => "lookup",
+            Self::Used => "used",
             Self::Release => "release",
             Self::Reserve => "reserve",
             Self::Commit => "commit",

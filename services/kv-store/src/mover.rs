@@ -135,29 +135,29 @@ impl Node {
 
     fn forget_one(self: &Arc<Self>, Forget { block, place }: Forget) -> oneshot::Receiver<bool> {
         let (tell, told) = oneshot::channel();
-        let node = Arc::downgrade(self);
-        let ended = move |node: &Weak<Self>, tell: oneshot::Sender<bool>| {
-            if let Some(node) = node.upgrade() {
-                // Nobody may be waiting any more.
-                let _ = tell.send(node.lock().store.forgotten(block));
-            }
-        };
+        let forgotten = Forgotten { node: Arc::downgrade(self), block, tell: Some(tell) };
         let tier = self.disk.as_ref().expect("a block is on disk only if there is one");
-        let (later, tell) = (node.clone(), Arc::new(std::sync::Mutex::new(Some(tell))));
-        let (take, tell_later) =
-            (move |tell: &std::sync::Mutex<Option<_>>| tell.lock().ok()?.take(), Arc::clone(&tell));
-        let done = move |_: Result<(), Failure>| {
-            if let Some(tell) = take(&tell_later) {
-                ended(&later, tell);
-            }
-        };
-        if tier.disk.forget(DiskOffset(place.offset), place.size.0, done).is_err()
-            && let Some(tell) = take(&tell)
-        {
-            // A disk that can't be told may bring the block back after a restart: it is still the right bytes.
-            ended(&node, tell);
+        // A disk that can't be told may bring the block back after a restart: it is still the right bytes.
+        if let Err(failure) = tier.disk.forget(DiskOffset(place.offset), place.size.0, move |_| drop(forgotten)) {
+            tracing::debug!(%failure, "a disk was not told to forget a block");
         }
         told
+    }
+}
+
+/// A copy that the disk is to forget. The end of this, wherever it comes, is the end of that.
+struct Forgotten {
+    node: Weak<Node>,
+    block: BlockId,
+    tell: Option<oneshot::Sender<bool>>,
+}
+
+impl Drop for Forgotten {
+    fn drop(&mut self) {
+        if let (Some(node), Some(tell)) = (self.node.upgrade(), self.tell.take()) {
+            let gone = node.lock().store.forgotten(self.block);
+            let _ = tell.send(gone); // or nobody waits any more
+        }
     }
 }
 

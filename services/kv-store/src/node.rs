@@ -22,17 +22,28 @@ use std::{
 
 use kvasir_kv_cache::Ask;
 use kvasir_transfer::{Access, Grant, GrantRange, TransferEngine};
-use kvasir_types::{BlockHash, BlockId, GrantKey};
-use tokio::sync::{Notify, Semaphore};
+use kvasir_types::{BlockHash, GrantKey};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 
 use crate::{
     disk::Disk,
     error::Error,
+    published::{Published, Whereabouts},
     store::{
-        BlockBytes, Checksum, Facts, Found, Keep, LeaseId, Origin, Place, ReservationId, Reserved, Settings, SlotState,
-        Store, Totals, Usage, Written,
+        BlockBytes, Checksum, Facts, Found, Keep, LeaseId, Origin, Place, ReservationId, Reserved, Settings, Sift,
+        SlotState, Store, Totals, Usage, Written,
     },
 };
+
+/// Committed bytes that are verified before anything else, because handing them to another thread takes as long; more are
+/// verified after they became visible.
+const VERIFIED_AT_ONCE: u64 = 256 << 10;
+
+/// How often it is tried to give up torn blocks that somebody holds, which is longer than leases last by themselves; after
+/// that the next reader reports them.
+const MAX_TRIES: u32 = 200;
+/// And after how long again.
+const TRY_AGAIN: Duration = Duration::from_millis(50);
 
 /// One store node. Shared by all tasks.
 pub(crate) struct Node {
@@ -41,6 +52,8 @@ pub(crate) struct Node {
     verify_on_commit: bool,
     /// What everybody reads with.
     reading: Grant,
+    /// Where the index is that clients read by themselves.
+    published: Option<Whereabouts>,
     pub(super) state: Mutex<State>,
     /// A hold was opened that ends before all others.
     opened: Notify,
@@ -80,6 +93,13 @@ pub(crate) struct Committing {
     written: Vec<Written>,
 }
 
+/// Committed blocks whose bytes nobody has looked at yet; they are held meanwhile.
+#[must_use = "blocks that are not verified are held for ever"]
+pub(crate) struct Unverified {
+    claimed: Vec<(Written, Checksum)>,
+    turn: OwnedSemaphorePermit,
+}
+
 /// What a writer offers.
 pub(crate) struct Offer<'a> {
     pub(crate) size: BlockBytes,
@@ -101,17 +121,25 @@ impl Node {
         verify_on_commit: bool,
     ) -> Result<Self, kvasir_transfer::Error> {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        let all = GrantRange { offset: 0, len: settings.capacity_bytes, access: Access::Read };
+        let read = |offset, len| GrantRange { offset, len, access: Access::Read };
+        let mut readable = vec![read(0, settings.capacity_bytes)];
+        let (index_bytes, seed) = (settings.published_bytes, settings.seed);
+        let mut store = Store::new(settings, Instant::now());
+        let mut whereabouts = None;
+        if index_bytes > 0 {
+            let published = Published::new(&engine, index_bytes, seed)?;
+            let there = published.whereabouts();
+            readable.push(read(there.offset, published.bytes()));
+            whereabouts = Some(there);
+            store.publish_to(Box::new(published));
+        }
         Ok(Self {
-            reading: engine.grant(vec![all])?,
+            reading: engine.grant(readable)?,
+            published: whereabouts,
             engine,
             disk,
             verify_on_commit,
-            state: Mutex::new(State {
-                store: Store::new(settings, Instant::now()),
-                reservations: HashMap::new(),
-                torn_blocks: 0,
-            }),
+            state: Mutex::new(State { store, reservations: HashMap::new(), torn_blocks: 0 }),
             opened: Notify::new(),
             arrived: Notify::new(),
             heard_from: AtomicU64::new(0),
@@ -122,6 +150,16 @@ impl Node {
     /// The key that everybody reads the arena with.
     pub(crate) fn reading(&self) -> GrantKey {
         self.reading.key()
+    }
+
+    /// Where the index is that clients read by themselves; `None`: there is none.
+    pub(crate) fn published(&self) -> Option<Whereabouts> {
+        self.published
+    }
+
+    /// Readers have read these by themselves; the groups to which they belong.
+    pub(crate) fn used(&self, size: BlockBytes, hashes: &[BlockHash], prompt_blocks: u32) -> Vec<u64> {
+        self.lock().store.used(Instant::now(), size, hashes, prompt_blocks)
     }
 
     /// The longest run that is in memory, held by a lease, and how many blocks behind it are coming from disk. Waits for
@@ -218,14 +256,13 @@ impl Node {
         }
     }
 
-    /// The same for bytes that came with the call: nobody gets a key, the blocks are written here. What to commit, and how
-    /// many are there already.
+    /// The same for bytes that came with the call: nobody gets a key, the blocks are written here. What to commit.
     pub(crate) fn reserve_and_fill<B: AsRef<[u8]>>(
         &self,
         now: Instant,
         offer: &Offer<'_>,
         blocks: &[B],
-    ) -> Result<(Option<Committing>, usize), Error> {
+    ) -> Result<(Option<Committing>, Vec<SlotState>), Error> {
         let (reserved, committing) = {
             let mut state = self.lock();
             let reserved = state.reserve(now, offer)?;
@@ -241,9 +278,8 @@ impl Node {
                 filled = filled.and_then(|()| self.engine.write_bytes(offset, block.as_ref()));
             }
         }
-        let present = reserved.slots.iter().filter(|&&slot| slot == SlotState::Present).count();
         match (filled, committing) {
-            (Ok(()), committing) => Ok((committing, present)),
+            (Ok(()), committing) => Ok((committing, reserved.slots)),
             (Err(error), committing) => {
                 if let Some(Committing { closed, .. }) = committing {
                     self.lock().store.finish_reservation(closed.id, &HashMap::new());
@@ -278,43 +314,84 @@ impl Node {
         self.lock().store.finish_reservation(id, &HashMap::new());
     }
 
-    /// Ends a reservation with those of its blocks that `named` gives the right checksum of. How many became visible.
-    pub(crate) async fn commit(self: &Arc<Self>, committing: Committing, named: HashMap<BlockHash, Checksum>) -> usize {
+    /// Ends a reservation with those of its blocks that `named` gives a checksum of. How many became visible, and what of them
+    /// is still to be compared with its bytes, see [`Node::verify`].
+    pub(crate) async fn commit(
+        self: &Arc<Self>,
+        committing: Committing,
+        named: HashMap<BlockHash, Checksum>,
+    ) -> (usize, Option<Unverified>) {
         let Committing { closed, written } = committing;
         let id = closed.id;
         closed.revoke().await;
-        // From here on the bytes can't change: what is verified is what will be read.
-        let claimed: Vec<(Written, Checksum)> =
+        // From here on the bytes can't change: what is verified is what is read.
+        let mut claimed: Vec<(Written, Checksum)> =
             written.into_iter().filter_map(|w| named.get(&w.place.hash).map(|&sum| (w, sum))).collect();
         let claims = claimed.len();
-        let good = if self.verify_on_commit && claims > 0 { self.verify(claimed).await } else { by_block(claimed) };
+        let small = claimed.iter().map(|(written, _)| written.place.size.0).sum::<u64>() <= VERIFIED_AT_ONCE;
+        if self.verify_on_commit && small {
+            claimed.retain(|(Written { place, .. }, sum)| {
+                self.engine.checksum(place.offset, place.size.0).is_ok_and(|found| found == *sum)
+            });
+        }
+        let torn = (claims - claimed.len()) as u64;
+        let verified = if self.verify_on_commit && !small {
+            // A writer that is faster than all cores verify waits here.
+            self.verifiers.clone().acquire_owned().await.ok()
+        } else {
+            None
+        };
+        let good = claimed.iter().map(|(written, sum)| (written.block, *sum)).collect();
         {
             let mut state = self.lock();
-            state.torn_blocks += (claims - good.len()) as u64;
+            state.torn_blocks += torn;
             state.store.finish_reservation(id, &good);
+            // What is being verified stays where it is.
+            if verified.is_some() {
+                state.store.hold_written(&claimed);
+            }
         }
         self.write_behind();
-        good.len()
+        (good.len(), verified.map(|turn| Unverified { claimed, turn }))
     }
 
-    /// Those whose bytes have the checksum they are claimed to have.
-    async fn verify(&self, claimed: Vec<(Written, Checksum)>) -> HashMap<BlockId, Checksum> {
+    /// Compares blocks that readers may find already with what their writer said of them, and gives up those that differ:
+    /// readers compare, too, so nobody was given wrong bytes; but they take room, and keep the right ones out.
+    pub(crate) async fn verify(self: &Arc<Self>, unverified: Unverified) {
+        let Unverified { claimed, turn } = unverified;
         let places = claimed.iter().map(|&(written, sum)| (written.place, sum)).collect();
         let right = self.verified(places).await;
-        by_block(claimed.into_iter().zip(right).filter_map(|(claim, right)| right.then_some(claim)).collect())
+        drop(turn);
+        self.lock().store.let_go_written(&claimed);
+        let wrong = claimed.iter().zip(right).filter_map(|((written, _), right)| (!right).then_some(written.place));
+        let mut wrong: Vec<Place> = wrong.collect();
+        for place in &wrong {
+            tracing::warn!(hash = %place.hash, "a block was not written with the bytes its writer said, it is given up");
+        }
+        // Readers who are just finding that out hold them for a while.
+        for _ in 0..MAX_TRIES {
+            let mut held = Vec::new();
+            for place in wrong {
+                if self.give_up_torn(place.size, &[place.hash]).await.in_use > 0 {
+                    held.push(place);
+                }
+            }
+            if held.is_empty() {
+                return;
+            }
+            wrong = held;
+            tokio::time::sleep(TRY_AGAIN).await;
+        }
     }
 
     /// For each place, whether its bytes have that checksum.
     async fn verified(&self, places: Vec<(Place, Checksum)>) -> Vec<bool> {
         let (engine, count) = (self.engine.clone(), places.len());
-        let permit = self.verifiers.clone().acquire_owned().await;
         let verified = tokio::task::spawn_blocking(move || {
             let right = |&(place, sum): &(Place, Checksum)| {
                 engine.checksum(place.offset, place.size.0).is_ok_and(|found| found == sum)
             };
-            let verified = places.iter().map(right).collect();
-            drop(permit);
-            verified
+            places.iter().map(right).collect()
         });
         // It fails only if the process is ending: then nothing is verified.
         verified.await.unwrap_or_else(|_| vec![false; count])
@@ -327,15 +404,23 @@ impl Node {
             let Some(found) = self.look_up(Instant::now(), size, &[hash], 0)? else { continue };
             let places: Vec<_> =
                 found.blocks.iter().map(|block| (Place { hash, offset: block.offset, size }, block.checksum)).collect();
+            let turn = self.verifiers.clone().acquire_owned().await;
             let right = self.verified(places).await;
+            drop(turn);
             self.end_leases([found.lease]);
             if right.contains(&false) {
                 tracing::warn!(%hash, "a block's bytes have changed in memory, it is given up");
                 broken.push(hash);
             }
         }
-        self.lock().torn_blocks += broken.len() as u64;
-        Ok(self.evict_these(size, &broken).await.evicted as usize)
+        Ok(self.give_up_torn(size, &broken).await.evicted as usize)
+    }
+
+    /// Counts those that go: somebody else may have been first, or is at them.
+    async fn give_up_torn(self: &Arc<Self>, size: BlockBytes, hashes: &[BlockHash]) -> Sift {
+        let sift = self.evict_these(size, hashes).await;
+        self.lock().torn_blocks += sift.evicted;
+        sift
     }
 
     /// How many of the named blocks are there with these bytes.
@@ -403,7 +488,3 @@ impl Closed {
 
 /// For how long a pin may last.
 pub(crate) const MAX_PIN: Duration = Duration::from_secs(7 * 24 * 3600);
-
-fn by_block(claimed: Vec<(Written, Checksum)>) -> HashMap<BlockId, Checksum> {
-    claimed.into_iter().map(|(written, sum)| (written.block, sum)).collect()
-}

@@ -26,7 +26,7 @@ use crate::{
     messages::{self, MAX_HASHES, block_bytes, hashes},
     metrics::{Call, Metrics},
     node::{Committing, MAX_PIN, Node, Offer},
-    store::{Checksum, Keep, LeaseId, ReservationId, Which},
+    store::{Checksum, Keep, LeaseId, ReservationId, SlotState, Which},
 };
 
 /// Most bytes of blocks in one answer to `Get` or one `Put`.
@@ -104,6 +104,11 @@ impl v1::store_server::Store for StoreService {
         Ok(Response::new(v1::CommitResponse { committed: committed as u32 }))
     }
 
+    async fn used(&self, request: Request<v1::UsedRequest>) -> Answer<v1::UsedResponse> {
+        let _timer = self.metrics.time(Call::Used);
+        Ok(Response::new(self.count_used(request.get_ref())?))
+    }
+
     async fn exists(&self, request: Request<v1::ExistsRequest>) -> Answer<v1::ExistsResponse> {
         let _timer = self.metrics.time(Call::Exists);
         let request = request.get_ref();
@@ -111,7 +116,8 @@ impl v1::store_server::Store for StoreService {
         let (size, hashes) = (block_bytes(request.block_bytes)?, hashes(&request.hashes)?);
         let there = self.node.exists(size, &hashes);
         let tiers = there.iter().map(|&[memory, disk]| u8::from(memory) | u8::from(disk) << 1);
-        Ok(Response::new(v1::ExistsResponse { tiers: tiers.collect::<Vec<u8>>().into() }))
+        let index = self.index(request.index);
+        Ok(Response::new(v1::ExistsResponse { tiers: tiers.collect::<Vec<u8>>().into(), index }))
     }
 
     async fn get(&self, request: Request<v1::GetRequest>) -> Answer<v1::GetResponse> {
@@ -160,6 +166,7 @@ impl v1::store_server::Store for StoreService {
         Ok(Response::new(v1::StoreStatusResponse {
             leaving: progress.leaving().name().to_owned(),
             handed_over_blocks_total: progress.blocks(),
+            not_handed_over_blocks: progress.refused(),
             handover_groups_left: progress.groups_left(),
             hot_groups: self.hot.count() as u64,
             ..status
@@ -184,6 +191,7 @@ impl StoreService {
             }),
             view: self.membership.newer_than(Epoch(request.epoch)),
             warming: self.membership.warming(Instant::now()),
+            index: self.index(request.index),
             ..Default::default()
         };
         let Some(found) = found else { return Ok(rest) };
@@ -196,6 +204,38 @@ impl StoreService {
             lease_ms: self.lease.as_millis() as u64,
             ..rest
         })
+    }
+
+    /// Where the published index is, for a caller who wants to know.
+    fn index(&self, wanted: bool) -> Option<v1::PublishedIndex> {
+        let there = self.node.published().filter(|_| wanted)?;
+        Some(v1::PublishedIndex {
+            segment: Some((&self.node.engine().descriptor()).into()),
+            grant: self.node.reading().0,
+            offset: there.offset,
+            sets: there.shape.sets,
+            seed: there.shape.seed,
+        })
+    }
+
+    fn count_used(&self, request: &v1::UsedRequest) -> Result<v1::UsedResponse, Error> {
+        check_protocol(request.protocol_version)?;
+        let mut runs = Vec::with_capacity(request.runs.len().min(MAX_HASHES));
+        let mut blocks = 0;
+        for run in &request.runs {
+            let hashes = hashes(&run.hashes)?;
+            blocks += hashes.len().max(1);
+            if blocks > MAX_HASHES {
+                return Err(kvasir_proto::Error::TooMany { field: "runs", got: blocks, limit: MAX_HASHES }.into());
+            }
+            runs.push((block_bytes(run.block_bytes)?, hashes, run.prompt_blocks));
+        }
+        let mut hot = Vec::new();
+        for (size, hashes, prompt_blocks) in runs {
+            let groups = self.node.used(size, &hashes, prompt_blocks);
+            hot.extend(self.hot.seen(groups.into_iter().filter(|&group| group != 0), Instant::now()));
+        }
+        Ok(v1::UsedResponse { hot })
     }
 
     /// Leases that a caller gives back along with what it wants.
@@ -234,8 +274,12 @@ impl StoreService {
     async fn finish(&self, committing: Committing, named: HashMap<BlockHash, Checksum>) -> Result<usize, Error> {
         let (node, (tell, told)) = (self.node.clone(), oneshot::channel());
         self.tasks.spawn(Kind::Request, "commit", async move {
+            let (committed, unverified) = node.commit(committing, named).await;
             // The caller may be gone; the commit counts all the same.
-            let _ = tell.send(node.commit(committing, named).await);
+            let _ = tell.send(committed);
+            if let Some(unverified) = unverified {
+                node.verify(unverified).await;
+            }
             Ok(())
         });
         told.await.map_err(|_| Error::Leaving)
@@ -263,6 +307,10 @@ impl StoreService {
 
     async fn take_in(&self, request: &v1::PutRequest) -> Result<v1::PutResponse, Error> {
         check_protocol(request.protocol_version)?;
+        self.end(&request.ended)?;
+        if let Some(view) = self.membership.newer_than(Epoch(request.epoch)) {
+            return Ok(v1::PutResponse { view: Some(view), ..Default::default() });
+        }
         let Some(first) = request.blocks.first() else { return Ok(v1::PutResponse::default()) };
         let (size, hashes) = (block_bytes(first.len() as u64)?, hashes(&request.hashes)?);
         let named = messages::named(&request.hashes, &request.checksums)?;
@@ -279,13 +327,16 @@ impl StoreService {
         }
         let facts = messages::facts(&request.runs, &hashes)?;
         let origin = messages::origin(&request.model, &request.tenant)?;
-        let offer = Offer { size, hashes: &hashes, facts: &facts, origin: &origin, prompt: Ask::default() };
-        let (committing, present) = self.node.reserve_and_fill(Instant::now(), &offer, &request.blocks)?;
+        let prompt = Ask { found: request.prompt_known, blocks: request.prompt_blocks };
+        let offer = Offer { size, hashes: &hashes, facts: &facts, origin: &origin, prompt };
+        let (committing, slots) = self.node.reserve_and_fill(Instant::now(), &offer, &request.blocks)?;
         let committed = match committing {
             Some(committing) => self.finish(committing, named).await?,
             None => 0,
         };
-        Ok(v1::PutResponse { committed: committed as u32, present: present as u32 })
+        let present = slots.iter().filter(|&&slot| slot == SlotState::Present).count() as u32;
+        let states = slots.iter().map(|slot| messages::slot(slot).state).collect();
+        Ok(v1::PutResponse { committed: committed as u32, present, states, view: None })
     }
 
     async fn keep(&self, request: &v1::PinRequest) -> Result<v1::PinResponse, Error> {

@@ -140,6 +140,7 @@ impl Nodes {
                 protocol_version: PROTOCOL_VERSION,
                 block_bytes: prompt.block_bytes,
                 hashes: pack(part),
+                index: false,
             };
             for Told { node, answer } in self.all(async |mut client| client.exists(request.clone()).await).await {
                 match answer {
@@ -245,7 +246,7 @@ impl Nodes {
             let status = probe::ask_store(&member.grpc, self.limit, ask).await.map_err(wrong)?;
             let leaving = probe::printable(&status.leaving);
             if leaving == "drained" || no_wait {
-                return Ok(show::leaving(node, &leaving, output));
+                return Ok(show::leaving(node, &leaving, &status, output));
             }
             ensure!(
                 start.elapsed() < patience,

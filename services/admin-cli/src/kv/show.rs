@@ -203,13 +203,28 @@ pub(crate) fn evicted(evicted: u64, in_use: u64, output: Output) -> String {
     }
 }
 
-/// `kv drain`.
-pub(crate) fn leaving(node: &str, leaving: &str, output: Output) -> String {
-    match (output, leaving) {
-        (Output::Json, _) => render::json(&serde_json::json!({ "node": node, "leaving": leaving })),
-        (Output::Table, "drained") => format!("{node}: drained, safe to delete\n"),
-        (Output::Table, _) => format!("{node}: {leaving}\n"),
+/// `kv drain`. What goes with the node is said before it goes.
+pub(crate) fn leaving(node: &str, leaving: &str, status: &v1::StoreStatusResponse, output: Output) -> String {
+    let (given, kept) = (status.handed_over_blocks_total, status.not_handed_over_blocks);
+    let disk_only = status.blocks.saturating_sub(status.memory_blocks);
+    if matches!(output, Output::Json) {
+        return render::json(&serde_json::json!({
+            "node": node,
+            "leaving": leaving,
+            "handed_over_blocks": given,
+            "not_handed_over_blocks": kept,
+            "disk_only_blocks": disk_only,
+        }));
     }
+    let then = if leaving == "drained" { ", safe to delete" } else { "" };
+    let mut text = format!("{node}: {leaving}{then}\n  {given} blocks handed over to other nodes\n");
+    if kept > 0 {
+        text.push_str(&format!("  {kept} blocks in its memory were not taken by others and go with it\n"));
+    }
+    if disk_only > 0 {
+        text.push_str(&format!("  {disk_only} blocks on its disk only: found again if it is started with that disk\n"));
+    }
+    text
 }
 
 fn silent(silent: &[Silent]) -> String {

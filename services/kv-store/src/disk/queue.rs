@@ -87,16 +87,19 @@ impl Queue {
         }
     }
 
-    pub(super) fn push(&mut self, job: Job) -> Result<(), Failure> {
+    /// Whether there is room for the job.
+    pub(super) fn would_admit(&self, job: &Job) -> Result<(), Failure> {
         if self.closed {
             return Err(Failure::Closed);
         }
+        let queue = if matches!(job.kind, Kind::Read(_)) { &self.reads } else { &self.writes };
+        if queue.len() < self.bound { Ok(()) } else { Err(Failure::Busy) }
+    }
+
+    /// Takes a job for which there is room.
+    pub(super) fn push(&mut self, job: Job) {
         let queue = if matches!(job.kind, Kind::Read(_)) { &mut self.reads } else { &mut self.writes };
-        if queue.len() >= self.bound {
-            return Err(Failure::Busy);
-        }
         queue.push_back(job);
-        Ok(())
     }
 
     pub(super) fn next(&mut self, now: Instant) -> Next {
@@ -194,13 +197,13 @@ mod tests {
     fn reads_go_before_writes_and_a_thread_is_kept_for_them() {
         let (mut queue, now) = (Queue::new(10, 2, None, SLAB), Instant::now());
         for at in [0, 2, 4] {
-            queue.push(write(at << 20, 4096)).unwrap();
+            queue.push(write(at << 20, 4096));
         }
-        queue.push(read(9 << 20, 4096)).unwrap();
+        queue.push(read(9 << 20, 4096));
         assert_eq!(slots(queue.next(now)), [9 << 20]);
         assert_eq!(slots(queue.next(now)), [0]);
         assert_eq!(slots(queue.next(now)), [0; 0], "the other thread is for reads");
-        queue.push(read(8 << 20, 4096)).unwrap();
+        queue.push(read(8 << 20, 4096));
         assert_eq!(slots(queue.next(now)), [8 << 20]);
         assert!(queue.ended(true), "somebody may write");
         assert_eq!(slots(queue.next(now)), [2 << 20]);
@@ -211,23 +214,23 @@ mod tests {
     fn neighbours_are_taken_together_within_a_slab_and_up_to_a_mebibyte() {
         let (mut queue, now, kib) = (Queue::new(100, 1, None, SLAB), Instant::now(), 1024);
         for number in 0..20 {
-            queue.push(read(number * 64 * kib, 64 * kib)).unwrap();
+            queue.push(read(number * 64 * kib, 64 * kib));
         }
         assert_eq!(slots(queue.next(now)).len(), 16);
         assert_eq!(slots(queue.next(now)).len(), 4);
         for slot in [SLAB - 4096, SLAB, SLAB + 8192, SLAB + 12288, SLAB + 4096] {
-            queue.push(read(slot, 4096)).unwrap();
+            queue.push(read(slot, 4096));
         }
         let groups: Vec<_> = std::iter::from_fn(|| Some(slots(queue.next(now))).filter(|it| !it.is_empty())).collect();
         assert_eq!(groups, [vec![SLAB - 4096], vec![SLAB], vec![SLAB + 8192, SLAB + 12288], vec![SLAB + 4096]]);
         // Between blocks that don't fill their slots there are bytes of nobody's.
-        queue.push(read(0, 4000)).unwrap();
-        queue.push(read(4096, 4000)).unwrap();
+        queue.push(read(0, 4000));
+        queue.push(read(4096, 4000));
         assert_eq!(slots(queue.next(now)), [0]);
         assert_eq!(slots(queue.next(now)), [4096]);
         // What is written and what is forgotten are different things.
-        queue.push(write(0, 4096)).unwrap();
-        queue.push(job(Kind::Forget, 4096, 4096)).unwrap();
+        queue.push(write(0, 4096));
+        queue.push(job(Kind::Forget, 4096, 4096));
         assert_eq!(slots(queue.next(now)), [0]);
     }
 
@@ -235,12 +238,12 @@ mod tests {
     fn writes_keep_to_their_bandwidth_and_reads_do_not_wait_for_it() {
         let (mut queue, now) = (Queue::new(10, 2, Some(1 << 20), SLAB), Instant::now());
         for at in [0, 2] {
-            queue.push(write(at << 20, 1 << 19)).unwrap();
+            queue.push(write(at << 20, 1 << 19));
         }
         assert_eq!(slots(queue.next(now)), [0]);
         queue.ended(true);
         assert!(matches!(queue.next(now), Next::Wait(Some(at)) if at == now + Duration::from_millis(500)));
-        queue.push(read(4 << 20, 4096)).unwrap();
+        queue.push(read(4 << 20, 4096));
         assert_eq!(slots(queue.next(now)), [4 << 20]);
         assert_eq!(slots(queue.next(now + Duration::from_millis(500))), [2 << 20]);
     }
@@ -249,14 +252,14 @@ mod tests {
     fn the_queue_is_bounded_and_what_waits_comes_back() {
         let mut queue = Queue::new(2, 2, None, SLAB);
         for at in [0, 1] {
-            queue.push(read(at << 20, 1)).unwrap();
-            queue.push(write(at << 20, 1)).unwrap();
+            queue.push(read(at << 20, 1));
+            queue.push(write(at << 20, 1));
         }
-        assert!(matches!(queue.push(read(0, 1)), Err(Failure::Busy)));
-        assert!(matches!(queue.push(job(Kind::Forget, 0, 1)), Err(Failure::Busy)));
+        assert!(matches!(queue.would_admit(&read(0, 1)), Err(Failure::Busy)));
+        assert!(matches!(queue.would_admit(&job(Kind::Forget, 0, 1)), Err(Failure::Busy)));
         assert_eq!(queue.waiting(), (2, 2));
         assert_eq!(queue.close().len(), 4);
-        assert!(matches!(queue.push(read(0, 1)), Err(Failure::Closed)));
+        assert!(matches!(queue.would_admit(&read(0, 1)), Err(Failure::Closed)));
         assert!(matches!(queue.next(Instant::now()), Next::Closed));
     }
 }

@@ -130,7 +130,12 @@ impl Shared {
         let result = {
             let mut plan = self.lock();
             let wish = plan.wish(&job, self.settings.slab_bytes);
-            plan.health.would_admit(wish, now).and_then(|()| plan.queue.push(job))
+            let admitted = plan.health.would_admit(wish, now).and_then(|()| plan.queue.would_admit(&job));
+            // A job that is refused is dropped after the lock: its `done` may take others.
+            if admitted.is_ok() {
+                plan.queue.push(job);
+            }
+            admitted
         };
         match &result {
             Ok(()) => self.changed.notify_one(),

@@ -21,7 +21,7 @@ pub(crate) struct Group {
     pub(crate) size: BlockBytes,
     pub(crate) last_use: Use,
     origin: OriginId,
-    blocks: Vec<BlockId>,
+    pub(crate) blocks: Vec<BlockId>,
 }
 
 /// The groups found so far.

@@ -17,6 +17,7 @@ use kvasir_kv_cache::{Ask, Tick};
 use kvasir_types::{BlockHash, BlockId};
 
 mod class;
+mod counts;
 mod learned;
 mod room;
 mod table;
@@ -29,6 +30,7 @@ use table::Table;
 
 pub(crate) use class::Policies;
 pub use class::Policy;
+pub(crate) use counts::{Blocks, Evicted};
 
 use super::{
     Checksum,
@@ -48,31 +50,6 @@ pub(crate) struct Place {
     pub(crate) size: BlockBytes,
 }
 
-/// How many blocks there are, by state.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Blocks {
-    /// Present, wherever they are.
-    pub(crate) present: u64,
-    /// Present with good bytes in memory, and on disk.
-    pub(crate) good: [u64; 2],
-    /// Present and held by at least one lease.
-    pub(crate) leased: u64,
-    /// Held by a writer.
-    pub(crate) reserved: u64,
-    /// Soft and hard pins, and the hard ones among them.
-    pub(crate) kept: u64,
-    pub(crate) hard: u64,
-}
-
-/// What a tier gave up, ever.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Evicted {
-    /// Blocks that are still in the other tier.
-    pub(crate) demoted: u64,
-    /// Blocks that are gone.
-    pub(crate) lost: u64,
-}
-
 /// How reading a block from disk ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum ReadEnd {
@@ -82,6 +59,14 @@ pub(crate) enum ReadEnd {
     Failed,
     /// The disk's bytes are not those that were stored.
     Torn,
+}
+
+/// Hears which blocks readers can be told of in memory.
+pub(crate) trait Publish: Send {
+    /// The block is readable there, with these bytes.
+    fn put(&mut self, place: &Place, checksum: &Checksum);
+    /// It is not any more; its slot is given to nobody else before this returns.
+    fn take(&mut self, hash: &BlockHash, size: BlockBytes);
 }
 
 /// Every block of the node.
@@ -97,6 +82,7 @@ pub(crate) struct Index {
     quotas: Quotas,
     blocks: Blocks,
     evicted: [Evicted; 2],
+    published: Option<Box<dyn Publish>>,
 }
 
 impl Index {
@@ -112,7 +98,14 @@ impl Index {
             quotas,
             blocks: Blocks::default(),
             evicted: [Evicted::default(); 2],
+            published: None,
         }
+    }
+
+    /// From now on it is told what is in memory, which is nothing yet.
+    pub(crate) fn publish_to(&mut self, published: Box<dyn Publish>) {
+        assert_eq!(self.blocks.good[Level::Memory as usize], 0, "blocks came before their index");
+        self.published = Some(published);
     }
 
     pub(crate) fn slabs(&self, level: Level) -> &Slabs {
@@ -213,7 +206,7 @@ impl Index {
         after: Option<BlockId>,
         now: Use,
     ) -> Option<BlockId> {
-        let class = self.class_for(size, facts)?;
+        let class = self.class_for(size, facts, now)?;
         let id = self.enter(class, hash, facts, now)?;
         let Some(slot) = self.room(Level::Memory, class, id) else {
             self.leave(id);
@@ -244,7 +237,7 @@ impl Index {
         if self.find(place.size, place.hash).is_some() {
             return false;
         }
-        let Some(class) = self.class_for(place.size, facts) else { return false };
+        let Some(class) = self.class_for(place.size, facts, last_use) else { return false };
         let Some(id) = self.enter(class, place.hash, facts, last_use) else { return false };
         let Some(slot) = self.slabs[Level::Disk as usize].claim(place.size, place.offset, id) else {
             self.leave(id);
@@ -516,7 +509,22 @@ impl Index {
                 _ => {}
             }
         }
+        self.publish_change(id, &before, &after);
         result
+    }
+
+    fn publish_change(&mut self, id: BlockId, before: &Entry, after: &Entry) {
+        let (was, is) = (before.good_in(Level::Memory), after.good_in(Level::Memory));
+        if was == is || self.published.is_none() {
+            return;
+        }
+        let news = is.then(|| self.place(id, Level::Memory));
+        let size = self.class(before.class).size;
+        match (&mut self.published, news) {
+            (Some(published), Some(place)) => published.put(&place, &after.checksum),
+            (Some(published), None) => published.take(&before.hash, size),
+            (None, _) => {}
+        }
     }
 
     fn class(&self, id: ClassId) -> &Class {
@@ -528,7 +536,7 @@ impl Index {
     }
 
     /// The class of blocks of that size and origin; `None` if a slab can't hold such a block or there are too many classes.
-    fn class_for(&mut self, size: BlockBytes, facts: Facts) -> Option<ClassId> {
+    fn class_for(&mut self, size: BlockBytes, facts: Facts, now: Use) -> Option<ClassId> {
         if self.slabs[Level::Memory as usize].slots_per_slab(size) == 0 {
             return None;
         }
@@ -537,13 +545,13 @@ impl Index {
         let at = match found.or_else(|| self.classes.iter().position(|class| class.blocks == 0)) {
             Some(at) => at,
             None if self.classes.len() < MAX_CLASSES => {
-                self.classes.push(Class::new(size, share, &self.policies, self.classes.len()));
+                self.classes.push(Class::new(size, share, &self.policies, self.classes.len(), now));
                 self.classes.len() - 1
             }
             None => return None,
         };
         if (self.classes[at].size, self.classes[at].share) != (size, share) {
-            self.classes[at] = Class::new(size, share, &self.policies, at);
+            self.classes[at] = Class::new(size, share, &self.policies, at, now);
         }
         Some(ClassId(u8::try_from(at).expect("below MAX_CLASSES")))
     }
@@ -554,37 +562,5 @@ impl Index {
 
     fn entry_mut(&mut self, id: BlockId) -> &mut Entry {
         &mut self.entries[id.0 as usize / PIECE][id.0 as usize % PIECE]
-    }
-}
-
-impl Blocks {
-    fn count(&mut self, entry: &Entry, add: impl Fn(&mut u64)) {
-        match entry.state() {
-            State::Vacant => return,
-            State::Reserved => add(&mut self.reserved),
-            State::Present => add(&mut self.present),
-        }
-        for level in Level::ALL {
-            if entry.good_in(level) {
-                add(&mut self.good[level as usize]);
-            }
-        }
-        if entry.leases > 0 {
-            add(&mut self.leased);
-        }
-        if entry.keep() != Keep::Cached {
-            add(&mut self.kept);
-        }
-        if entry.keep() == Keep::Hard {
-            add(&mut self.hard);
-        }
-    }
-
-    fn enter(&mut self, entry: &Entry) {
-        self.count(entry, |n| *n += 1);
-    }
-
-    fn leave(&mut self, entry: &Entry) {
-        self.count(entry, |n| *n -= 1);
     }
 }

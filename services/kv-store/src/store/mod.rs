@@ -47,7 +47,7 @@ use slab::{Slabs, Use};
 pub(crate) use entry::{Facts, Keep, Level};
 pub(crate) use groups::{Group, Groups, Held};
 pub use index::Policy;
-pub(crate) use index::{Place, Policies, ReadEnd};
+pub(crate) use index::{Place, Policies, Publish, ReadEnd};
 pub use leases::{LeaseId, ReservationId};
 pub(crate) use quota::{Limits, Origin};
 pub(crate) use sift::{Forget, Sift, Which, tag};
@@ -74,6 +74,8 @@ pub(crate) struct Settings {
     pub(crate) max_pinned_percent: u8,
     pub(crate) quotas: Limits,
     pub(crate) policies: Policies,
+    /// Of the index that clients read by themselves; zero: there is none.
+    pub(crate) published_bytes: u64,
     /// Random: ids of leases and reservations follow from it.
     pub(crate) seed: u64,
 }
@@ -223,6 +225,11 @@ impl Store {
         }
     }
 
+    /// From now on it is told which blocks are in memory, which are none yet.
+    pub(crate) fn publish_to(&mut self, published: Box<dyn Publish>) {
+        self.index.publish_to(published);
+    }
+
     /// The longest run of `hashes` that is in memory, from the first one on, held by a new lease. They are blocks of a prompt
     /// of so many; fewer than there are hashes: nobody says.
     pub(crate) fn lookup(
@@ -244,11 +251,7 @@ impl Store {
         self.totals.lookups += 1;
         self.totals.hit_blocks += run.len() as u64;
         self.totals.missed_blocks += (hashes.len() - run.len()) as u64;
-        let whole = hashes.len() >= prompt_blocks as usize;
-        let ask = self.ask(&run, hashes.len(), prompt_blocks);
-        // Who is asked for a part of a prompt does not see how far all of it got.
-        let ask = if whole { ask } else { Ask { found: Ask::UNKNOWN, ..ask } };
-        self.index.ask(size, self.tick(now), ask);
+        self.begin(now, size, &run, hashes.len(), prompt_blocks);
         if run.is_empty() {
             return Ok(None);
         }
@@ -262,6 +265,24 @@ impl Store {
         }
         let lease = self.leases.open(run, now + self.settings.lease);
         Ok(Some(Found { lease, blocks }))
+    }
+
+    /// A reader found these by itself, in the published index, and read them. Counts as a lookup that found what of them is
+    /// still in memory; the groups to which they belong.
+    pub(crate) fn used(
+        &mut self,
+        now: Instant,
+        size: BlockBytes,
+        hashes: &[BlockHash],
+        prompt_blocks: u32,
+    ) -> Vec<u64> {
+        let find = |&hash| self.index.find(size, hash).filter(|&id| self.index.entry(id).good_in(Level::Memory));
+        let run: Vec<BlockId> = hashes.iter().filter_map(find).collect();
+        self.totals.lookups += 1;
+        self.totals.hit_blocks += hashes.len() as u64;
+        self.begin(now, size, &run, hashes.len(), prompt_blocks);
+        self.touch_run(now, &run);
+        run.iter().map(|&id| self.index.entry(id).facts().group).collect()
     }
 
     /// For each hash, in which tiers it is: memory, disk. Nothing is touched.
@@ -392,6 +413,19 @@ impl Store {
         }
     }
 
+    /// Blocks that have just become visible are kept where they are until [`Store::let_go_written`].
+    pub(crate) fn hold_written(&mut self, written: &[(Written, Checksum)]) {
+        for (written, _) in written {
+            assert!(self.index.lease(written.block), "a new block has no leases yet");
+        }
+    }
+
+    /// The opposite.
+    pub(crate) fn let_go_written(&mut self, written: &[(Written, Checksum)]) {
+        // The end first, as always.
+        written.iter().rev().for_each(|(written, _)| self.index.end_lease(written.block));
+    }
+
     /// Whether a block with these bytes is there under this hash, in any size: what a repeated commit wants to know.
     pub(crate) fn holds(&self, hash: BlockHash, checksum: Checksum) -> bool {
         self.index.holds(hash, checksum)
@@ -439,6 +473,15 @@ impl Store {
     /// Origins that have blocks here, and how many.
     pub(crate) fn origins(&mut self) -> Vec<(Origin, u64)> {
         self.index.quotas().in_use().map(|(origin, blocks)| (origin.clone(), blocks)).collect()
+    }
+
+    /// A request for so many blocks of a prompt finds this run.
+    fn begin(&mut self, now: Instant, size: BlockBytes, run: &[BlockId], blocks: usize, prompt_blocks: u32) {
+        let ask = self.ask(run, blocks, prompt_blocks);
+        // Who is asked for a part of a prompt does not see how far all of it got.
+        let whole = blocks >= prompt_blocks as usize;
+        let ask = if whole { ask } else { Ask { found: Ask::UNKNOWN, ..ask } };
+        self.index.ask(size, self.tick(now), ask);
     }
 
     /// How far a request for so many blocks of a prompt gets with the first of them, as far as is known here.

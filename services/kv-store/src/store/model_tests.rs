@@ -116,6 +116,7 @@ impl World {
             disk_bytes: 0,
             max_moves: 8,
             max_pinned_percent: 50,
+            published_bytes: 0,
             quotas: Limits::default(),
             policies: Policies { memory: Policy::Lru, disk: Policy::Lru },
             lease: HOLD,

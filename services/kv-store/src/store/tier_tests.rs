@@ -5,6 +5,7 @@
 
 use std::{
     collections::HashMap,
+    sync::{Arc, Mutex},
     time::{Duration, Instant},
 };
 
@@ -105,8 +106,27 @@ enum Under {
     Down(Move),
 }
 
+/// Blocks, and where each is with which bytes.
+type Readable = HashMap<(BlockBytes, BlockHash), (u64, Checksum)>;
+
+/// What readers who look for themselves are told.
+#[derive(Clone, Default)]
+struct Told(Arc<Mutex<Readable>>);
+
+impl Publish for Told {
+    fn put(&mut self, place: &Place, checksum: &Checksum) {
+        let before = self.0.lock().unwrap().insert((place.size, place.hash), (place.offset, *checksum));
+        assert_eq!(before, None, "told twice");
+    }
+
+    fn take(&mut self, hash: &BlockHash, size: BlockBytes) {
+        assert!(self.0.lock().unwrap().remove(&(size, *hash)).is_some(), "taken back, never told");
+    }
+}
+
 struct World {
     store: Store,
+    told: Told,
     now: Instant,
     memory: HashMap<u64, Tag>,
     disk: HashMap<u64, Option<Tag>>,
@@ -129,6 +149,7 @@ fn settings(policies: Policies) -> Settings {
         max_reservations: 6,
         max_moves: 3,
         max_pinned_percent: 50,
+        published_bytes: 0,
         policies,
         quotas: Limits { tenants: HashMap::from([("small".to_owned(), 34)]), others: None },
         seed: 1,
@@ -141,9 +162,12 @@ impl World {
     }
 
     fn with(policies: Policies) -> Self {
-        let now = Instant::now();
+        let (now, told) = (Instant::now(), Told::default());
+        let mut store = Store::new(settings(policies), now);
+        store.publish_to(Box::new(told.clone()));
         Self {
-            store: Store::new(settings(policies), now),
+            store,
+            told,
             now,
             memory: HashMap::new(),
             disk: HashMap::new(),
@@ -211,6 +235,7 @@ impl World {
             }
         }
         self.store.index.check();
+        assert_eq!(*self.told.0.lock().unwrap(), self.store.index.readable(), "told is what is there");
         for (_, blocks) in &self.readers {
             assert!(blocks.iter().all(|(offset, tag)| self.memory.get(offset) == Some(tag)), "under a lease");
         }
@@ -492,4 +517,24 @@ fn an_index_of_ten_million_blocks_takes_under_100_bytes_for_each() {
     assert!(each < 100.0, "{each:.1} bytes for each block");
     let there = store.exists(SIZE, &[hash(0), hash(BLOCKS / 2), hash(BLOCKS - 1), hash(BLOCKS)]);
     assert_eq!(there, [[false, true], [false, true], [false, true], [false, false]]);
+}
+
+#[test]
+fn blocks_of_a_size_that_nobody_uses_make_room_for_another_at_once() {
+    let (mut world, [small, large]) = (World::new(), SIZES);
+    world.put(small, &run(0, 12), &Origin::default());
+    world.apply(&Op::Wait { ms: 1000 });
+    for first in (100..106).step_by(2) {
+        world.put(large, &run(first, 2), &Origin::default());
+    }
+    let there = world.store.exists(large, &run(100, 6));
+    assert!(
+        there.iter().all(|tiers| tiers[0]),
+        "no block of a size in use went while there were older slabs: {there:?}"
+    );
+    assert_eq!(world.store.usage().memory_blocks, 6);
+    world.apply(&Op::Wait { ms: 1000 });
+    // Now both are in use, and a slab is taken back only from what is older than one's own.
+    world.put(small, &run(50, 4), &Origin::default());
+    assert_eq!(world.store.usage().memory_blocks, 4 + 4, "one slab changed hands");
 }

@@ -4,7 +4,7 @@ use kvasir_proto::{convert, v1};
 use kvasir_types::{BlockHash, PROTOCOL_VERSION};
 use tonic::Code;
 
-use super::harness::{BLOCK, Cluster, content, hashes};
+use super::harness::{BLOCK, Cluster, content, eventually, hashes};
 
 fn names(hashes: &[BlockHash]) -> tonic::codegen::Bytes {
     convert::pack16(hashes.iter().map(|hash| &hash.0))
@@ -27,6 +27,7 @@ fn put_request(hashes: &[BlockHash], tenant: &str) -> v1::PutRequest {
         runs: vec![v1::BlockRun { blocks: hashes.len() as u32, position: 0, group: 1, parent: Default::default() }],
         model: vec![5; 16].into(),
         tenant: tenant.into(),
+        ..Default::default()
     }
 }
 
@@ -35,7 +36,7 @@ fn get_request(hashes: &[BlockHash]) -> v1::GetRequest {
 }
 
 fn exists_request(hashes: &[BlockHash]) -> v1::ExistsRequest {
-    v1::ExistsRequest { protocol_version: PROTOCOL_VERSION, block_bytes: BLOCK, hashes: names(hashes) }
+    v1::ExistsRequest { protocol_version: PROTOCOL_VERSION, block_bytes: BLOCK, hashes: names(hashes), index: false }
 }
 
 fn evict_request() -> v1::EvictRequest {
@@ -163,7 +164,7 @@ async fn pinned_blocks_outlive_others_until_their_pins_end() {
     assert_eq!(client.read(&client.places(0, &hashes(0..10))).await.blocks, 10);
     assert_eq!(raw.pin(pin(v1::pin_request::Keep::Cached, 0)).await.unwrap().into_inner().blocks, 10);
     raw.pin(pin(v1::pin_request::Keep::Soft, 50)).await.unwrap();
-    super::harness::eventually("the pins have ended", || node.node.usage().kept == 0).await;
+    eventually("the pins have ended", || node.node.usage().kept == 0).await;
     client.write(&client.prepare(0, &hashes(200..260))).await;
     assert_eq!(client.read(&client.places(0, &hashes(0..10))).await.blocks, 0);
     assert_eq!(raw.pin(pin(v1::pin_request::Keep::Unspecified, 0)).await.unwrap_err().code(), Code::InvalidArgument);

@@ -20,6 +20,7 @@ async fn node(cluster: &Cluster, path: &Path) -> TestNode {
 
 async fn on_disk(node: &TestNode, blocks: u64) {
     eventually("all is written down", || node.node.usage().disk_blocks == blocks).await;
+    eventually("nobody is at them", || node.node.usage().pinned == 0).await;
 }
 
 /// Reads until the whole run has come, as a client that has time does.

@@ -213,6 +213,19 @@ async fn readers_spread_over_the_copies() {
     }
 }
 
+/// What a node says once it is drained.
+async fn drained(node: &mut v1::store_client::StoreClient<tonic::transport::Channel>) -> v1::StoreStatusResponse {
+    let start = std::time::Instant::now();
+    loop {
+        let status = node.store_status(v1::StoreStatusRequest {}).await.unwrap().into_inner();
+        if status.leaving == "drained" {
+            break status;
+        }
+        assert!(start.elapsed() < std::time::Duration::from_secs(10), "{status:?}");
+        tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+    }
+}
+
 #[tokio::test]
 async fn what_a_drained_node_had_is_found_after_it_is_gone() {
     let cluster = Cluster::with(&[TransportKind::Tcp]);
@@ -229,22 +242,28 @@ async fn what_a_drained_node_had_is_found_after_it_is_gone() {
     let status = raw.store_status(v1::StoreStatusRequest {}).await.unwrap().into_inner();
     assert_eq!(status.leaving, "no");
     raw.drain(v1::DrainRequest {}).await.unwrap();
-    let start = std::time::Instant::now();
-    let status = loop {
-        let status = raw.store_status(v1::StoreStatusRequest {}).await.unwrap().into_inner();
-        if status.leaving == "drained" {
-            break status;
-        }
-        assert!(start.elapsed() < std::time::Duration::from_secs(10), "{status:?}");
-        tokio::time::sleep(std::time::Duration::from_millis(5)).await;
-    };
+    let status = drained(&mut raw).await;
     assert_eq!((status.handed_over_blocks_total, status.handover_groups_left), (had, 0));
-    assert_eq!(status.pinned, 0, "no lease is left");
+    eventually("no lease is left", || nodes[0].node.usage().pinned == 0).await;
     drop(nodes.remove(0));
     eventually("the client knows", || client.store.nodes() == 2).await;
     let reader = cluster.client(200);
     let places = reader.places(0, &hashes(0..BLOCKS));
     assert_eq!(read_groups(&reader, &places).await, (200, 0));
+}
+
+#[tokio::test]
+async fn a_drained_node_says_what_nobody_took() {
+    let cluster = Cluster::with(&[TransportKind::Tcp]);
+    let node = cluster.node("kv-0", |_| {}).await;
+    let client = cluster.client(200);
+    let all = client.prepare(0, &hashes(0..BLOCKS));
+    assert_eq!(client.write(&all).await.written, BLOCKS as usize);
+    let mut raw = node.raw().await;
+    raw.drain(v1::DrainRequest {}).await.unwrap();
+    let status = drained(&mut raw).await;
+    let told = (status.handed_over_blocks_total, status.not_handed_over_blocks, status.handover_groups_left);
+    assert_eq!(told, (0, u64::from(BLOCKS), 0), "there is nobody else");
 }
 
 #[tokio::test]
@@ -305,12 +324,20 @@ async fn a_hot_group_is_read_from_copies_that_nobody_asked_for() {
     for _ in 0..40 {
         assert_eq!(client.read(&group).await.blocks, GROUP);
     }
-    eventually("it has a copy", || nodes[home[1]].node.usage().blocks == GROUP as u64).await;
+    let start = std::time::Instant::now();
+    while nodes[home[1]].node.usage().blocks < GROUP as u64 {
+        assert!(start.elapsed() < std::time::Duration::from_secs(10), "it has no copy");
+        // Who reads by the node's index tells it now and then.
+        tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+        assert_eq!(client.read(&group).await.blocks, GROUP);
+    }
     let read = |node: &TestNode| node.node.engine().stats().owner.of(TransportKind::Tcp).read_bytes;
-    for _ in 0..40 {
+    let start = std::time::Instant::now();
+    while read(&nodes[home[1]]) == 0 {
+        assert!(start.elapsed() < std::time::Duration::from_secs(10), "nobody reads from it");
+        tokio::time::sleep(std::time::Duration::from_millis(5)).await;
         assert_eq!(client.read(&group).await.blocks, GROUP);
         assert!(client.has(&group));
     }
-    eventually("some read from it", || read(&nodes[home[1]]) > 0).await;
     assert!(nodes.iter().map(|node| node.node.usage().blocks).sum::<u64>() == 2 * GROUP as u64);
 }

@@ -99,7 +99,9 @@ impl TestNode {
     /// Dies without a word: sockets close, nothing is deregistered.
     pub(super) fn kill(&mut self) {
         if let Some(runtime) = self.runtime.take() {
-            runtime.shutdown_background();
+            // In a thread of its own, since it waits for tasks that hold the node.
+            let end = std::thread::spawn(move || runtime.shutdown_timeout(Duration::from_secs(5)));
+            end.join().expect("a runtime ends");
             self.node.engine().shutdown();
         }
     }

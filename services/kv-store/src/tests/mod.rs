@@ -4,6 +4,7 @@ mod calls;
 mod disk;
 mod division;
 mod exchange;
+mod glance;
 mod harness;
 
 use std::time::{Duration, Instant};
@@ -131,18 +132,24 @@ async fn corrupted_bytes_are_a_miss() {
 
 #[tokio::test]
 async fn a_writer_that_lies_about_its_bytes_is_not_believed() {
-    let cluster = Cluster::new();
-    let node = cluster.node("kv-0", |_| {}).await;
-    let (client, mut raw) = (cluster.client(1), node.raw().await);
-    let hash = hashes(0..1);
-    client.prepare(0, &hash);
-    let reserved = raw.reserve(reserve_request(&hash)).await.unwrap().into_inner();
-    client.touch(Op::Write, &node, reserved.grant, reserved.slots[0].offset).await.unwrap();
-    let commit = commit_request(reserved.reservation, &[(hash[0], [6; 16])]);
-    assert_eq!(raw.commit(commit).await.unwrap().into_inner().committed, 0);
-    assert!(raw.lookup(lookup_request(&hash)).await.unwrap().into_inner().offsets.is_empty());
-    assert_eq!(node.node.usage().used_bytes, 0, "its room is free again");
-    assert_eq!(node.node.totals().1, 1, "and it is counted");
+    // So few bytes that they are verified first, and so many that they are found meanwhile.
+    for blocks in [1, 20] {
+        let cluster = Cluster::new();
+        let node = cluster.node("kv-0", |_| {}).await;
+        let (client, mut raw) = (cluster.client(20), node.raw().await);
+        let names = hashes(0..blocks);
+        client.prepare(0, &names);
+        let reserved = raw.reserve(reserve_request(&names)).await.unwrap().into_inner();
+        client.touch(Op::Write, &node, reserved.grant, reserved.slots[0].offset).await.unwrap();
+        let lies: Vec<_> = names.iter().map(|&hash| (hash, [6; 16])).collect();
+        let committed = raw.commit(commit_request(reserved.reservation, &lies)).await.unwrap().into_inner().committed;
+        assert_eq!(committed, if blocks == 1 { 0 } else { blocks });
+        let reader = cluster.client(20);
+        assert_eq!(reader.read(&reader.places(0, &names)).await.blocks, 0, "at no time");
+        eventually("their room is free again", || node.node.usage().used_bytes == 0).await;
+        assert!(raw.lookup(lookup_request(&names)).await.unwrap().into_inner().offsets.is_empty());
+        assert_eq!(node.node.totals().1, u64::from(blocks), "and they are counted");
+    }
 }
 
 #[tokio::test]
@@ -215,7 +222,7 @@ async fn what_is_leased_is_not_evicted() {
         assert_eq!(client.bytes(0), content(hash));
     }
     raw.release(v1::ReleaseRequest { lease: held.lease }).await.unwrap();
-    assert_eq!(node.node.usage().pinned, 0);
+    eventually("nobody is at them", || node.node.usage().pinned == 0).await;
     client.touch(Op::Write, &node, held.grant, held.offsets[0]).await.unwrap_err();
     assert_eq!(client.write(&client.prepare(0, &hashes(200..230))).await.written, 30);
 }
@@ -479,7 +486,7 @@ async fn many_who_ask_at_once_are_each_told_how_long_their_run_is() {
         assert!(error.is_none(), "{error:?}");
         assert_eq!(found, have);
     }
-    assert_eq!(nodes.iter().map(|node| node.node.usage().pinned).sum::<u64>(), 0, "nothing is held");
+    eventually("nothing is held", || nodes.iter().all(|node| node.node.usage().pinned == 0)).await;
     let calls = nodes.iter().map(|node| node.node.totals().0.lookups).sum::<u64>();
     assert_eq!(calls, 0, "nor counted as used");
 }

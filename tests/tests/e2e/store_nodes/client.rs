@@ -143,8 +143,12 @@ pub(super) fn names(hashes: &[BlockHash]) -> Vec<u8> {
 
 /// Which of these blocks a node says it has, in memory or on disk.
 pub(super) async fn has(node: &Node, hashes: &[BlockHash]) -> Result<Vec<bool>> {
-    let request =
-        v1::ExistsRequest { protocol_version: PROTOCOL_VERSION, block_bytes: BLOCK, hashes: names(hashes).into() };
+    let request = v1::ExistsRequest {
+        protocol_version: PROTOCOL_VERSION,
+        block_bytes: BLOCK,
+        hashes: names(hashes).into(),
+        index: false,
+    };
     let tiers = raw(node.grpc()).await?.exists(request).await?.into_inner().tiers;
     ensure!(tiers.len() == hashes.len(), "{} of {} answers", tiers.len(), hashes.len());
     Ok(tiers.iter().map(|&tiers| tiers != 0).collect())

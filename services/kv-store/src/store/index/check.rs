@@ -3,6 +3,13 @@
 use super::*;
 
 impl Index {
+    /// Every block that is readable in memory.
+    pub(crate) fn readable(&self) -> std::collections::HashMap<(BlockBytes, BlockHash), (u64, Checksum)> {
+        let all = (0..self.capacity()).map(BlockId).filter(|&id| self.entry(id).good_in(Level::Memory));
+        let named = all.map(|id| (self.place(id, Level::Memory), self.entry(id).checksum));
+        named.map(|(place, sum)| ((place.size, place.hash), (place.offset, sum))).collect()
+    }
+
     /// Compares every counter and every order with the entries.
     pub(crate) fn check(&self) {
         let mut blocks = Blocks::default();

@@ -53,15 +53,16 @@ pub(super) struct Class {
     pub(super) idle: [Box<dyn Evict<BlockId>>; 2],
     /// Those of them that somebody wants kept: they go last.
     soft: [Lru; 2],
-    /// When what last went from each tier had last been used: how old this class's oldest are, more or less.
+    /// When what last went from each tier had last been used, or since when there is this class: how old its oldest are,
+    /// more or less.
     pub(super) tail: [Use; 2],
-    /// Blocks given up to make room for others of this class.
-    pub(super) evictions: [u64; 2],
+    /// So many blocks of this size are given up before the slabs of other sizes are looked at again.
+    pub(super) look_after: [u64; 2],
 }
 
 impl Class {
     /// The n-th class of a store.
-    pub(super) fn new(size: BlockBytes, share: ShareId, policies: &Policies, n: usize) -> Self {
+    pub(super) fn new(size: BlockBytes, share: ShareId, policies: &Policies, n: usize, now: Use) -> Self {
         let order = |policy: Policy| if n < MAX_LEARNING { policy.order() } else { Policy::Lru.order() };
         Self {
             size,
@@ -69,8 +70,8 @@ impl Class {
             blocks: 0,
             idle: [order(policies.memory), order(policies.disk)],
             soft: Default::default(),
-            tail: Default::default(),
-            evictions: [0; 2],
+            tail: [now; 2],
+            look_after: [0; 2],
         }
     }
 

@@ -5,12 +5,12 @@ use kvasir_types::BlockId;
 use super::{Class, Index};
 use crate::store::{
     entry::{ClassId, Level},
-    slab::{SlabId, Slot},
+    slab::{BlockBytes, SlabId, Slot},
 };
 
 impl Index {
-    /// A slot, in this order: an empty one; that of the block of this size which is next to go; one of a slab of another
-    /// size whose blocks have gone unused the longest.
+    /// A slot: an empty one; else one of a slab of another size, if all its blocks have gone unused for longer than the
+    /// block of this size that is next to go; else that block's. Who is over a quota pays with blocks of his own.
     pub(super) fn room(&mut self, level: Level, class: ClassId, owner: BlockId) -> Option<Slot> {
         let size = self.class(class).size;
         let over =
@@ -18,47 +18,56 @@ impl Index {
         if !over && let Some(slot) = self.slabs[level as usize].take(size, owner) {
             return Some(slot);
         }
-        match self.next_victim(level, class, over) {
-            Some((victim, look_around)) => {
-                let age = self.entry(victim).last_use;
-                self.evict(victim, level);
-                if look_around
-                    && let Some((slab, last_use)) = self.slabs[level as usize].coldest_other(size)
-                    && last_use < age
-                {
-                    self.evict_slab(slab, level);
-                }
-            }
-            None if over => return None,
-            None => {
-                let (slab, _) = self.slabs[level as usize].coldest_other(size)?;
-                self.evict_slab(slab, level);
-            }
+        let candidates = if over { vec![class.0 as usize] } else { self.of_size(size, level) };
+        if !over && let Some(slab) = self.colder_slab(level, class, &candidates) {
+            self.evict_slab(slab, level);
+        } else if let Some(victim) = self.next_victim(level, size, &candidates) {
+            self.evict(victim, level);
+        } else if over {
+            return None;
+        } else {
+            let (slab, _) = self.slabs[level as usize].coldest_other(size)?;
+            self.evict_slab(slab, level);
         }
         self.slabs[level as usize].take(size, owner)
     }
 
-    /// Takes out the block that goes next, and says whether it is time to look at the slabs of other sizes: one that nobody
-    /// uses any more would keep its slabs for ever. Looking at all slabs costs, so it is done once for each slab's worth of
-    /// evictions. Who is over a quota pays with blocks of his own; else the class of this size whose blocks are oldest does.
-    fn next_victim(&mut self, level: Level, class: ClassId, over: bool) -> Option<(BlockId, bool)> {
+    /// The classes of this size that have blocks, those first whose blocks to go next are the oldest.
+    fn of_size(&self, size: BlockBytes, level: Level) -> Vec<usize> {
+        let mut candidates: Vec<usize> = (0..self.classes.len())
+            .filter(|&at| self.classes[at].size == size && self.classes[at].blocks > 0)
+            .collect();
+        candidates.sort_by_key(|&class| self.classes[class].tail[level as usize]);
+        candidates
+    }
+
+    /// A slab of another size that is colder than what this size would give up: a size that nobody uses any more would keep
+    /// its slabs for ever. Looking at all slabs costs, so once none was found, a slab's worth of evictions goes by first.
+    fn colder_slab(&mut self, level: Level, class: ClassId, candidates: &[usize]) -> Option<SlabId> {
         let (size, at) = (self.class(class).size, level as usize);
-        let per_slab = self.slabs[at].slots_per_slab(size);
-        let mut candidates: Vec<usize> = if over {
-            vec![class.0 as usize]
-        } else {
-            (0..self.classes.len()).filter(|&at| self.classes[at].size == size && self.classes[at].blocks > 0).collect()
-        };
-        candidates.sort_by_key(|&class| self.classes[class].tail[at]);
+        let wait = &mut self.classes[class.0 as usize].look_after[at];
+        if *wait > 0 {
+            *wait -= 1;
+            return None;
+        }
+        let age = candidates.first().map(|&class| self.classes[class].tail[at]);
+        let slabs = &self.slabs[at];
+        let found = slabs.coldest_other(size).filter(|&(_, last_use)| age.is_some_and(|age| last_use < age));
+        if found.is_none() {
+            self.classes[class.0 as usize].look_after[at] = slabs.slots_per_slab(size);
+        }
+        found.map(|(slab, _)| slab)
+    }
+
+    /// Takes out the block of these classes that goes next.
+    fn next_victim(&mut self, level: Level, size: BlockBytes, candidates: &[usize]) -> Option<BlockId> {
         let pop = |soft: bool, classes: &mut [Class]| {
             candidates.iter().find_map(|&class| Some((class, classes[class].pop(level, soft)?)))
         };
         let (from, key) = pop(false, &mut self.classes).or_else(|| pop(true, &mut self.classes))?;
         let victim = self.block_at(size, level, key);
-        self.classes[from].tail[at] = self.entry(victim).last_use;
-        let evictions = &mut self.classes[class.0 as usize].evictions[at];
-        *evictions += 1;
-        Some((victim, evictions.is_multiple_of(per_slab.max(1))))
+        self.classes[from].tail[level as usize] = self.entry(victim).last_use;
+        Some(victim)
     }
 
     fn evict_slab(&mut self, slab: SlabId, level: Level) {
