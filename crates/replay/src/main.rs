@@ -6,6 +6,7 @@ use std::{
     fs::File,
     io::{BufReader, IsTerminal, Write},
     path::PathBuf,
+    process::ExitCode,
     sync::Arc,
 };
 
@@ -117,22 +118,31 @@ struct Args {
 /// Bytes of a block in sizes, unless asked otherwise.
 const BLOCK_BYTES: u64 = 1 << 20;
 
-fn main() -> anyhow::Result<()> {
-    let args = Args::parse();
+fn main() -> ExitCode {
+    match run_as_told(&Args::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run_as_told(args: &Args) -> anyhow::Result<()> {
     if let Some(name) = &args.generate {
         let trace = generate::generate(name, args.seed)
             .with_context(|| format!("there is no trace {name:?} to make; there are {}", generate::NAMES.join(", ")))?;
         return std::io::stdout().write_all(trace.to_text().as_bytes()).context("the trace could not be written");
     }
     if args.live.wanted() {
-        return replay(&args);
+        return replay(args);
     }
     if !args.simulate {
         bail!("say --simulate, --store or --router URL");
     }
     let mut rows = Vec::new();
     for name in &args.traces {
-        run(&args, name, &load(name, args.seed)?, &mut rows)?;
+        run(args, name, &load(name, args.seed)?, &mut rows)?;
     }
     print!("{}", report::table(&rows));
     if let Some(path) = &args.json {

@@ -109,7 +109,7 @@ pub(crate) async fn glance(
 ) -> Vec<Line> {
     let mut lines = Vec::with_capacity(hashes.len());
     let Some(place) = inner.scratch.take(&inner.engine) else { return lines };
-    let deadline = deadline.min(Deadline::after(inner.peers.lookup_timeout));
+    let (whole, deadline) = (deadline, deadline.min(Deadline::after(inner.peers.lookup_timeout)));
     let hashes: Vec<BlockHash> = hashes.collect();
     for part in hashes.chunks(SETS) {
         let found = match read(inner, index, &place, part, block_bytes, deadline).await {
@@ -119,6 +119,10 @@ pub(crate) async fn glance(
                 // It may have moved; whoever asks the node next is told where it is.
                 inner.peers.forget_index(node);
                 inner.transfer_failed(node, &error);
+                // One that hangs is not waited for a second time, by a call.
+                if matches!(error, kvasir_transfer::Error::DeadlineExceeded) && !whole.passed() {
+                    inner.peers.failed(node);
+                }
                 break;
             }
         };
