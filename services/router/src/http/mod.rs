@@ -16,6 +16,7 @@ mod error;
 mod fields;
 mod live;
 mod models;
+mod placing;
 mod server;
 mod sse;
 mod types;
