@@ -19,6 +19,7 @@ mod models;
 mod placing;
 mod server;
 mod sse;
+mod tokens;
 mod types;
 mod wire;
 
