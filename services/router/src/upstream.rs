@@ -240,7 +240,8 @@ impl Events {
         };
         let beats = response.metadata().contains_key(HEARTBEAT_METADATA);
         let (heard, silence) = (Instant::now(), beats.then_some(silence));
-        let ring = heard + silence.unwrap_or(deadline.remaining()).min(deadline.remaining());
+        let left = deadline.remaining();
+        let ring = heard + silence.map_or(left, |silence| silence.min(left));
         let mut events = Self {
             stream: response.into_inner(),
             first: None,
