@@ -31,6 +31,7 @@ mod serve;
 mod spill;
 mod status;
 mod store;
+mod watch;
 
 pub use config::{
     Config, DecodeConfig, EngineConfig, Fetch, KvConfig, ModelConfig, PrefillConfig, SpillConfig, StoreConfig,

@@ -14,7 +14,9 @@ use kvasir_types::{Deadline, Incarnation, MemberId, PROTOCOL_VERSION, Role};
 use tokio::net::TcpListener;
 use tonic::transport::{Server, server::TcpIncoming};
 
-use crate::{config::Config, decode::DecodeService, host::Host, prefill::PrefillService, status::StatusService};
+use crate::{
+    config::Config, decode::DecodeService, host::Host, prefill::PrefillService, status::StatusService, watch::Hub,
+};
 
 /// Runs a worker in `role` with the cluster's metadata in etcd until shutdown.
 pub async fn run_with_etcd(role: Role, config: Config, context: Context) -> anyhow::Result<()> {
@@ -49,10 +51,16 @@ pub async fn run(
         Arc::new(tokio::task::spawn_blocking(build).await.context("loading the model panicked")??)
     };
     let incarnation = host.transfer.descriptor().incarnation;
+    let hub = Hub::new(&host, context.shutdown.clone());
     let server = {
         let closing = context.shutdown.clone();
-        serve(host.clone(), incarnation, listening.listener, async move { closing.wait().await })
+        serve(host.clone(), incarnation, hub.clone(), listening.listener, async move { closing.wait().await })
     };
+    let watched = host.clone();
+    context.tasks.spawn(Kind::Background, "watch", async move {
+        hub.run(&watched).await;
+        Ok(())
+    });
     context.tasks.spawn(Kind::Critical, "grpc", async move { server.await.context("grpc server") });
 
     let member = member(&host, incarnation, listening.advertised, admin);
@@ -98,10 +106,11 @@ fn watch_engine(host: &Arc<Host>, context: &Context) {
 async fn serve(
     host: Arc<Host>,
     incarnation: Incarnation,
+    hub: Arc<Hub>,
     listener: TcpListener,
     closing: impl Future<Output = ()>,
 ) -> Result<(), tonic::transport::Error> {
-    let status = WorkerServer::new(StatusService { host: host.clone(), incarnation });
+    let status = WorkerServer::new(StatusService { host: host.clone(), incarnation, hub });
     let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
     let server = Server::builder().add_service(status);
     let server = match host.role {

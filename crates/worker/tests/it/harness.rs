@@ -6,7 +6,7 @@ use kvasir_cluster::{Member, MemoryHub};
 use kvasir_proto::{convert, v1};
 use kvasir_runtime::{Context, Kind};
 use kvasir_transfer::LocalNet;
-use kvasir_types::{Deadline, PROTOCOL_VERSION, Role, Sampling};
+use kvasir_types::{BlockHash, Deadline, PROTOCOL_VERSION, Role, Sampling};
 use kvasir_worker::Config;
 use tonic::Status;
 
@@ -39,6 +39,22 @@ impl Cluster {
         let net = if local { self.local.clone() } else { LocalNet::new() };
         let member = start(&self.context, &self.hub, net, Role::Prefill, config).await;
         v1::PrefillCandidate { member: member.id.to_string(), address: member.grpc }
+    }
+
+    /// A client for what any worker tells, of the decode worker.
+    pub(crate) async fn decode_client(&self) -> v1::worker_client::WorkerClient<tonic::transport::Channel> {
+        Self::client_of(&self.decode.grpc).await
+    }
+
+    /// The same, of any worker.
+    pub(crate) async fn client_of(address: &str) -> v1::worker_client::WorkerClient<tonic::transport::Channel> {
+        v1::worker_client::WorkerClient::connect(format!("http://{address}")).await.unwrap()
+    }
+
+    /// Where chains of block hashes begin on the decode worker, and the tokens of a block.
+    pub(crate) fn root(&self, salt: &str) -> (BlockHash, usize) {
+        let model = self.decode.model.as_ref().unwrap();
+        (BlockHash::root(model.fingerprint, &model.layout, salt), model.layout.block_size as usize)
     }
 
     /// A greedy request for the reference's answer.

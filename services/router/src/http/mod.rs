@@ -15,6 +15,7 @@ mod completions;
 mod error;
 mod fields;
 mod live;
+mod messages;
 mod models;
 mod placing;
 mod server;
