@@ -18,6 +18,8 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
 use super::error::Error;
 use crate::{
+    access::{Caller, Keyring},
+    admission::{Gate, Gates},
     config::Limits,
     fleet::Fleet,
     metrics::{Inflight, Metrics},
@@ -46,6 +48,10 @@ pub(crate) struct App {
     pub(crate) context: Context,
     /// When the router started, in seconds since 1970.
     pub(crate) started: u64,
+    /// Who may ask.
+    pub(crate) keys: watch::Receiver<Arc<Keyring>>,
+    /// Where requests wait for their turn, by model.
+    gates: Gates,
     /// How failures are dealt with.
     pub(crate) retry: RetryConfig,
     /// Leaf lock, held for a sum.
@@ -57,6 +63,8 @@ pub(crate) struct App {
 
 /// A generation request that was let in.
 pub(crate) struct Admitted {
+    /// Who sent it.
+    pub(crate) caller: Caller,
     /// It counts as under way.
     pub(crate) inflight: Inflight,
     /// Its place among those under way.
@@ -70,6 +78,8 @@ impl App {
     pub(crate) fn new(
         limits: Limits,
         retry: RetryConfig,
+        keys: watch::Receiver<Arc<Keyring>>,
+        gates: Gates,
         models: Vec<Arc<Model>>,
         fleet: watch::Receiver<Arc<Fleet>>,
         policy: Box<dyn Policy>,
@@ -82,6 +92,8 @@ impl App {
             purse: Mutex::new(Purse::new(&retry, Instant::now())),
             limits,
             retry,
+            keys,
+            gates,
             models,
             fleet,
             policy,
@@ -93,12 +105,31 @@ impl App {
     }
 
     /// Lets a generation request in, if there is room: before its body is read, so that what waits is bounded too.
-    pub(crate) fn admit(&self) -> Result<Admitted, Error> {
+    pub(crate) fn admit(&self, request: &Request<Body>) -> Result<Admitted, Error> {
+        let caller = request.extensions().get::<Caller>().cloned().ok_or(Error::NoKey)?;
+        caller.request(Instant::now()).map_err(|over| self.refused(over))?;
         let permit = Arc::clone(&self.inflight).try_acquire_owned();
         let permit = permit.map_err(|_| Error::Full { limit: self.limits.max_inflight })?;
         let deadline = Deadline::after(self.limits.request_timeout());
         self.purse().request();
-        Ok(Admitted { inflight: self.metrics.admitted(), permit, deadline })
+        Ok(Admitted { caller, inflight: self.metrics.admitted(), permit, deadline })
+    }
+
+    /// Where requests for a model wait for their turn.
+    pub(crate) fn gate(&self, model: &str) -> Result<&Gate, Error> {
+        self.gates.get(model).ok_or_else(|| Error::NoWorker(model.to_owned()))
+    }
+
+    /// Counts a request that is not let in.
+    pub(crate) fn refused(&self, why: impl Into<Error>) -> Error {
+        let error = why.into();
+        let why = match &error {
+            Error::Rate { .. } => "rate",
+            Error::Queued { .. } => "full",
+            _ => "late",
+        };
+        self.metrics.not_let_in(why);
+        error
     }
 
     /// Whether a worker's failure may cost another try now.

@@ -14,6 +14,7 @@ mod choosing;
 mod completions;
 mod error;
 mod fields;
+mod guard;
 mod live;
 mod messages;
 mod models;
@@ -60,6 +61,7 @@ pub(crate) fn routes(app: Arc<App>) -> Router {
         .route("/metrics", get(metrics))
         .fallback(no_path)
         .method_not_allowed_fallback(no_method)
+        .layer(middleware::from_fn_with_state(Arc::clone(&app), guard::authorize))
         .layer(middleware::from_fn_with_state(Arc::clone(&app), identify))
         .with_state(app)
 }
@@ -80,6 +82,8 @@ async fn identify(State(app): State<Arc<App>>, mut request: Request, next: Next)
         "request",
         request_id = %id,
         endpoint,
+        tenant = tracing::field::Empty,
+        key = tracing::field::Empty,
         model = tracing::field::Empty,
         worker = tracing::field::Empty
     );
