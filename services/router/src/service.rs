@@ -60,8 +60,8 @@ pub async fn run(config: Config, context: Context, registry: Arc<dyn Registry>) 
     let (fleet, watcher) =
         watch_members(registry.view(), models.clone(), Arc::clone(&gates), metrics.clone(), context.clone());
     context.tasks.spawn(Kind::Critical, "members", watcher);
-    let (limits, retry) = (config.limits.clone(), config.retry.clone());
-    let app = App::new(limits, retry, keyring, gates, models, fleet, config.policy.build(), metrics, context.clone());
+    let parts = http::Parts { models, fleet, keys: keyring, gates, metrics, context: context.clone() };
+    let app = App::new(&config, parts);
     let http = listening.advertised;
     let server =
         Server { listener: listening.listener, routes: http::routes(Arc::new(app)), limits: config.limits.clone() };

@@ -133,12 +133,6 @@ impl Caller {
 
     /// What block hashes begin with: the tenant's salt and the request's, so that neither can be had through the other.
     pub(crate) fn cache_salt(&self, asked: &str) -> String {
-        let salt = &self.0.tenant.salt;
-        if salt.is_empty() {
-            return asked.to_owned();
-        }
-        let mut hash = blake3::Hasher::new_derive_key("kvasir 2026 cache salt of a tenant");
-        hash.update(&(salt.len() as u64).to_le_bytes()).update(salt.as_bytes()).update(asked.as_bytes());
-        hash.finalize().to_hex().to_string()
+        kvasir_types::tenant_salt(&self.0.tenant.salt, asked)
     }
 }

@@ -20,7 +20,7 @@ use super::error::Error;
 use crate::{
     access::{Caller, Keyring},
     admission::{Gate, Gates},
-    config::Limits,
+    config::{Config, Limits},
     fleet::Fleet,
     metrics::{Inflight, Metrics},
     retry::{Purse, RetryConfig},
@@ -61,6 +61,16 @@ pub(crate) struct App {
     tickets: AtomicU64,
 }
 
+/// What a router is made of besides its configuration.
+pub(crate) struct Parts {
+    pub(crate) models: Vec<Arc<Model>>,
+    pub(crate) fleet: watch::Receiver<Arc<Fleet>>,
+    pub(crate) keys: watch::Receiver<Arc<Keyring>>,
+    pub(crate) gates: Gates,
+    pub(crate) metrics: Metrics,
+    pub(crate) context: Context,
+}
+
 /// A generation request that was let in.
 pub(crate) struct Admitted {
     /// Who sent it.
@@ -75,28 +85,20 @@ pub(crate) struct Admitted {
 
 impl App {
     /// All of it.
-    pub(crate) fn new(
-        limits: Limits,
-        retry: RetryConfig,
-        keys: watch::Receiver<Arc<Keyring>>,
-        gates: Gates,
-        models: Vec<Arc<Model>>,
-        fleet: watch::Receiver<Arc<Fleet>>,
-        policy: Box<dyn Policy>,
-        metrics: Metrics,
-        context: Context,
-    ) -> Self {
+    pub(crate) fn new(config: &Config, parts: Parts) -> Self {
+        let Parts { models, fleet, keys, gates, metrics, context } = parts;
+        let (limits, retry) = (config.limits.clone(), config.retry.clone());
         Self {
             inflight: Arc::new(Semaphore::new(limits.max_inflight)),
             text: Arc::new(Semaphore::new(limits.text_threads)),
             purse: Mutex::new(Purse::new(&retry, Instant::now())),
+            policy: config.policy.build(),
             limits,
             retry,
             keys,
             gates,
             models,
             fleet,
-            policy,
             metrics,
             context,
             started: unix_now(),

@@ -41,7 +41,7 @@ use kvasir_types::RequestId;
 use serde_json::json;
 use tracing::{Instrument, info_span};
 
-pub(crate) use app::App;
+pub(crate) use app::{App, Parts};
 pub(crate) use server::Server;
 
 use error::Error;
