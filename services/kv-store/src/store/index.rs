@@ -206,15 +206,48 @@ impl Index {
         after: Option<BlockId>,
         now: Use,
     ) -> Option<BlockId> {
+        let id = self.reserve_ahead(size, hash, facts, now)?;
+        self.describe(id, Level::Memory, after);
+        Some(id)
+    }
+
+    /// The same for a block that is yet to be [named](Index::name), of which no policy is told: `stand_in` is nobody's hash.
+    pub(crate) fn reserve_ahead(
+        &mut self,
+        size: BlockBytes,
+        stand_in: BlockHash,
+        facts: Facts,
+        now: Use,
+    ) -> Option<BlockId> {
         let class = self.class_for(size, facts, now)?;
-        let id = self.enter(class, hash, facts, now)?;
+        let id = self.enter(class, stand_in, facts, now)?;
         let Some(slot) = self.room(Level::Memory, class, id) else {
             self.leave(id);
             return None;
         };
-        self.give_slot(id, Level::Memory, slot, after);
+        self.fill_slot(id, Level::Memory, slot);
         self.change(id, |entry| entry.set_state(State::Reserved));
         Some(id)
+    }
+
+    /// What was reserved ahead is this block.
+    ///
+    /// # Panics
+    /// If something is known under that hash and size, or the block is of another origin.
+    pub(crate) fn name(&mut self, id: BlockId, hash: BlockHash, facts: Facts) {
+        let before = *self.entry(id);
+        assert!(self.find(self.size(id), hash).is_none(), "a block is entered once");
+        assert_eq!((before.state(), before.origin), (State::Reserved, facts.origin), "reserved ahead, for this origin");
+        self.table.remove(before.hash, id);
+        let named = Entry::new(hash, before.class, facts, before.last_use);
+        self.change(id, |entry| {
+            *entry = named;
+            entry.slots = before.slots;
+            entry.set_state(State::Reserved);
+        });
+        let entries = &self.entries;
+        self.table.insert(hash, id, |id| entries[id.0 as usize / PIECE][id.0 as usize % PIECE].hash);
+        self.describe(id, Level::Memory, None);
     }
 
     /// The writer is done and fenced off, the bytes are right: readers may find the block.
@@ -430,12 +463,22 @@ impl Index {
     }
 
     fn give_slot(&mut self, id: BlockId, level: Level, slot: Slot, after: Option<BlockId>) {
+        self.fill_slot(id, level, slot);
+        self.describe(id, level, after);
+    }
+
+    fn fill_slot(&mut self, id: BlockId, level: Level, slot: Slot) {
         self.slabs[level as usize].hold(slot);
         let class = self.class(self.entry(id).class);
         self.quotas.took(class.share, level, class.size);
         self.change(id, |entry| entry.slots[level as usize] = slot);
         let entry = *self.entry(id);
         self.slabs[level as usize].touch(slot, entry.last_use);
+    }
+
+    /// Tells the tier's policy of a block that has a slot there.
+    fn describe(&mut self, id: BlockId, level: Level, after: Option<BlockId>) {
+        let entry = *self.entry(id);
         let key = self.order_key(id, &entry, level);
         // Only what the same order knows can be named to it.
         let before = after.filter(|&before| {
