@@ -277,6 +277,10 @@ impl Engine {
             times.positions += positions;
             times.time += time.mul_f64(prompts as f64 / all as f64);
         }
+        if all > prompts {
+            self.scheduler.totals.decode.steps += 1;
+            self.scheduler.totals.decode.time += time;
+        }
     }
 
     /// Plans a step, computes it, tells what came out.

@@ -19,12 +19,18 @@ pub struct Stats {
     pub running: usize,
     /// Prefilled sequences that wait for their release.
     pub parked: usize,
+    /// Tokens of those that wait for blocks, preempted ones included: what of them will be found is not known yet.
+    pub waiting_tokens: u64,
+    /// Tokens that the sequences being computed lack before their next one can be sampled.
+    pub prefilling_tokens: u64,
     /// Steps that computed something.
     pub steps: u64,
     /// Prompt tokens computed (after a preemption: again).
     pub prefilled_tokens: u64,
     /// How long prompts take.
     pub prefill: PrefillTimes,
+    /// How long steps with answers in them take.
+    pub decode: DecodeTimes,
     /// Prompt tokens found in the prefix cache when their sequence was admitted for the first time.
     pub cached_tokens: u64,
     /// Prompt tokens that landed from elsewhere.
@@ -64,5 +70,15 @@ pub struct PrefillTimes {
     /// The sum of their places in their prompts: divided by their number, how far in the average one was.
     pub positions: u64,
     /// How long their steps took, divided between prompts and answers by their tokens.
+    pub time: Duration,
+}
+
+/// Steps that computed a next token for somebody: totals, of which the differences between two moments tell how long an
+/// answer waits for its next token.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DecodeTimes {
+    /// Steps.
+    pub steps: u64,
+    /// How long they took, the prompts computed in them included.
     pub time: Duration,
 }

@@ -2,10 +2,10 @@
 
 use std::{
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, ensure};
@@ -25,8 +25,10 @@ use crate::{
     error::Error,
     metrics::{Metrics, Outcome, SpillMetrics},
     parts,
+    pulse::Pulse,
     spill::Spills,
     store::{self, Evictions, Store},
+    watch::Rate,
 };
 
 /// One worker. Shared by all request tasks; everything in it is either immutable or its own lock.
@@ -37,6 +39,7 @@ pub(crate) struct Host {
     pub(crate) model: ModelInfo,
     pub(crate) groups: KvGroups,
     pub(crate) engine: Handle,
+    pub(crate) pulse: Pulse,
     pub(crate) transfer: TransferEngine,
     /// Not of a model with sliding windows: only the last of a prompt's blocks are kept, so others could not go on from
     /// them. Such prompts are computed rather than fetched, and not offered to the store.
@@ -46,6 +49,8 @@ pub(crate) struct Host {
     pub(crate) tasks: Tasks,
     pub(crate) started: Instant,
     vocab: usize,
+    /// How fast hand-overs went lately. Written by their jobs at the end of each; read for the load; held for a copy.
+    pushes: Mutex<Rate>,
     draining: AtomicBool,
 }
 
@@ -138,6 +143,7 @@ impl Host {
             model,
             groups,
             engine,
+            pulse: Pulse::new(),
             transfer,
             store,
             spills,
@@ -145,6 +151,7 @@ impl Host {
             tasks: context.tasks.clone(),
             started: Instant::now(),
             vocab,
+            pushes: Mutex::default(),
             draining: AtomicBool::new(false),
             config,
         })
@@ -169,6 +176,16 @@ impl Host {
     /// Where the chain of block hashes starts for a tenant's salt.
     pub(crate) fn root(&self, salt: &str) -> BlockHash {
         BlockHash::root(self.model.fingerprint, &self.model.layout, salt)
+    }
+
+    /// A hand-over wrote so many bytes, and its writes took so long altogether.
+    pub(crate) fn pushed(&self, bytes: u64, took: Duration) {
+        self.pushes.lock().unwrap_or_else(PoisonError::into_inner).add(bytes as f64, took);
+    }
+
+    /// How fast hand-overs went lately.
+    pub(crate) fn pushes(&self) -> Rate {
+        *self.pushes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Whether new work is refused.

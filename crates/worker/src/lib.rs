@@ -25,11 +25,13 @@ mod metrics;
 mod parts;
 mod peers;
 mod prefill;
+mod pulse;
 mod sequence;
 mod serve;
 mod spill;
 mod status;
 mod store;
+mod watch;
 
 pub use config::{
     Config, DecodeConfig, EngineConfig, Fetch, KvConfig, ModelConfig, PrefillConfig, SpillConfig, StoreConfig,

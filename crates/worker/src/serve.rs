@@ -14,7 +14,9 @@ use kvasir_types::{Deadline, Incarnation, MemberId, PROTOCOL_VERSION, Role};
 use tokio::net::TcpListener;
 use tonic::transport::{Server, server::TcpIncoming};
 
-use crate::{config::Config, decode::DecodeService, host::Host, prefill::PrefillService, status::StatusService};
+use crate::{
+    config::Config, decode::DecodeService, host::Host, prefill::PrefillService, status::StatusService, watch::Hub,
+};
 
 /// Runs a worker in `role` with the cluster's metadata in etcd until shutdown.
 pub async fn run_with_etcd(role: Role, config: Config, context: Context) -> anyhow::Result<()> {
@@ -49,10 +51,16 @@ pub async fn run(
         Arc::new(tokio::task::spawn_blocking(build).await.context("loading the model panicked")??)
     };
     let incarnation = host.transfer.descriptor().incarnation;
+    let hub = Hub::new(&host, context.shutdown.clone());
     let server = {
         let closing = context.shutdown.clone();
-        serve(host.clone(), incarnation, listening.listener, async move { closing.wait().await })
+        serve(host.clone(), incarnation, hub.clone(), listening.listener, async move { closing.wait().await })
     };
+    let watched = host.clone();
+    context.tasks.spawn(Kind::Background, "watch", async move {
+        hub.run(&watched).await;
+        Ok(())
+    });
     context.tasks.spawn(Kind::Critical, "grpc", async move { server.await.context("grpc server") });
 
     let member = member(&host, incarnation, listening.advertised, admin);
@@ -62,6 +70,7 @@ pub async fn run(
             .with_context(|| format!("port_file: cannot write {}", path.display()))?;
     }
     context.health.set_ready();
+    watch_engine(&host, &context);
     tracing::info!(worker = %host.id, role = %role, grpc = member.grpc, admin = member.admin, "ready");
 
     context.shutdown.wait().await;
@@ -81,13 +90,27 @@ pub async fn run(
     Ok(())
 }
 
+fn watch_engine(host: &Arc<Host>, context: &Context) {
+    let (pulse, engine, health) = (host.pulse.clone(), host.engine.clone(), context.health.clone());
+    let limit = Duration::from_millis(host.config.engine.stuck_ms);
+    let draining = context.shutdown.clone();
+    context.tasks.spawn(Kind::Background, "engine watch", async move {
+        tokio::select! {
+            () = pulse.watch(engine, health, limit, || draining.is_triggered()) => {}
+            () = draining.wait() => {}
+        }
+        Ok(())
+    });
+}
+
 async fn serve(
     host: Arc<Host>,
     incarnation: Incarnation,
+    hub: Arc<Hub>,
     listener: TcpListener,
     closing: impl Future<Output = ()>,
 ) -> Result<(), tonic::transport::Error> {
-    let status = WorkerServer::new(StatusService { host: host.clone(), incarnation });
+    let status = WorkerServer::new(StatusService { host: host.clone(), incarnation, hub });
     let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
     let server = Server::builder().add_service(status);
     let server = match host.role {

@@ -1,17 +1,23 @@
-//! `Worker.Status`: what this worker is and how it is doing, for operators, routers and tests.
+//! What any worker tells about itself: `Worker.Status` for operators and tests, `Worker.Watch` for routers.
 
 use std::sync::Arc;
 
-use kvasir_proto::{convert, v1};
+use kvasir_proto::{check_protocol, convert, v1};
+use kvasir_runtime::Kind;
 use kvasir_types::{Incarnation, PROTOCOL_VERSION};
 use tonic::{Request, Response, Status};
 
-use crate::host::Host;
+use crate::{
+    error::Error,
+    host::Host,
+    watch::{self, Hub, Watching},
+};
 
 /// The gRPC service of every worker.
 pub(crate) struct StatusService {
     pub(crate) host: Arc<Host>,
     pub(crate) incarnation: Incarnation,
+    pub(crate) hub: Arc<Hub>,
 }
 
 #[tonic::async_trait]
@@ -41,5 +47,19 @@ impl v1::worker_server::Worker for StatusService {
             draining: host.draining(),
             peers: host.transfer.peers().iter().map(|peer| (&peer.traffic()).into()).collect(),
         }))
+    }
+
+    type WatchStream = Watching;
+
+    async fn watch(&self, request: Request<v1::WatchRequest>) -> Result<Response<Watching>, Status> {
+        check_protocol(request.into_inner().protocol_version).map_err(|error| Error::from(error).to_status())?;
+        let place = self.hub.admit()?;
+        let (to, watching) = watch::channel();
+        let hub = Arc::clone(&self.hub);
+        self.host.tasks.spawn(Kind::Background, "watch", async move {
+            hub.tell(to, place).await;
+            Ok(())
+        });
+        Ok(Response::new(watching))
     }
 }

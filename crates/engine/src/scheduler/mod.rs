@@ -316,12 +316,23 @@ impl Scheduler {
     pub fn stats(&self) -> Stats {
         let mut stats = Stats { blocks: self.cache.counts(), ..self.totals };
         for sequence in self.sequences.values() {
-            match sequence.state {
-                State::Queued { .. } => stats.waiting += 1,
-                State::Preempted => stats.preempted += 1,
+            let tokens = sequence.tokens.len();
+            match &sequence.state {
+                State::Queued { .. } => {
+                    stats.waiting += 1;
+                    stats.waiting_tokens += tokens as u64;
+                }
+                State::Preempted => {
+                    stats.preempted += 1;
+                    stats.waiting_tokens += tokens as u64;
+                }
                 State::Held(_) => stats.held += 1,
                 State::Parked(_) => stats.parked += 1,
-                State::Prefilling(..) | State::Decoding(..) => stats.running += 1,
+                State::Prefilling(table, _) => {
+                    stats.running += 1;
+                    stats.prefilling_tokens += tokens.saturating_sub(table.computed) as u64;
+                }
+                State::Decoding(..) => stats.running += 1,
             }
         }
         stats

@@ -242,7 +242,7 @@ fn pinned_blocks_stay_as_they_are_until_nobody_reads_them() {
 }
 
 #[test]
-fn prompts_are_timed_and_answers_are_not() {
+fn prompts_and_answers_are_timed_apart() {
     let (handle, thread, _script) = start(24, config());
     let (seq, hear) = ask(&handle, 1, 6);
     assert_eq!(handle.stats().prefill, PrefillTimes::default());
@@ -253,6 +253,9 @@ fn prompts_are_timed_and_answers_are_not() {
     // A chunk of eight tokens; the ninth was alone, like those of the answer.
     assert_eq!((prefill.tokens, prefill.positions), (8, (0..8).sum::<u64>()));
     assert!(prefill.time > Duration::ZERO);
+    // The first token came with the prompt's last.
+    let decode = handle.stats().decode;
+    assert!(decode.steps == 5 && decode.time > Duration::ZERO, "{decode:?}");
     handle.shutdown();
     join(thread);
 }

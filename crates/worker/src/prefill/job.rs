@@ -76,7 +76,10 @@ impl Job<'_> {
         let first = sequence.token(self.caller).await?;
         self.caller.send(PrefillEvent { event: Some(Event::FirstToken((&first).into())) })?;
 
-        let bytes_written = self.writes.finish().await?;
+        let (bytes_written, took) = self.writes.finish().await?;
+        if bytes_written > 0 {
+            self.host.pushed(bytes_written, took);
+        }
         let computed = self.prompt_tokens - found * block_size;
         self.count(&sources, computed, bytes_written);
         let done = PrefillDone {

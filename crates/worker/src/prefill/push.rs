@@ -5,7 +5,10 @@
 //! arrive last. So a layer of a block is pushed when the chunk that completes the block has passed that layer, and the
 //! partial block at the prompt's end with the last chunk.
 
-use std::sync::{Arc, Mutex};
+use std::{
+    sync::{Arc, Mutex},
+    time::Duration,
+};
 
 use kvasir_engine::{LayerDone, LayerSink};
 use kvasir_transfer::{Batch, Op, Priority, Range, Transfer, TransferEngine};
@@ -74,18 +77,22 @@ impl Writes {
         Box::new(Sink { writes: self.clone(), prompt_tokens, pushed })
     }
 
-    /// Waits for every write; the number of bytes that are in the decode worker's memory now, or the first failure.
-    pub(super) async fn finish(&self) -> Result<u64, Error> {
-        let mut bytes = 0;
+    /// Waits for every write; the number of bytes that are in the decode worker's memory now and how long the writes took,
+    /// one added to the other, or the first failure.
+    pub(super) async fn finish(&self) -> Result<(u64, Duration), Error> {
+        let (mut bytes, mut took) = (0, Duration::ZERO);
         let mut failure = None;
         // All of them, also after a failure: our blocks are out of reach only when the last one has ended.
         for transfer in self.take() {
             match transfer.await {
-                Ok(report) => bytes += report.bytes,
+                Ok(report) => {
+                    bytes += report.bytes;
+                    took += report.elapsed;
+                }
                 Err(error) => failure = failure.or(Some(error)),
             }
         }
-        failure.map_or(Ok(bytes), |error| Err(error.into()))
+        failure.map_or(Ok((bytes, took)), |error| Err(error.into()))
     }
 
     /// Starts no more writes, and waits until those under way no longer touch this worker's memory.

@@ -6,7 +6,7 @@ use kvasir_cluster::{Member, MemoryHub};
 use kvasir_proto::{convert, v1};
 use kvasir_runtime::{Context, Kind};
 use kvasir_transfer::LocalNet;
-use kvasir_types::{Deadline, PROTOCOL_VERSION, Role, Sampling};
+use kvasir_types::{BlockHash, Deadline, PROTOCOL_VERSION, Role, Sampling};
 use kvasir_worker::Config;
 use tonic::Status;
 
@@ -41,6 +41,22 @@ impl Cluster {
         v1::PrefillCandidate { member: member.id.to_string(), address: member.grpc }
     }
 
+    /// A client for what any worker tells, of the decode worker.
+    pub(crate) async fn decode_client(&self) -> v1::worker_client::WorkerClient<tonic::transport::Channel> {
+        Self::client_of(&self.decode.grpc).await
+    }
+
+    /// The same, of any worker.
+    pub(crate) async fn client_of(address: &str) -> v1::worker_client::WorkerClient<tonic::transport::Channel> {
+        v1::worker_client::WorkerClient::connect(format!("http://{address}")).await.unwrap()
+    }
+
+    /// Where chains of block hashes begin on the decode worker, and the tokens of a block.
+    pub(crate) fn root(&self, salt: &str) -> (BlockHash, usize) {
+        let model = self.decode.model.as_ref().unwrap();
+        (BlockHash::root(model.fingerprint, &model.layout, salt), model.layout.block_size as usize)
+    }
+
     /// A greedy request for the reference's answer.
     pub(crate) fn request(&self, golden: &Golden, prefill: Vec<v1::PrefillCandidate>) -> v1::GenerateRequest {
         v1::GenerateRequest {
@@ -54,6 +70,7 @@ impl Cluster {
             deadline_ms: 20_000,
             priority: v1::Priority::Unspecified.into(),
             choices: 0,
+            heartbeat_ms: 0,
         }
     }
 
@@ -73,6 +90,7 @@ impl Cluster {
         while let Some(event) = tokio::time::timeout(LIMIT, stream.message()).await.expect("no answer hangs")? {
             match event.event.unwrap() {
                 v1::generate_event::Event::Token(token) => tokens.push(token.id),
+                v1::generate_event::Event::Alive(_) => {}
                 v1::generate_event::Event::Finished(finished) => return Ok((tokens, finished)),
             }
         }
@@ -90,6 +108,7 @@ impl Cluster {
             assert!(end.is_none(), "nothing comes after a choice's end");
             match event.event.unwrap() {
                 v1::generate_event::Event::Token(token) => tokens.push(token.id),
+                v1::generate_event::Event::Alive(_) => {}
                 v1::generate_event::Event::Finished(finished) => *end = Some(finished),
             }
         }

@@ -6,3 +6,4 @@ mod failing_prefill;
 mod harness;
 mod memory;
 mod pair;
+mod watch;

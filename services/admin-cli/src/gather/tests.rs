@@ -31,6 +31,12 @@ impl v1::worker_server::Worker for Worker {
             ..Default::default()
         }))
     }
+
+    type WatchStream = tokio_stream::Empty<Result<v1::WatchEvent, Status>>;
+
+    async fn watch(&self, _: Request<v1::WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
+        Err(Status::unimplemented("an older worker"))
+    }
 }
 
 /// Servers of this test; they end with it.

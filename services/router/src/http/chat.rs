@@ -31,13 +31,16 @@ pub(crate) async fn chat(
 ) -> Result<Response, Error> {
     let admitted = app.admit()?;
     let body = app.body(request).await?;
-    let ChatRequest { mut common, messages } = ChatRequest::parse(&body)?;
+    let ChatRequest { mut common, mut conversation, effort } = ChatRequest::parse(&body)?;
     let model = Arc::clone(app.model(&common.model)?);
     Span::current().record("model", model.name());
 
+    if let Some(effort) = effort {
+        effort.tell(&model, &mut conversation, "reasoning_effort")?;
+    }
     let work = {
         let model = Arc::clone(&model);
-        move || model.encode(&model.render(&messages, unix_now())?, false)
+        move || model.encode(&model.render(&conversation, unix_now())?, false)
     };
     let prompt = app.text_work(body.len(), admitted.deadline, work).await?.map_err(told)?;
     let (stream, logprobs) = (common.stream.take(), common.sampling.logprobs.is_some());

@@ -63,6 +63,23 @@ impl Fields {
         }
     }
 
+    /// A text that must be there.
+    pub(crate) fn require_string(&mut self, name: &str) -> Result<String, BadParam> {
+        match self.require(name)? {
+            Value::String(text) => Ok(text),
+            other => Err(wrong_type(&self.path(name), "a string", &other)),
+        }
+    }
+
+    /// An object, taken as it is.
+    pub(crate) fn object(&mut self, name: &str) -> Result<Option<Map<String, Value>>, BadParam> {
+        match self.take(name) {
+            None => Ok(None),
+            Some(Value::Object(map)) => Ok(Some(map)),
+            Some(other) => Err(wrong_type(&self.path(name), "an object", &other)),
+        }
+    }
+
     /// True or false.
     pub(crate) fn bool(&mut self, name: &str) -> Result<Option<bool>, BadParam> {
         match self.take(name) {

@@ -15,10 +15,12 @@ mod completions;
 mod error;
 mod fields;
 mod live;
+mod messages;
 mod models;
 mod placing;
 mod server;
 mod sse;
+mod tokens;
 mod types;
 mod wire;
 

@@ -18,7 +18,11 @@
 //!
 //! | field | what it does here |
 //! | --- | --- |
-//! | `messages` | required; roles `system`, `developer` (becomes `system`), `user`, `assistant`; content a string or text parts |
+//! | `messages` | required; see [`super::messages`] |
+//! | `chat_template_kwargs` (extension) | an object of further variables of the chat template, e.g. `enable_thinking`; what the template does not look at has no effect |
+//! | `reasoning_effort` | `none`, `minimal`, `low`, `medium`, `high`, `xhigh`, for a template that reads it; where the template only has a switch (`enable_thinking`, `thinking`), `none` is off and all others are on; refused where it has neither |
+//! | `documents` (extension) | an array of objects, for templates that present documents |
+//! | `add_generation_prompt` (extension) | default true; false leaves out the beginning of the assistant's turn |
 //! | `max_completion_tokens`, `max_tokens` | at least 1; the same thing, so they must not contradict one another; default: what the context leaves, bounded by the server's `limits.max_output_tokens` |
 //! | `logprobs`, `top_logprobs` | log-probabilities of the tokens, and of 0 to 20 alternatives |
 //!
@@ -44,8 +48,9 @@ use super::{
     choosing::{self, token_ids},
     error::{BadParam, Error},
     fields::{Fields, Unsupported, wrong_type},
+    messages::messages,
 };
-use crate::text::Message;
+use crate::text::{Conversation, Model};
 
 /// Most choices, as OpenAI has it; the server's own limit is less or equal.
 pub(crate) const MAX_CHOICES: u32 = 128;
@@ -59,6 +64,8 @@ const COMPLETION_TOKENS: u32 = 16;
 /// Fields of chat requests that are known and not supported, with their neutral values.
 pub(crate) const CHAT_UNSUPPORTED: &[Unsupported] = &[
     ("audio", &[]),
+    ("chat_template", &[]),
+    ("continue_final_message", &["false"]),
     ("function_call", &["\"none\"", "\"auto\""]),
     ("functions", &[]),
     ("metadata", &[]),
@@ -67,7 +74,6 @@ pub(crate) const CHAT_UNSUPPORTED: &[Unsupported] = &[
     ("prediction", &[]),
     ("prompt_cache_key", &[]),
     ("prompt_cache_retention", &[]),
-    ("reasoning_effort", &[]),
     ("store", &["false"]),
     ("tool_choice", &["\"none\"", "\"auto\""]),
     ("tools", &[]),
@@ -135,8 +141,45 @@ pub(crate) struct Streaming {
 pub(crate) struct ChatRequest {
     /// What both endpoints take.
     pub(crate) common: Common,
-    /// The conversation; not empty.
-    pub(crate) messages: Vec<Message>,
+    /// The conversation.
+    pub(crate) conversation: Conversation,
+    /// How much to think, if the client says.
+    pub(crate) effort: Option<Effort>,
+}
+
+/// How much to think before answering.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Effort(&'static str);
+
+impl Effort {
+    const ALL: [&str; 6] = ["none", "minimal", "low", "medium", "high", "xhigh"];
+    /// Variables by which templates let thinking be turned off.
+    const SWITCHES: [&str; 2] = ["enable_thinking", "thinking"];
+
+    /// Reads one.
+    pub(crate) fn parse(path: &str, word: &str) -> Result<Self, BadParam> {
+        Self::ALL.into_iter().find(|known| *known == word).map(Self).ok_or_else(|| {
+            let got: String = word.chars().take(40).collect();
+            let message = format!("'{path}' must be one of {}, got {got:?}", Self::ALL.join(", "));
+            BadParam::new(path, "invalid_value", message)
+        })
+    }
+
+    /// Tells the template, in the words that it knows: an effort, or else whether to think at all.
+    pub(crate) fn tell(self, model: &Model, conversation: &mut Conversation, path: &str) -> Result<(), BadParam> {
+        let reads = |variable: &str| model.template().is_some_and(|template| template.reads(variable));
+        let (variable, value) = if reads("reasoning_effort") {
+            ("reasoning_effort", Value::from(self.0))
+        } else if let Some(switch) = Self::SWITCHES.into_iter().find(|switch| reads(switch)) {
+            (switch, Value::from(self.0 != "none"))
+        } else {
+            let message = format!("'{path}' is not supported by this model: its chat template knows no such thing");
+            return Err(BadParam::new(path, "unsupported_parameter", message));
+        };
+        // What is said in the template's own words counts.
+        conversation.variables.entry(variable).or_insert(value);
+        Ok(())
+    }
 }
 
 /// A completion request, checked.
@@ -162,7 +205,10 @@ impl ChatRequest {
     pub(crate) fn parse(body: &[u8]) -> Result<Self, Error> {
         let mut fields = Fields::parse(body)?;
         let mut common = common(&mut fields)?;
-        let messages = messages(fields.require("messages")?)?;
+        let mut conversation = Conversation::of(messages(fields.require("messages")?)?);
+        template_fields(&mut fields, &mut conversation)?;
+        let effort = fields.string("reasoning_effort")?;
+        let effort = effort.map(|word| Effort::parse("reasoning_effort", &word)).transpose()?;
 
         let old = max_tokens(&mut fields, "max_tokens")?;
         let new = max_tokens(&mut fields, "max_completion_tokens")?;
@@ -184,7 +230,7 @@ impl ChatRequest {
         }
         common.sampling.logprobs = logprobs.then(|| top.unwrap_or(0) as u8);
         fields.finish(CHAT_UNSUPPORTED)?;
-        Ok(Self { common, messages })
+        Ok(Self { common, conversation, effort })
     }
 }
 
@@ -328,76 +374,36 @@ fn prompt(value: Value) -> Result<Prompt, BadParam> {
     }
 }
 
-fn messages(value: Value) -> Result<Vec<Message>, BadParam> {
-    let Value::Array(items) = value else { return Err(wrong_type("messages", "an array of messages", &value)) };
-    if items.is_empty() {
-        return Err(BadParam::new("messages", "empty_array", "'messages' must hold at least one message"));
-    }
-    items.into_iter().enumerate().map(|(at, item)| message(&format!("messages[{at}]"), item)).collect()
-}
+/// Variables that a client may not set: they are said by fields of their own, or by the server.
+const TAKEN: [&str; 8] = [
+    "messages",
+    "tools",
+    "documents",
+    "add_generation_prompt",
+    "continue_final_message",
+    "strftime_now",
+    "raise_exception",
+    "namespace",
+];
 
-fn message(path: &str, value: Value) -> Result<Message, BadParam> {
-    let mut fields = Fields::of(path, value)?;
-    let role = match fields.require("role")? {
-        Value::String(role) => role,
-        other => return Err(wrong_type(&fields.path("role"), "a string", &other)),
-    };
-    let role = match role.as_str() {
-        "system" | "user" | "assistant" => role,
-        // Templates know no developer; it is the newer name of the one who sets the rules.
-        "developer" => "system".to_owned(),
-        _ => {
-            let path = fields.path("role");
-            let got: String = role.chars().take(40).collect();
-            let message = format!("'{path}' must be system, developer, user or assistant, got {got:?}");
-            return Err(BadParam::new(path, "invalid_value", message));
-        }
-    };
-    let path = fields.path("content");
-    let content = match fields.take("content") {
-        Some(content) => content_text(&path, content)?,
-        None if role == "assistant" => String::new(),
-        None => {
-            return Err(BadParam::new(
-                &path,
-                "missing_required_parameter",
-                format!("missing required parameter: '{path}'"),
-            ));
-        }
-    };
-    let name = fields.string("name")?;
-    fields.finish(&[
-        ("audio", &[]),
-        ("function_call", &[]),
-        ("refusal", &[]),
-        ("tool_call_id", &[]),
-        ("tool_calls", &[]),
-    ])?;
-    Ok(Message { role, content, name })
-}
-
-fn content_text(path: &str, value: Value) -> Result<String, BadParam> {
-    let parts = match value {
-        Value::String(text) => return Ok(text),
-        Value::Array(parts) => parts,
-        other => return Err(wrong_type(path, "a string or an array of text parts", &other)),
-    };
-    let mut text = String::new();
-    for (at, part) in parts.into_iter().enumerate() {
-        let mut fields = Fields::of(&format!("{path}[{at}]"), part)?;
-        let kind = fields.string("type")?;
-        if kind.as_deref() != Some("text") {
-            let path = fields.path("type");
-            let message = format!("'{path}' must be \"text\": this server takes text only");
-            return Err(BadParam::new(path, "unsupported_value", message));
-        }
-        match fields.require("text")? {
-            Value::String(part) => text.push_str(&part),
-            other => return Err(wrong_type(&fields.path("text"), "a string", &other)),
-        }
-        fields.finish(&[])?;
+/// What the template gets besides messages and tools.
+fn template_fields(fields: &mut Fields, conversation: &mut Conversation) -> Result<(), BadParam> {
+    conversation.open = fields.bool("add_generation_prompt")?.unwrap_or(true);
+    conversation.variables = fields.object("chat_template_kwargs")?.unwrap_or_default();
+    if let Some(taken) = TAKEN.iter().find(|name| conversation.variables.contains_key(**name)) {
+        let path = format!("chat_template_kwargs.{taken}");
+        let message = format!("'{path}' can't be set: it is what this server gives the template itself");
+        return Err(BadParam::new(path, "invalid_value", message));
     }
-    Ok(text)
+    conversation.documents = match fields.take("documents") {
+        None => Vec::new(),
+        Some(Value::Array(documents)) => documents,
+        Some(other) => return Err(wrong_type("documents", "an array of objects", &other)),
+    };
+    if let Some((at, wrong)) = conversation.documents.iter().enumerate().find(|(_, document)| !document.is_object()) {
+        return Err(wrong_type(&format!("documents[{at}]"), "an object", wrong));
+    }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -56,8 +56,9 @@ fn every_supported_field_arrives() {
         "stream": true, "stream_options": {"include_usage": true}, "user": "u", "safety_identifier": "s",
     }))
     .unwrap();
-    let texts: Vec<_> = request.messages.iter().map(|m| (m.role.as_str(), m.content.as_str())).collect();
-    assert_eq!(texts, [("system", "be brief"), ("user", "ab"), ("assistant", "")]);
+    let messages = request.conversation.messages;
+    let texts: Vec<_> = messages.iter().map(|m| (m.role.as_str(), m.content.as_deref())).collect();
+    assert_eq!(texts, [("system", Some("be brief")), ("user", Some("ab")), ("assistant", Some(""))]);
     let common = request.common;
     assert_eq!(
         (common.seed, common.max_tokens, common.cache_salt.as_str()),
@@ -68,6 +69,25 @@ fn every_supported_field_arrives() {
     let Sampling { temperature, top_p, top_k, ignore_eos, logprobs, stop_token_ids, .. } = common.sampling;
     assert_eq!((temperature, top_k, ignore_eos, logprobs), (0.0, 5, true, Some(3)));
     assert!(top_p > 0.0 && top_p < 1e-30 && stop_token_ids == [TokenId(7)]);
+}
+
+#[test]
+fn calls_and_their_results_arrive() {
+    let conversation = chat(json!({
+        "messages": [
+            {"role": "assistant", "content": null, "reasoning": "hm", "tool_calls": [
+                {"id": "c", "type": "function", "index": 0, "function": {"name": "f", "arguments": "{\"b\": 1, \"a\": 2}"}},
+                {"id": "d", "function": {"name": "g", "arguments": ""}},
+            ]},
+            {"role": "tool", "tool_call_id": "c", "content": [{"type": "text", "text": "3"}]},
+        ],
+        "documents": [{"title": "t"}], "chat_template_kwargs": {"enable_thinking": false}, "add_generation_prompt": false,
+    }));
+    let Conversation { messages, documents, variables, open, .. } = conversation.unwrap().conversation;
+    let told = serde_json::to_string(&messages).unwrap();
+    insta::assert_snapshot!(told, @r#"[{"role":"assistant","content":null,"reasoning_content":"hm","tool_calls":[{"id":"c","type":"function","function":{"name":"f","arguments":{"b":1,"a":2}}},{"id":"d","type":"function","function":{"name":"g","arguments":{}}}]},{"role":"tool","content":"3","tool_call_id":"c"}]"#);
+    assert_eq!((documents, open), (vec![json!({"title": "t"})], false));
+    assert_eq!(variables["enable_thinking"], json!(false));
 }
 
 #[test]
@@ -135,7 +155,17 @@ fn what_chat_does_not_take_is_refused_by_name() {
         (json!({"messages": [3]}), "messages[0]", "invalid_type"),
         (json!({"messages": [{"content": "x"}]}), "messages[0].role", "missing_required_parameter"),
         (json!({"messages": [{"role": "user"}]}), "messages[0].content", "missing_required_parameter"),
-        (json!({"messages": [{"role": "tool", "content": "x"}]}), "messages[0].role", "invalid_value"),
+        (json!({"messages": [{"role": "function", "content": "x"}]}), "messages[0].role", "invalid_value"),
+        (
+            json!({"messages": [{"role": "tool", "content": "x"}]}),
+            "messages[0].tool_call_id",
+            "missing_required_parameter",
+        ),
+        (
+            json!({"messages": [{"role": "tool", "tool_call_id": "c"}]}),
+            "messages[0].content",
+            "missing_required_parameter",
+        ),
         (json!({"messages": [{"role": "user", "content": 3}]}), "messages[0].content", "invalid_type"),
         (
             json!({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}),
@@ -148,10 +178,36 @@ fn what_chat_does_not_take_is_refused_by_name() {
             "unknown_parameter",
         ),
         (
-            json!({"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]}),
+            json!({"messages": [{"role": "user", "content": "x", "tool_calls": [{}]}]}),
             "messages[0].tool_calls",
             "unsupported_parameter",
         ),
+        (
+            json!({"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]}),
+            "messages[0].tool_calls[0].id",
+            "missing_required_parameter",
+        ),
+        (
+            json!({"messages": [{"role": "assistant", "tool_calls": [{"id": "c", "type": "custom"}]}]}),
+            "messages[0].tool_calls[0].type",
+            "unsupported_value",
+        ),
+        (
+            json!({"messages": [{"role": "assistant", "tool_calls": [{"id": "c", "function": {"name": "f", "arguments": "{"}}]}]}),
+            "messages[0].tool_calls[0].function.arguments",
+            "invalid_value",
+        ),
+        (
+            json!({"messages": [{"role": "assistant", "tool_calls": [{"id": "c", "function": {"name": "f", "arguments": "3"}}]}]}),
+            "messages[0].tool_calls[0].function.arguments",
+            "invalid_type",
+        ),
+        (json!({"chat_template_kwargs": []}), "chat_template_kwargs", "invalid_type"),
+        (json!({"chat_template_kwargs": {"messages": []}}), "chat_template_kwargs.messages", "invalid_value"),
+        (json!({"reasoning_effort": "hard"}), "reasoning_effort", "invalid_value"),
+        (json!({"documents": ["x"]}), "documents[0]", "invalid_type"),
+        (json!({"chat_template": "{{ messages }}"}), "chat_template", "unsupported_parameter"),
+        (json!({"continue_final_message": true}), "continue_final_message", "unsupported_parameter"),
         (json!({"temperature": -0.1}), "temperature", "below_min_value"),
         (json!({"temperature": 2.1}), "temperature", "above_max_value"),
         (json!({"temperature": "hot"}), "temperature", "invalid_type"),

@@ -14,6 +14,22 @@ pub(crate) struct Style {
     pub(crate) ensure_ascii: bool,
     /// Keys in order.
     pub(crate) sort_keys: bool,
+    /// Between items, and between key and value; else `", "` (a comma alone where lines are broken) and `": "`.
+    pub(crate) separators: Option<[String; 2]>,
+}
+
+impl Style {
+    fn between_items(&self) -> &str {
+        match (&self.separators, self.indent) {
+            (Some([items, _]), _) => items,
+            (None, Some(_)) => ",",
+            (None, None) => ", ",
+        }
+    }
+
+    fn after_key(&self) -> &str {
+        self.separators.as_ref().map_or(": ", |[_, key]| key)
+    }
 }
 
 /// The value as JSON text.
@@ -44,24 +60,37 @@ fn write(value: &Value, style: &Style, depth: usize, out: &mut String) {
             for (at, (key, field)) in fields.into_iter().enumerate() {
                 separate(at, style, depth + 1, out);
                 write_string(key, style, out);
-                out.push_str(": ");
+                out.push_str(style.after_key());
                 write(field, style, depth + 1, out);
             }
             close('}', style, depth, out);
         }
         Value::String(text) => write_string(text, style, out),
+        Value::Number(number) if number.is_f64() => out.push_str(&float(number.as_f64().unwrap_or(0.0))),
         scalar => out.push_str(&scalar.to_string()),
     }
 }
 
+/// A float as Python writes it: the fewest digits that tell it from all others, with an exponent below 1e-4 and from
+/// 1e16 on.
+fn float(number: f64) -> String {
+    let scientific = format!("{number:e}");
+    let (digits, exponent) = scientific.split_once('e').expect("`e` is how this form is written");
+    match exponent.parse::<i32>().expect("the exponent is a small number") {
+        exponent @ -4..16 if exponent < 0 => format!("{number}"),
+        -4..16 => format!("{number:?}"),
+        exponent if exponent < 0 => format!("{digits}e-{:02}", -exponent),
+        exponent => format!("{digits}e+{exponent:02}"),
+    }
+}
+
 fn separate(at: usize, style: &Style, depth: usize, out: &mut String) {
-    match style.indent {
-        None if at > 0 => out.push_str(", "),
-        None => {}
-        Some(spaces) => {
-            out.push_str(if at > 0 { ",\n" } else { "\n" });
-            out.extend(std::iter::repeat_n(' ', spaces * depth));
-        }
+    if at > 0 {
+        out.push_str(style.between_items());
+    }
+    if let Some(spaces) = style.indent {
+        out.push('\n');
+        out.extend(std::iter::repeat_n(' ', spaces * depth));
     }
 }
 
@@ -101,7 +130,10 @@ mod tests {
         let value = json!({"b": [1, 2.5, null, true], "a": {"x": "<é'>"}, "empty": [{}, []]});
         let plain = dumps(&value, &Style::default());
         assert_eq!(plain, r#"{"b": [1, 2.5, null, true], "a": {"x": "<é'>"}, "empty": [{}, []]}"#);
-        let sorted = dumps(&value, &Style { indent: Some(2), ensure_ascii: true, sort_keys: true });
+        let tight = Style { separators: Some([",".to_owned(), ":".to_owned()]), ..Style::default() };
+        assert_eq!(dumps(&json!({"a": [1, 2], "b": 3}), &tight), r#"{"a":[1,2],"b":3}"#);
+        let sorted = Style { indent: Some(2), ensure_ascii: true, sort_keys: true, separators: None };
+        let sorted = dumps(&value, &sorted);
         insta::assert_snapshot!(sorted, @r#"
         {
           "a": {
@@ -119,5 +151,23 @@ mod tests {
           ]
         }
         "#);
+    }
+
+    #[test]
+    fn floats_are_pythons() {
+        for (number, text) in [
+            (1.0, "1.0"),
+            (-0.0, "-0.0"),
+            (0.1, "0.1"),
+            (0.0001, "0.0001"),
+            (0.00001, "1e-05"),
+            (1.5e-7, "1.5e-07"),
+            (123456789012345.6, "123456789012345.6"),
+            (1e15, "1000000000000000.0"),
+            (1e16, "1e+16"),
+            (1.25e300, "1.25e+300"),
+        ] {
+            assert_eq!(dumps(&json!(number), &Style::default()), text);
+        }
     }
 }

@@ -10,6 +10,7 @@
 
 mod answer;
 mod clock;
+mod conversation;
 mod detok;
 mod error;
 mod json;
@@ -19,9 +20,9 @@ mod template;
 mod vocab;
 
 pub(crate) use answer::{Answer, Hidden, Logged};
+pub(crate) use conversation::{Conversation, Function, Message, ToolCall};
 pub(crate) use error::Error;
 pub(crate) use model::Model;
-pub(crate) use template::Message;
 use template::Template;
 pub(crate) use vocab::Vocab;
 

@@ -18,7 +18,7 @@ use kvasir_types::TokenId;
 use serde_json::{Map, Value};
 use tokenizers::Tokenizer;
 
-use super::{Error, Message, Template, Vocab};
+use super::{Conversation, Error, Template, Vocab};
 
 /// Tokenizer, template and limits of one model.
 pub(crate) struct Model {
@@ -98,8 +98,13 @@ impl Model {
     }
 
     /// The prompt text of a conversation; `now` in seconds since 1970.
-    pub(crate) fn render(&self, messages: &[Message], now: u64) -> Result<String, Error> {
-        self.template.as_ref().ok_or(Error::NoTemplate)?.render(messages, now)
+    pub(crate) fn render(&self, conversation: &Conversation, now: u64) -> Result<String, Error> {
+        self.template.as_ref().ok_or(Error::NoTemplate)?.render(conversation, now)
+    }
+
+    /// The chat template, if there is one.
+    pub(crate) fn template(&self) -> Option<&Template> {
+        self.template.as_ref()
     }
 
     /// Text to tokens. `add_special`: with what the tokenizer puts around a text by itself (chat templates write that
@@ -183,6 +188,7 @@ pub(crate) mod tests {
     use std::sync::{Arc, OnceLock};
 
     use super::*;
+    use crate::text::Message;
 
     pub(crate) fn demo_folder() -> PathBuf {
         Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/demo")
@@ -213,9 +219,9 @@ pub(crate) mod tests {
                 .as_array()
                 .unwrap()
                 .iter()
-                .map(|m| Message { role: text(m, "role"), content: text(m, "content"), name: None })
+                .map(|m| Message::said(&text(m, "role"), &text(m, "content")))
                 .collect();
-            let prompt = model.encode(&model.render(&messages, 0).unwrap(), false).unwrap();
+            let prompt = model.encode(&model.render(&Conversation::of(messages), 0).unwrap(), false).unwrap();
             assert_eq!(prompt, ids(&case["prompt_ids"]), "{line}");
 
             let output: Vec<u32> = ids(&case["output_ids"]).iter().map(|t| t.0).collect();

@@ -3,42 +3,28 @@
 //! A template is a Jinja program that came with the model. It runs sandboxed (it sees only what is passed in), with a
 //! budget of steps, so that no request makes it run for long. Its dialect is Jinja2 as `transformers` sets it up:
 //! `trim_blocks` and `lstrip_blocks`, loop controls, Python's string and dict methods, `raise_exception`,
-//! `strftime_now`, Python's `tojson`, and `{% generation %}` (marks for training, without meaning here).
+//! `strftime_now`, Python's `tojson`, and `{% generation %}` (marks for training, without meaning here). The folder
+//! `templates` has templates of the main model families with what Python makes of them.
 
-use std::{fmt, sync::Arc};
+use std::{collections::HashSet, fmt, sync::Arc};
 
 use minijinja::{Environment, ErrorKind, UndefinedBehavior, Value, syntax::SyntaxConfig, value::Kwargs};
 
-use super::{Error, clock::strftime, json};
+use super::{Conversation, Error, clock::strftime, json};
 
 /// Steps one rendering may take. The templates in use take some tens of steps a message; a step is 0.14 µs (dev profile),
 /// so the worst case is 0.14 s.
 const FUEL: u64 = 1_000_000;
-
-/// One message of a conversation, checked.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Message {
-    /// Who speaks, e.g. `user`.
-    pub(crate) role: String,
-    /// What is said: text parts are joined.
-    pub(crate) content: String,
-    /// The participant's name; templates rarely look at it.
-    pub(crate) name: Option<String>,
-}
-
-impl Message {
-    fn value(&self) -> Value {
-        let mut fields = vec![("role", self.role.as_str()), ("content", self.content.as_str())];
-        fields.extend(self.name.as_deref().map(|name| ("name", name)));
-        Value::from_pairs(fields)
-    }
-}
+/// Most spaces a level of JSON, or a line, may be indented by.
+const MAX_INDENT: usize = 64;
 
 /// A compiled template.
 pub(crate) struct Template {
     env: Environment<'static>,
     /// `bos_token` and the like.
     special: Vec<(String, String)>,
+    /// The variables that it looks at.
+    variables: HashSet<String>,
 }
 
 /// What a template said with `raise_exception`: how it gets through minijinja's error.
@@ -65,22 +51,24 @@ impl Template {
         env.set_fuel(Some(FUEL));
         env.add_function("raise_exception", raise_exception);
         env.add_filter("tojson", tojson);
+        env.add_filter("indent", indent);
+        env.add_test("iterable", iterable);
         env.add_template_owned("chat", without_generation_marks(source)).map_err(Error::Compile)?;
-        Ok(Self { env, special })
+        let variables = env.get_template("chat").map_err(Error::Compile)?.undeclared_variables(false);
+        Ok(Self { env, special, variables })
     }
 
-    /// The prompt for these messages, up to where the assistant speaks next. `now`: seconds since 1970, for templates
-    /// that tell the model the date.
-    pub(crate) fn render(&self, messages: &[Message], now: u64) -> Result<String, Error> {
+    /// Whether it looks at this variable.
+    pub(crate) fn reads(&self, variable: &str) -> bool {
+        self.variables.contains(variable)
+    }
+
+    /// The prompt of a conversation. `now`: seconds since 1970, for templates that tell the model the date.
+    pub(crate) fn render(&self, conversation: &Conversation, now: u64) -> Result<String, Error> {
         let strftime_now = Value::from_function(move |format: Arc<str>| strftime(&format, now));
-        let mut context = vec![
-            ("messages", messages.iter().map(Message::value).collect()),
-            ("add_generation_prompt", Value::from(true)),
-            ("tools", Value::from(())),
-            ("documents", Value::from(())),
-            ("strftime_now", strftime_now),
-        ];
+        let mut context = vec![("strftime_now", strftime_now)];
         context.extend(self.special.iter().map(|(name, token)| (name.as_str(), Value::from(token.as_str()))));
+        context.extend(conversation.context());
         let template = self.env.get_template("chat").map_err(Error::Compile)?;
         template.render(Value::from_pairs(context)).map_err(classify)
     }
@@ -104,16 +92,56 @@ fn raise_exception(message: String) -> Result<String, minijinja::Error> {
     Err(minijinja::Error::new(ErrorKind::InvalidOperation, "raise_exception").with_source(Raised(message)))
 }
 
-fn tojson(value: &Value, options: Kwargs) -> Result<Value, minijinja::Error> {
+/// Python's `None` is not iterable; minijinja's own test says that it is.
+fn iterable(value: &Value) -> bool {
+    !value.is_none() && (value.is_undefined() || value.as_str().is_some() || value.try_iter().is_ok())
+}
+
+/// Jinja2's `indent(s, width=4, first=False, blank=False)`, which keeps a last line's end; minijinja's own drops it.
+fn indent(text: &str, width: Option<usize>, first: Option<bool>, options: Kwargs) -> Result<String, minijinja::Error> {
+    let width = if width.is_some() { width } else { options.get("width")? }.unwrap_or(4);
+    let first = if first.is_some() { first } else { options.get("first")? }.unwrap_or(false);
+    let blank = options.get::<Option<bool>>("blank")?.unwrap_or(false);
+    options.assert_all_used()?;
+    if width > MAX_INDENT {
+        return Err(minijinja::Error::new(ErrorKind::InvalidOperation, "indent: the indent is too deep"));
+    }
+    let mut out = String::with_capacity(text.len() + width);
+    for (at, line) in text.split('\n').enumerate() {
+        if at > 0 {
+            out.push('\n');
+        }
+        if if at == 0 { first } else { blank || !line.is_empty() } {
+            out.extend(std::iter::repeat_n(' ', width));
+        }
+        out.push_str(line);
+    }
+    Ok(out)
+}
+
+/// `tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False)`, as `transformers` has it; the last
+/// two by name only.
+fn tojson(
+    value: &Value,
+    ensure_ascii: Option<bool>,
+    indent: Option<usize>,
+    options: Kwargs,
+) -> Result<Value, minijinja::Error> {
+    let bad = |why| minijinja::Error::new(ErrorKind::InvalidOperation, why);
+    let separators = options.get::<Option<Vec<String>>>("separators")?.map(<[String; 2]>::try_from).transpose();
     let style = json::Style {
-        indent: options.get("indent")?,
-        ensure_ascii: options.get::<Option<bool>>("ensure_ascii")?.unwrap_or(false),
+        indent: if indent.is_some() { indent } else { options.get("indent")? },
+        ensure_ascii: if ensure_ascii.is_some() { ensure_ascii } else { options.get("ensure_ascii")? }.unwrap_or(false),
         sort_keys: options.get::<Option<bool>>("sort_keys")?.unwrap_or(false),
+        separators: separators.map_err(|_| bad("tojson: the separators must be two"))?,
     };
+    if style.indent.is_some_and(|indent| indent > MAX_INDENT) {
+        return Err(bad("tojson: the indent is too deep"));
+    }
     options.assert_all_used()?;
     let plain = serde_json::to_value(value)
         .map_err(|error| minijinja::Error::new(ErrorKind::BadSerialization, "tojson").with_source(error))?;
-    Ok(Value::from_safe_string(json::dumps(&plain, &style)))
+    Ok(Value::from(json::dumps(&plain, &style)))
 }
 
 /// `{% generation %} … {% endgeneration %}` is an extension of `transformers` that records which text the assistant
@@ -142,13 +170,15 @@ fn without_generation_marks(source: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::text::Message;
 
     fn message(role: &str, content: &str) -> Message {
-        Message { role: role.to_owned(), content: content.to_owned(), name: None }
+        Message::said(role, content)
     }
 
     fn render(source: &str, messages: &[Message]) -> Result<String, Error> {
-        Template::compile(source, vec![("bos_token".to_owned(), "<s>".to_owned())])?.render(messages, 1_721_894_709)
+        Template::compile(source, vec![("bos_token".to_owned(), "<s>".to_owned())])?
+            .render(&Conversation::of(messages.to_vec()), 1_721_894_709)
     }
 
     #[test]
@@ -188,3 +218,7 @@ mod tests {
         assert!(matches!(render("{% for %}", &[]), Err(Error::Compile(_))));
     }
 }
+
+#[cfg(test)]
+#[path = "template_tests.rs"]
+mod real_templates;

@@ -25,6 +25,14 @@ async fn bad_requests_are_refused_by_name_and_no_worker_hears_of_them() {
         (Method::POST, chats, chat(json!({"n": 1u64 << 40})), 400, json!("n"), json!("above_max_value")),
         (Method::POST, chats, chat(json!({"nope": 2})), 400, json!("nope"), json!("unknown_parameter")),
         (Method::POST, chats, chat(json!({"max_tokens": 99_999})), 400, json!("max_tokens"), json!("above_max_value")),
+        (
+            Method::POST,
+            chats,
+            chat(json!({"reasoning_effort": "low"})),
+            400,
+            json!("reasoning_effort"),
+            json!("unsupported_parameter"),
+        ),
         (Method::POST, chats, chat(json!({"user": "x".repeat(5000)})), 413, Value::Null, json!("request_too_large")),
         (Method::POST, completions, completion(json!([1532])), 400, json!("prompt"), json!("invalid_value")),
         (
