@@ -42,7 +42,8 @@ pub(crate) trait Shape: Send + 'static {
 
 /// Streams the answer.
 pub(crate) fn respond<S: Shape>(live: Live, head: Head, shape: S, include_usage: bool) -> Response {
-    let writer = Writer { live, head, shape, include_usage, opened: false };
+    let frame = Frame::of(&head, S::CHUNK, include_usage);
+    let writer = Writer { live, head, frame, shape, include_usage, opened: false };
     let stream = futures_util::stream::unfold(Some(writer), |writer| async {
         let mut writer = writer?;
         let (bytes, more) = writer.step().await?;
@@ -57,9 +58,34 @@ pub(crate) fn respond<S: Shape>(live: Live, head: Head, shape: S, include_usage:
     (headers, Body::from_stream(stream)).into_response()
 }
 
+/// What stands around the choice of every chunk, written once for an answer.
+struct Frame {
+    before: Vec<u8>,
+    after: &'static [u8],
+}
+
+impl Frame {
+    fn of(head: &Head, object: &'static str, include_usage: bool) -> Self {
+        let mut before = b"data: ".to_vec();
+        let no_choice: &[()] = &[];
+        write(&mut before, &head.around(object, no_choice, None));
+        // Without usage, what follows the choices is the end of their list and of the object.
+        before.truncate(before.len() - b"]}".len());
+        // With usage asked for, every chunk has the field, null until the last one.
+        Self { before, after: if include_usage { b"],\"usage\":null}\n\n" } else { b"]}\n\n" } }
+    }
+
+    fn around(&self, out: &mut BytesMut, choice: &impl Serialize) {
+        out.extend_from_slice(&self.before);
+        write(out.writer(), choice);
+        out.extend_from_slice(self.after);
+    }
+}
+
 struct Writer<S> {
     live: Live,
     head: Head,
+    frame: Frame,
     shape: S,
     include_usage: bool,
     opened: bool,
@@ -77,18 +103,15 @@ impl<S: Shape> Writer<S> {
             }
         };
         let mut out = BytesMut::with_capacity(512);
-        // With usage asked for, every chunk has the field, null until the last one.
-        let no_usage = self.include_usage.then_some(None);
-        let chunk = |out: &mut BytesMut, choice| event(out, &self.head.around(S::CHUNK, &[choice], no_usage));
         if !std::mem::replace(&mut self.opened, true) {
             let openings = (0..self.live.choices()).filter_map(|choice| self.shape.opening(choice));
-            openings.for_each(|choice| chunk(&mut out, choice));
+            openings.for_each(|choice| self.frame.around(&mut out, &choice));
         }
         if !delta.text.is_empty() || !delta.logged.is_empty() {
-            chunk(&mut out, self.shape.text(&self.live, &delta));
+            self.frame.around(&mut out, &self.shape.text(&self.live, &delta));
         }
         if let Some(reason) = delta.end {
-            chunk(&mut out, self.shape.end(delta.choice, super::wire::finish_reason(reason)));
+            self.frame.around(&mut out, &self.shape.end(delta.choice, super::wire::finish_reason(reason)));
         }
         if let Some(cost) = delta.cost {
             if self.include_usage {
@@ -103,6 +126,10 @@ impl<S: Shape> Writer<S> {
 
 fn event(out: &mut BytesMut, data: &impl Serialize) {
     out.extend_from_slice(b"data: ");
-    serde_json::to_writer(out.writer(), data).expect("our own types have no keys that are not text");
+    write(out.writer(), data);
     out.extend_from_slice(b"\n\n");
+}
+
+fn write(out: impl std::io::Write, data: &impl Serialize) {
+    serde_json::to_writer(out, data).expect("our own types have no keys that are not text");
 }
