@@ -37,6 +37,8 @@ pub(crate) struct Prepared {
     pub(crate) prompt: Vec<TokenId>,
     /// The field it came from, for error messages.
     pub(crate) param: &'static str,
+    /// Special tokens to show.
+    pub(crate) markers: Arc<HashSet<TokenId>>,
 }
 
 /// What a token, or the end, added to one of the answers.
@@ -101,7 +103,7 @@ impl Live {
         common: Common,
         prepared: Prepared,
     ) -> Result<Self, Error> {
-        let Prepared { id, model, prompt, param } = prepared;
+        let Prepared { id, model, prompt, param, markers } = prepared;
         let Admitted { inflight, permit, deadline } = admitted;
         let fleet = Arc::clone(&app.fleet.borrow());
         let crew = placing::crew(fleet.crew(model.name()), &model, prompt.len(), param)?;
@@ -136,7 +138,8 @@ impl Live {
             worker.member.model.as_ref().map_or_else(String::new, |info| format!("fp_{}", info.fingerprint));
         let hidden = Arc::new(hidden);
         let choice = |_| {
-            let answer = Answer::new(Arc::clone(&model), common.stop.clone(), Hidden { tokens: Arc::clone(&hidden) });
+            let hidden = Hidden { tokens: Arc::clone(&hidden), markers: Arc::clone(&markers) };
+            let answer = Answer::new(Arc::clone(&model), common.stop.clone(), hidden);
             Choice { answer: answer.at_least(sampling.min_tokens), tokens: 0, ended: false }
         };
         Ok(Self {

@@ -20,6 +20,7 @@ mod models;
 mod placing;
 mod server;
 mod sse;
+mod tools;
 mod types;
 mod wire;
 
