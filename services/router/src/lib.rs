@@ -17,6 +17,7 @@
 //! | `text` | no async, no clock |
 //! | [`route`] | policies are pure functions |
 //! | `fleet` | members → workers that may be chosen, their loads and connections |
+//! | `health`, `retry` | which workers are left alone for a while, how many second tries there are |
 //! | `upstream` | the stream from a decode worker |
 #![forbid(unsafe_code)]
 
@@ -24,11 +25,14 @@ pub mod config;
 pub mod route;
 
 mod fleet;
+mod health;
 mod http;
 mod metrics;
+mod retry;
 mod service;
 mod text;
 mod upstream;
 
 pub use config::{Config, Limits, ModelConfig};
+pub use retry::RetryConfig;
 pub use service::{run, run_with_etcd};

@@ -45,7 +45,8 @@ pub async fn run(config: Config, context: Context, registry: Arc<dyn Registry>) 
     let metrics = Metrics::new(&context.metrics);
     let (fleet, watcher) = watch_members(registry.view(), models.clone(), metrics.clone(), context.clone());
     context.tasks.spawn(Kind::Critical, "members", watcher);
-    let app = App::new(config.limits.clone(), models, fleet, config.policy.build(), metrics, context.clone());
+    let (limits, retry) = (config.limits.clone(), config.retry.clone());
+    let app = App::new(limits, retry, models, fleet, config.policy.build(), metrics, context.clone());
     let http = listening.advertised;
     let server =
         Server { listener: listening.listener, routes: http::routes(Arc::new(app)), limits: config.limits.clone() };

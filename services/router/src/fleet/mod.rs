@@ -9,7 +9,7 @@
 use std::{
     collections::HashMap,
     sync::{
-        Arc, Mutex, OnceLock, PoisonError,
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicU64, Ordering::Relaxed},
     },
     time::{Duration, Instant},
@@ -20,6 +20,7 @@ use kvasir_types::{Incarnation, MemberId, PROTOCOL_VERSION, Role};
 use tonic::transport::Channel;
 
 use crate::{
+    health::Health,
     route::{DecodeOption, Load, Pool, PrefillOption},
     text::Model,
     upstream,
@@ -32,8 +33,8 @@ pub(crate) struct Worker {
     requests: AtomicU64,
     tokens: AtomicU64,
     channel: OnceLock<Channel>,
-    /// Until when others are preferred to it. Written by requests that could not reach it, read by all; held for a copy.
-    rests_until: Mutex<Option<Instant>>,
+    /// Written by requests that have something to say of it, read by all; held for a copy.
+    health: Mutex<Health>,
 }
 
 impl Worker {
@@ -43,7 +44,7 @@ impl Worker {
             requests: AtomicU64::new(0),
             tokens: AtomicU64::new(0),
             channel: OnceLock::new(),
-            rests_until: Mutex::default(),
+            health: Mutex::default(),
         })
     }
 
@@ -61,15 +62,27 @@ impl Worker {
         Load { requests: self.requests.load(Relaxed), tokens: self.tokens.load(Relaxed) }
     }
 
-    /// Lets it rest if it could not be reached; a worker that answered, whatever it said, is there.
-    pub(crate) fn rest_after(&self, error: &upstream::Error, rest: Duration) {
-        if let upstream::Error::Unavailable { .. } | upstream::Error::Broken { .. } = error {
-            *self.rests_until.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now() + rest);
-        }
+    /// It failed: others are preferred to it for a while.
+    pub(crate) fn failed(&self, error: &upstream::Error, rest: Duration) {
+        self.health().failed(error, rest, Instant::now());
+    }
+
+    /// It answered.
+    pub(crate) fn answered(&self) {
+        self.health().answered();
+    }
+
+    /// A request is sent to it.
+    pub(crate) fn asked(&self) {
+        self.health().asked(Instant::now());
     }
 
     fn rests(&self, now: Instant) -> bool {
-        self.rests_until.lock().unwrap_or_else(PoisonError::into_inner).is_some_and(|until| now < until)
+        self.health().rests(now)
+    }
+
+    fn health(&self) -> MutexGuard<'_, Health> {
+        self.health.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Counts a request of `tokens` prompt tokens until the lease is dropped.
@@ -89,13 +102,6 @@ impl Worker {
 pub(crate) struct Lease {
     worker: Arc<Worker>,
     tokens: u64,
-}
-
-impl Lease {
-    /// The worker.
-    pub(crate) fn worker(&self) -> &Worker {
-        &self.worker
-    }
 }
 
 impl Drop for Lease {

@@ -2,10 +2,10 @@
 
 use std::{
     sync::{
-        Arc,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering::Relaxed},
     },
-    time::{SystemTime, UNIX_EPOCH},
+    time::{Instant, SystemTime, UNIX_EPOCH},
 };
 
 use axum::body::Body;
@@ -21,6 +21,7 @@ use crate::{
     config::Limits,
     fleet::Fleet,
     metrics::{Inflight, Metrics},
+    retry::{Purse, RetryConfig},
     route::{Ask, Policy},
     text::Model,
 };
@@ -45,6 +46,10 @@ pub(crate) struct App {
     pub(crate) context: Context,
     /// When the router started, in seconds since 1970.
     pub(crate) started: u64,
+    /// How failures are dealt with.
+    pub(crate) retry: RetryConfig,
+    /// Leaf lock, held for a sum.
+    purse: Mutex<Purse>,
     inflight: Arc<Semaphore>,
     text: Arc<Semaphore>,
     tickets: AtomicU64,
@@ -64,6 +69,7 @@ impl App {
     /// All of it.
     pub(crate) fn new(
         limits: Limits,
+        retry: RetryConfig,
         models: Vec<Arc<Model>>,
         fleet: watch::Receiver<Arc<Fleet>>,
         policy: Box<dyn Policy>,
@@ -73,7 +79,9 @@ impl App {
         Self {
             inflight: Arc::new(Semaphore::new(limits.max_inflight)),
             text: Arc::new(Semaphore::new(limits.text_threads)),
+            purse: Mutex::new(Purse::new(&retry, Instant::now())),
             limits,
+            retry,
             models,
             fleet,
             policy,
@@ -89,7 +97,19 @@ impl App {
         let permit = Arc::clone(&self.inflight).try_acquire_owned();
         let permit = permit.map_err(|_| Error::Full { limit: self.limits.max_inflight })?;
         let deadline = Deadline::after(self.limits.request_timeout());
+        self.purse().request();
         Ok(Admitted { inflight: self.metrics.admitted(), permit, deadline })
+    }
+
+    /// Whether a worker's failure may cost another try now.
+    pub(crate) fn may_try_again(&self) -> bool {
+        let may = self.purse().take(Instant::now());
+        self.metrics.second_try(may);
+        may
+    }
+
+    fn purse(&self) -> MutexGuard<'_, Purse> {
+        self.purse.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The model of this name.

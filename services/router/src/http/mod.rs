@@ -20,6 +20,7 @@ mod models;
 mod placing;
 mod server;
 mod sse;
+mod tokens;
 mod tools;
 mod types;
 mod wire;

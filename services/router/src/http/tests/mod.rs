@@ -7,4 +7,5 @@ mod answers;
 mod bad_input;
 mod faults;
 mod harness;
+mod moves;
 mod tools;
