@@ -251,18 +251,66 @@ def tools():
         raise AssertionError("tools were accepted for a model that can't call them")
 
 
+RESPONSE_TOOLS = [{"type": "function", **tool["function"]} for tool in TOOLS]
+
+
+def responses():
+    arguments = dict(model=model, input=messages[0]["content"], temperature=0, max_output_tokens=64)
+    answer = client.responses.create(**arguments, metadata={"a": "b"})
+    assert answer.output_text == ANSWER and answer.status == "completed", answer
+    assert answer.usage.input_tokens == 14 and answer.metadata == {"a": "b"} and answer.object == "response", answer
+    kinds = []
+    with client.responses.stream(**arguments) as stream:
+        for event in stream:
+            kinds.append(event.type)
+        final = stream.get_final_response()
+    assert final.output_text == ANSWER and final.usage.output_tokens == answer.usage.output_tokens, final
+    assert kinds[:2] == ["response.created", "response.in_progress"] and kinds[-1] == "response.completed", kinds
+    short = client.responses.create(**{**arguments, "max_output_tokens": 2})
+    assert short.status == "incomplete" and short.incomplete_details.reason == "max_output_tokens", short
+
+    # What was said goes back as items.
+    again = client.responses.create(model=model, max_output_tokens=4, instructions="Be brief.", input=[
+        {"role": "user", "content": "One?"}, *[item.model_dump(exclude_none=True) for item in answer.output],
+        {"role": "user", "content": [{"type": "input_text", "text": "Two?"}]}])
+    assert again.usage.input_tokens > 30, again
+
+    form = {"type": "json_schema", "name": "thing", "strict": True, "schema": SCHEMA}
+    shaped = client.responses.create(**{**arguments, "max_output_tokens": 300}, text={"format": form})
+    follows_schema(shaped.output_text)
+
+    called = dict(arguments, max_output_tokens=300, tools=RESPONSE_TOOLS, tool_choice={"type": "function", "name": "weather"})
+    [call] = client.responses.create(**called).output
+    assert call.type == "function_call" and call.name == "weather", call
+    follows_tool(call)
+    with client.responses.stream(**called) as stream:
+        pieces = [event.delta for event in stream if event.type == "response.function_call_arguments.delta"]
+    assert "".join(pieces) == call.arguments, pieces
+    for refused in ({"previous_response_id": "resp_1"}, {"background": True}, {"conversation": "conv_1"}, {"store": True}):
+        try:
+            client.responses.create(**arguments, **refused)
+        except openai.BadRequestError as error:
+            assert error.param in refused and error.code == "unsupported_parameter", error
+        else:
+            raise AssertionError(f"{refused} was accepted")
+
+
 def every_field_is_known():
     """Each field that OpenAI's client can send is accepted, or refused as itself: never as unknown."""
-    for create, path in [(client.chat.completions.create, "/chat/completions"), (client.completions.create, "/completions")]:
+    own = {"/chat/completions": {"messages": messages}, "/completions": {"prompt": "x"}, "/responses": {"input": "x"}}
+    for create, path in [(client.chat.completions.create, "/chat/completions"), (client.completions.create, "/completions"),
+                         (client.responses.create, "/responses")]:
         names = [name for name in inspect.signature(create).parameters if not name.startswith("extra_") and name != "timeout"]
         assert len(names) > 15, names
         for name in names:
-            body = {"model": model, "messages": messages, "prompt": "x", name: {"odd": True}}
-            body.pop("prompt" if path.startswith("/chat") else "messages")
+            body = {"model": model, "max_tokens": 4, **own[path], name: {"odd": True}}
+            if path == "/responses":
+                del body["max_tokens"]
             try:
                 client.post(path, body=body, cast_to=object)
             except openai.BadRequestError as error:
-                assert error.param.split(".")[0] == name and error.code != "unknown_parameter" or "." in error.param, error
+                known = error.code != "unknown_parameter" or "." in error.param
+                assert error.param.split(".")[0] == name and known, error
             else:
                 raise AssertionError(f"{path} took an odd {name}")
 
@@ -299,7 +347,7 @@ def bad_parameter():
 
 
 for check in (models, chat, chat_logprobs, chat_stop, chat_stream, seeded, choices, tiers,
-              penalties_and_biases, structured, structured_extensions, structured_mistakes, tools, every_field_is_known, completion, completion_stream, unknown_model,
+              penalties_and_biases, structured, structured_extensions, structured_mistakes, tools, responses, every_field_is_known, completion, completion_stream, unknown_model,
               bad_parameter):
     check()
     print("fine:", check.__name__)

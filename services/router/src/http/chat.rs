@@ -1,6 +1,6 @@
 //! `POST /v1/chat/completions`.
 
-use std::sync::Arc;
+use std::{collections::HashSet, sync::Arc};
 
 use axum::{
     Extension, Json,
@@ -9,7 +9,7 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use http::Request;
-use kvasir_types::{FinishReason, RequestId};
+use kvasir_types::{FinishReason, RequestId, TokenId};
 use serde::Serialize;
 use tracing::Span;
 
@@ -59,13 +59,16 @@ pub(crate) async fn chat(
     }
 }
 
-/// The text work of a conversation: its prompt, and how its answers are taken apart.
+/// A prompt, and how its answers are taken apart.
+pub(crate) type Asked = Result<(Vec<TokenId>, Parser), text::Error>;
+
+/// The text work of a conversation.
 pub(crate) fn prompt_work(
     model: &Arc<Model>,
     conversation: Conversation,
     common: &Common,
     tools: &Tools,
-) -> Result<impl FnOnce() -> Result<(Vec<kvasir_types::TokenId>, Parser), text::Error> + Send + 'static, BadParam> {
+) -> Result<impl FnOnce() -> Asked + Send + 'static, BadParam> {
     let (model, calls) = (Arc::clone(model), tools.calls(model.dialect())?);
     // An answer whose form is given can't hold thoughts, even where the template has opened their tag.
     let thinks = model.dialect().thinks && common.sampling.grammar.is_none();
@@ -105,7 +108,7 @@ pub(crate) struct Taken {
 
 impl Taking {
     /// The special tokens to be shown to the parser.
-    pub(crate) fn markers(&self, model: &Model) -> Arc<std::collections::HashSet<kvasir_types::TokenId>> {
+    pub(crate) fn markers(&self, model: &Model) -> Arc<HashSet<TokenId>> {
         if self.parser.is_idle() { Arc::default() } else { Arc::clone(model.markers()) }
     }
 

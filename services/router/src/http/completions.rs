@@ -36,7 +36,7 @@ pub(crate) async fn completions(
     Span::current().record("model", model.name());
 
     let prompt = match prompt {
-        Prompt::Tokens(tokens) => in_vocabulary(tokens, &model)?,
+        Prompt::Tokens(tokens) => in_vocabulary("prompt", tokens, &model)?,
         Prompt::Text(text) => {
             let work = {
                 let model = Arc::clone(&model);
@@ -56,14 +56,15 @@ pub(crate) async fn completions(
     }
 }
 
-fn in_vocabulary(tokens: Vec<TokenId>, model: &Model) -> Result<Vec<TokenId>, BadParam> {
+/// Tokens that the model knows.
+pub(crate) fn in_vocabulary(param: &str, tokens: Vec<TokenId>, model: &Model) -> Result<Vec<TokenId>, BadParam> {
     let size = model.vocab_size();
     match tokens.iter().find(|token| token.0 as usize >= size) {
         None => Ok(tokens),
         Some(token) => {
             let message =
-                format!("'prompt' holds token id {}, the model's are 0 to {}", token.0, size.saturating_sub(1));
-            Err(BadParam::new("prompt", "invalid_value", message))
+                format!("'{param}' holds token id {}, the model's are 0 to {}", token.0, size.saturating_sub(1));
+            Err(BadParam::new(param, "invalid_value", message))
         }
     }
 }

@@ -15,6 +15,7 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use bytes::{BufMut, Bytes, BytesMut};
+use futures_util::Stream;
 use http::header;
 use serde::Serialize;
 
@@ -64,6 +65,11 @@ pub(crate) fn respond<S: Shape>(live: Live, head: Head, shape: S, include_usage:
         let (bytes, more) = writer.step().await?;
         Some((Ok::<_, Infallible>(bytes), more.then_some(writer)))
     });
+    response(stream)
+}
+
+/// The answer that such a stream is.
+pub(crate) fn response(stream: impl Stream<Item = Result<Bytes, Infallible>> + Send + 'static) -> Response {
     let headers = [
         (header::CONTENT_TYPE, "text/event-stream"),
         (header::CACHE_CONTROL, "no-cache"),

@@ -63,9 +63,18 @@ enum Choice {
     Named(usize),
 }
 
+/// Where the two APIs that have tools write a function.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Form {
+    /// In a field `function` of the tool.
+    Chat,
+    /// In the tool itself.
+    Responses,
+}
+
 impl Tools {
     /// Reads the three fields.
-    pub(crate) fn parse(fields: &mut Fields) -> Result<Self, BadParam> {
+    pub(crate) fn parse(fields: &mut Fields, form: Form) -> Result<Self, BadParam> {
         let parallel = fields.bool("parallel_tool_calls")?.unwrap_or(true);
         let list = match fields.take("tools") {
             None => Vec::new(),
@@ -74,7 +83,7 @@ impl Tools {
                 return Err(BadParam::new("tools", "invalid_value", message));
             }
             Some(Value::Array(tools)) => {
-                let tool = |(at, value)| tool(&format!("tools[{at}]"), value);
+                let tool = |(at, value)| tool(&format!("tools[{at}]"), value, form);
                 tools.into_iter().enumerate().map(tool).collect::<Result<Vec<_>, _>>()?
             }
             Some(other) => return Err(wrong_type("tools", "an array of tools", &other)),
@@ -85,7 +94,7 @@ impl Tools {
                 return Err(BadParam::new(&tool.path, "invalid_value", message));
             }
         }
-        let choice = choice(fields, &list)?;
+        let choice = choice(fields, &list, form)?;
         if choice == Choice::Auto
             && let Some(tool) = list.iter().find(|tool| tool.strict)
         {
@@ -101,6 +110,30 @@ impl Tools {
     /// As the template has them: nothing where none is to be called.
     pub(crate) fn told(&self) -> Vec<Value> {
         if self.choice == Choice::None { Vec::new() } else { self.list.iter().map(Tool::told).collect() }
+    }
+
+    /// As the Responses API repeats them.
+    pub(crate) fn described(&self) -> Vec<Value> {
+        let tool = |tool: &Tool| {
+            json!({"type": "function", "name": tool.name, "description": tool.description,
+                "parameters": tool.parameters, "strict": tool.strict})
+        };
+        self.list.iter().map(tool).collect()
+    }
+
+    /// Who decides, as the Responses API repeats it.
+    pub(crate) fn choice(&self) -> Value {
+        match &self.choice {
+            Choice::None => json!("none"),
+            Choice::Auto => json!("auto"),
+            Choice::Required => json!("required"),
+            Choice::Named(at) => json!({"type": "function", "name": self.list[*at].name}),
+        }
+    }
+
+    /// Whether there may be more than one call.
+    pub(crate) fn parallel(&self) -> bool {
+        self.parallel
     }
 
     /// How calls are looked for in the answer of a model that writes like this.
@@ -220,13 +253,18 @@ fn move_references(schema: &mut Value, base: &str) -> bool {
     }
 }
 
-fn tool(path: &str, value: Value) -> Result<Tool, BadParam> {
+fn tool(path: &str, value: Value, form: Form) -> Result<Tool, BadParam> {
     let mut fields = Fields::of(path, value)?;
     function_type(&mut fields)?;
-    let path = fields.path("function");
-    let inner = Fields::of(&path, fields.require("function")?)?;
-    fields.finish(&[])?;
-    function(&path, inner)
+    match form {
+        Form::Responses => function(path, fields),
+        Form::Chat => {
+            let path = fields.path("function");
+            let inner = Fields::of(&path, fields.require("function")?)?;
+            fields.finish(&[])?;
+            function(&path, inner)
+        }
+    }
 }
 
 fn function(path: &str, mut fields: Fields) -> Result<Tool, BadParam> {
@@ -248,7 +286,7 @@ fn function(path: &str, mut fields: Fields) -> Result<Tool, BadParam> {
     Ok(tool)
 }
 
-fn choice(fields: &mut Fields, list: &[Tool]) -> Result<Choice, BadParam> {
+fn choice(fields: &mut Fields, list: &[Tool], form: Form) -> Result<Choice, BadParam> {
     let free = if list.is_empty() { Choice::None } else { Choice::Auto };
     let choice = match fields.take("tool_choice") {
         None => return Ok(free),
@@ -265,9 +303,15 @@ fn choice(fields: &mut Fields, list: &[Tool]) -> Result<Choice, BadParam> {
         Some(value) => {
             let mut fields = Fields::of("tool_choice", value)?;
             function_type(&mut fields)?;
-            let mut function = Fields::of("tool_choice.function", fields.require("function")?)?;
-            let name = function.require_string("name")?;
-            function.finish(&[])?;
+            let name = match form {
+                Form::Responses => fields.require_string("name")?,
+                Form::Chat => {
+                    let mut function = Fields::of("tool_choice.function", fields.require("function")?)?;
+                    let name = function.require_string("name")?;
+                    function.finish(&[])?;
+                    name
+                }
+            };
             fields.finish(&[])?;
             let Some(at) = list.iter().position(|tool| tool.name == name) else {
                 let got: String = name.chars().take(MAX_NAME).collect();
@@ -290,7 +334,7 @@ mod tests {
 
     fn parse(body: Value) -> Result<Tools, BadParam> {
         let mut fields = Fields::parse(body.to_string().as_bytes()).unwrap();
-        Tools::parse(&mut fields)
+        Tools::parse(&mut fields, Form::Chat)
     }
 
     fn with(choice: Value) -> Value {

@@ -52,7 +52,7 @@ use super::{
     error::{BadParam, Error},
     fields::{Fields, Unsupported, wrong_type},
     messages::messages,
-    tools::Tools,
+    tools::{Form, Tools},
 };
 use crate::text::{Conversation, Model};
 
@@ -175,6 +175,11 @@ impl Effort {
         })
     }
 
+    /// As the client said it.
+    pub(crate) fn word(self) -> &'static str {
+        self.0
+    }
+
     /// Tells the template, in the words that it knows: an effort, or else whether to think at all.
     pub(crate) fn tell(self, model: &Model, conversation: &mut Conversation, path: &str) -> Result<(), BadParam> {
         let reads = |variable: &str| model.template().is_some_and(|template| template.reads(variable));
@@ -220,7 +225,7 @@ impl ChatRequest {
         let effort = fields.string("reasoning_effort")?;
         let effort = effort.map(|word| Effort::parse("reasoning_effort", &word)).transpose()?;
         let include_reasoning = fields.bool("include_reasoning")?.unwrap_or(true);
-        let tools = Tools::parse(&mut fields)?;
+        let tools = Tools::parse(&mut fields, Form::Chat)?;
         conversation.tools = tools.told();
         with_tools(&mut common, &tools)?;
 
@@ -264,7 +269,8 @@ impl CompletionRequest {
     }
 }
 
-fn common(fields: &mut Fields) -> Result<Common, BadParam> {
+/// What all endpoints take.
+pub(crate) fn common(fields: &mut Fields) -> Result<Common, BadParam> {
     let model = match fields.require("model")? {
         Value::String(name) => name,
         other => return Err(wrong_type("model", "a string", &other)),
@@ -310,11 +316,13 @@ fn service_tier(fields: &mut Fields) -> Result<Option<ServiceTier>, BadParam> {
     }
 }
 
-fn max_tokens(fields: &mut Fields, name: &'static str) -> Result<Option<(&'static str, u32)>, BadParam> {
+/// How many tokens at most, and the field that says it.
+pub(crate) fn max_tokens(fields: &mut Fields, name: &'static str) -> Result<Option<(&'static str, u32)>, BadParam> {
     Ok(fields.integer(name, 1, u32::MAX.into())?.map(|n| (name, n as u32)))
 }
 
-fn check_min_tokens(common: &Common) -> Result<(), BadParam> {
+/// Not more at least than at most.
+pub(crate) fn check_min_tokens(common: &Common) -> Result<(), BadParam> {
     let min_tokens = common.sampling.min_tokens;
     match common.max_tokens {
         Some((param, max_tokens)) if min_tokens > max_tokens => {
@@ -426,7 +434,7 @@ const TAKEN: [&str; 8] = [
 ];
 
 /// What the template gets besides messages and tools.
-fn template_fields(fields: &mut Fields, conversation: &mut Conversation) -> Result<(), BadParam> {
+pub(crate) fn template_fields(fields: &mut Fields, conversation: &mut Conversation) -> Result<(), BadParam> {
     conversation.open = fields.bool("add_generation_prompt")?.unwrap_or(true);
     conversation.variables = fields.object("chat_template_kwargs")?.unwrap_or_default();
     if let Some(taken) = TAKEN.iter().find(|name| conversation.variables.contains_key(**name)) {

@@ -142,6 +142,11 @@ impl Model {
     pub(crate) fn decode(&self, ids: &[u32]) -> String {
         self.tokenizer.decode(ids, true).unwrap_or_default()
     }
+
+    /// The same with special tokens.
+    pub(crate) fn decode_all(&self, ids: &[u32]) -> String {
+        self.tokenizer.decode(ids, false).unwrap_or_default()
+    }
 }
 
 fn parse_tokenizer(bytes: &[u8]) -> Result<Tokenizer, String> {
