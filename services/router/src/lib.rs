@@ -14,6 +14,7 @@
 //! | [`config`] | every setting, with its default |
 //! | `service` | build, announce, wait, drain |
 //! | `http` | requests are checked wholly before a worker hears of them; errors have OpenAI's shape |
+//! | `access`, `admission` | who may ask, for what, how much; and when it is their turn |
 //! | `text` | no async, no clock |
 //! | [`route`] | policies are pure functions |
 //! | `fleet` | members → workers that may be chosen, their loads and connections |
@@ -24,6 +25,8 @@
 pub mod config;
 pub mod route;
 
+mod access;
+mod admission;
 mod fleet;
 mod health;
 mod http;
@@ -33,6 +36,8 @@ mod service;
 mod text;
 mod upstream;
 
+pub use access::{AccessConfig, KeyConfig, KeysError, TenantConfig};
+pub use admission::AdmissionConfig;
 pub use config::{Config, Limits, ModelConfig};
 pub use retry::RetryConfig;
 pub use service::{run, run_with_etcd};

@@ -10,6 +10,8 @@ use tokio::sync::watch;
 use tracing::{info, warn};
 
 use crate::{
+    access,
+    admission::{Gate, Gates},
     config::Config,
     fleet::{Fleet, Misfit},
     http::{self, App, Server},
@@ -40,13 +42,26 @@ pub async fn run(config: Config, context: Context, registry: Arc<dyn Registry>) 
     let admin = listening.beside(admin);
     let id = config.id.clone().unwrap_or_else(|| format!("router-{:08x}", random_u64() as u32));
     let id: MemberId = id.parse().context("id")?;
+    let (keys, keyring) = watch::channel(Arc::new(config.access.keyring()?));
+    context.tasks.spawn(Kind::Background, "keys", {
+        let watching = access::watch(config.access.clone(), keys);
+        async move {
+            watching.await;
+            Ok(())
+        }
+    });
     let models = load(&config).await?;
 
     let metrics = Metrics::new(&context.metrics);
-    let (fleet, watcher) = watch_members(registry.view(), models.clone(), metrics.clone(), context.clone());
+    let gate_config = Arc::new(config.admission.clone());
+    let gate = |model: &Arc<Model>| (model.name().to_owned(), Gate::new(Arc::clone(&gate_config)));
+    let gates: Gates = Arc::new(models.iter().map(gate).collect());
+    Metrics::watch_gates(&context.metrics, Arc::clone(&gates));
+    let (fleet, watcher) =
+        watch_members(registry.view(), models.clone(), Arc::clone(&gates), metrics.clone(), context.clone());
     context.tasks.spawn(Kind::Critical, "members", watcher);
-    let (limits, retry) = (config.limits.clone(), config.retry.clone());
-    let app = App::new(limits, retry, models, fleet, config.policy.build(), metrics, context.clone());
+    let parts = http::Parts { models, fleet, keys: keyring, gates, metrics, context: context.clone() };
+    let app = App::new(&config, parts);
     let http = listening.advertised;
     let server =
         Server { listener: listening.listener, routes: http::routes(Arc::new(app)), limits: config.limits.clone() };
@@ -108,6 +123,7 @@ fn member(id: MemberId, http: String, admin: String) -> Member {
 fn watch_members(
     mut view: watch::Receiver<Arc<View>>,
     models: Vec<Arc<Model>>,
+    gates: Gates,
     metrics: Metrics,
     context: Context,
 ) -> (watch::Receiver<Arc<Fleet>>, impl Future<Output = anyhow::Result<()>>) {
@@ -119,6 +135,9 @@ fn watch_members(
             warn!(worker = %misfit.id, why = misfit.why, "a worker is not used");
         }
         told = misfits.into_iter().collect();
+        for (model, gate) in gates.iter() {
+            gate.set_workers(fleet.crew(model).map_or(0, |crew| crew.decode.len()));
+        }
         metrics.decode_workers.set(fleet.decode_workers() as i64);
         match fleet.decode_workers() {
             _ if context.shutdown.is_triggered() => {} // not ready is all it will be from now on

@@ -10,12 +10,15 @@ use super::app::App;
 /// The document.
 const DOCUMENT: &str = include_str!("../../openapi.json");
 
-/// Tells it, with the names of the models that are served.
+/// Tells it, with the names of the models that anybody may use.
 pub(crate) async fn document(State(app): State<Arc<App>>) -> Json<Value> {
-    let names: Vec<&str> = app.models.iter().map(|model| model.name()).collect();
+    // Everybody may read the document; whose names need a key are not told here.
+    let anybody = app.keys.borrow().caller(None).ok();
+    let open = |name: &&str| anybody.as_ref().is_some_and(|caller| caller.may_use(name));
+    let names: Vec<&str> = app.models.iter().map(|model| model.name()).filter(open).collect();
     let mut document: Value = serde_json::from_str(DOCUMENT).expect("a test reads it, too");
     for schema in document["components"]["schemas"].as_object_mut().into_iter().flatten().map(|(_, schema)| schema) {
-        if let Some(model) = schema.pointer_mut("/properties/model") {
+        if let Some(model) = schema.pointer_mut("/properties/model").filter(|_| !names.is_empty()) {
             *model = json!({"enum": names});
         }
     }

@@ -17,7 +17,7 @@ use kvasir_types::TokenId;
 use serde_json::{Value, json};
 
 use super::{
-    app::{App, unix_now},
+    app::{Admitted, App, unix_now},
     chat::told,
     choosing::token_ids,
     completions::in_vocabulary,
@@ -38,10 +38,10 @@ enum Input {
 
 /// Text or messages to tokens.
 pub(crate) async fn tokenize(State(app): State<Arc<App>>, request: Request<Body>) -> Result<Json<Value>, Error> {
-    let admitted = app.admit()?;
+    let admitted = app.admit(&request)?;
     let body = app.body(request).await?;
     let mut fields = Fields::parse(&body)?;
-    let model = Arc::clone(model(&app, &mut fields)?);
+    let model = Arc::clone(model(&app, &admitted, &mut fields)?);
     let add_special = fields.bool("add_special_tokens")?;
     let with_texts = fields.bool("return_token_strs")?.unwrap_or(false);
     let (input, param) = match (fields.take("prompt"), fields.take("messages")) {
@@ -82,10 +82,10 @@ pub(crate) async fn tokenize(State(app): State<Arc<App>>, request: Request<Body>
 
 /// Tokens to text.
 pub(crate) async fn detokenize(State(app): State<Arc<App>>, request: Request<Body>) -> Result<Json<Value>, Error> {
-    let admitted = app.admit()?;
+    let admitted = app.admit(&request)?;
     let body = app.body(request).await?;
     let mut fields = Fields::parse(&body)?;
-    let model = Arc::clone(model(&app, &mut fields)?);
+    let model = Arc::clone(model(&app, &admitted, &mut fields)?);
     let tokens: Vec<TokenId> = match fields.require("tokens")? {
         Value::Array(ids) => in_vocabulary("tokens", token_ids("tokens", &ids)?, &model)?,
         other => return Err(wrong_type("tokens", "an array of token ids", &other).into()),
@@ -98,13 +98,14 @@ pub(crate) async fn detokenize(State(app): State<Arc<App>>, request: Request<Bod
 }
 
 /// The model that is named, or the only one there is.
-fn model<'a>(app: &'a App, fields: &mut Fields) -> Result<&'a Arc<Model>, Error> {
-    match (fields.string("model")?, app.models.as_slice()) {
-        (Some(name), _) => app.model(&name),
-        (None, [only]) => Ok(only),
+fn model<'a>(app: &'a App, admitted: &Admitted, fields: &mut Fields) -> Result<&'a Arc<Model>, Error> {
+    let model = match (fields.string("model")?, app.models.as_slice()) {
+        (Some(name), _) => app.model(&name)?,
+        (None, [only]) => only,
         (None, _) => {
             let message = "missing required parameter: 'model' (there are several)";
-            Err(BadParam::new("model", "missing_required_parameter", message).into())
+            return Err(BadParam::new("model", "missing_required_parameter", message).into());
         }
-    }
+    };
+    if admitted.caller.may_use(model.name()) { Ok(model) } else { Err(Error::NoModel(model.name().to_owned())) }
 }

@@ -48,7 +48,7 @@ pub(crate) async fn responses(
     Extension(id): Extension<RequestId>,
     request: Request<Body>,
 ) -> Result<Response, Error> {
-    let admitted = app.admit()?;
+    let admitted = app.admit(&request)?;
     let body = app.body(request).await?;
     let ResponsesRequest { mut common, mut conversation, effort, tools, mut repeated } =
         ResponsesRequest::parse(&body)?;

@@ -30,7 +30,8 @@ const TEXT: &str = "<think>Hm.</think>Look:\n<tool_call>{\"name\": \"f\", \"argu
 
 /// The types of the items with their texts.
 fn items(response: &Value) -> Vec<(String, String)> {
-    let text = |item: &Value| item["content"][0]["text"].as_str().or_else(|| item["arguments"].as_str()).unwrap().to_owned();
+    let text =
+        |item: &Value| item["content"][0]["text"].as_str().or_else(|| item["arguments"].as_str()).unwrap().to_owned();
     let items = response["output"].as_array().unwrap().iter();
     items.map(|item| (item["type"].as_str().unwrap().to_owned(), text(item))).collect()
 }
