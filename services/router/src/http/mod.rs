@@ -21,6 +21,7 @@ mod models;
 mod placing;
 mod server;
 mod sse;
+mod tls;
 mod tokens;
 mod types;
 mod wire;
@@ -43,6 +44,8 @@ use tracing::{Instrument, info_span};
 
 pub(crate) use app::{App, Parts};
 pub(crate) use server::Server;
+pub(crate) use tls::acceptor;
+pub use tls::{TlsConfig, TlsError};
 
 use error::Error;
 
