@@ -23,6 +23,7 @@ mod placing;
 mod responses;
 mod server;
 mod sse;
+mod tls;
 mod tokenize;
 mod tokens;
 mod tools;
@@ -50,6 +51,8 @@ use tracing::{Instrument, info_span};
 
 pub(crate) use app::{App, Parts};
 pub(crate) use server::Server;
+pub(crate) use tls::acceptor;
+pub use tls::{TlsConfig, TlsError};
 
 use error::Error;
 
