@@ -15,6 +15,7 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use bytes::{BufMut, Bytes, BytesMut};
+use futures_util::Stream;
 use http::header;
 use serde::Serialize;
 
@@ -27,28 +28,43 @@ use super::{
 pub(crate) trait Shape: Send + 'static {
     /// `object` of a chunk.
     const CHUNK: &'static str;
-    /// The choice of a chunk.
-    type Choice<'a>: Serialize
-    where
-        Self: 'a;
 
     /// A choice's chunk before all others, if there is one.
-    fn opening(&self, choice: usize) -> Option<Self::Choice<'_>>;
-    /// A chunk with text.
-    fn text<'a>(&'a self, live: &'a Live, delta: &'a Delta) -> Self::Choice<'a>;
-    /// The chunk that says why a choice ended.
-    fn end(&self, choice: usize, reason: &'static str) -> Self::Choice<'_>;
+    fn open(&mut self, choice: usize, chunks: &mut Chunks<'_>);
+    /// The chunks that say what is new, perhaps that a choice ended.
+    fn delta(&mut self, live: &Live, delta: &Delta, chunks: &mut Chunks<'_>);
+}
+
+/// Chunks on their way out.
+pub(crate) struct Chunks<'a> {
+    out: &'a mut BytesMut,
+    frame: &'a Frame,
+}
+
+impl Chunks<'_> {
+    /// One with this choice.
+    pub(crate) fn add(&mut self, choice: &impl Serialize) {
+        self.out.extend_from_slice(&self.frame.before);
+        write(self.out.writer(), choice);
+        self.out.extend_from_slice(self.frame.after);
+    }
 }
 
 /// Streams the answer.
 pub(crate) fn respond<S: Shape>(live: Live, head: Head, shape: S, include_usage: bool) -> Response {
     let frame = Frame::of(&head, S::CHUNK, include_usage);
-    let writer = Writer { live, head, frame, shape, include_usage, opened: false };
+    // In a box: it is large, and moves with every event.
+    let writer = Box::new(Writer { live, head, frame, shape, include_usage, opened: false });
     let stream = futures_util::stream::unfold(Some(writer), |writer| async {
         let mut writer = writer?;
         let (bytes, more) = writer.step().await?;
         Some((Ok::<_, Infallible>(bytes), more.then_some(writer)))
     });
+    response(stream)
+}
+
+/// The answer that such a stream is.
+pub(crate) fn response(stream: impl Stream<Item = Result<Bytes, Infallible>> + Send + 'static) -> Response {
     let headers = [
         (header::CONTENT_TYPE, "text/event-stream"),
         (header::CACHE_CONTROL, "no-cache"),
@@ -67,18 +83,11 @@ struct Frame {
 impl Frame {
     fn of(head: &Head, object: &'static str, include_usage: bool) -> Self {
         let mut before = b"data: ".to_vec();
-        let no_choice: &[()] = &[];
-        write(&mut before, &head.around(object, no_choice, None));
+        write(&mut before, &head.around::<()>(object, &[], None));
         // Without usage, what follows the choices is the end of their list and of the object.
         before.truncate(before.len() - b"]}".len());
         // With usage asked for, every chunk has the field, null until the last one.
         Self { before, after: if include_usage { b"],\"usage\":null}\n\n" } else { b"]}\n\n" } }
-    }
-
-    fn around(&self, out: &mut BytesMut, choice: &impl Serialize) {
-        out.extend_from_slice(&self.before);
-        write(out.writer(), choice);
-        out.extend_from_slice(self.after);
     }
 }
 
@@ -103,20 +112,15 @@ impl<S: Shape> Writer<S> {
             }
         };
         let mut out = BytesMut::with_capacity(512);
-        if !std::mem::replace(&mut self.opened, true) {
-            let openings = (0..self.live.choices()).filter_map(|choice| self.shape.opening(choice));
-            openings.for_each(|choice| self.frame.around(&mut out, &choice));
+        let Self { live, head, frame, shape, include_usage, opened } = self;
+        let mut chunks = Chunks { out: &mut out, frame };
+        if !std::mem::replace(opened, true) {
+            (0..live.choices()).for_each(|choice| shape.open(choice, &mut chunks));
         }
-        if !delta.text.is_empty() || !delta.logged.is_empty() {
-            self.frame.around(&mut out, &self.shape.text(&self.live, &delta));
-        }
-        if let Some(reason) = delta.end {
-            self.frame.around(&mut out, &self.shape.end(delta.choice, super::wire::finish_reason(reason)));
-        }
+        shape.delta(live, &delta, &mut chunks);
         if let Some(cost) = delta.cost {
-            if self.include_usage {
-                let no_choice: &[S::Choice<'_>] = &[];
-                event(&mut out, &self.head.around(S::CHUNK, no_choice, Some(Some(Usage::from(cost)))));
+            if *include_usage {
+                event(&mut out, &head.around::<()>(S::CHUNK, &[], Some(Some(Usage::from(cost)))));
             }
             out.extend_from_slice(b"data: [DONE]\n\n");
         }
