@@ -1,4 +1,4 @@
-//! The page for operators and probes, on a port of its own: `/health`, `/ready`, `/metrics`.
+//! The page for operators and probes, on a port of its own: `/health`, `/ready`, `/metrics`, and what a service adds.
 //!
 //! It is up before the service is (loading a model takes a while, and a probe should get an answer meanwhile) and stays up
 //! while the service drains.
@@ -28,10 +28,15 @@ pub struct Error {
 
 /// Binds the port of the configuration and serves in the background from now on; returns the address it got.
 pub async fn start(config: &AdminConfig, context: &Context) -> Result<SocketAddr, Error> {
+    start_with(config, context, Router::new()).await
+}
+
+/// The same with more routes, those of the service.
+pub async fn start_with(config: &AdminConfig, context: &Context, more: Router) -> Result<SocketAddr, Error> {
     let failed = |source| Error { address: config.listen, source };
     let listener = TcpListener::bind(config.listen).await.map_err(failed)?;
     let address = listener.local_addr().map_err(failed)?;
-    let serving = serve(listener, context.clone());
+    let serving = axum::serve(listener, router(context.clone()).merge(more));
     context.tasks.spawn(Kind::Background, "admin", async move { Ok(serving.await?) });
     Ok(address)
 }

@@ -16,10 +16,12 @@
 //! | `http` | requests are checked wholly before a worker hears of them; errors have OpenAI's shape |
 //! | `text` | no async, no clock |
 //! | [`route`] | policies are pure functions |
+//! | [`cache`] | which workers hold which beginning of a prompt: an index, and a task for each worker that feeds it |
 //! | `fleet` | members → workers that may be chosen, their loads and connections |
 //! | `upstream` | the stream from a decode worker |
 #![forbid(unsafe_code)]
 
+pub mod cache;
 pub mod config;
 pub mod route;
 

@@ -10,10 +10,11 @@ use tokio::sync::watch;
 use tracing::{info, warn};
 
 use crate::{
+    cache::{Feeds, Index},
     config::Config,
     fleet::{Fleet, Misfit},
     http::{self, App, Server},
-    metrics::Metrics,
+    metrics::{CacheMetrics, Metrics},
     text::Model,
 };
 
@@ -35,7 +36,8 @@ pub async fn run_with_etcd(config: Config, context: Context) -> anyhow::Result<(
 pub async fn run(config: Config, context: Context, registry: Arc<dyn Registry>) -> anyhow::Result<()> {
     config.check()?;
     let listening = Listening::bind("listen", config.listen, config.advertise.as_deref()).await?;
-    let admin = kvasir_runtime::admin::start(&config.admin, &context).await?;
+    let operators = http::Operators::default();
+    let admin = kvasir_runtime::admin::start_with(&config.admin, &context, http::admin(operators.clone())).await?;
     let ports = serde_json::json!({ "http": listening.bound, "admin": admin });
     let admin = listening.beside(admin);
     let id = config.id.clone().unwrap_or_else(|| format!("router-{:08x}", random_u64() as u32));
@@ -43,12 +45,15 @@ pub async fn run(config: Config, context: Context, registry: Arc<dyn Registry>) 
     let models = load(&config).await?;
 
     let metrics = Metrics::new(&context.metrics);
-    let (fleet, watcher) = watch_members(registry.view(), models.clone(), metrics.clone(), context.clone());
+    let index = Arc::new(Index::default());
+    let feeds = Feeds::new(Arc::clone(&index), context.tasks.clone(), CacheMetrics::new(&context.metrics, &index));
+    let (fleet, watcher) = watch_members(registry.view(), models.clone(), metrics.clone(), feeds, context.clone());
     context.tasks.spawn(Kind::Critical, "members", watcher);
-    let app = App::new(config.limits.clone(), models, fleet, config.policy.build(), metrics, context.clone());
+    let app = App::new(config.limits.clone(), models, fleet, config.policy, index, metrics, context.clone());
+    let app = Arc::new(app);
+    operators.open(Arc::clone(&app));
     let http = listening.advertised;
-    let server =
-        Server { listener: listening.listener, routes: http::routes(Arc::new(app)), limits: config.limits.clone() };
+    let server = Server { listener: listening.listener, routes: http::routes(app), limits: config.limits.clone() };
 
     let member = member(id, http, admin);
     registry.register(member.clone()).await.context("registration")?;
@@ -108,6 +113,7 @@ fn watch_members(
     mut view: watch::Receiver<Arc<View>>,
     models: Vec<Arc<Model>>,
     metrics: Metrics,
+    mut feeds: Feeds,
     context: Context,
 ) -> (watch::Receiver<Arc<Fleet>>, impl Future<Output = anyhow::Result<()>>) {
     let mut told: HashSet<Misfit> = HashSet::new();
@@ -118,6 +124,7 @@ fn watch_members(
             warn!(worker = %misfit.id, why = misfit.why, "a worker is not used");
         }
         told = misfits.into_iter().collect();
+        feeds.follow(&fleet);
         metrics.decode_workers.set(fleet.decode_workers() as i64);
         match fleet.decode_workers() {
             _ if context.shutdown.is_triggered() => {} // not ready is all it will be from now on

@@ -16,6 +16,7 @@ mod pairing;
 mod priority;
 mod prompts;
 mod replay;
+mod routing;
 mod scripts;
 mod spill;
 mod store;

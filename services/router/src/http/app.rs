@@ -16,12 +16,13 @@ use kvasir_runtime::{Context, random_u64};
 use kvasir_types::Deadline;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
-use super::error::Error;
+use super::{deciding::Policies, error::Error};
 use crate::{
+    cache::Index,
     config::Limits,
     fleet::Fleet,
     metrics::{Inflight, Metrics},
-    route::{Ask, Policy},
+    route::{Ask, PolicyName},
     text::Model,
 };
 
@@ -38,7 +39,9 @@ pub(crate) struct App {
     /// The workers now.
     pub(crate) fleet: watch::Receiver<Arc<Fleet>>,
     /// How workers are chosen.
-    pub(crate) policy: Box<dyn Policy>,
+    pub(crate) policies: Policies,
+    /// What workers hold.
+    pub(crate) index: Arc<Index>,
     /// What is counted.
     pub(crate) metrics: Metrics,
     /// The process: its metrics page and readiness.
@@ -66,7 +69,8 @@ impl App {
         limits: Limits,
         models: Vec<Arc<Model>>,
         fleet: watch::Receiver<Arc<Fleet>>,
-        policy: Box<dyn Policy>,
+        policy: PolicyName,
+        index: Arc<Index>,
         metrics: Metrics,
         context: Context,
     ) -> Self {
@@ -76,7 +80,8 @@ impl App {
             limits,
             models,
             fleet,
-            policy,
+            policies: Policies::new(policy),
+            index,
             metrics,
             context,
             started: unix_now(),
@@ -100,7 +105,13 @@ impl App {
 
     /// What a policy may know of a request.
     pub(crate) fn ask(&self, prompt_tokens: usize) -> Ask {
-        Ask { prompt_tokens, ticket: self.tickets.fetch_add(1, Relaxed), dice: random_u64() }
+        let ticket = self.tickets.fetch_add(1, Relaxed);
+        Ask { prompt_tokens, ticket, dice: random_u64(), ..Ask::default() }
+    }
+
+    /// The same of a request that is not made: nobody's turn changes.
+    pub(crate) fn ask_for_show(&self, prompt_tokens: usize) -> Ask {
+        Ask { prompt_tokens, ticket: self.tickets.load(Relaxed), dice: random_u64(), ..Ask::default() }
     }
 
     /// Reads a body within its limits of size and time.

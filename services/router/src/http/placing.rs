@@ -11,6 +11,7 @@ use tracing::{info, warn};
 
 use super::{
     app::App,
+    deciding::{self, Chosen, Prompt},
     error::{BadParam, Error},
 };
 use crate::{
@@ -41,7 +42,7 @@ pub(crate) fn crew(
         return Err(BadParam::new(param, "context_length_exceeded", message).into());
     }
     let fitting = crew.ok_or_else(no_worker)?.longer_than(prompt_tokens);
-    if fitting.decode.is_empty() { Err(no_worker()) } else { Ok(fitting) }
+    if fitting.is_empty() { Err(no_worker()) } else { Ok(fitting) }
 }
 
 pub(crate) fn max_tokens(asked: Option<(&'static str, u32)>, limit: u32) -> Result<u32, Error> {
@@ -94,18 +95,21 @@ impl Call<'_> {
         let ask = self.app.ask(self.prompt.len());
         let mut first: Option<upstream::Error> = None;
         loop {
-            let Some((worker, prefill)) = self.choose(&ask, &crew.rested(Instant::now())) else {
+            let Some(Chosen { worker, prefill, cached, left }) = self.choose(ask, &crew.rested(Instant::now())) else {
                 // Nobody else is there: the first worker's word is the answer.
                 return Err(first.map_or_else(|| Error::NoWorker(model.name().to_owned()), Error::from));
             };
-            let lease = worker.lease(self.prompt.len());
+            let lease = worker.lease(self.prompt.len(), if prefill.is_empty() { left } else { 0 });
             // Only the first prefill worker is likely to be used; it is busy with this until the first token.
-            let prefill_lease = prefill.first().map(|first| first.lease(self.prompt.len()));
+            let prefill_lease = prefill.first().map(|first| first.lease(self.prompt.len(), left));
             let request = self.request(&worker, &prefill);
             let opened = Events::open(&worker, request, self.app.limits.idle_timeout(), self.deadline).await;
             drop(prefill_lease);
             match opened {
-                Ok(events) => return Ok((worker, lease, events)),
+                Ok(events) => {
+                    self.app.metrics.predicted(cached);
+                    return Ok((worker, lease, events));
+                }
                 Err(error) => {
                     let again = first.is_none() && error.retry() == Retry::Elsewhere;
                     self.app.metrics.upstream_error(error.kind());
@@ -129,11 +133,8 @@ impl Call<'_> {
         }
     }
 
-    fn choose(&self, ask: &Ask, crew: &Crew) -> Option<(Arc<Worker>, Vec<Arc<Worker>>)> {
-        let decision = self.app.policy.decide(ask, &crew.pool())?;
-        let decode = crew.decode.get(decision.decode)?;
-        let prefill = decision.prefill.iter().filter_map(|&at| crew.prefill.get(at)).cloned().collect();
-        Some((Arc::clone(&decode.worker), prefill))
+    fn choose(&self, ask: Ask, crew: &Crew) -> Option<Chosen> {
+        deciding::decide(self.app, ask, &Prompt { tokens: self.prompt, salt: self.salt }, crew)
     }
 
     fn request(&self, worker: &Worker, prefill: &[Arc<Worker>]) -> v1::GenerateRequest {
