@@ -28,6 +28,8 @@ pub const MAX_MESSAGE_BYTES: usize = 16 << 20;
 
 /// Metadata of an INVALID_ARGUMENT that names the field at fault, where the caller can say so to its own caller.
 pub const FIELD_METADATA: &str = "kvasir-field";
+/// Metadata with which an answer to `Generate` begins if signs of life are given as often as was asked for.
+pub const HEARTBEAT_METADATA: &str = "kvasir-heartbeat";
 /// The field that says what form an answer must have, in [`FIELD_METADATA`].
 pub const GRAMMAR_FIELD: &str = "sampling.grammar";
 /// The field that asks for a longer answer than the worker's memory holds.

@@ -25,7 +25,7 @@ pub use ids::{BadId, BlockId, Epoch, Incarnation, MemberId, RequestId, Role, Tok
 pub use layout::{BadLayout, KvDtype, KvLayout};
 pub use memory::HostMemory;
 pub use retry::Retry;
-pub use sampling::{FinishReason, Grammar, Priority, Sampled, Sampling, TopLogprob, Usage};
+pub use sampling::{FinishReason, Grammar, Priority, Sampled, Sampling, TopLogprob, Usage, choice_seed, mix};
 pub use segment::{
     GrantKey, PeerTraffic, RegionInfo, SegmentDescriptor, SegmentId, TransportAddress, TransportKind, Transports,
     UnknownTransport,

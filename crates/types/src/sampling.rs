@@ -145,3 +145,20 @@ pub struct Usage {
     /// Tokens written.
     pub output: u32,
 }
+
+/// 2^64 divided by the golden ratio: the step of SplitMix64.
+const GOLDEN_GAMMA: u64 = 0x9e37_79b9_7f4a_7c15;
+
+/// SplitMix64's output function (Steele, Lea, Flood: Fast splittable pseudorandom number generators, OOPSLA 2014, figure
+/// 15): every bit of the argument changes about half the bits of the result.
+pub fn mix(mut z: u64) -> u64 {
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
+
+/// The seed of one of several answers to the same request. The first one's is the request's own, so that asking for one
+/// more choice does not change the one there was. Whoever has a choice go on elsewhere asks for it alone, with this seed.
+pub fn choice_seed(seed: u64, choice: u32) -> u64 {
+    if choice == 0 { seed } else { mix(seed.wrapping_add(GOLDEN_GAMMA.wrapping_mul(choice.into()))) }
+}

@@ -82,6 +82,9 @@ pub struct EngineConfig {
     pub prefix_cache: bool,
     /// Threads that compute which tokens a grammar allows, beside the model. Default 1.
     pub mask_threads: usize,
+    /// For a step of the engine, in milliseconds: one with work that makes none for so long counts as stuck. Then the worker
+    /// is not ready, and gives no more signs of life to routers, which have others go on. Default 60000.
+    pub stuck_ms: u64,
     /// Guessing several tokens of an answer at a time, on decode workers. Answers are the same with and without.
     pub speculation: SpeculationConfig,
 }
@@ -277,6 +280,7 @@ impl Default for EngineConfig {
             offline_patience: engine.offline_patience,
             prefix_cache: engine.prefix_cache,
             mask_threads: engine.mask_threads,
+            stuck_ms: 60_000,
             speculation: SpeculationConfig::default(),
         }
     }
@@ -399,6 +403,7 @@ impl Config {
             ("engine.max_waiting", self.engine.max_waiting),
             ("engine.max_waiting_offline", self.engine.max_waiting_offline),
             ("engine.mask_threads", self.engine.mask_threads),
+            ("engine.stuck_ms", self.engine.stuck_ms as usize),
             ("engine.speculation.tokens", self.engine.speculation.tokens),
             ("kv.block_size", self.kv.block_size as usize),
             ("transfer.connections_per_peer", self.transfer.connections_per_peer),

@@ -25,6 +25,7 @@ use crate::{
     error::Error,
     metrics::{Metrics, Outcome, SpillMetrics},
     parts,
+    pulse::Pulse,
     spill::Spills,
     store::{self, Evictions, Store},
     watch::Rate,
@@ -38,6 +39,7 @@ pub(crate) struct Host {
     pub(crate) model: ModelInfo,
     pub(crate) groups: KvGroups,
     pub(crate) engine: Handle,
+    pub(crate) pulse: Pulse,
     pub(crate) transfer: TransferEngine,
     /// Not of a model with sliding windows: only the last of a prompt's blocks are kept, so others could not go on from
     /// them. Such prompts are computed rather than fetched, and not offered to the store.
@@ -141,6 +143,7 @@ impl Host {
             model,
             groups,
             engine,
+            pulse: Pulse::new(),
             transfer,
             store,
             spills,

@@ -25,6 +25,7 @@ mod metrics;
 mod parts;
 mod peers;
 mod prefill;
+mod pulse;
 mod sequence;
 mod serve;
 mod spill;

@@ -70,6 +70,7 @@ pub async fn run(
             .with_context(|| format!("port_file: cannot write {}", path.display()))?;
     }
     context.health.set_ready();
+    watch_engine(&host, &context);
     tracing::info!(worker = %host.id, role = %role, grpc = member.grpc, admin = member.admin, "ready");
 
     context.shutdown.wait().await;
@@ -87,6 +88,19 @@ pub async fn run(
     host.engine.shutdown();
     host.transfer.shutdown();
     Ok(())
+}
+
+fn watch_engine(host: &Arc<Host>, context: &Context) {
+    let (pulse, engine, health) = (host.pulse.clone(), host.engine.clone(), context.health.clone());
+    let limit = Duration::from_millis(host.config.engine.stuck_ms);
+    let draining = context.shutdown.clone();
+    context.tasks.spawn(Kind::Background, "engine watch", async move {
+        tokio::select! {
+            () = pulse.watch(engine, health, limit, || draining.is_triggered()) => {}
+            () = draining.wait() => {}
+        }
+        Ok(())
+    });
 }
 
 async fn serve(

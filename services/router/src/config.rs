@@ -4,9 +4,10 @@ use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use kvasir_cluster::RegistryConfig;
 use kvasir_runtime::{AdminConfig, LogConfig, ShutdownConfig};
+use kvasir_types::Deadline;
 use serde::{Deserialize, Serialize};
 
-use crate::route::PolicyName;
+use crate::{retry::RetryConfig, route::PolicyName, upstream::Patience};
 
 /// A router.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -37,6 +38,8 @@ pub struct Config {
     pub policy: PolicyName,
     /// What a client may ask for, and for how long.
     pub limits: Limits,
+    /// Second tries, when workers fail.
+    pub retry: RetryConfig,
 }
 
 /// A model served.
@@ -68,15 +71,19 @@ pub struct Limits {
     pub request_timeout_ms: u64,
     /// For a request's body to arrive, in milliseconds; then 408. Default 30000.
     pub body_timeout_ms: u64,
-    /// Silence between two tokens of a worker, in milliseconds; then 504. Default 60000.
+    /// Silence between two tokens of a worker that gives no signs of life in between, in milliseconds; then the answer goes on
+    /// elsewhere. Default 60000.
     pub idle_timeout_ms: u64,
     /// For a connection's next request to begin and its head to arrive, in milliseconds; then it is closed. Default 75000.
     pub header_timeout_ms: u64,
     /// For a client to read on when nothing more can be sent to it, in milliseconds; then its connection is closed, and
     /// its requests with it. Default 30000.
     pub write_stall_ms: u64,
-    /// After a worker could not be reached, how long others are preferred to it, in milliseconds; 0 for not at all. Default
-    /// 1000: what has died leaves the member list only when its lease ends.
+    /// For a worker to say that it has taken a request, and between any two signs of life of one that gives them, in
+    /// milliseconds; then the request goes elsewhere. Default 20000.
+    pub worker_silence_ms: u64,
+    /// After a worker failed, how long others are preferred to it, in milliseconds, and twice as long each time it fails
+    /// again, up to 30 seconds; 0 for not at all. Default 1000: what has died leaves the member list only when its lease ends.
     pub worker_rest_ms: u64,
     /// Threads for the text work of long prompts (short ones are done where they come in). Default 2.
     pub text_threads: usize,
@@ -97,6 +104,7 @@ impl Default for Config {
             models: Vec::new(),
             policy: PolicyName::default(),
             limits: Limits::default(),
+            retry: RetryConfig::default(),
         }
     }
 }
@@ -114,6 +122,7 @@ impl Default for Limits {
             idle_timeout_ms: 60_000,
             header_timeout_ms: 75_000,
             write_stall_ms: 30_000,
+            worker_silence_ms: 20_000,
             worker_rest_ms: 1_000,
             text_threads: 2,
         }
@@ -162,6 +171,7 @@ impl Config {
             ("body_timeout_ms", limits.body_timeout_ms == 0),
             ("idle_timeout_ms", limits.idle_timeout_ms == 0),
             ("header_timeout_ms", limits.header_timeout_ms == 0),
+            ("worker_silence_ms", limits.worker_silence_ms == 0),
             ("write_stall_ms", limits.write_stall_ms == 0),
             ("text_threads", limits.text_threads == 0),
         ];
@@ -185,8 +195,9 @@ impl Limits {
         Duration::from_millis(self.worker_rest_ms)
     }
 
-    pub(crate) fn idle_timeout(&self) -> Duration {
-        Duration::from_millis(self.idle_timeout_ms)
+    pub(crate) fn patience(&self, deadline: Deadline) -> Patience {
+        let (silence, idle) = (self.worker_silence_ms, self.idle_timeout_ms);
+        Patience { silence: Duration::from_millis(silence), idle: Duration::from_millis(idle), deadline }
     }
 
     pub(crate) fn header_timeout(&self) -> Duration {

@@ -18,6 +18,7 @@
 //! | [`route`] | policies are pure functions |
 //! | [`cache`] | which workers hold which beginning of a prompt: an index, and a task for each worker that feeds it |
 //! | `fleet` | members → workers that may be chosen, their loads and connections |
+//! | `health`, `retry` | which workers are left alone for a while, how many second tries there are |
 //! | `upstream` | the stream from a decode worker |
 #![forbid(unsafe_code)]
 
@@ -26,11 +27,14 @@ pub mod config;
 pub mod route;
 
 mod fleet;
+mod health;
 mod http;
 mod metrics;
+mod retry;
 mod service;
 mod text;
 mod upstream;
 
 pub use config::{Config, Limits, ModelConfig};
+pub use retry::RetryConfig;
 pub use service::{run, run_with_etcd};

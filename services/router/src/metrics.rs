@@ -10,6 +10,8 @@
 //! | `kvasir_router_request_seconds` | | from a request's head to the end of its answer |
 //! | `kvasir_router_prompt_tokens_total`, `…_cached_tokens_total`, `…_output_tokens_total` | | tokens |
 //! | `kvasir_router_upstream_errors_total` | `kind` | failed calls to decode workers, retried ones too |
+//! | `kvasir_router_second_tries_total` | `allowed` | tries after a worker's failure, and those that `retry` did not allow |
+//! | `kvasir_router_move_seconds` | | from a worker's failure within an answer to the next token, from another one |
 //! | `kvasir_router_decode_workers` | | decode workers that may be chosen |
 //! | `kvasir_router_decisions_total` | `policy`, `reason` | requests that were given a worker, second tries too, and what decided |
 //! | `kvasir_router_decision_seconds` | | for one decision, finding out who holds what included |
@@ -96,6 +98,8 @@ pub(crate) struct Metrics {
     decision: Histogram,
     predicted_cached_tokens: Counter,
     upstream_errors: Family<[(&'static str, &'static str); 1], Counter>,
+    second_tries: Family<[(&'static str, &'static str); 1], Counter>,
+    moved: Histogram,
     inflight: Gauge,
     ttft: Histogram,
     inter_token: Histogram,
@@ -120,6 +124,12 @@ impl Metrics {
                 "Tokens of prompts that the chosen workers were thought to hold",
             ),
             upstream_errors: page.counters("kvasir_router_upstream_errors", "Failed calls to decode workers"),
+            second_tries: page.counters("kvasir_router_second_tries", "Tries after a worker's failure"),
+            moved: page.histogram(
+                "kvasir_router_move_seconds",
+                "A worker's failure within an answer to the next token",
+                LATENCY_SECONDS,
+            ),
             inflight: page.gauge("kvasir_router_inflight", "Generation requests under way"),
             ttft: page.histogram("kvasir_router_ttft_seconds", "Request head to first token", LATENCY_SECONDS),
             inter_token: page.histogram(
@@ -160,6 +170,16 @@ impl Metrics {
     /// The worker that took a request was thought to hold so many tokens of it.
     pub(crate) fn predicted(&self, cached: u32) {
         self.predicted_cached_tokens.inc_by(cached.into());
+    }
+
+    /// A worker failed: whether the request may be tried again.
+    pub(crate) fn second_try(&self, allowed: bool) {
+        self.second_tries.get_or_create(&[("allowed", if allowed { "yes" } else { "no" })]).inc();
+    }
+
+    /// An answer went on elsewhere, so long after its worker failed.
+    pub(crate) fn moved(&self, pause: Duration) {
+        self.moved.observe(pause.as_secs_f64());
     }
 
     /// A generation request that was let in; it counts as under way until the guard is dropped.
@@ -215,9 +235,8 @@ impl Progress {
         self.outcome = "complete";
     }
 
-    /// The worker failed.
-    pub(crate) fn failed(&mut self, kind: &'static str) {
-        self.inflight.metrics.upstream_error(kind);
+    /// It broke off, and nobody goes on with it.
+    pub(crate) fn failed(&mut self) {
         self.outcome = "failed";
     }
 }

@@ -49,8 +49,7 @@ pub async fn run(config: Config, context: Context, registry: Arc<dyn Registry>) 
     let feeds = Feeds::new(Arc::clone(&index), context.tasks.clone(), CacheMetrics::new(&context.metrics, &index));
     let (fleet, watcher) = watch_members(registry.view(), models.clone(), metrics.clone(), feeds, context.clone());
     context.tasks.spawn(Kind::Critical, "members", watcher);
-    let app = App::new(config.limits.clone(), models, fleet, config.policy, index, metrics, context.clone());
-    let app = Arc::new(app);
+    let app = Arc::new(App::new(&config, models, fleet, index, metrics, context.clone()));
     operators.open(Arc::clone(&app));
     let http = listening.advertised;
     let server = Server { listener: listening.listener, routes: http::routes(app), limits: config.limits.clone() };

@@ -4,26 +4,37 @@
 //! gone is noticed even while nobody says anything. Dropping an [`Events`] resets its stream, and the worker cancels the
 //! request everywhere.
 //!
-//! | what happens | error | elsewhere? (before the first token only) |
+//! A worker that can gives signs of life while it has no token to send, so that one whose engine hangs is told from one
+//! with much to do.
+//!
+//! | what happens | error | elsewhere? |
 //! | --- | --- | --- |
 //! | it says RESOURCE_EXHAUSTED | `Busy` | yes |
 //! | it says UNAVAILABLE (draining), or can't be reached | `Unavailable` | yes |
 //! | the connection breaks | `Broken` | yes |
 //! | it says FAILED_PRECONDITION (another model by now) | `Unavailable` | yes |
 //! | it says INVALID_ARGUMENT | `Refused` | where another's memory may be larger |
-//! | any other status | `Failed` | no |
-//! | a message that means nothing, or an end without `finished` | `Protocol` | no |
-//! | silence between two tokens | `Stalled` | no |
+//! | any other status | `Failed` | yes |
+//! | a message that means nothing, or an end without `finished` | `Protocol` | yes |
+//! | silence: no answer to the call, no sign of life, or none and no token | `Stalled` | yes |
 //! | the request's deadline | `Deadline` | no |
 
-use std::{error::Error as _, time::Duration};
+use std::{
+    error::Error as _,
+    future::poll_fn,
+    pin::Pin,
+    task::{Context, Poll, ready},
+    time::Duration,
+};
 
+use futures_util::StreamExt;
 use kvasir_cluster::Member;
 use kvasir_proto::{
-    FIELD_METADATA, GRAMMAR_FIELD, MAX_MESSAGE_BYTES, MAX_TOKENS_FIELD, PROMPT_FIELD,
+    FIELD_METADATA, GRAMMAR_FIELD, HEARTBEAT_METADATA, MAX_MESSAGE_BYTES, MAX_TOKENS_FIELD, PROMPT_FIELD,
     v1::{self, decode_client::DecodeClient, generate_event},
 };
 use kvasir_types::{Deadline, FinishReason, MemberId, Retry, Sampled, Usage};
+use tokio::time::{Instant, Sleep};
 use tonic::{
     Code, Status, Streaming,
     transport::{Channel, Endpoint},
@@ -34,9 +45,11 @@ use crate::fleet::Worker;
 /// Longest wait for a connection: workers are near, so a second try elsewhere beats patience.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 /// A silent connection is asked this often whether it lives …
-const PING_INTERVAL: Duration = Duration::from_secs(5);
-/// … and is given up if it does not answer within this.
-const PING_TIMEOUT: Duration = Duration::from_secs(5);
+const PING_INTERVAL: Duration = Duration::from_secs(2);
+/// … and is given up if it does not answer within this: a stopped worker's answers go on elsewhere after that.
+const PING_TIMEOUT: Duration = Duration::from_secs(3);
+/// Signs of life are asked for so many times within the silence that is borne.
+const BEATS: u32 = 4;
 
 /// What of a request a worker can't do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -102,13 +115,14 @@ impl Error {
     /// Whether another worker could do better.
     pub(crate) fn retry(&self) -> Retry {
         match self {
-            Self::Busy { .. } | Self::Unavailable { .. } | Self::Broken { .. } => Retry::Elsewhere,
-            Self::Refused { field: Some(Field::MaxTokens | Field::Prompt), .. } => Retry::Elsewhere,
-            Self::Refused { .. }
+            Self::Busy { .. }
+            | Self::Unavailable { .. }
+            | Self::Broken { .. }
             | Self::Failed { .. }
             | Self::Protocol { .. }
             | Self::Stalled { .. }
-            | Self::Deadline { .. } => Retry::Never,
+            | Self::Refused { field: Some(Field::MaxTokens | Field::Prompt), .. } => Retry::Elsewhere,
+            Self::Refused { .. } | Self::Deadline { .. } => Retry::Never,
         }
     }
 
@@ -168,6 +182,24 @@ pub(crate) enum Event {
     Finished(usize, FinishReason, Usage),
 }
 
+/// How long a worker may say nothing.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Patience {
+    /// To the call, and between two signs of life of a worker that gives them.
+    pub(crate) silence: Duration,
+    /// Between two tokens of one that doesn't.
+    pub(crate) idle: Duration,
+    /// In all.
+    pub(crate) deadline: Deadline,
+}
+
+impl Patience {
+    /// How often a worker is asked to give a sign of life, in milliseconds.
+    pub(crate) fn heartbeat_ms(&self) -> u32 {
+        u32::try_from((self.silence / BEATS).as_millis()).unwrap_or(u32::MAX).max(1)
+    }
+}
+
 /// One request's stream. Dropping it cancels the request.
 pub(crate) struct Events {
     stream: Streaming<v1::GenerateEvent>,
@@ -176,68 +208,128 @@ pub(crate) struct Events {
     worker: MemberId,
     /// How many answers were asked for.
     choices: u32,
-    idle: Duration,
+    /// How many tokens there are.
+    vocab: usize,
+    /// Longest silence from now on; `None`: until the deadline (a long prompt takes its time).
+    silence: Option<Duration>,
     deadline: Deadline,
+    heard: Instant,
+    /// Never later than it must ring; reset when it does, not with every token.
+    clock: Pin<Box<Sleep>>,
 }
 
 impl Events {
-    /// Sends the request and waits for the first event (until the deadline: a long prompt takes its time). `idle`
-    /// bounds the silence between any two later events.
+    /// Sends the request and waits for the first event.
     pub(crate) async fn open(
         worker: &Worker,
         request: v1::GenerateRequest,
-        idle: Duration,
-        deadline: Deadline,
+        vocab: usize,
+        patience: Patience,
     ) -> Result<Self, Error> {
         let id = worker.member.id.clone();
         let mut client = DecodeClient::new(worker.channel()?)
             .max_decoding_message_size(MAX_MESSAGE_BYTES)
             .max_encoding_message_size(MAX_MESSAGE_BYTES);
         let choices = request.choices.max(1);
-        let answer = tokio::time::timeout_at(deadline.instant().into(), async {
-            let stream = client.generate(request).await.map_err(|status| Error::of(&id, status))?.into_inner();
-            let mut events = Self { stream, first: None, worker: id.clone(), choices, idle, deadline };
-            events.first = Some(events.receive().await?);
-            Ok(events)
-        });
-        answer.await.map_err(|_| Error::Deadline { worker: id.clone() })?
+        let Patience { silence, idle, deadline } = patience;
+        let limit = silence.min(deadline.remaining());
+        let response = match tokio::time::timeout(limit, client.generate(request)).await {
+            Ok(response) => response.map_err(|status| Error::of(&id, status))?,
+            Err(_) if deadline.passed() => return Err(Error::Deadline { worker: id }),
+            Err(_) => return Err(Error::Stalled { worker: id, idle: silence }),
+        };
+        let beats = response.metadata().contains_key(HEARTBEAT_METADATA);
+        let (heard, silence) = (Instant::now(), beats.then_some(silence));
+        let left = deadline.remaining();
+        let ring = heard + silence.map_or(left, |silence| silence.min(left));
+        let mut events = Self {
+            stream: response.into_inner(),
+            first: None,
+            worker: id,
+            choices,
+            vocab,
+            silence,
+            deadline,
+            heard,
+            clock: Box::pin(tokio::time::sleep_until(ring)),
+        };
+        events.first = Some(poll_fn(|cx| events.poll(cx)).await?);
+        if events.silence.is_none() {
+            events.silence = Some(idle);
+            events.clock.as_mut().reset(Instant::now() + idle.min(deadline.remaining()));
+        }
+        Ok(events)
     }
 
     /// The next event. After the `Finished` of the last choice or an error there is none: don't ask.
-    pub(crate) async fn next(&mut self) -> Result<Event, Error> {
+    pub(crate) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<Event, Error>> {
         if let Some(first) = self.first.take() {
-            return Ok(first);
+            return Poll::Ready(Ok(first));
         }
-        let wait = self.idle.min(self.deadline.remaining());
-        match tokio::time::timeout(wait, self.receive()).await {
-            Ok(event) => event,
-            Err(_) if self.deadline.passed() => Err(Error::Deadline { worker: self.worker.clone() }),
-            Err(_) => Err(Error::Stalled { worker: self.worker.clone(), idle: self.idle }),
+        loop {
+            // Before the clock: what has come, has come in time, however late it is looked at.
+            match self.stream.poll_next_unpin(cx) {
+                Poll::Ready(message) => {
+                    self.heard = Instant::now();
+                    match self.received(message) {
+                        Ok(None) => {} // a sign of life
+                        Ok(Some(event)) => return Poll::Ready(Ok(event)),
+                        Err(error) => return Poll::Ready(Err(error)),
+                    }
+                }
+                Poll::Pending => {
+                    ready!(self.clock.as_mut().poll(cx));
+                    self.bear_with()?;
+                }
+            }
         }
     }
 
-    async fn receive(&mut self) -> Result<Event, Error> {
-        let message = self.stream.message().await.map_err(|status| Error::of(&self.worker, status))?;
-        let broken = |what: &dyn ToString| Error::Protocol { worker: self.worker.clone(), what: what.to_string() };
-        match message {
-            None => Err(broken(&"the stream ended without `finished`")),
-            Some(message) if message.choice >= self.choices => {
-                Err(broken(&format!("choice {} of {}", message.choice, self.choices)))
+    /// The clock rang: sets it anew unless the worker has said nothing for too long.
+    fn bear_with(&mut self) -> Result<(), Error> {
+        if self.deadline.passed() {
+            return Err(Error::Deadline { worker: self.worker.clone() });
+        }
+        let (now, end) = (Instant::now(), Instant::now() + self.deadline.remaining());
+        let until = self.silence.map_or(end, |silence| self.heard + silence);
+        match self.silence {
+            Some(idle) if until <= now => Err(Error::Stalled { worker: self.worker.clone(), idle }),
+            _ => {
+                self.clock.as_mut().reset(until.min(end));
+                Ok(())
             }
-            Some(message) => event(message).map_err(|error| broken(&error)),
+        }
+    }
+
+    fn received(&self, message: Option<Result<v1::GenerateEvent, Status>>) -> Result<Option<Event>, Error> {
+        let broken = |what: String| Error::Protocol { worker: self.worker.clone(), what };
+        let message = match message {
+            None => return Err(broken("the stream ended without `finished`".to_owned())),
+            Some(message) => message.map_err(|status| Error::of(&self.worker, status))?,
+        };
+        if message.choice >= self.choices {
+            return Err(broken(format!("choice {} of {}", message.choice, self.choices)));
+        }
+        match event(message).map_err(|error| broken(error.to_string()))? {
+            Some(Event::Token(_, sampled)) if sampled.token.0 as usize >= self.vocab => {
+                Err(broken(format!("token {} of {}", sampled.token.0, self.vocab)))
+            }
+            event => Ok(event),
         }
     }
 }
 
-fn event(message: v1::GenerateEvent) -> Result<Event, kvasir_proto::Error> {
+/// `None`: a sign of life.
+fn event(message: v1::GenerateEvent) -> Result<Option<Event>, kvasir_proto::Error> {
     let choice = message.choice as usize;
     match message.event {
-        Some(generate_event::Event::Token(token)) => Ok(Event::Token(choice, Sampled::try_from(&token)?)),
+        Some(generate_event::Event::Token(token)) => Ok(Some(Event::Token(choice, Sampled::try_from(&token)?))),
         Some(generate_event::Event::Finished(finished)) => {
             let reason = FinishReason::try_from(finished.reason())?;
             let v1::Finished { prompt_tokens: prompt, cached_tokens: cached, output_tokens: output, .. } = finished;
-            Ok(Event::Finished(choice, reason, Usage { prompt, cached, output }))
+            Ok(Some(Event::Finished(choice, reason, Usage { prompt, cached, output })))
         }
+        Some(generate_event::Event::Alive(_)) => Ok(None),
         None => Err(kvasir_proto::Error::Missing("event")),
     }
 }
@@ -255,8 +347,8 @@ mod tests {
             (Code::FailedPrecondition, "unavailable", Retry::Elsewhere),
             (Code::InvalidArgument, "refused", Retry::Never),
             (Code::DeadlineExceeded, "deadline", Retry::Never),
-            (Code::Internal, "failed", Retry::Never),
-            (Code::Cancelled, "failed", Retry::Never),
+            (Code::Internal, "failed", Retry::Elsewhere),
+            (Code::Cancelled, "failed", Retry::Elsewhere),
         ] {
             let error = Error::of(&worker, Status::new(code, "why"));
             assert_eq!((error.kind(), error.retry()), (kind, retry), "{code:?}");

@@ -129,12 +129,13 @@ async fn a_killed_decode_worker_is_a_502() -> Result<()> {
 }
 
 #[tokio::test]
-async fn a_decode_worker_killed_in_mid_stream_is_an_error_event_and_the_end() -> Result<()> {
+async fn the_only_decode_worker_killed_in_mid_stream_is_an_error_event_and_the_end() -> Result<()> {
     Cluster::builder()
         .kv_store(0)
+        .set(Service::Router, "retry.move_wait_ms", 500)
         .run(async |cluster| {
             cluster.expect_warning("an answer broke off");
-            cluster.expect_warning("a worker did not begin an answer");
+            cluster.expect_warning("a worker did not go on with an answer");
             let mut body = streamed(cluster.model(), COUNT);
             body["max_tokens"] = 200.into();
             let mut stream = cluster.client().stream("/v1/chat/completions", &body).await?;

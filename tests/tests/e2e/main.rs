@@ -11,6 +11,7 @@ mod ctl;
 mod faults;
 mod golden;
 mod http_errors;
+mod moves;
 mod openai_client;
 mod pairing;
 mod priority;

@@ -17,11 +17,7 @@ const CHAT: &str = "/v1/chat/completions";
 
 /// Two of each; all that is cached is cached by workers.
 fn two_of_each() -> Builder {
-    Cluster::builder()
-        .prefill(2)
-        .decode(2)
-        .kv_store(0)
-        .set(Service::Decode, "decode.local_prefill_tokens", 0)
+    Cluster::builder().prefill(2).decode(2).kv_store(0).set(Service::Decode, "decode.local_prefill_tokens", 0)
 }
 
 /// A prompt of some 25 blocks, other ones than those of any other number.

@@ -29,18 +29,15 @@ mod mask;
 mod math;
 mod random;
 
+pub use kvasir_types::choice_seed;
+pub(crate) use kvasir_types::mix;
 use kvasir_types::{Sampled, Sampling, TokenId, TopLogprob};
 
-pub(crate) use self::random::mix;
 use self::{
     cut::{Blocks, Candidate, Cut, likelier},
     random::Noise,
 };
-pub use self::{
-    history::History,
-    mask::Mask,
-    random::{choice_seed, uniform},
-};
+pub use self::{history::History, mask::Mask, random::uniform};
 use crate::Error;
 
 /// Temperatures below this are as good as 0.

@@ -3,22 +3,10 @@
 //! So what is drawn depends neither on the batch nor on who draws: a sequence that was preempted or moved goes on as if
 //! nothing had been, and a draft model that draws with the target's numbers mostly draws the target's tokens.
 
+use kvasir_types::mix;
+
 /// 2^64 divided by the golden ratio: the step of SplitMix64.
 const GOLDEN_GAMMA: u64 = 0x9e37_79b9_7f4a_7c15;
-
-/// SplitMix64's output function (Steele, Lea, Flood: Fast splittable pseudorandom number generators, OOPSLA 2014, figure
-/// 15): every bit of the argument changes about half the bits of the result.
-pub(crate) fn mix(mut z: u64) -> u64 {
-    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^ (z >> 31)
-}
-
-/// The seed of one of several answers to the same request. The first one's is the request's own, so that asking for one
-/// more choice does not change the one there was.
-pub fn choice_seed(seed: u64, choice: u32) -> u64 {
-    if choice == 0 { seed } else { mix(seed.wrapping_add(GOLDEN_GAMMA.wrapping_mul(choice.into()))) }
-}
 
 /// The random numbers of one position: one for each token.
 #[derive(Clone, Copy, Debug)]
@@ -68,6 +56,8 @@ pub(crate) fn least_bits_above(value: f64) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use kvasir_types::choice_seed;
+
     use super::*;
 
     fn draw(seed: u64, position: usize, token: u32) -> f64 {

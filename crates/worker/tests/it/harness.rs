@@ -70,6 +70,7 @@ impl Cluster {
             deadline_ms: 20_000,
             priority: v1::Priority::Unspecified.into(),
             choices: 0,
+            heartbeat_ms: 0,
         }
     }
 
@@ -89,6 +90,7 @@ impl Cluster {
         while let Some(event) = tokio::time::timeout(LIMIT, stream.message()).await.expect("no answer hangs")? {
             match event.event.unwrap() {
                 v1::generate_event::Event::Token(token) => tokens.push(token.id),
+                v1::generate_event::Event::Alive(_) => {}
                 v1::generate_event::Event::Finished(finished) => return Ok((tokens, finished)),
             }
         }
@@ -106,6 +108,7 @@ impl Cluster {
             assert!(end.is_none(), "nothing comes after a choice's end");
             match event.event.unwrap() {
                 v1::generate_event::Event::Token(token) => tokens.push(token.id),
+                v1::generate_event::Event::Alive(_) => {}
                 v1::generate_event::Event::Finished(finished) => *end = Some(finished),
             }
         }

@@ -51,7 +51,9 @@ impl Serve for Scripted {
     async fn watch(&self, _: Request<v1::WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
         let Some(scripts) = &self.0 else { return Err(Status::unimplemented("an older worker")) };
         let script = scripts.lock().unwrap().pop_front();
-        script.map(|script| Response::new(ReceiverStream::new(script))).ok_or(Status::unavailable("no script is left"))
+        script
+            .map(|script| Response::new(ReceiverStream::new(script)))
+            .ok_or_else(|| Status::unavailable("no script is left"))
     }
 }
 

@@ -313,7 +313,7 @@ mod tests {
         #[test]
         fn one_crowded_shard_forgets_nothing(changes in prop::collection::vec((any::<bool>(), 0u64..300, 0u32..9), 0..900)) {
             // Tags that crowd at both ends of the table: probing goes round its end.
-            let tag = |number: u64| if number % 2 == 0 { number } else { (1 << TAG_BITS) - 1 - number };
+            let tag = |number: u64| if number.is_multiple_of(2) { number } else { (1 << TAG_BITS) - 1 - number };
             let (mut table, mut oracle) = (Table::default(), HashSet::new());
             for (add, number, worker) in changes {
                 if add {

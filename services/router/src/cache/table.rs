@@ -22,7 +22,7 @@ const IS_SET: u32 = 1 << (HOLDER_BITS - 1);
 /// Workers have numbers below this: one more than fits beside the bit, so that no word with a block is 0.
 pub const MAX_WORKERS: u32 = IS_SET - 1;
 /// Holders that are kept in place, before a bitmap is made of them.
-const FEW: usize = 6;
+const FEW: usize = 3;
 /// Smallest table that is not empty.
 const LEAST: usize = 8;
 
@@ -33,12 +33,16 @@ enum Set {
         len: u8,
         workers: [u32; FEW],
     },
-    Many {
-        len: u32,
-        bits: Box<[u64]>,
-    },
+    Many(Box<Bitmap>),
     /// Taken by no block; the next free one, if any.
     Free(Option<u32>),
+}
+
+/// Workers by their numbers, and how many they are.
+#[derive(Clone, Debug)]
+struct Bitmap {
+    len: u32,
+    bits: Vec<u64>,
 }
 
 /// Those who hold a block.
@@ -73,7 +77,10 @@ pub(super) enum Changed {
 impl Table {
     /// Bytes taken.
     pub fn bytes(&self) -> usize {
-        let many = |set: &Set| if let Set::Many { bits, .. } = set { bits.len() * 8 } else { 0 };
+        let many = |set: &Set| match set {
+            Set::Many(map) => size_of::<Bitmap>() + map.bits.capacity() * 8,
+            Set::Few { .. } | Set::Free(_) => 0,
+        };
         self.slots.len() * 8
             + self.sets.capacity() * size_of::<Set>()
             + self.sets.iter().map(many).sum::<usize>()
@@ -87,7 +94,7 @@ impl Table {
         Some(match set_of(holder).map(|set| &self.sets[set]) {
             None => tell(Holders::Few(&[holder])),
             Some(Set::Few { len, workers }) => tell(Holders::Few(&workers[..usize::from(*len)])),
-            Some(Set::Many { bits, .. }) => tell(Holders::Many(bits)),
+            Some(Set::Many(map)) => tell(Holders::Many(&map.bits)),
             Some(Set::Free(_)) => unreachable!("a block's set is not free"),
         })
     }
@@ -157,13 +164,12 @@ impl Table {
                     gone += 1;
                 }
                 None => {}
+                Some(set) if self.sets[set].take(worker) == Changed::No => {}
                 Some(set) => {
-                    if self.sets[set].take(worker) != Changed::No {
-                        shared += 1;
-                        if let Some(last) = self.sets[set].sole() {
-                            self.free_set(set);
-                            self.slots[at] = word(slot >> HOLDER_BITS, last);
-                        }
+                    shared += 1;
+                    if let Some(last) = self.sets[set].sole() {
+                        self.free_set(set);
+                        self.slots[at] = word(slot >> HOLDER_BITS, last);
                     }
                 }
             }
@@ -243,6 +249,9 @@ impl Table {
                 Some(free)
             }
             None if self.sets.len() < MAX_WORKERS as usize => {
+                if self.sets.len() == self.sets.capacity() {
+                    self.sets.reserve_exact(self.sets.len() / 4 + 1);
+                }
                 self.sets.push(set);
                 Some(self.sets.len() as u32 - 1)
             }
@@ -271,21 +280,20 @@ impl Set {
                 let most = workers.iter().copied().max().unwrap_or(0).max(worker);
                 let mut bits = vec![0; most as usize / 64 + 1];
                 workers.iter().chain([&worker]).for_each(|&worker| bits[worker as usize / 64] |= 1 << (worker % 64));
-                *self = Self::Many { len: FEW as u32 + 1, bits: bits.into() };
+                *self = Self::Many(Box::new(Bitmap { len: FEW as u32 + 1, bits }));
                 Changed::Holders
             }
-            Self::Many { len, bits } => {
+            Self::Many(map) => {
                 let (word, bit) = (worker as usize / 64, 1 << (worker % 64));
-                if word >= bits.len() {
-                    let mut longer = std::mem::take(bits).into_vec();
-                    longer.resize(word + 1, 0);
-                    *bits = longer.into();
+                if word >= map.bits.len() {
+                    map.bits.reserve_exact(word + 1 - map.bits.len());
+                    map.bits.resize(word + 1, 0);
                 }
-                if bits[word] & bit != 0 {
+                if map.bits[word] & bit != 0 {
                     return Changed::No;
                 }
-                bits[word] |= bit;
-                *len += 1;
+                map.bits[word] |= bit;
+                map.len += 1;
                 Changed::Holders
             }
             Self::Free(_) => Changed::No,
@@ -301,13 +309,13 @@ impl Set {
                 *len -= 1;
                 Changed::Holders
             }
-            Self::Many { len, bits } => {
+            Self::Many(map) => {
                 let (word, bit) = (worker as usize / 64, 1 << (worker % 64));
-                if bits.get(word).is_none_or(|bits| bits & bit == 0) {
+                if map.bits.get(word).is_none_or(|bits| bits & bit == 0) {
                     return Changed::No;
                 }
-                bits[word] &= !bit;
-                *len -= 1;
+                map.bits[word] &= !bit;
+                map.len -= 1;
                 Changed::Holders
             }
             Self::Free(_) => Changed::No,
@@ -318,9 +326,9 @@ impl Set {
     fn sole(&self) -> Option<u32> {
         match self {
             Self::Few { len: 1, workers } => Some(workers[0]),
-            Self::Many { len: 1, bits } => {
-                let word = bits.iter().position(|&bits| bits != 0)?;
-                Some(word as u32 * 64 + bits[word].trailing_zeros())
+            Self::Many(map) if map.len == 1 => {
+                let word = map.bits.iter().position(|&bits| bits != 0)?;
+                Some(word as u32 * 64 + map.bits[word].trailing_zeros())
             }
             _ => None,
         }

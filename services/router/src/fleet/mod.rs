@@ -10,7 +10,7 @@ mod pulse;
 
 use std::{
     collections::HashMap,
-    sync::{Arc, OnceLock},
+    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -20,6 +20,7 @@ use tonic::transport::Channel;
 
 use crate::{
     cache::Lookup,
+    health::Health,
     route::{DecodeOption, Pool, PrefillOption},
     text::Model,
     upstream,
@@ -39,13 +40,15 @@ pub(crate) struct Worker {
     pub(crate) pulse: Pulse,
     key: u64,
     channel: OnceLock<Channel>,
+    /// Written by requests that have something to say of it, read by all; held for a copy.
+    health: Mutex<Health>,
 }
 
 impl Worker {
     fn new(member: Member) -> Arc<Self> {
         let key = blake3::hash(member.id.as_str().as_bytes());
         let key = key.as_bytes().first_chunk().map_or(0, |bytes| u64::from_le_bytes(*bytes));
-        Arc::new(Self { member, pulse: Pulse::default(), key, channel: OnceLock::new() })
+        Arc::new(Self { member, pulse: Pulse::default(), key, channel: OnceLock::new(), health: Mutex::default() })
     }
 
     /// The connection to it, made when first needed.
@@ -57,11 +60,26 @@ impl Worker {
         Ok(self.channel.get_or_init(|| fresh).clone())
     }
 
-    /// Lets it rest if it could not be reached; a worker that answered, whatever it said, is there.
-    pub(crate) fn rest_after(&self, error: &upstream::Error, rest: Duration) {
-        if let upstream::Error::Unavailable { .. } | upstream::Error::Broken { .. } = error {
-            self.pulse.rest(Instant::now(), rest);
-        }
+    /// It failed: others are preferred to it for a while.
+    pub(crate) fn failed(&self, error: &upstream::Error, rest: Duration) {
+        self.change(|health| health.failed(error, rest, Instant::now()));
+    }
+
+    /// It answered.
+    pub(crate) fn answered(&self) {
+        self.change(Health::answered);
+    }
+
+    /// A request is sent to it.
+    pub(crate) fn asked(&self) {
+        self.change(|health| health.asked(Instant::now()));
+    }
+
+    /// Decisions read its rest, for every worker, where they read its load.
+    fn change(&self, change: impl FnOnce(&mut Health)) {
+        let mut health: MutexGuard<'_, Health> = self.health.lock().unwrap_or_else(PoisonError::into_inner);
+        change(&mut health);
+        self.pulse.rest(health.rests_until());
     }
 
     /// Counts a request of `tokens` prompt tokens, of which `work` are to be computed, until the lease is dropped.
@@ -97,13 +115,6 @@ pub(crate) struct Lease {
     tokens: u64,
     work: u64,
     began: u32,
-}
-
-impl Lease {
-    /// The worker.
-    pub(crate) fn worker(&self) -> &Worker {
-        &self.worker
-    }
 }
 
 impl Drop for Lease {

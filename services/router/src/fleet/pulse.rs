@@ -8,7 +8,7 @@ use std::{
         LazyLock,
         atomic::{AtomicU32, AtomicU64, Ordering::Relaxed},
     },
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use kvasir_proto::v1;
@@ -185,9 +185,9 @@ impl Pulse {
         }
     }
 
-    /// Others are preferred to it for so long from `now` on.
-    pub(super) fn rest(&self, now: Instant, rest: Duration) {
-        self.rests_until.store(since_start(now + rest), Relaxed);
+    /// Others are preferred to it until then.
+    pub(super) fn rest(&self, until: Option<Instant>) {
+        self.rests_until.store(until.map_or(0, since_start), Relaxed);
     }
 
     /// Whether others are preferred to it.
@@ -203,6 +203,8 @@ fn since_start(moment: Instant) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
 
     #[test]
@@ -267,7 +269,9 @@ mod tests {
     fn a_rest_ends() {
         let (pulse, now) = (Pulse::default(), Instant::now());
         assert!(!pulse.rests(now));
-        pulse.rest(now, Duration::from_millis(500));
+        pulse.rest(Some(now + Duration::from_millis(500)));
         assert!(pulse.rests(now + Duration::from_millis(400)) && !pulse.rests(now + Duration::from_millis(600)));
+        pulse.rest(None);
+        assert!(!pulse.rests(now + Duration::from_millis(400)));
     }
 }

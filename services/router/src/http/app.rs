@@ -2,10 +2,10 @@
 
 use std::{
     sync::{
-        Arc,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering::Relaxed},
     },
-    time::{SystemTime, UNIX_EPOCH},
+    time::{Instant, SystemTime, UNIX_EPOCH},
 };
 
 use axum::body::Body;
@@ -19,10 +19,11 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use super::{deciding::Policies, error::Error};
 use crate::{
     cache::Index,
-    config::Limits,
+    config::{Config, Limits},
     fleet::Fleet,
     metrics::{Inflight, Metrics},
-    route::{Ask, PolicyName},
+    retry::{Purse, RetryConfig},
+    route::Ask,
     text::Model,
 };
 
@@ -48,6 +49,10 @@ pub(crate) struct App {
     pub(crate) context: Context,
     /// When the router started, in seconds since 1970.
     pub(crate) started: u64,
+    /// How failures are dealt with.
+    pub(crate) retry: RetryConfig,
+    /// Leaf lock, held for a sum.
+    purse: Mutex<Purse>,
     inflight: Arc<Semaphore>,
     text: Arc<Semaphore>,
     tickets: AtomicU64,
@@ -66,21 +71,23 @@ pub(crate) struct Admitted {
 impl App {
     /// All of it.
     pub(crate) fn new(
-        limits: Limits,
+        config: &Config,
         models: Vec<Arc<Model>>,
         fleet: watch::Receiver<Arc<Fleet>>,
-        policy: PolicyName,
         index: Arc<Index>,
         metrics: Metrics,
         context: Context,
     ) -> Self {
+        let (limits, retry) = (config.limits.clone(), config.retry.clone());
         Self {
             inflight: Arc::new(Semaphore::new(limits.max_inflight)),
             text: Arc::new(Semaphore::new(limits.text_threads)),
+            purse: Mutex::new(Purse::new(&retry, Instant::now())),
             limits,
+            retry,
             models,
             fleet,
-            policies: Policies::new(policy),
+            policies: Policies::new(config.policy),
             index,
             metrics,
             context,
@@ -94,7 +101,19 @@ impl App {
         let permit = Arc::clone(&self.inflight).try_acquire_owned();
         let permit = permit.map_err(|_| Error::Full { limit: self.limits.max_inflight })?;
         let deadline = Deadline::after(self.limits.request_timeout());
+        self.purse().request();
         Ok(Admitted { inflight: self.metrics.admitted(), permit, deadline })
+    }
+
+    /// Whether a worker's failure may cost another try now.
+    pub(crate) fn may_try_again(&self) -> bool {
+        let may = self.purse().take(Instant::now());
+        self.metrics.second_try(may);
+        may
+    }
+
+    fn purse(&self) -> MutexGuard<'_, Purse> {
+        self.purse.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The model of this name.

@@ -1,30 +1,30 @@
 //! A request from its checked form to the end of its answer, whatever form the answer has.
 //!
 //! ```text
-//! Common + prompt ──start──▶ choose worker ─▶ open stream (next worker once, if it failed before a token) ─▶ Live
+//! Common + prompt ──start──▶ Call ─▶ a worker that begins ─▶ Tokens (other workers, should it fail) ─▶ Live
 //! Live::next ─▶ Delta { text, logged, end? } ─▶ chat.rs / completions.rs make JSON of it, sse.rs or whole
 //! ```
 //!
 //! Dropping a [`Live`] cancels the request on every worker and gives its places back.
 
-use std::{collections::HashSet, sync::Arc, time::Duration};
+use std::{collections::HashSet, sync::Arc};
 
-use kvasir_runtime::{chain, random_u64};
+use kvasir_runtime::random_u64;
 use kvasir_types::{FinishReason, Priority, RequestId, Sampling, TokenId, Usage};
 use tokio::sync::OwnedSemaphorePermit;
-use tracing::{Span, info, warn};
+use tracing::{Span, info};
 
 use super::{
     app::{Admitted, App},
     error::{Error, Params},
     placing::{self, Call},
+    tokens::Tokens,
     types::{Common, ServiceTier},
 };
 use crate::{
-    fleet::Lease,
     metrics::Progress,
     text::{Answer, Hidden, Logged, Model},
-    upstream::{Event, Events},
+    upstream::Event,
 };
 
 /// A prompt with what is needed to answer it.
@@ -67,7 +67,6 @@ pub(crate) struct Cost {
 struct Choice {
     answer: Answer,
     tokens: u32,
-    /// What comes after its end is not looked at: the worker does not know of stop strings, and goes on.
     ended: bool,
 }
 
@@ -82,21 +81,19 @@ pub(crate) struct Live {
     /// Who went first, if the client said.
     pub(crate) service_tier: Option<ServiceTier>,
     /// `None` once all have ended: ending them early resets the stream at once.
-    events: Option<Events>,
+    tokens: Option<Tokens>,
     choices: Vec<Choice>,
     prompt_tokens: u32,
     cached_tokens: Option<u32>,
     progress: Progress,
     span: Span,
-    lease: Lease,
-    worker_rest: Duration,
     _permit: OwnedSemaphorePermit,
 }
 
 impl Live {
     /// Has a worker begin the answer. On return its first event is here, so whatever refuses it has done so.
     pub(crate) async fn start(
-        app: &App,
+        app: &Arc<App>,
         admitted: Admitted,
         common: Common,
         prepared: Prepared,
@@ -109,86 +106,78 @@ impl Live {
         placing::few_choices(common.choices, app.limits.max_choices)?;
         placing::biases_in_vocabulary(&common.sampling, &model)?;
 
-        let sampling = Sampling { seed: common.seed.unwrap_or_else(random_u64), ..common.sampling };
+        let prompt_tokens = prompt.len();
         let call = Call {
-            app,
-            id: &id,
-            prompt: &prompt,
-            sampling: &sampling,
-            salt: &common.cache_salt,
+            app: Arc::clone(app),
+            id: id.clone(),
+            model: Arc::clone(&model),
+            prompt,
+            sampling: Sampling { seed: common.seed.unwrap_or_else(random_u64), ..common.sampling },
+            salt: common.cache_salt,
             priority: common.service_tier.map_or_else(Priority::default, Priority::from),
             choices: common.choices,
             max_tokens,
             deadline,
         };
-        let placed = call.place(&model, crew).await;
         let asked = common.max_tokens.map(|(param, _)| param);
         let params = Params { form: common.form_param, max_tokens: asked, prompt: param };
-        let (worker, lease, events) = placed.map_err(|error| error.naming(params))?;
+        let placed = call.begin(crew).await.map_err(|error| error.naming(params))?;
         let span = Span::current();
-        span.record("worker", worker.member.id.as_str());
+        span.record("worker", placed.worker.member.id.as_str());
 
-        let mut hidden: HashSet<TokenId> = sampling.stop_token_ids.iter().copied().collect();
-        if !sampling.ignore_eos {
+        let mut hidden: HashSet<TokenId> = call.sampling.stop_token_ids.iter().copied().collect();
+        if !call.sampling.ignore_eos {
             hidden.extend(model.end_tokens());
         }
-        let fingerprint =
-            worker.member.model.as_ref().map_or_else(String::new, |info| format!("fp_{}", info.fingerprint));
+        let info = placed.worker.member.model.as_ref();
+        let fingerprint = info.map_or_else(String::new, |info| format!("fp_{}", info.fingerprint));
         let hidden = Arc::new(hidden);
         let choice = |_| {
             let answer = Answer::new(Arc::clone(&model), common.stop.clone(), Hidden { tokens: Arc::clone(&hidden) });
-            Choice { answer: answer.at_least(sampling.min_tokens), tokens: 0, ended: false }
+            Choice { answer: answer.at_least(call.sampling.min_tokens), tokens: 0, ended: false }
         };
         Ok(Self {
             choices: (0..common.choices).map(choice).collect(),
             id,
-            model,
             fingerprint,
             service_tier: common.service_tier,
-            events: Some(events),
-            prompt_tokens: prompt.len() as u32,
+            prompt_tokens: prompt_tokens as u32,
             cached_tokens: None,
-            progress: inflight.begun(prompt.len(), common.choices as usize),
+            progress: inflight.begun(prompt_tokens, common.choices as usize),
             span,
-            lease,
-            worker_rest: app.limits.worker_rest(),
+            tokens: Some(Tokens::new(call, placed, hidden.iter().copied().collect())),
+            model,
             _permit: permit,
         })
     }
 
     /// What comes next: something to show, or the end, or both. `None` after the end.
     pub(crate) async fn next(&mut self) -> Result<Option<Delta>, Error> {
-        while let Some(events) = &mut self.events {
-            let event = match events.next().await {
+        while let Some(tokens) = &mut self.tokens {
+            let event = match tokens.next().await {
                 Ok(event) => event,
                 Err(error) => {
-                    self.events = None;
-                    self.progress.failed(error.kind());
-                    self.lease.worker().rest_after(&error, self.worker_rest);
-                    self.span.in_scope(|| warn!(error = chain(&error), "an answer broke off"));
-                    return Err(error.into());
+                    self.tokens = None;
+                    self.progress.failed();
+                    return Err(error);
                 }
             };
             let (at, piece, reason) = match event {
                 Event::Token(at, sampled) => {
                     self.progress.token(at);
                     let choice = &mut self.choices[at];
-                    if choice.ended {
-                        continue;
-                    }
                     choice.tokens += 1;
                     (at, choice.answer.push(sampled), None)
                 }
                 Event::Finished(at, reason, usage) => {
                     self.cached_tokens = Some(usage.cached);
-                    let choice = &mut self.choices[at];
-                    if choice.ended {
-                        continue;
-                    }
-                    choice.tokens = usage.output;
-                    (at, choice.answer.finish(), Some(reason))
+                    (at, self.choices[at].answer.finish(), Some(reason))
                 }
             };
+            if piece.stopped {
+                // The worker does not know of stop strings, and goes on.
+                tokens.drop_choice(at);
+            }
             let end = if piece.stopped { Some(FinishReason::Stop) } else { reason };
             self.choices[at].ended = end.is_some();
             let cost = self.choices.iter().all(|choice| choice.ended).then(|| self.over());
@@ -201,7 +190,7 @@ impl Live {
 
     /// All answers have ended. If a stop string ended the last, the worker is not asked any more.
     fn over(&mut self) -> Cost {
-        self.events = None;
+        self.tokens = None;
         let output_tokens = self.choices.iter().map(|choice| choice.tokens).sum();
         let cached_tokens = self.cached_tokens.unwrap_or(0);
         self.progress.complete(cached_tokens);

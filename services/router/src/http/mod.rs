@@ -22,6 +22,7 @@ mod placing;
 mod routing;
 mod server;
 mod sse;
+mod tokens;
 mod types;
 mod wire;
 

@@ -1,12 +1,16 @@
-//! Who answers a request: the worker that the policy chooses, or, once, another.
+//! Who answers a request: the worker that the policy chooses, or one of a few others; and who goes on with an answer whose
+//! worker failed.
 //!
 //! What no worker could do is refused here, before any is asked.
 
-use std::{sync::Arc, time::Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use kvasir_proto::{convert, v1};
 use kvasir_runtime::chain;
-use kvasir_types::{Deadline, PROTOCOL_VERSION, Priority, RequestId, Retry, Sampling, TokenId};
+use kvasir_types::{Deadline, PROTOCOL_VERSION, Priority, RequestId, Retry, Sampling, TokenId, choice_seed};
 use tracing::{info, warn};
 
 use super::{
@@ -20,6 +24,11 @@ use crate::{
     text::Model,
     upstream::{self, Events},
 };
+
+/// Before all workers are asked again whether one goes on with an answer …
+const FIRST_PAUSE: Duration = Duration::from_millis(50);
+/// … and at most.
+const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
 /// The workers whose context is long enough.
 pub(crate) fn crew(
@@ -76,72 +85,168 @@ pub(crate) fn biases_in_vocabulary(sampling: &Sampling, model: &Model) -> Result
     }
 }
 
-/// One request on its way to a worker.
-pub(crate) struct Call<'a> {
-    pub(crate) app: &'a App,
-    pub(crate) id: &'a RequestId,
-    pub(crate) prompt: &'a [TokenId],
-    pub(crate) sampling: &'a Sampling,
-    pub(crate) salt: &'a str,
+/// One request, as workers get it however often.
+pub(crate) struct Call {
+    pub(crate) app: Arc<App>,
+    pub(crate) id: RequestId,
+    pub(crate) model: Arc<Model>,
+    pub(crate) prompt: Vec<TokenId>,
+    pub(crate) sampling: Sampling,
+    pub(crate) salt: String,
     pub(crate) priority: Priority,
     pub(crate) choices: u32,
     pub(crate) max_tokens: u32,
     pub(crate) deadline: Deadline,
 }
 
-impl Call<'_> {
-    /// Finds a worker that begins the answer: the one the policy chooses, or, once, another.
-    pub(crate) async fn place(&self, model: &Model, mut crew: Crew) -> Result<(Arc<Worker>, Lease, Events), Error> {
-        let ask = self.app.ask(self.prompt.len());
-        let mut first: Option<upstream::Error> = None;
-        loop {
-            let Some(Chosen { worker, prefill, cached, left }) = self.choose(ask, &crew.rested(Instant::now())) else {
-                // Nobody else is there: the first worker's word is the answer.
-                return Err(first.map_or_else(|| Error::NoWorker(model.name().to_owned()), Error::from));
+/// What of a call a worker is asked for: all of it, or the rest of one of its answers.
+struct Part<'a> {
+    prompt: &'a [TokenId],
+    sampling: &'a Sampling,
+    choices: u32,
+}
+
+/// A worker that has begun.
+pub(crate) struct Placed {
+    pub(crate) worker: Arc<Worker>,
+    pub(crate) lease: Lease,
+    pub(crate) events: Events,
+}
+
+impl Call {
+    /// Finds a worker that begins the answers: the one the policy chooses, or one of a few others.
+    pub(crate) async fn begin(&self, crew: Crew) -> Result<Placed, Error> {
+        let part = Part { prompt: &self.prompt, sampling: &self.sampling, choices: self.choices };
+        let ask = self.app.ask(part.prompt.len());
+        let mut crew = crew;
+        let mut last: Option<upstream::Error> = None;
+        for again in 0..=self.app.retry.begin {
+            let Some(chosen) = self.choose(&part, ask, &crew.rested(Instant::now())) else { break };
+            let worker = Arc::clone(&chosen.worker);
+            let error = match self.open(&part, chosen).await {
+                Ok(placed) => return Ok(placed),
+                Err(error) => error,
             };
-            let lease = worker.lease(self.prompt.len(), if prefill.is_empty() { left } else { 0 });
-            // Only the first prefill worker is likely to be used; it is busy with this until the first token.
-            let prefill_lease = prefill.first().map(|first| first.lease(self.prompt.len(), left));
-            let request = self.request(&worker, &prefill);
-            let opened = Events::open(&worker, request, self.app.limits.idle_timeout(), self.deadline).await;
-            drop(prefill_lease);
-            match opened {
-                Ok(events) => {
-                    self.app.metrics.predicted(cached);
-                    return Ok((worker, lease, events));
+            let again = again < self.app.retry.begin && error.retry() == Retry::Elsewhere && self.app.may_try_again();
+            self.told(&error, again, "a worker did not begin an answer");
+            last = Some(error);
+            if !again {
+                break;
+            }
+            crew = crew.filter(|other| !std::ptr::eq(other, &*worker));
+        }
+        // Nobody else is there: the last worker's word is the answer.
+        Err(last.map_or_else(|| Error::NoWorker(self.model.name().to_owned()), Error::from))
+    }
+
+    /// Finds a worker that goes on with one of the answers, which `lost` wrote so far: another one, or the same in its next
+    /// life. Waits for one for a while, if there is none.
+    pub(crate) async fn go_on(
+        &self,
+        choice: u32,
+        said: &[TokenId],
+        lost: &Arc<Worker>,
+    ) -> Result<Placed, upstream::Error> {
+        let prompt = [self.prompt.as_slice(), said].concat();
+        let sampling = Sampling {
+            seed: choice_seed(self.sampling.seed, choice),
+            continued: said.len() as u32,
+            ..self.sampling.clone()
+        };
+        // Which weights: those that have written what is there already.
+        let fingerprint = lost.member.model.as_ref().map(|info| info.fingerprint);
+        let part = Part { prompt: &prompt, sampling: &sampling, choices: 1 };
+        let ask = self.app.ask(prompt.len());
+        let until = Instant::now() + self.app.retry.move_wait().min(self.deadline.remaining());
+        let mut fleet = self.app.fleet.clone();
+        let (mut pause, mut failed, mut last) = (FIRST_PAUSE, vec![Arc::clone(lost)], None);
+        loop {
+            let crew = fleet.borrow_and_update().crew(self.model.name()).cloned().unwrap_or_default();
+            let crew = crew.longer_than(prompt.len()).filter(|worker| {
+                let fits = worker.member.model.as_ref().map(|info| info.fingerprint) == fingerprint;
+                fits && !failed.iter().any(|failed| std::ptr::eq(&**failed, worker))
+            });
+            if let Some(chosen) = self.choose(&part, ask, &crew.rested(Instant::now())) {
+                let worker = Arc::clone(&chosen.worker);
+                let error = match self.open(&part, chosen).await {
+                    Ok(placed) => return Ok(placed),
+                    Err(error) => error,
+                };
+                let again = error.retry() == Retry::Elsewhere && Instant::now() < until && self.app.may_try_again();
+                self.told(&error, again, "a worker did not go on with an answer");
+                if !again {
+                    return Err(error);
                 }
-                Err(error) => {
-                    let again = first.is_none() && error.retry() == Retry::Elsewhere;
-                    self.app.metrics.upstream_error(error.kind());
-                    match &error {
-                        // The client's mistake, and the client is told: nobody has to look.
-                        upstream::Error::Refused { .. } => {
-                            info!(worker = %worker.member.id, error = chain(&error), "a worker refused a request");
-                        }
-                        _ => warn!(
-                            worker = %worker.member.id, error = chain(&error), again, "a worker did not begin an answer"
-                        ),
+                failed.push(worker);
+                last = Some(error);
+                continue;
+            }
+            if Instant::now() >= until {
+                let nobody = || upstream::Error::Unavailable {
+                    worker: lost.member.id.clone(),
+                    message: "no other worker of its model came".to_owned(),
+                };
+                return Err(last.unwrap_or_else(nobody));
+            }
+            // Nobody (else): a change of the members may bring one, and after a while all are worth another try.
+            tokio::select! {
+                changed = fleet.changed() => {
+                    if changed.is_err() {
+                        tokio::time::sleep(pause).await; // the process is about to end
                     }
-                    worker.rest_after(&error, self.app.limits.worker_rest());
-                    if !again {
-                        return Err(error.into());
-                    }
-                    first = Some(error);
-                    crew = crew.filter(|other| !std::ptr::eq(other, &*worker));
+                }
+                () = tokio::time::sleep(pause) => {
+                    failed.clear();
+                    pause = (pause * 2).min(LONGEST_PAUSE);
                 }
             }
         }
     }
 
-    fn choose(&self, ask: Ask, crew: &Crew) -> Option<Chosen> {
-        deciding::decide(self.app, ask, &Prompt { tokens: self.prompt, salt: self.salt }, crew)
+    async fn open(&self, part: &Part<'_>, chosen: Chosen) -> Result<Placed, upstream::Error> {
+        let Chosen { worker, prefill, cached, left } = chosen;
+        let lease = worker.lease(part.prompt.len(), if prefill.is_empty() { left } else { 0 });
+        // Only the first prefill worker is likely to be used; it is busy with this until the first token.
+        let _prefill_lease = prefill.first().map(|first| first.lease(part.prompt.len(), left));
+        worker.asked();
+        let patience = self.app.limits.patience(self.deadline);
+        let request = self.request(part, &worker, &prefill, patience.heartbeat_ms());
+        match Events::open(&worker, request, self.model.vocab_size(), patience).await {
+            Ok(events) => {
+                worker.answered();
+                self.app.metrics.predicted(cached);
+                Ok(Placed { worker, lease, events })
+            }
+            Err(error) => {
+                self.app.metrics.upstream_error(error.kind());
+                worker.failed(&error, self.app.limits.worker_rest());
+                Err(error)
+            }
+        }
     }
 
-    fn request(&self, worker: &Worker, prefill: &[Arc<Worker>]) -> v1::GenerateRequest {
+    fn told(&self, error: &upstream::Error, again: bool, what: &str) {
+        match error {
+            // The client's mistake, and the client is told: nobody has to look.
+            upstream::Error::Refused { .. } => info!(error = chain(error), again, "a worker refused a request"),
+            _ => warn!(error = chain(error), again, "{what}"),
+        }
+    }
+
+    fn choose(&self, part: &Part<'_>, ask: Ask, crew: &Crew) -> Option<Chosen> {
+        deciding::decide(&self.app, ask, &Prompt { tokens: part.prompt, salt: &self.salt }, crew)
+    }
+
+    fn request(
+        &self,
+        part: &Part<'_>,
+        worker: &Worker,
+        prefill: &[Arc<Worker>],
+        heartbeat_ms: u32,
+    ) -> v1::GenerateRequest {
         let info = worker.member.model.as_ref();
-        // `crew` keeps only workers whose context is longer than the prompt.
-        let room = info.map_or(1, |info| info.max_model_len.saturating_sub(self.prompt.len() as u32)).max(1);
-        let sampling = v1::Sampling { max_tokens: self.max_tokens.min(room), ..v1::Sampling::from(self.sampling) };
+        let sampling =
+            v1::Sampling { max_tokens: self.room(worker).min(self.max_tokens), ..v1::Sampling::from(part.sampling) };
         let candidate = |worker: &Arc<Worker>| v1::PrefillCandidate {
             member: worker.member.id.to_string(),
             address: worker.member.grpc.clone(),
@@ -150,13 +255,21 @@ impl Call<'_> {
             protocol_version: PROTOCOL_VERSION,
             request_id: self.id.to_string(),
             fingerprint: info.map_or_else(Default::default, |info| info.fingerprint.0.to_vec().into()),
-            prompt: convert::token_ids(self.prompt),
+            prompt: convert::token_ids(part.prompt),
             sampling: Some(sampling),
-            cache_salt: self.salt.to_owned(),
+            cache_salt: self.salt.clone(),
             prefill: prefill.iter().map(candidate).collect(),
             deadline_ms: self.deadline.to_wire(),
             priority: v1::Priority::from(self.priority).into(),
-            choices: self.choices,
+            choices: part.choices,
+            heartbeat_ms,
         }
+    }
+
+    /// Most tokens of an answer that a worker's context has room for, what is there already included.
+    pub(crate) fn room(&self, worker: &Worker) -> u32 {
+        // `crew` keeps only workers whose context is longer than the prompt.
+        let info = worker.member.model.as_ref();
+        info.map_or(1, |info| info.max_model_len.saturating_sub(self.prompt.len() as u32)).max(1)
     }
 }

@@ -42,7 +42,7 @@ impl Operators {
     }
 
     fn app(&self) -> Result<&Arc<App>, Refusal> {
-        self.0.get().ok_or(Refusal(StatusCode::SERVICE_UNAVAILABLE, "the router is starting".to_owned()))
+        self.0.get().ok_or_else(|| Refusal(StatusCode::SERVICE_UNAVAILABLE, "the router is starting".to_owned()))
     }
 }
 

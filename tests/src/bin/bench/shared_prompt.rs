@@ -135,7 +135,7 @@ impl Asker {
                 Some(Event::Finished(finished)) => {
                     ensure!(finished.prefill_member == prefill.id(), "computed by {:?}", finished.prefill_member);
                 }
-                None => {}
+                Some(Event::Alive(_)) | None => {}
             }
         }
         Ok(first.context("no token came")?.as_secs_f64() * 1e3)

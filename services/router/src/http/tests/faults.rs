@@ -43,7 +43,11 @@ async fn a_client_that_reads_nothing_is_given_up() {
 #[tokio::test]
 async fn a_worker_that_does_not_begin_is_passed_over_once() {
     for code in [Code::ResourceExhausted, Code::Unavailable] {
-        let cluster = Cluster::start(|config| config.limits.worker_rest_ms = 0).await;
+        let cluster = Cluster::start(|config| {
+            config.limits.worker_rest_ms = 0;
+            config.retry.begin = 1;
+        })
+        .await;
         let refuse = move |_: &_| vec![Step::Fail(code)];
         let bad = cluster.worker(refuse).await;
         let good = cluster.worker(|_| vec![Step::Token(973), stop()]).await;
@@ -121,8 +125,8 @@ async fn a_worker_that_dies_before_the_first_token_is_replaced() {
 }
 
 #[tokio::test]
-async fn a_worker_that_dies_within_an_answer_is_a_clear_error() {
-    let cluster = Cluster::start(|_| {}).await;
+async fn where_answers_may_not_move_a_worker_that_dies_is_a_clear_error() {
+    let cluster = Cluster::start(|config| config.retry.moves = 0).await;
     let mut mock = cluster.worker(|_| vec![Step::Token(973), Step::Hang]).await;
     let mut stream = cluster.post(CHAT, Cluster::chat(json!({"stream": true}))).await.bytes_stream();
     read_until(&mut stream, " prefix").await;
@@ -140,7 +144,8 @@ async fn a_worker_that_dies_within_an_answer_is_a_clear_error() {
 #[tokio::test]
 async fn a_worker_that_talks_nonsense_or_ends_early_is_a_502() {
     for steps in [vec![Step::Nonsense], vec![Step::Token(973)], vec![Step::Token(973), Step::Fail(Code::Internal)]] {
-        let (cluster, _mock) = Cluster::with_worker(steps).await;
+        let cluster = Cluster::start(|config| config.retry.moves = 0).await;
+        let _mock = cluster.worker(move |_| steps.clone()).await;
         assert_eq!(cluster.ask(CHAT, Cluster::chat(json!({}))).await.0, 502);
     }
 }
@@ -151,6 +156,7 @@ async fn silence_is_not_waited_for_for_ever() {
         move |config: &mut crate::Config| {
             config.limits.idle_timeout_ms = idle;
             config.limits.request_timeout_ms = request;
+            config.retry.moves = 0;
         }
     };
     for (idle, request, steps, code) in [

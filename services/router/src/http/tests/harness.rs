@@ -29,6 +29,8 @@ use crate::{
 const SOON: Duration = Duration::from_secs(20);
 /// Context length of the mock workers.
 pub(super) const CONTEXT: u32 = 256;
+/// Tokens that the answer of a worker has in [`answer_of`].
+pub(super) const ANSWER: usize = 12;
 
 /// What a mock worker does next.
 #[derive(Clone)]
@@ -53,11 +55,33 @@ pub(super) enum Step {
     Nonsense,
     /// What follows is of this choice.
     Choice(u32),
+    /// Says that it gives signs of life; only before everything else.
+    Beats,
+    /// A sign of life.
+    Alive,
 }
 
 /// The tokens of a text.
 pub(super) fn say(text: &str) -> Vec<Step> {
     demo().encode(text, false).unwrap().into_iter().map(|token| Step::Token(token.0)).collect()
+}
+
+/// The answer that every honest worker gives, from where it goes on: which token is next follows from seed and position.
+pub(super) fn answer_of(request: &v1::GenerateRequest) -> Vec<Step> {
+    let sampling = request.sampling.as_ref().unwrap();
+    let mut steps = Vec::new();
+    for choice in 0..request.choices.max(1) {
+        let seed = kvasir_types::choice_seed(sampling.seed, choice);
+        steps.push(Step::Choice(choice));
+        steps.extend((sampling.continued as usize..ANSWER).map(|at| Step::Token(token_at(seed, at))));
+        steps.push(stop());
+    }
+    steps
+}
+
+/// A word of the demo model's vocabulary.
+pub(super) fn token_at(seed: u64, at: usize) -> u32 {
+    400 + (kvasir_types::mix(seed.wrapping_add(at as u64)) % 400) as u32
 }
 
 /// The end of an answer.
@@ -162,6 +186,8 @@ impl Run {
                     self.choice = choice;
                     continue;
                 }
+                Some(Step::Beats) => continue,
+                Some(Step::Alive) => Some(generate_event::Event::Alive(v1::Alive {})),
                 Some(Step::Token(id)) => {
                     *self.sent.entry(self.choice).or_default() += 1;
                     Some(generate_event::Event::Token(v1::Token { id, logprob: None, top: Vec::new() }))
@@ -190,11 +216,18 @@ impl Decode for MockDecode {
 
     async fn generate(&self, request: Request<v1::GenerateRequest>) -> Result<Response<Self::GenerateStream>, Status> {
         let request = request.into_inner();
-        let steps = (self.script)(&request).into_iter();
+        let steps = (self.script)(&request);
+        let beats = matches!(steps.first(), Some(Step::Beats));
+        let steps = steps.into_iter();
         let prompt = request.prompt.len() as u32;
         let run = Run { steps, seen: Arc::clone(&self.seen), choice: 0, sent: BTreeMap::new(), prompt, ended: false };
         self.seen.requests.lock().unwrap().push(request);
-        Ok(Response::new(Box::pin(stream::unfold(run, |mut run| async move { Some((run.next().await?, run)) }))))
+        let stream = stream::unfold(run, |mut run| async move { Some((run.next().await?, run)) });
+        let mut response: Response<Self::GenerateStream> = Response::new(Box::pin(stream));
+        if beats {
+            response.metadata_mut().insert(kvasir_proto::HEARTBEAT_METADATA, "1".parse().unwrap());
+        }
+        Ok(response)
     }
 }
 
@@ -266,6 +299,15 @@ impl Cluster {
         &self,
         script: impl Fn(&v1::GenerateRequest) -> Vec<Step> + Send + Sync + 'static,
     ) -> Mock {
+        self.worker_as(|_| {}, script).await
+    }
+
+    /// The same with a record that differs.
+    pub(super) async fn worker_as(
+        &self,
+        adjust: impl FnOnce(&mut Member),
+        script: impl Fn(&v1::GenerateRequest) -> Vec<Step> + Send + Sync + 'static,
+    ) -> Mock {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         listener.set_nonblocking(true).unwrap();
@@ -279,7 +321,9 @@ impl Cluster {
             server.serve_with_incoming(incoming).await
         });
         let registry = self.hub.registry();
-        registry.register(self.member(Role::Decode, grpc)).await.unwrap();
+        let mut member = self.member(Role::Decode, grpc);
+        adjust(&mut member);
+        registry.register(member).await.unwrap();
         let known = registry.view().borrow().role(Role::Decode).count();
         self.until(&format!("kvasir_router_decode_workers {known}")).await;
         Mock { seen, runtime: Some(runtime), _registry: registry }

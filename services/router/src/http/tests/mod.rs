@@ -7,3 +7,4 @@ mod answers;
 mod bad_input;
 mod faults;
 mod harness;
+mod moves;
