@@ -18,6 +18,7 @@ const LIMIT: Duration = Duration::from_secs(100);
 pub struct Client {
     http: reqwest::Client,
     base: String,
+    key: Option<String>,
 }
 
 /// An answer that is not a stream.
@@ -42,7 +43,13 @@ impl Client {
     /// A client of the router at `host:port`.
     pub fn new(address: &str) -> Self {
         let http = reqwest::Client::builder().timeout(LIMIT).build().expect("a client without TLS can be built");
-        Self { http, base: format!("http://{address}") }
+        Self { http, base: format!("http://{address}"), key: None }
+    }
+
+    /// The same with an API key.
+    #[must_use]
+    pub fn with_key(self, key: &str) -> Self {
+        Self { key: Some(key.to_owned()), ..self }
     }
 
     /// The base URL, without `/v1`.
@@ -100,7 +107,12 @@ impl Client {
     }
 
     fn request(&self, path: &str, body: String) -> reqwest::RequestBuilder {
-        self.http.post(format!("{}{path}", self.base)).header("content-type", "application/json").body(body)
+        let request = self.http.post(format!("{}{path}", self.base));
+        let request = match &self.key {
+            Some(key) => request.bearer_auth(key),
+            None => request,
+        };
+        request.header("content-type", "application/json").body(body)
     }
 }
 

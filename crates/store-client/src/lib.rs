@@ -17,6 +17,7 @@
 //! No task is spawned here and no thread is owned: the caller's await is what drives it.
 #![forbid(unsafe_code)]
 
+mod ahead;
 mod breaker;
 mod config;
 mod error;

@@ -21,7 +21,8 @@ use tonic::{
 };
 
 use crate::{
-    Config, Error, MAX_HASHES,
+    Config, Error, MAX_HASHES, Origin,
+    ahead::Ahead,
     breaker::Breaker,
     glance::Index,
     placement::{Node, Placement},
@@ -45,6 +46,8 @@ struct Peer {
     breaker: Breaker,
     /// Leases that are done with, to be told with the next call.
     ended: Vec<u64>,
+    /// Room that it has made for a block that may be written next.
+    ahead: Option<Ahead>,
     /// Where its published index is, once it has said so.
     index: Option<Arc<Index>>,
     /// What was read by it and is to be told.
@@ -157,6 +160,17 @@ impl Peers {
         ended
     }
 
+    /// The room it has made for such a block, if it did and that is not about to end. Nobody else gets it then.
+    pub(crate) fn take_ahead(&self, node: &Node, block_bytes: u64, origin: &Origin) -> Option<Ahead> {
+        let mut ahead = None;
+        self.with(node, |peer| ahead = peer.ahead.take_if(|ahead| ahead.fits(block_bytes, origin)));
+        ahead.filter(|ahead| !ahead.until.passed())
+    }
+
+    pub(crate) fn keep_ahead(&self, node: &Node, ahead: Ahead) {
+        self.with(node, |peer| peer.ahead = Some(ahead));
+    }
+
     /// Where the node's index is, if that is known.
     pub(crate) fn index(&self, node: &Node) -> Option<Arc<Index>> {
         self.lock().get(&node.id).filter(|peer| peer.incarnation == node.incarnation)?.index.clone()
@@ -238,6 +252,7 @@ impl Peers {
             channel: channel.clone(),
             breaker: Breaker::new(self.wait),
             ended: Vec::new(),
+            ahead: None,
             index: None,
             used: Vec::new(),
             used_since: Instant::now(),

@@ -27,10 +27,12 @@ const BLOCK: u64 = 64 << 10;
 struct Liar {
     lookup: v1::LookupResponse,
     reserve: v1::ReserveResponse,
-    committed: u32,
+    commit: v1::CommitResponse,
     tiers: Vec<u8>,
     /// What the last reservation said that was known of its prompt.
     told_known: Arc<AtomicU32>,
+    /// Reservations that were asked for.
+    reservations: Arc<AtomicU32>,
 }
 
 #[tonic::async_trait]
@@ -43,10 +45,11 @@ impl store_server::Store for Liar {
     }
     async fn reserve(&self, request: Request<v1::ReserveRequest>) -> Result<Response<v1::ReserveResponse>, Status> {
         self.told_known.store(request.get_ref().prompt_known, Ordering::Relaxed);
+        self.reservations.fetch_add(1, Ordering::Relaxed);
         Ok(Response::new(self.reserve.clone()))
     }
     async fn commit(&self, _: Request<v1::CommitRequest>) -> Result<Response<v1::CommitResponse>, Status> {
-        Ok(Response::new(v1::CommitResponse { committed: self.committed }))
+        Ok(Response::new(self.commit.clone()))
     }
     async fn exists(&self, _: Request<v1::ExistsRequest>) -> Result<Response<v1::ExistsResponse>, Status> {
         Ok(Response::new(v1::ExistsResponse { tiers: self.tiers.clone().into(), ..Default::default() }))
@@ -191,7 +194,7 @@ async fn no_answer_to_a_reservation_makes_a_write_more_than_skipped() {
         grant: 1,
         reservation: 1,
         reservation_ms: 5_000,
-        view: None,
+        ..Default::default()
     };
     let cases = [
         ("too few slots", reserve(vec![slot(reserved, 0); 3]), 0),
@@ -204,10 +207,75 @@ async fn no_answer_to_a_reservation_makes_a_write_more_than_skipped() {
     ];
     for (lie, reserve, present) in cases {
         // It claims to have committed more than it was offered.
-        let world = world(Liar { reserve, committed: 1000, ..Liar::default() }).await;
+        let commit = v1::CommitResponse { committed: 1000, ..Default::default() };
+        let world = world(Liar { reserve, commit, ..Liar::default() }).await;
         let deadline = Deadline::after(Duration::from_secs(5));
         let report = world.client.write(&"test".parse().unwrap(), &Origin::default(), &blocks(), BLOCK, deadline).await;
         assert_eq!((report.written, report.present, report.skipped), (0, present, 4 - present), "{lie}: {report:?}");
+        assert!(!deadline.passed(), "{lie}: took too long");
+    }
+}
+
+/// A segment that takes in what is written to it, and the grant for that: the way to a node's memory for those who lie about
+/// what becomes of it.
+fn sink() -> (TransferEngine, v1::SegmentDescriptor, u64) {
+    let engine = TransferEngine::new(kvasir_transfer::Config::default(), LocalNet::new(), 4 * ROOM as usize).unwrap();
+    let range = kvasir_transfer::GrantRange { offset: 0, len: 4 * ROOM, access: kvasir_transfer::Access::Write };
+    let grant = engine.grant(vec![range]).unwrap();
+    let (segment, key) = ((&engine.descriptor()).into(), grant.key().0);
+    std::mem::forget(grant); // it lasts as long as the test
+    (engine, segment, key)
+}
+
+/// One block that is written one-sided.
+const ROOM: u64 = 2 * BLOCK + 64;
+
+#[tokio::test]
+async fn no_answer_about_room_made_ahead_loses_a_block_or_counts_one_that_is_not_there() {
+    let (_engine, segment, grant) = sink();
+    let slot = v1::Slot { state: Reserved.into(), offset: 0 };
+    let reserve = |ahead| v1::ReserveResponse {
+        slots: vec![slot],
+        segment: Some(segment.clone()),
+        grant,
+        reservation: 1,
+        reservation_ms: 5_000,
+        ahead: Some(ahead),
+        view: None,
+    };
+    let good = v1::Ahead { reservation: 2, reservation_ms: 500_000, grant, offset: ROOM, block_bytes: ROOM };
+    let answer =
+        |committed, state: v1::slot::State| v1::CommitResponse { committed, state: state.into(), ..Default::default() };
+    use v1::slot::State::{Busy, Full, Present, Reserved, Unspecified};
+    // What it says of each commit; what becomes of the second block; how many reservations there were for two.
+    let cases = [
+        ("room as it should be", good, answer(1, Reserved), (1, 0), 1),
+        ("it is there", good, answer(0, Present), (0, 1), 1),
+        ("another is at it", good, answer(0, Busy), (0, 0), 1),
+        ("torn", good, answer(0, Reserved), (0, 0), 1),
+        ("no such reservation any more, or a node that knows none of this", good, answer(0, Unspecified), (0, 0), 2),
+        ("nothing for this origin", good, answer(0, Full), (0, 0), 2),
+        ("states of the future", good, v1::CommitResponse { state: 99, ..Default::default() }, (0, 0), 2),
+        ("outside of the segment", v1::Ahead { offset: u64::MAX - 7, ..good }, answer(1, Reserved), (1, 0), 2),
+        ("a grant that is none", v1::Ahead { grant: 3, ..good }, answer(1, Reserved), (1, 0), 2),
+        ("over already", v1::Ahead { reservation_ms: 0, ..good }, answer(1, Reserved), (1, 0), 2),
+        ("of another size", v1::Ahead { block_bytes: 7, ..good }, answer(1, Reserved), (1, 0), 2),
+    ];
+    for (lie, ahead, commit, fate, reservations) in cases {
+        let liar = Liar { reserve: reserve(ahead), commit, ..Liar::default() };
+        let asked = liar.reservations.clone();
+        let world = world(liar).await;
+        let (request, origin) = ("test".parse().unwrap(), Origin::default());
+        let deadline = Deadline::after(Duration::from_secs(5));
+        let write = |n: u8| {
+            let block = [(BlockHash([n; 16]), 0)];
+            let (client, request, origin) = (&world.client, &request, &origin);
+            async move { client.write(request, origin, &block, ROOM, deadline).await }
+        };
+        write(1).await;
+        let report = write(2).await;
+        assert_eq!((report.written, report.present), fate, "{lie}: {report:?}");
+        assert_eq!(asked.load(Ordering::Relaxed), reservations, "{lie}");
         assert!(!deadline.passed(), "{lie}: took too long");
     }
 }

@@ -1,7 +1,7 @@
 //! Writing: reserve at every node what is new to it, write that one-sided, commit what arrived.
 //!
 //! Nodes are served side by side, those of all copies; on each it is three steps in a row, or one call that carries the bytes
-//! where they are few. A node that knows a newer view of
+//! where they are few; a single block may go into room that was made ahead (`ahead`). A node that knows a newer view of
 //! the members says so instead of reserving: its share is then divided anew, by that view. The checksums are computed while
 //! the bytes move. A commit names only blocks whose batch was acknowledged; what it does not name, the node takes back.
 
@@ -22,7 +22,9 @@ use kvasir_types::{BlockHash, Deadline, Epoch, MemberId, PROTOCOL_VERSION, Reque
 use tokio::sync::Mutex;
 
 use crate::{
-    Error, Inner, MAX_CALLS, MAX_HASHES, Origin, hot,
+    Error, Inner, MAX_CALLS, MAX_HASHES, Origin,
+    ahead::Ahead,
+    hot,
     in_flight::InFlight,
     placement::{Node, Placement, Share, collect},
     read::later,
@@ -56,7 +58,7 @@ const MAX_ROUNDS: usize = 3;
 
 /// What became of a block: of several copies, the best.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum Fate {
+pub(crate) enum Fate {
     Skipped,
     Present,
     Written,
@@ -64,26 +66,26 @@ enum Fate {
 
 /// What became of a share.
 #[derive(Default)]
-struct ShareReport {
-    fates: Vec<(usize, Fate)>,
+pub(crate) struct ShareReport {
+    pub(crate) fates: Vec<(usize, Fate)>,
     /// Blocks that are to be divided anew.
-    moved: Vec<usize>,
-    error: Option<Error>,
+    pub(crate) moved: Vec<usize>,
+    pub(crate) error: Option<Error>,
 }
 
-type Client = v1::store_client::StoreClient<tonic::transport::Channel>;
+pub(crate) type Client = v1::store_client::StoreClient<tonic::transport::Channel>;
 
 /// A block that was written: which of the request's blocks, and what its bytes are.
-struct Sum {
-    block: usize,
-    checksum: [u8; 16],
+pub(crate) struct Sum {
+    pub(crate) block: usize,
+    pub(crate) checksum: [u8; 16],
 }
 
 /// A block to write: which of the request's blocks, and where to.
 #[derive(Clone, Copy)]
-struct New {
-    block: usize,
-    offset: u64,
+pub(crate) struct New {
+    pub(crate) block: usize,
+    pub(crate) offset: u64,
 }
 
 /// Blocks of one placement group that a store node gives to others.
@@ -135,17 +137,17 @@ pub(crate) async fn hand_over(
 }
 
 /// What all shares of one write have in common.
-struct Offer<'a> {
-    inner: &'a Inner,
+pub(crate) struct Offer<'a> {
+    pub(crate) inner: &'a Inner,
     request: &'a RequestId,
-    origin: &'a Origin,
-    blocks: &'a [(BlockHash, u64)],
+    pub(crate) origin: &'a Origin,
+    pub(crate) blocks: &'a [(BlockHash, u64)],
     /// So many of them, from the first on, were known to some node when they were looked for.
     known: usize,
     /// Set if they are one group's, whose place in its prompt it tells; else they are a prompt's, from its first block on.
     group: Option<&'a GroupBlocks>,
-    block_bytes: u64,
-    deadline: Deadline,
+    pub(crate) block_bytes: u64,
+    pub(crate) deadline: Deadline,
     /// Checksums of the blocks' bytes, computed once for all copies.
     sums: Vec<OnceLock<[u8; 16]>>,
     /// Held while checksums are computed: all of them together take a core at most, and the first part is to be ready first.
@@ -218,7 +220,7 @@ impl Offer<'_> {
             self.put(&share, epoch, &mut report).await
         } else if bytes <= AHEAD_BYTES {
             let hashing = pin!(self.checksums(share.blocks.iter().copied()));
-            match select(pin!(self.try_share(&share, epoch, &mut report)), hashing).await {
+            match select(pin!(self.small_share(&share, epoch, &mut report)), hashing).await {
                 Either::Left((result, _)) => result,
                 // What went wrong with it goes wrong there, too.
                 Either::Right((_, rest)) => rest.await,
@@ -277,6 +279,14 @@ impl Offer<'_> {
         Ok(())
     }
 
+    /// Into room that was made ahead, if there is any.
+    async fn small_share(&self, share: &Share, epoch: Epoch, report: &mut ShareReport) -> Result<(), Error> {
+        if !self.put_ahead(share, epoch, report).await? {
+            self.try_share(share, epoch, report).await?;
+        }
+        Ok(())
+    }
+
     async fn try_share(&self, share: &Share, epoch: Epoch, report: &mut ShareReport) -> Result<(), Error> {
         let asked = Instant::now();
         let response = self.reserve(share, epoch).await?;
@@ -308,13 +318,17 @@ impl Offer<'_> {
             .map_err(|source| Error::Answer { member: member(), source })?;
         // The node's clock for it started after we asked: it lasts at least this long.
         let until = self.deadline.min(later(asked, response.reservation_ms));
-        let (written, failure) = self.push(share, &new, &response, &segment, until).await;
+        if let Some(ahead) = &response.ahead {
+            self.inner.peers.keep_ahead(&share.node, Ahead::new(ahead, self.origin, &segment, asked));
+        }
+        let (written, failure) = self.push(share, &new, response.grant, &segment, until).await;
         report.error = failure;
         let offered = written.len();
         let commit = v1::CommitRequest {
             reservation: response.reservation,
             hashes: convert::pack16(written.iter().map(|sum| &self.blocks[sum.block].0.0)),
             checksums: convert::pack16(written.iter().map(|sum| &sum.checksum)),
+            named: None,
         };
         // Also with nothing to commit: it gives the room back at once.
         let call = async |mut client: Client| client.commit(commit).await;
@@ -328,7 +342,14 @@ impl Offer<'_> {
     }
 
     async fn reserve(&self, share: &Share, epoch: Epoch) -> Result<v1::ReserveResponse, Error> {
-        let message = v1::ReserveRequest {
+        let message = self.reservation(share, epoch);
+        let call = async |mut client: Client| client.reserve(message).await;
+        self.inner.peers.call(&share.node, self.deadline, call).await
+    }
+
+    /// What a node is to know of blocks that are offered to it.
+    pub(crate) fn reservation(&self, share: &Share, epoch: Epoch) -> v1::ReserveRequest {
+        v1::ReserveRequest {
             protocol_version: PROTOCOL_VERSION,
             request_id: self.request.to_string(),
             hashes: convert::pack16(share.blocks.iter().map(|&block| &self.blocks[block].0.0)),
@@ -339,10 +360,10 @@ impl Offer<'_> {
             model: self.origin.model.map_or_else(Default::default, |model| convert::bytes16(&model.0)),
             tenant: self.origin.tenant.clone(),
             ended: self.inner.peers.take_ended(&share.node),
+            // Who writes one block may be about to write one after the other.
+            ahead: share.blocks.len() == 1,
             epoch: epoch.0,
-        };
-        let call = async |mut client: Client| client.reserve(message).await;
-        self.inner.peers.call(&share.node, self.deadline, call).await
+        }
     }
 
     /// Where in the prompt the share's blocks are, a run for each stretch of a placement group.
@@ -368,11 +389,11 @@ impl Offer<'_> {
     }
 
     /// Writes the new blocks, a batch for each group, and computes their checksums meanwhile. What to commit.
-    async fn push(
+    pub(crate) async fn push(
         &self,
         share: &Share,
         new: &[New],
-        reserved: &v1::ReserveResponse,
+        grant: u64,
         segment: &SegmentDescriptor,
         until: Deadline,
     ) -> (Vec<Sum>, Option<Error>) {
@@ -384,7 +405,7 @@ impl Offer<'_> {
             let batch = Batch {
                 op: Op::Write,
                 target: segment.clone(),
-                grant: convert::grant_key(reserved.grant),
+                grant: convert::grant_key(grant),
                 ranges: part.iter().map(range).collect(),
                 deadline: until,
                 priority: Priority::Low,

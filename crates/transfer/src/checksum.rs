@@ -1,9 +1,17 @@
 //! BLAKE3 of registered bytes.
 
+use std::cell::RefCell;
+
 use crate::{TransferEngine, error::Error};
 
-/// Bytes hashed at a time: they stay in the first-level cache, and feed all of BLAKE3's vector lanes.
-const PART: usize = 16 << 10;
+/// Bytes hashed at a time: they stay in the second-level cache, and feed all of BLAKE3's vector lanes, those of the inner nodes
+/// of its tree too: 6.7 GB/s of a core, where parts of 16 KiB reach 5.4 and bytes hashed where they lie 6.8.
+const PART: usize = 128 << 10;
+
+thread_local! {
+    /// By way of which this thread hashes: so no reference to registered bytes is formed.
+    static BUFFER: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}
 
 /// A checksum of registered bytes that are named one range after the other, as they arrive: see
 /// [`TransferEngine::checksum`], which is this for a single range.
@@ -24,21 +32,25 @@ impl Checksum {
     /// # Errors
     /// [`Error::OutOfBounds`].
     pub fn add(&mut self, offset: u64, len: u64) -> Result<(), Error> {
-        // By way of a buffer: no reference to the bytes is formed.
-        let mut buffer = [0; PART];
         let region = self.engine.own(offset, len)?;
         let mut from = region.at(offset, len).cast_const();
         let mut left = len as usize;
-        while left > 0 {
-            let part = left.min(buffer.len());
-            // SAFETY: the range was checked against its region, which `region` keeps mapped; the buffer is ours.
-            unsafe {
-                std::ptr::copy_nonoverlapping(from, buffer.as_mut_ptr(), part);
-                from = from.add(part);
+        BUFFER.with_borrow_mut(|buffer| {
+            if buffer.len() < left.min(PART) {
+                buffer.resize(left.min(PART), 0);
             }
-            self.hasher.update(&buffer[..part]);
-            left -= part;
-        }
+            while left > 0 {
+                let part = left.min(PART);
+                // SAFETY: the range was checked against its region, which `region` keeps mapped; the buffer is ours, and has
+                // at least so many bytes.
+                unsafe {
+                    std::ptr::copy_nonoverlapping(from, buffer.as_mut_ptr(), part);
+                    from = from.add(part);
+                }
+                self.hasher.update(&buffer[..part]);
+                left -= part;
+            }
+        });
         Ok(())
     }
 

@@ -128,6 +128,17 @@ pub(crate) fn parse_hex16(text: &str) -> Option<[u8; 16]> {
     Some(bytes)
 }
 
+/// The salt of a request of a tenant: the tenant's own and the one that the request asks for, so that neither can be had
+/// through the other. The tenant's is empty where nobody has tenants: then the request's stands for itself.
+pub fn tenant_salt(tenant: &str, asked: &str) -> String {
+    if tenant.is_empty() {
+        return asked.to_owned();
+    }
+    let mut hash = blake3::Hasher::new_derive_key("kvasir 2026 cache salt of a tenant");
+    hash.update(&(tenant.len() as u64).to_le_bytes()).update(tenant.as_bytes()).update(asked.as_bytes());
+    hash.finalize().to_hex().to_string()
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;

@@ -20,7 +20,7 @@ mod segment;
 pub use deadline::Deadline;
 pub use fingerprint::ModelFingerprint;
 pub use groups::{GroupKind, KvGroup, KvGroups};
-pub use hash::{BlockHash, chain};
+pub use hash::{BlockHash, chain, tenant_salt};
 pub use ids::{BadId, BlockId, Epoch, Incarnation, MemberId, RequestId, Role, TokenId};
 pub use layout::{BadLayout, KvDtype, KvLayout};
 pub use memory::HostMemory;

@@ -18,6 +18,7 @@
 //! what it holds. A node that dies loses what it had in memory only, never answers.
 #![forbid(unsafe_code)]
 
+mod ahead;
 mod config;
 #[doc(hidden)] // for the benchmark that puts it beside another engine
 pub mod disk;

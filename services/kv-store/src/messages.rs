@@ -3,12 +3,12 @@
 use std::{collections::HashMap, time::Instant};
 
 use kvasir_proto::{convert, v1};
-use kvasir_types::{BlockHash, MemberId, PROTOCOL_VERSION};
+use kvasir_types::{BlockHash, GrantKey, MemberId, PROTOCOL_VERSION};
 
 use crate::{
     error::Error,
     node::Node,
-    store::{BlockBytes, Checksum, Facts, Origin, SlotState, tag},
+    store::{Ahead, BlockBytes, Checksum, Facts, Origin, SlotState, tag},
 };
 
 /// Most blocks in one call, as the protocol has it.
@@ -67,6 +67,16 @@ pub(crate) fn slot(slot: &SlotState) -> v1::Slot {
         SlotState::Full => (v1::slot::State::Full, 0),
     };
     v1::Slot { state: state.into(), offset }
+}
+
+pub(crate) fn ahead(ahead: &Ahead, key: GrantKey) -> v1::Ahead {
+    v1::Ahead {
+        reservation: ahead.reservation.0,
+        reservation_ms: ahead.lasts.as_millis() as u64,
+        grant: key.0,
+        offset: ahead.offset,
+        block_bytes: ahead.size.0,
+    }
 }
 
 pub(crate) fn status(id: &MemberId, node: &Node, started: Instant) -> v1::StoreStatusResponse {

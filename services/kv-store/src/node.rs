@@ -75,22 +75,22 @@ pub(crate) struct DiskTier {
 /// long as one call's blocks take to look up, and never across an await.
 pub(super) struct State {
     pub(super) store: Store,
-    reservations: HashMap<ReservationId, Option<Grant>>,
+    pub(super) reservations: HashMap<ReservationId, Option<Grant>>,
     torn_blocks: u64,
 }
 
 /// A closed reservation, and the grant to revoke before it is finished; none if nobody outside could write.
 #[must_use = "a closed reservation that is not finished keeps its blocks for ever"]
 pub(crate) struct Closed {
-    id: ReservationId,
-    grant: Option<Grant>,
+    pub(super) id: ReservationId,
+    pub(super) grant: Option<Grant>,
 }
 
 /// A closed reservation that may still become blocks.
 #[must_use = "a closed reservation that is not finished keeps its blocks for ever"]
 pub(crate) struct Committing {
-    closed: Closed,
-    written: Vec<Written>,
+    pub(super) closed: Closed,
+    pub(super) written: Vec<Written>,
 }
 
 /// Committed blocks whose bytes nobody has looked at yet; they are held meanwhile.
@@ -231,6 +231,8 @@ impl Node {
         let mut state = self.lock();
         let before = state.store.next_end();
         let reserved = state.reserve(now, offer)?;
+        // Also if there is nothing to write: where there was no room, what was reserved ahead ends now.
+        self.wake(before, &state);
         let Some(reservation) = reserved.reservation else { return Ok((reserved, None)) };
         let ranges = reserved
             .slots
@@ -244,7 +246,6 @@ impl Node {
             Ok(grant) => {
                 let key = grant.key();
                 state.reservations.insert(reservation, Some(grant));
-                self.wake(before, &state);
                 Ok((reserved, Some(key)))
             }
             Err(error) => {
@@ -265,7 +266,9 @@ impl Node {
     ) -> Result<(Option<Committing>, Vec<SlotState>), Error> {
         let (reserved, committing) = {
             let mut state = self.lock();
+            let before = state.store.next_end();
             let reserved = state.reserve(now, offer)?;
+            self.wake(before, &state);
             let committing = reserved.reservation.map(|id| {
                 let written = state.store.begin_commit(id).expect("it was opened above");
                 Committing { closed: Closed { id, grant: None }, written }
@@ -458,7 +461,7 @@ impl Node {
     }
 
     /// Wakes the expiry if it would sleep too long.
-    fn wake(&self, before: Option<Instant>, state: &State) {
+    pub(super) fn wake(&self, before: Option<Instant>, state: &State) {
         let is_before = |end| before.is_none_or(|before| end < before);
         if state.store.next_end().is_some_and(is_before) {
             self.opened.notify_one();

@@ -30,6 +30,13 @@ use crate::{
     store::Recovered,
 };
 
+/// What a call may send before it is told to go on, and all calls of a connection together. With HTTP/2's own 64 KiB, the last
+/// bytes of a block that comes along with a call wait for a round trip.
+const CALL_WINDOW: u32 = 256 << 10;
+const CONNECTION_WINDOW: u32 = 4 << 20;
+/// Largest frame: one for such a block, rather than one for each 16 KiB of it.
+const FRAME: u32 = 160 << 10;
+
 /// Runs a store node with the cluster's metadata in etcd until shutdown.
 pub async fn run_with_etcd(config: Config, context: Context) -> anyhow::Result<()> {
     config.store_info(config.settings(0)?.capacity_bytes)?; // a mistake of the operator's is told before anybody is waited for
@@ -193,6 +200,9 @@ fn serve(config: &Config, context: &Context, service: StoreService, listener: Tc
     let server = Server::builder()
         .concurrency_limit_per_connection(config.limits.max_calls_per_connection)
         .timeout(Duration::from_millis(config.limits.call_timeout_ms))
+        .initial_stream_window_size(CALL_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
+        .max_frame_size(FRAME)
         .add_service(store)
         .serve_with_incoming_shutdown(incoming, async move { closing.wait().await });
     context.tasks.spawn(Kind::Critical, "grpc", async move { server.await.context("grpc server") });

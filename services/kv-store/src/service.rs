@@ -26,7 +26,7 @@ use crate::{
     messages::{self, MAX_HASHES, block_bytes, hashes},
     metrics::{Call, Metrics},
     node::{Committing, MAX_PIN, Node, Offer},
-    store::{Checksum, Keep, LeaseId, ReservationId, SlotState, Which},
+    store::{BlockBytes, Checksum, Keep, LeaseId, Origin, ReservationId, SlotState, Which},
 };
 
 /// Most bytes of blocks in one answer to `Get` or one `Put`.
@@ -94,14 +94,7 @@ impl v1::store_server::Store for StoreService {
 
     async fn commit(&self, request: Request<v1::CommitRequest>) -> Answer<v1::CommitResponse> {
         let _timer = self.metrics.time(Call::Commit);
-        let request = request.get_ref();
-        let named = messages::named(&request.hashes, &request.checksums)?;
-        let committed = match self.node.close_reservation(ReservationId(request.reservation)) {
-            Some(committing) => self.finish(committing, named).await?,
-            // A repeated commit, or one that comes too late: what counts is what is there.
-            None => self.node.count_present(&named),
-        };
-        Ok(Response::new(v1::CommitResponse { committed: committed as u32 }))
+        Ok(Response::new(self.make_visible(request.get_ref()).await?))
     }
 
     async fn used(&self, request: Request<v1::UsedRequest>) -> Answer<v1::UsedResponse> {
@@ -260,14 +253,70 @@ impl StoreService {
         let prompt = Ask { found: request.prompt_known, blocks: request.prompt_blocks };
         let offer = Offer { size, hashes: &hashes, facts: &facts, origin: &origin, prompt };
         let (reserved, key) = self.node.reserve(Instant::now(), &offer)?;
+        let ahead = self.ahead(request.ahead && key.is_some(), size, &origin);
         Ok(v1::ReserveResponse {
             slots: reserved.slots.iter().map(messages::slot).collect(),
             segment: key.map(|_| (&self.node.engine().descriptor()).into()),
             grant: key.map_or(0, |key| key.0),
             reservation: reserved.reservation.map_or(0, |id| id.0),
             reservation_ms: self.reservation.as_millis() as u64,
+            ahead,
             view: None,
         })
+    }
+
+    async fn make_visible(&self, request: &v1::CommitRequest) -> Result<v1::CommitResponse, Error> {
+        let (id, named) = (ReservationId(request.reservation), messages::named(&request.hashes, &request.checksums)?);
+        if let Some(offered) = &request.named {
+            return self.make_visible_as(id, offered, named).await;
+        }
+        let committed = match self.node.close_reservation(id) {
+            Some(committing) => self.finish(committing, named).await?,
+            // A repeated commit, or one that comes too late: what counts is what is there.
+            None => self.node.count_present(&named),
+        };
+        Ok(v1::CommitResponse { committed: committed as u32, ..Default::default() })
+    }
+
+    /// The same for a reservation that was made ahead: its block gets its name now.
+    async fn make_visible_as(
+        &self,
+        id: ReservationId,
+        offered: &v1::ReserveRequest,
+        named: HashMap<BlockHash, Checksum>,
+    ) -> Result<v1::CommitResponse, Error> {
+        check_protocol(offered.protocol_version)?;
+        let (size, hashes) = (block_bytes(offered.block_bytes)?, hashes(&offered.hashes)?);
+        if hashes.len() != 1 {
+            return Err(Error::Count { field: "named", got: hashes.len(), blocks: 1 });
+        }
+        self.end(&offered.ended)?;
+        if let Some(view) = self.membership.newer_than(Epoch(offered.epoch)) {
+            // Its slot ends by itself.
+            return Ok(v1::CommitResponse { view: Some(view), ..Default::default() });
+        }
+        let facts = messages::facts(&offered.runs, &hashes)?;
+        let origin = messages::origin(&offered.model, &offered.tenant)?;
+        let prompt = Ask { found: offered.prompt_known, blocks: offered.prompt_blocks };
+        let offer = Offer { size, hashes: &hashes, facts: &facts, origin: &origin, prompt };
+        let Some((state, committing)) = self.node.close_ahead(id, &offer) else {
+            let committed = self.node.count_present(&named) as u32;
+            return Ok(v1::CommitResponse { committed, ..Default::default() });
+        };
+        let committed = self.finish(committing, named).await?;
+        // Whose block is there already may well have more of them.
+        let ahead = self.ahead(offered.ahead && committed > 0, size, &origin);
+        let state = messages::slot(&state).state;
+        Ok(v1::CommitResponse { committed: committed as u32, state, ahead, view: None })
+    }
+
+    /// Room for the block that a writer may write next, if it says so.
+    fn ahead(&self, wanted: bool, size: BlockBytes, origin: &Origin) -> Option<v1::Ahead> {
+        if !wanted || self.drain.progress.leaving() != Leaving::No {
+            return None;
+        }
+        let (ahead, key) = self.node.reserve_ahead(Instant::now(), size, origin)?;
+        Some(messages::ahead(&ahead, key))
     }
 
     /// Ends a reservation in a task of its own. How many blocks became visible.

@@ -7,7 +7,9 @@ use kvasir_runtime::{AdminConfig, LogConfig, ShutdownConfig};
 use kvasir_types::Deadline;
 use serde::{Deserialize, Serialize};
 
-use crate::{retry::RetryConfig, route::PolicyName, upstream::Patience};
+use crate::{
+    access::AccessConfig, admission::AdmissionConfig, retry::RetryConfig, route::PolicyName, upstream::Patience,
+};
 
 /// A router.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -40,6 +42,10 @@ pub struct Config {
     pub limits: Limits,
     /// Second tries, when workers fail.
     pub retry: RetryConfig,
+    /// Who may ask, for what, and how much.
+    pub access: AccessConfig,
+    /// How many requests workers get, and who waits.
+    pub admission: AdmissionConfig,
 }
 
 /// A model served.
@@ -105,6 +111,8 @@ impl Default for Config {
             policy: PolicyName::default(),
             limits: Limits::default(),
             retry: RetryConfig::default(),
+            access: AccessConfig::default(),
+            admission: AdmissionConfig::default(),
         }
     }
 }
@@ -142,7 +150,7 @@ pub enum Error {
     #[error("models: two are named {0:?}")]
     Twice(String),
     /// A limit of zero.
-    #[error("limits.{0}: must be at least 1")]
+    #[error("{0}: must be at least 1")]
     Zero(&'static str),
 }
 
@@ -160,20 +168,30 @@ impl Config {
                 return Err(Error::Twice(model.name.clone()));
             }
         }
+        let admission = &self.admission;
+        for (name, value) in [
+            ("admission.per_worker", admission.per_worker),
+            ("admission.offline_percent", admission.offline_percent),
+            ("admission.max_wait_ms", admission.max_wait_ms as usize),
+        ] {
+            if value == 0 {
+                return Err(Error::Zero(name));
+            }
+        }
         let limits = &self.limits;
         let zero = [
-            ("max_body_bytes", limits.max_body_bytes == 0),
-            ("max_inflight", limits.max_inflight == 0),
-            ("max_connections", limits.max_connections == 0),
-            ("max_output_tokens", limits.max_output_tokens == 0),
-            ("max_choices", limits.max_choices == 0),
-            ("request_timeout_ms", limits.request_timeout_ms == 0),
-            ("body_timeout_ms", limits.body_timeout_ms == 0),
-            ("idle_timeout_ms", limits.idle_timeout_ms == 0),
-            ("header_timeout_ms", limits.header_timeout_ms == 0),
-            ("worker_silence_ms", limits.worker_silence_ms == 0),
-            ("write_stall_ms", limits.write_stall_ms == 0),
-            ("text_threads", limits.text_threads == 0),
+            ("limits.max_body_bytes", limits.max_body_bytes == 0),
+            ("limits.max_inflight", limits.max_inflight == 0),
+            ("limits.max_connections", limits.max_connections == 0),
+            ("limits.max_output_tokens", limits.max_output_tokens == 0),
+            ("limits.max_choices", limits.max_choices == 0),
+            ("limits.request_timeout_ms", limits.request_timeout_ms == 0),
+            ("limits.body_timeout_ms", limits.body_timeout_ms == 0),
+            ("limits.idle_timeout_ms", limits.idle_timeout_ms == 0),
+            ("limits.header_timeout_ms", limits.header_timeout_ms == 0),
+            ("limits.worker_silence_ms", limits.worker_silence_ms == 0),
+            ("limits.write_stall_ms", limits.write_stall_ms == 0),
+            ("limits.text_threads", limits.text_threads == 0),
         ];
         match zero.into_iter().find(|(_, zero)| *zero) {
             Some((name, _)) => Err(Error::Zero(name)),

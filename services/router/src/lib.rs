@@ -14,6 +14,7 @@
 //! | [`config`] | every setting, with its default |
 //! | `service` | build, announce, wait, drain |
 //! | `http` | requests are checked wholly before a worker hears of them; errors have OpenAI's shape |
+//! | `access`, `admission` | who may ask, for what, how much; and when it is their turn |
 //! | `text` | no async, no clock |
 //! | [`route`] | policies are pure functions |
 //! | [`cache`] | which workers hold which beginning of a prompt: an index, and a task for each worker that feeds it |
@@ -26,6 +27,8 @@ pub mod cache;
 pub mod config;
 pub mod route;
 
+mod access;
+mod admission;
 mod fleet;
 mod health;
 mod http;
@@ -35,6 +38,8 @@ mod service;
 mod text;
 mod upstream;
 
+pub use access::{AccessConfig, KeyConfig, KeysError, TenantConfig};
+pub use admission::AdmissionConfig;
 pub use config::{Config, Limits, ModelConfig};
 pub use retry::RetryConfig;
 pub use service::{run, run_with_etcd};

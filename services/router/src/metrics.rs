@@ -4,6 +4,10 @@
 //! | --- | --- | --- |
 //! | `kvasir_router_requests_total` | `endpoint`, `status` | HTTP answers, by class of status (`2xx` …) |
 //! | `kvasir_router_answers_total` | `outcome` | answers begun: `complete`, `failed`, `cancelled` (the client left) |
+//! | `kvasir_router_turned_away_total` | `why` | requests without a key (`no_key`), or with one there isn't (`bad_key`) |
+//! | `kvasir_router_waiting`, `kvasir_router_placed` | `model` | requests that wait for their turn; that have it |
+//! | `kvasir_router_wait_seconds` | | from a request's tokens being known to its turn |
+//! | `kvasir_router_not_let_in_total` | `why` | requests that too many waited for (`full`), that would have been, or were, too `late`, over a `rate` |
 //! | `kvasir_router_inflight` | | generation requests under way |
 //! | `kvasir_router_ttft_seconds` | | from a request's head to its first token |
 //! | `kvasir_router_inter_token_seconds` | | between two tokens of an answer |
@@ -25,11 +29,14 @@ use std::{
     time::{Duration, Instant},
 };
 
+use kvasir_runtime::metrics::{Counter, Family, Gauge, Histogram, LATENCY_SECONDS, Metrics as Page};
+
 use crate::{
+    access::Unknown,
+    admission::Gates,
     cache::Index,
     route::{PolicyName, Reason},
 };
-use kvasir_runtime::metrics::{Counter, Family, Gauge, Histogram, LATENCY_SECONDS, Metrics as Page};
 
 /// Bounds in seconds between tokens: fast decoding is well under a millisecond here.
 const INTER_TOKEN_SECONDS: &[f64] =
@@ -98,6 +105,9 @@ pub(crate) struct Metrics {
     decision: Histogram,
     predicted_cached_tokens: Counter,
     upstream_errors: Family<[(&'static str, &'static str); 1], Counter>,
+    not_let_in: Family<[(&'static str, &'static str); 1], Counter>,
+    wait: Histogram,
+    turned_away: Family<[(&'static str, &'static str); 1], Counter>,
     second_tries: Family<[(&'static str, &'static str); 1], Counter>,
     moved: Histogram,
     inflight: Gauge,
@@ -124,6 +134,9 @@ impl Metrics {
                 "Tokens of prompts that the chosen workers were thought to hold",
             ),
             upstream_errors: page.counters("kvasir_router_upstream_errors", "Failed calls to decode workers"),
+            not_let_in: page.counters("kvasir_router_not_let_in", "Requests refused for want of room or by a limit"),
+            wait: page.histogram("kvasir_router_wait_seconds", "Waiting for a place at the workers", LATENCY_SECONDS),
+            turned_away: page.counters("kvasir_router_turned_away", "Requests without a key that is known"),
             second_tries: page.counters("kvasir_router_second_tries", "Tries after a worker's failure"),
             moved: page.histogram(
                 "kvasir_router_move_seconds",
@@ -170,6 +183,39 @@ impl Metrics {
     /// The worker that took a request was thought to hold so many tokens of it.
     pub(crate) fn predicted(&self, cached: u32) {
         self.predicted_cached_tokens.inc_by(cached.into());
+    }
+
+    /// Shows how many wait at each gate.
+    pub(crate) fn watch_gates(page: &Page, gates: Gates) {
+        type ByModel = Family<[(&'static str, String); 1], Gauge>;
+        let waiting: ByModel = page.gauges("kvasir_router_waiting", "Requests that wait for their turn");
+        let placed: ByModel = page.gauges("kvasir_router_placed", "Requests that have had their turn, under way");
+        page.on_scrape(move || {
+            for (model, gate) in gates.iter() {
+                let (wait, have) = gate.counts();
+                waiting.get_or_create(&[("model", model.clone())]).set(wait as i64);
+                placed.get_or_create(&[("model", model.clone())]).set(have as i64);
+            }
+        });
+    }
+
+    /// A request had its turn after so long.
+    pub(crate) fn waited(&self, wait: Duration) {
+        self.wait.observe(wait.as_secs_f64());
+    }
+
+    /// A request was not let in.
+    pub(crate) fn not_let_in(&self, why: &'static str) {
+        self.not_let_in.get_or_create(&[("why", why)]).inc();
+    }
+
+    /// Nobody knows who sent a request.
+    pub(crate) fn turned_away(&self, why: Unknown) {
+        let why = match why {
+            Unknown::NoKey => "no_key",
+            Unknown::BadKey => "bad_key",
+        };
+        self.turned_away.get_or_create(&[("why", why)]).inc();
     }
 
     /// A worker failed: whether the request may be tried again.

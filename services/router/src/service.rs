@@ -10,9 +10,11 @@ use tokio::sync::watch;
 use tracing::{info, warn};
 
 use crate::{
+    access,
+    admission::{Gate, Gates},
     cache::{Feeds, Index},
     config::Config,
-    fleet::{Fleet, Misfit},
+    fleet::{Crew, Fleet, Misfit},
     http::{self, App, Server},
     metrics::{CacheMetrics, Metrics},
     text::Model,
@@ -42,14 +44,28 @@ pub async fn run(config: Config, context: Context, registry: Arc<dyn Registry>) 
     let admin = listening.beside(admin);
     let id = config.id.clone().unwrap_or_else(|| format!("router-{:08x}", random_u64() as u32));
     let id: MemberId = id.parse().context("id")?;
+    let (keys, keyring) = watch::channel(Arc::new(config.access.keyring()?));
+    context.tasks.spawn(Kind::Background, "keys", {
+        let watching = access::watch(config.access.clone(), keys);
+        async move {
+            watching.await;
+            Ok(())
+        }
+    });
     let models = load(&config).await?;
 
     let metrics = Metrics::new(&context.metrics);
+    let gate_config = Arc::new(config.admission.clone());
+    let gate = |model: &Arc<Model>| (model.name().to_owned(), Gate::new(Arc::clone(&gate_config)));
+    let gates: Gates = Arc::new(models.iter().map(gate).collect());
+    Metrics::watch_gates(&context.metrics, Arc::clone(&gates));
     let index = Arc::new(Index::default());
     let feeds = Feeds::new(Arc::clone(&index), context.tasks.clone(), CacheMetrics::new(&context.metrics, &index));
-    let (fleet, watcher) = watch_members(registry.view(), models.clone(), metrics.clone(), feeds, context.clone());
+    let followers = Followers { gates: Arc::clone(&gates), feeds };
+    let (fleet, watcher) = watch_members(registry.view(), models.clone(), followers, metrics.clone(), context.clone());
     context.tasks.spawn(Kind::Critical, "members", watcher);
-    let app = Arc::new(App::new(&config, models, fleet, index, metrics, context.clone()));
+    let parts = http::Parts { models, fleet, index, keys: keyring, gates, metrics, context: context.clone() };
+    let app = Arc::new(App::new(&config, parts));
     operators.open(Arc::clone(&app));
     let http = listening.advertised;
     let server = Server { listener: listening.listener, routes: http::routes(app), limits: config.limits.clone() };
@@ -107,12 +123,27 @@ fn member(id: MemberId, http: String, admin: String) -> Member {
     }
 }
 
+/// Who is told of every new fleet.
+struct Followers {
+    gates: Gates,
+    feeds: Feeds,
+}
+
+impl Followers {
+    fn follow(&mut self, fleet: &Fleet) {
+        self.feeds.follow(fleet);
+        for (model, gate) in self.gates.iter() {
+            gate.set_workers(fleet.crew(model).map_or(0, Crew::len));
+        }
+    }
+}
+
 /// Keeps the fleet what the members are. The first fleet is there on return; the future keeps it so.
 fn watch_members(
     mut view: watch::Receiver<Arc<View>>,
     models: Vec<Arc<Model>>,
+    mut followers: Followers,
     metrics: Metrics,
-    mut feeds: Feeds,
     context: Context,
 ) -> (watch::Receiver<Arc<Fleet>>, impl Future<Output = anyhow::Result<()>>) {
     let mut told: HashSet<Misfit> = HashSet::new();
@@ -123,7 +154,7 @@ fn watch_members(
             warn!(worker = %misfit.id, why = misfit.why, "a worker is not used");
         }
         told = misfits.into_iter().collect();
-        feeds.follow(&fleet);
+        followers.follow(&fleet);
         metrics.decode_workers.set(fleet.decode_workers() as i64);
         match fleet.decode_workers() {
             _ if context.shutdown.is_triggered() => {} // not ready is all it will be from now on

@@ -4,6 +4,7 @@
 
 #![forbid(unsafe_code)]
 
+mod access;
 mod bad_start;
 mod cache;
 mod choices;

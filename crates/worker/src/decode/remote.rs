@@ -82,7 +82,7 @@ impl Attempt<'_> {
     }
 
     fn message(&self, grant: GrantKey) -> v1::PrefillRequest {
-        let Checked { id, prompt, salt, sampling, priority, deadline, .. } = self.request;
+        let Checked { id, prompt, salt, tenant, sampling, priority, deadline, .. } = self.request;
         v1::PrefillRequest {
             protocol_version: PROTOCOL_VERSION,
             request_id: id.to_string(),
@@ -96,6 +96,7 @@ impl Attempt<'_> {
             grant: grant.0,
             blocks: self.landing.targets.clone(),
             priority: v1::Priority::from(*priority).into(),
+            tenant: tenant.to_string(),
         }
     }
 

@@ -26,6 +26,7 @@ pub(super) struct Checked {
     pub(super) id: RequestId,
     pub(super) prompt: Arc<[TokenId]>,
     pub(super) salt: String,
+    pub(super) tenant: Arc<str>,
     pub(super) sampling: Sampling,
     pub(super) priority: Priority,
     /// Answers to write; the engine bounds it.
@@ -53,6 +54,7 @@ impl DecodeService {
         self.host.check_model(&wire.fingerprint)?;
         let prompt = self.host.check_prompt(&wire.prompt)?;
         let salt = convert::salt(&wire.cache_salt)?.to_owned();
+        let tenant = convert::tenant(&wire.tenant)?.into();
         let sampling = wire.sampling.as_ref().ok_or(kvasir_proto::Error::Missing("sampling"))?.try_into()?;
         let mut candidates = wire.prefill;
         candidates.truncate(MAX_CANDIDATES);
@@ -60,7 +62,7 @@ impl DecodeService {
         let priority = convert::priority(wire.priority);
         let deadline = Deadline::from_wire(wire.deadline_ms, limit);
         let choices = wire.choices.max(1); // an older router says nothing
-        Ok(Checked { id, prompt, salt, sampling, priority, choices, candidates, deadline })
+        Ok(Checked { id, prompt, salt, tenant, sampling, priority, choices, candidates, deadline })
     }
 
     async fn start(&self, wire: v1::GenerateRequest) -> Result<Events<v1::GenerateEvent>, Error> {

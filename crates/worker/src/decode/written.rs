@@ -16,6 +16,7 @@ pub(super) struct Written {
     /// `None`: nobody wants them.
     store: Option<Arc<Store>>,
     request: RequestId,
+    tenant: Arc<str>,
     prompt: Arc<[TokenId]>,
     hashes: Arc<[BlockHash]>,
     root: BlockHash,
@@ -31,6 +32,7 @@ impl Written {
         Self {
             store: host.store.as_ref().filter(wanted).cloned(),
             request: request.id.clone(),
+            tenant: Arc::clone(&request.tenant),
             prompt: request.prompt.clone(),
             hashes: admission.hashes.clone(),
             root: host.root(&request.salt),
@@ -57,8 +59,9 @@ impl Written {
         let Some(store) = &self.store else { return };
         let answer = std::mem::take(&mut self.choices[choice as usize]);
         let chain = chain(self.root, &self.hashes, &self.prompt, &answer, self.block_size);
-        let (request, first) = (self.request.clone(), self.first.min(chain.len()));
-        store.write_back.offer(Finished { request, chain, first, held: None });
+        let (request, tenant) = (self.request.clone(), Arc::clone(&self.tenant));
+        let first = self.first.min(chain.len());
+        store.write_back.offer(Finished { request, tenant, chain, first, held: None });
         // The other choices have the same prompt.
         self.prompt_is_anothers();
     }

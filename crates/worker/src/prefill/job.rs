@@ -36,13 +36,13 @@ struct Sources {
 
 /// Runs a prompt to its end. Never cancelled: it ends by itself soon after the caller is gone.
 pub(super) async fn run(host: Arc<Host>, request: Checked, mut sequence: Sequence, caller: Caller<PrefillEvent>) {
-    let Checked { id, prompt, destination, deadline } = request;
+    let Checked { id, tenant, prompt, destination, deadline } = request;
     let writes = Writes::new(host.transfer.clone(), host.model.layout, host.groups.clone(), destination, deadline);
     let job = Job { host: &host, id: &id, prompt_tokens: prompt.len(), writes: &writes, caller: &caller };
     match job.live(&mut sequence).await {
         Ok(admission) => {
             host.metrics.outcome(Outcome::Finished);
-            return finished(&host, id, admission, sequence);
+            return finished(&host, id, tenant, admission, sequence);
         }
         Err(error) => {
             writes.stop().await;
@@ -207,9 +207,9 @@ impl Meanwhile for Pushing<'_> {
 }
 
 /// The prompt's full blocks are the store's to have, and the sequence is over.
-fn finished(host: &Host, request: kvasir_types::RequestId, admission: Admission, sequence: Sequence) {
+fn finished(host: &Host, request: kvasir_types::RequestId, tenant: Arc<str>, admission: Admission, sequence: Sequence) {
     let Some(store) = host.store.as_ref().filter(|store| store.write_back.wants_finished()) else { return };
     let table = admission.tables.into_iter().next().unwrap_or_default();
     let held = store.write_back.needs_sequence().then_some((sequence, table));
-    store.write_back.offer(Finished { request, chain: admission.hashes, first: 0, held });
+    store.write_back.offer(Finished { request, tenant, chain: admission.hashes, first: 0, held });
 }

@@ -37,6 +37,7 @@ pub(super) struct Landing {
 /// A prompt that has been checked.
 pub(super) struct Checked {
     pub(super) id: RequestId,
+    pub(super) tenant: Arc<str>,
     pub(super) prompt: Arc<[TokenId]>,
     pub(super) destination: Destination,
     pub(super) deadline: Deadline,
@@ -66,6 +67,7 @@ impl PrefillService {
         }
         let prompt = self.host.check_prompt(&wire.prompt)?;
         let destination = destination(&wire, prompt.len(), &ours, &self.host.groups)?;
+        let tenant = convert::tenant(&wire.tenant)?.into();
         let limit = Duration::from_millis(self.host.config.prefill.max_request_ms);
         let deadline = Deadline::from_wire(wire.deadline_ms, limit);
         let admitted = Prompt {
@@ -79,7 +81,7 @@ impl PrefillService {
         let sequence = Sequence::admit(&self.host, admitted, Mode::PrefillOnly).await?;
         let (caller, events) = Caller::new(4, deadline); // first token, done, an error, one to spare
         let span = tracing::info_span!("prefill", request_id = %id, worker = %self.host.id, tokens = prompt.len());
-        let checked = Checked { id, prompt, destination, deadline };
+        let checked = Checked { id, tenant, prompt, destination, deadline };
         let work = job::run(self.host.clone(), checked, sequence, caller);
         self.host.tasks.spawn_in(Kind::Request, "prefill", span, async move {
             work.await;

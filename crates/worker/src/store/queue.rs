@@ -7,6 +7,8 @@ use kvasir_types::{BlockHash, RequestId};
 /// Blocks of one chain.
 pub(super) struct Entry<S> {
     pub(super) request: RequestId,
+    /// Whose they are; empty: nobody's in particular.
+    pub(super) tenant: Arc<str>,
     /// Names, from the first block of the chain on: where a block goes depends on those before it.
     pub(super) chain: Arc<[BlockHash]>,
     /// The blocks to be written.
@@ -21,6 +23,7 @@ impl<S: Clone> Entry<S> {
         let end = self.range.end.min(self.range.start + limit);
         let first = Self {
             request: self.request.clone(),
+            tenant: Arc::clone(&self.tenant),
             chain: Arc::clone(&self.chain),
             range: self.range.start..end,
             source: self.source.clone(),
@@ -106,7 +109,7 @@ mod tests {
 
     fn entry(name: u8, range: Range<usize>) -> Entry<u8> {
         let chain = vec![BlockHash([name; 16]); range.end].into();
-        Entry { request: "test".parse().unwrap(), chain, range, source: name }
+        Entry { request: "test".parse().unwrap(), tenant: "".into(), chain, range, source: name }
     }
 
     fn drain(queue: &mut Queue<u8>, limit: usize) -> Vec<(u8, Range<usize>)> {
@@ -137,7 +140,7 @@ mod tests {
         let name = |name: usize| BlockHash([name as u8; 16]);
         let mut queue = Queue::new(4);
         let chain: Arc<[BlockHash]> = (0..9).map(name).collect();
-        let entry = Entry { request: "test".parse().unwrap(), chain, range: 8..9, source: 0u8 };
+        let entry = Entry { request: "test".parse().unwrap(), tenant: "".into(), chain, range: 8..9, source: 0u8 };
         assert!(!queue.join(name(8), |_| true), "nothing to join");
         queue.push(entry);
         assert!(!queue.join(name(6), |_| true), "not the one before");

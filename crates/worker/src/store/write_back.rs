@@ -21,7 +21,7 @@ use kvasir_engine::{Handle, Leaving, OnEvict, Pinned};
 use kvasir_runtime::Kind;
 use kvasir_store_client::{Origin, StoreClient};
 use kvasir_transfer::TransferEngine;
-use kvasir_types::{BlockHash, BlockId, Deadline, KvLayout, RequestId};
+use kvasir_types::{BlockHash, BlockId, Deadline, KvLayout, ModelFingerprint, RequestId};
 use tokio::sync::{Notify, oneshot, watch};
 
 use super::{
@@ -47,6 +47,8 @@ const REMEMBERED: usize = 1 << 17;
 /// What a request has finished.
 pub(crate) struct Finished {
     pub(crate) request: RequestId,
+    /// Whose they are.
+    pub(crate) tenant: Arc<str>,
     /// Names of the blocks, from the prompt's first one on.
     pub(crate) chain: Arc<[BlockHash]>,
     /// Blocks before this one are somebody else's to write.
@@ -61,7 +63,7 @@ pub(crate) struct WriteBack(Arc<Shared>);
 
 struct Shared {
     client: StoreClient,
-    origin: Origin,
+    model: ModelFingerprint,
     policy: WriteBackPolicy,
     prefix_cache: bool,
     timeout: Duration,
@@ -179,7 +181,8 @@ impl Evicted {
         };
         let (index, request) = (chain.len() - 1, shared.evicted_by.clone());
         let source = Source::Copied(Arc::new(copies.ending_with(index)));
-        self.to.push(Entry { request, chain: chain.into(), range: index..index + 1, source });
+        // Whoever finds it again may be another than who computed it: it is nobody's.
+        self.to.push(Entry { request, tenant: "".into(), chain: chain.into(), range: index..index + 1, source });
     }
 }
 
@@ -194,7 +197,7 @@ impl WriteBack {
         let limit = if prefix_cache { settings.max_queued_blocks } else { settings.max_queued_blocks.min(blocks / 2) };
         let shared = Arc::new(Shared {
             client: client.clone(),
-            origin: Origin { model: Some(model.fingerprint), tenant: String::new() },
+            model: model.fingerprint,
             policy: settings.policy,
             prefix_cache,
             timeout: Duration::from_millis(settings.timeout_ms),
@@ -231,7 +234,7 @@ impl WriteBack {
     /// Queues what a request has finished, as far as the policy wants it.
     pub(crate) fn offer(&self, finished: Finished) {
         let shared = &self.0;
-        let Finished { request, chain, first, held } = finished;
+        let Finished { request, tenant, chain, first, held } = finished;
         let range = match shared.policy {
             WriteBackPolicy::All => first..chain.len(),
             // Whoever wrote them last time had not seen them before.
@@ -244,7 +247,7 @@ impl WriteBack {
             None => return,
         };
         if !range.is_empty() && self.wants_finished() {
-            self.push(Entry { request, chain, range, source });
+            self.push(Entry { request, tenant, chain, range, source });
         }
     }
 
@@ -292,7 +295,7 @@ async fn run(shared: Arc<Shared>, mut pace: Pace) -> anyhow::Result<()> {
 impl Shared {
     /// Offers some blocks; how many bytes were written.
     async fn write(&self, entry: Entry<Source>) -> u64 {
-        let Entry { request, chain, range, source } = entry;
+        let Entry { request, tenant, chain, range, source } = entry;
         let Some(kept) = self.keep(&chain[range.clone()], source).await else { return 0 };
         let places = kept.places(&self.layout, range.clone());
         let end = range.start + places.len();
@@ -309,7 +312,8 @@ impl Shared {
         }
         let deadline = Deadline::after(self.timeout);
         let block_bytes = self.layout.block_bytes() as u64;
-        let report = self.client.write_on(&request, &self.origin, &blocks, range.start, block_bytes, deadline).await;
+        let origin = Origin { model: Some(self.model), tenant: tenant.to_string() };
+        let report = self.client.write_on(&request, &origin, &blocks, range.start, block_bytes, deadline).await;
         drop(kept);
         self.metrics.written.inc_by(report.written as u64);
         self.metrics.present.inc_by(report.present as u64);

@@ -71,6 +71,7 @@ impl Cluster {
             priority: v1::Priority::Unspecified.into(),
             choices: 0,
             heartbeat_ms: 0,
+            tenant: String::new(),
         }
     }
 

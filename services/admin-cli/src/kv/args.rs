@@ -58,9 +58,12 @@ pub(crate) struct EvictArgs {
     /// The model's tokenizer.json
     #[arg(long, value_name = "FILE")]
     pub(crate) tokenizer: Option<PathBuf>,
-    /// The tenant's cache salt, for a prompt
+    /// The request's `cache_salt`, for a prompt
     #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
     pub(crate) salt: String,
+    /// The tenant's cache salt, for a prompt: its name, unless its router's configuration says another
+    #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
+    pub(crate) tenant_salt: String,
     /// The model's name, or its fingerprint if no worker serves it any more. With a prompt: whose prompt it is
     #[arg(long, value_name = "NAME", conflicts_with = "all")]
     pub(crate) model: Option<String>,
@@ -91,9 +94,12 @@ pub(crate) struct PromptArgs {
     /// The model's name; needed where workers serve several
     #[arg(long, value_name = "NAME")]
     pub(crate) model: Option<String>,
-    /// The tenant's cache salt
+    /// The request's `cache_salt`
     #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
     pub(crate) salt: String,
+    /// The tenant's cache salt, where routers ask for keys: its name, unless their configuration says another
+    #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
+    pub(crate) tenant_salt: String,
 }
 
 /// How strongly blocks are kept.

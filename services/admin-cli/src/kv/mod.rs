@@ -204,6 +204,7 @@ impl Nodes {
                 tokenizer: args.tokenizer.clone(),
                 model: args.model.clone(),
                 salt: args.salt.clone(),
+                tenant_salt: args.tenant_salt.clone(),
             };
             let prompt = prompt::read(&prompt, view)?;
             ensure!(

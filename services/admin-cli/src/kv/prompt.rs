@@ -35,7 +35,8 @@ pub(crate) fn read(args: &PromptArgs, view: &View) -> anyhow::Result<Prompt> {
         _ => bail!("a prompt is needed: --tokens FILE, or --text FILE --tokenizer FILE"),
     };
     let block_tokens = model.layout.block_size as usize;
-    let root = BlockHash::root(model.fingerprint, &model.layout, &args.salt);
+    let salt = kvasir_types::tenant_salt(&args.tenant_salt, &args.salt);
+    let root = BlockHash::root(model.fingerprint, &model.layout, &salt);
     Ok(Prompt {
         model: model.name.clone(),
         tokens: tokens.len(),

@@ -16,6 +16,7 @@
 use kvasir_kv_cache::{Ask, Tick};
 use kvasir_types::{BlockHash, BlockId};
 
+mod ahead;
 mod class;
 mod counts;
 mod learned;
@@ -206,14 +207,8 @@ impl Index {
         after: Option<BlockId>,
         now: Use,
     ) -> Option<BlockId> {
-        let class = self.class_for(size, facts, now)?;
-        let id = self.enter(class, hash, facts, now)?;
-        let Some(slot) = self.room(Level::Memory, class, id) else {
-            self.leave(id);
-            return None;
-        };
-        self.give_slot(id, Level::Memory, slot, after);
-        self.change(id, |entry| entry.set_state(State::Reserved));
+        let id = self.reserve_ahead(size, hash, facts, now)?;
+        self.describe(id, Level::Memory, after);
         Some(id)
     }
 
@@ -430,12 +425,22 @@ impl Index {
     }
 
     fn give_slot(&mut self, id: BlockId, level: Level, slot: Slot, after: Option<BlockId>) {
+        self.fill_slot(id, level, slot);
+        self.describe(id, level, after);
+    }
+
+    fn fill_slot(&mut self, id: BlockId, level: Level, slot: Slot) {
         self.slabs[level as usize].hold(slot);
         let class = self.class(self.entry(id).class);
         self.quotas.took(class.share, level, class.size);
         self.change(id, |entry| entry.slots[level as usize] = slot);
         let entry = *self.entry(id);
         self.slabs[level as usize].touch(slot, entry.last_use);
+    }
+
+    /// Tells the tier's policy of a block that has a slot there.
+    fn describe(&mut self, id: BlockId, level: Level, after: Option<BlockId>) {
+        let entry = *self.entry(id);
         let key = self.order_key(id, &entry, level);
         // Only what the same order knows can be named to it.
         let before = after.filter(|&before| {

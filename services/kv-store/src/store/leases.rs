@@ -102,6 +102,17 @@ impl<Id: HoldId> Holds<Id> {
         Some(&hold.blocks)
     }
 
+    /// An open hold ends now, unless it ends earlier.
+    pub(crate) fn hasten(&mut self, id: Id, now: Instant) {
+        if let Some(Hold { until: Some(until), .. }) = self.holds.get_mut(&id)
+            && *until > now
+        {
+            self.by_end.remove(&(*until, id));
+            self.by_end.insert((now, id));
+            *until = now;
+        }
+    }
+
     /// Closes all holds whose time is over.
     pub(crate) fn expire(&mut self, now: Instant) -> Vec<Id> {
         let mut expired = Vec::new();
@@ -131,7 +142,7 @@ impl<Id: HoldId> Holds<Id> {
 }
 
 /// SplitMix64's output function (Steele, Lea, Flood 2014): one to one, so distinct seeds give distinct ids.
-fn mix(mut z: u64) -> u64 {
+pub(super) fn mix(mut z: u64) -> u64 {
     z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     z ^ (z >> 31)

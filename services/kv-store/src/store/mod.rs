@@ -14,6 +14,7 @@
 //! against a model in `model_tests`: what a lookup finds was committed under that hash, in that size, with that checksum,
 //! and is not taken from under its reader; no two blocks share a byte; taken + free = all.
 
+mod ahead;
 mod entry;
 mod groups;
 mod index;
@@ -37,6 +38,7 @@ use std::{
 use kvasir_kv_cache::{Ask, Learned};
 use kvasir_types::{BlockHash, BlockId};
 
+use ahead::Aheads;
 use entry::State;
 use index::Index;
 use leases::Holds;
@@ -44,6 +46,7 @@ use pins::Pins;
 use quota::Quotas;
 use slab::{Slabs, Use};
 
+pub(crate) use ahead::Ahead;
 pub(crate) use entry::{Facts, Keep, Level};
 pub(crate) use groups::{Group, Groups, Held};
 pub use index::Policy;
@@ -198,6 +201,8 @@ pub(crate) struct Store {
     index: Index,
     leases: Holds<LeaseId>,
     reservations: Holds<ReservationId>,
+    /// Of the reservations, those made ahead.
+    ahead: Aheads,
     pins: Pins,
     /// Blocks to be written to disk, the oldest first; some are gone by the time it is their turn.
     dirty: VecDeque<BlockId>,
@@ -217,6 +222,7 @@ impl Store {
             leases: Holds::new(settings.max_leases, settings.seed),
             // Another start: the id of a lease never opens a reservation.
             reservations: Holds::new(settings.max_reservations, !settings.seed),
+            ahead: Aheads::new(settings.seed),
             pins: Pins::default(),
             dirty: VecDeque::new(),
             moves: [0; 2],
@@ -346,6 +352,7 @@ impl Store {
                         SlotState::Reserved { offset: self.index.place(block, Level::Memory).offset }
                     }
                     None => {
+                        self.recall_ahead(now);
                         self.totals.full_blocks += 1;
                         SlotState::Full
                     }
@@ -391,6 +398,7 @@ impl Store {
     /// [`Store::finish_reservation`]. `None`: there is no such reservation, or another end of it came first.
     pub(crate) fn begin_commit(&mut self, reservation: ReservationId) -> Option<Vec<Written>> {
         let blocks = self.reservations.close(reservation)?;
+        self.ahead.over(reservation);
         Some(blocks.iter().map(|&block| Written { block, place: self.index.place(block, Level::Memory) }).collect())
     }
 
@@ -438,7 +446,9 @@ impl Store {
         }
         let expired = Expired { leases: self.leases.expire(now), reservations: self.reservations.expire(now) };
         self.totals.expired_leases += expired.leases.len() as u64;
-        self.totals.expired_reservations += expired.reservations.len() as u64;
+        // That nothing follows on a block is no writer's failure.
+        let failed = expired.reservations.iter().filter(|&&id| !self.ahead.over(id)).count();
+        self.totals.expired_reservations += failed as u64;
         expired
     }
 

@@ -12,7 +12,7 @@ use std::{
 use kvasir_types::BlockHash;
 use proptest::prelude::*;
 
-use super::*;
+use super::{entry::OriginId, *};
 
 const SLAB: u64 = 1024;
 const SLABS: u64 = 4;
@@ -31,6 +31,11 @@ enum Op {
         size: usize,
         first: u8,
         len: u8,
+    },
+    /// Room for a block that is named when it is committed.
+    Ahead {
+        size: usize,
+        name: u8,
     },
     /// The n-th writer that still may writes all of its blocks, right or torn.
     Write {
@@ -57,6 +62,7 @@ fn op() -> impl Strategy<Value = Op> {
     prop_oneof![
         4 => run().prop_map(|(size, first, len)| Op::Lookup { size, first, len }),
         4 => run().prop_map(|(size, first, len)| Op::Reserve { size, first, len }),
+        3 => (0..SIZES.len(), 0u8..12).prop_map(|(size, name)| Op::Ahead { size, name }),
         4 => (0usize..4, prop::bool::weighted(0.1)).prop_map(|(writer, torn)| Op::Write { writer, torn }),
         4 => (0usize..4).prop_map(|writer| Op::Commit { writer }),
         2 => (0usize..4).prop_map(|reader| Op::Release { reader }),
@@ -88,6 +94,8 @@ struct Writer {
     writing: u64,
     slots: Vec<(BlockHash, u64)>,
     size: BlockBytes,
+    /// Its slot has no name before it is committed.
+    ahead: bool,
     /// Closed: what is to become visible when it is finished.
     closing: Option<Vec<Written>>,
 }
@@ -149,11 +157,28 @@ impl World {
         match *op {
             Op::Lookup { size, first, len } => self.lookup(SIZES[size], first..first + len),
             Op::Reserve { size, first, len } => self.reserve(SIZES[size], first..first + len),
+            Op::Ahead { size, name } => self.ahead(SIZES[size], hash(name)),
             Op::Write { writer, torn } => self.write(writer, torn),
             Op::Commit { writer } => {
                 let open = self.writers.iter_mut().filter(|(_, writer)| writer.closing.is_none());
                 if let Some((&id, writer)) = open.into_iter().nth(writer) {
-                    writer.closing = Some(self.store.begin_commit(id).expect("it is open"));
+                    let as_named = writer.slots[0].0;
+                    let was = self.store.index.find(writer.size, as_named);
+                    let of = |store: &mut Store, size| {
+                        store.begin_commit_of(id, size, as_named, Ask::default(), Facts::default())
+                    };
+                    assert_eq!(of(&mut self.store, BlockBytes(7)), None, "of another size");
+                    writer.closing = match of(&mut self.store, writer.size) {
+                        Some((state, written)) => {
+                            assert!(writer.ahead, "what has a name gets no other");
+                            assert_eq!(matches!(state, SlotState::Reserved { .. }), was.is_none());
+                            Some(if was.is_none() { written } else { Vec::new() })
+                        }
+                        None => {
+                            assert!(!writer.ahead, "it is open");
+                            Some(self.store.begin_commit(id).expect("it is open"))
+                        }
+                    };
                     assert!(self.store.begin_commit(id).is_none(), "a reservation is closed once");
                 }
             }
@@ -210,8 +235,19 @@ impl World {
         assert_eq!(reserved.reservation.is_some(), !slots.is_empty());
         if let Some(id) = reserved.reservation {
             self.writings += 1;
-            self.writers.insert(id, Writer { writing: self.writings, slots, size, closing: None });
+            let writer = Writer { writing: self.writings, slots, size, ahead: false, closing: None };
+            self.writers.insert(id, writer);
         }
+    }
+
+    fn ahead(&mut self, size: BlockBytes, name: BlockHash) {
+        let Some(ahead) = self.store.reserve_ahead(self.now, size, OriginId::default()) else { return };
+        self.writings += 1;
+        let slots = vec![(name, ahead.offset)];
+        let writer = Writer { writing: self.writings, slots, size, ahead: true, closing: None };
+        self.writers.insert(ahead.reservation, writer);
+        let open: u64 = self.writers.values().filter(|w| w.ahead && w.closing.is_none()).map(|w| w.size.0).sum();
+        assert!(open <= SLAB * SLABS / 8, "few of them");
     }
 
     /// Closed writers write too: until the revocation is through, theirs is a late write.
@@ -364,4 +400,22 @@ fn a_block_of_another_size_is_a_miss() {
     put(&mut world.store, world.now, SIZES[0], &[hash(0)]);
     assert_eq!(found(&mut world.store, world.now, SIZES[1], &[hash(0)]), 0);
     assert_eq!(found(&mut world.store, world.now, SIZES[0], &[hash(0)]), 1);
+}
+
+#[test]
+fn room_made_ahead_is_taken_back_when_a_block_with_a_name_finds_none() {
+    let mut world = World::new();
+    let (now, store, size) = (world.now, &mut world.store, SIZES[1]);
+    let ahead = store.reserve_ahead(now, size, OriginId::default()).unwrap();
+    assert!(store.reserve_ahead(now, size, OriginId::default()).is_none(), "an eighth of the memory is enough");
+    let reserve = |store: &mut Store, hashes: &[BlockHash]| {
+        store.reserve(now, size, hashes, Ask::default(), |_| Facts::default()).unwrap().slots
+    };
+    reserve(store, &(0..11).map(hash).collect::<Vec<_>>());
+    assert!(store.expire(now).reservations.is_empty());
+    assert_eq!(reserve(store, &[hash(11)]), [SlotState::Full]);
+    assert_eq!(store.expire(now).reservations, [ahead.reservation]);
+    store.finish_reservation(ahead.reservation, &HashMap::new());
+    assert_eq!(store.totals().expired_reservations, 0, "no writer has failed");
+    assert!(matches!(reserve(store, &[hash(11)])[..], [SlotState::Reserved { .. }]));
 }

@@ -236,6 +236,7 @@ pub(super) fn commit_request(reservation: u64, blocks: &[(BlockHash, [u8; 16])])
         reservation,
         hashes: convert::pack16(blocks.iter().map(|(hash, _)| &hash.0)),
         checksums: convert::pack16(blocks.iter().map(|(_, sum)| sum)),
+        named: None,
     }
 }
 

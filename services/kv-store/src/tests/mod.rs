@@ -1,5 +1,6 @@
 //! A node and its clients over real sockets: what each promises the other, with peers that stall, lie and die.
 
+mod ahead;
 mod calls;
 mod disk;
 mod division;

@@ -194,7 +194,8 @@ impl Crew {
         self.len() == 0
     }
 
-    fn len(&self) -> usize {
+    /// How many decode workers there are.
+    pub(crate) fn len(&self) -> usize {
         self.decode.as_ref().map_or(self.roster.decode.len(), |decode| decode.len())
     }
 

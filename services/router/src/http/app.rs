@@ -18,6 +18,8 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
 use super::{deciding::Policies, error::Error};
 use crate::{
+    access::{Caller, Keyring},
+    admission::{Gate, Gates},
     cache::Index,
     config::{Config, Limits},
     fleet::Fleet,
@@ -49,6 +51,10 @@ pub(crate) struct App {
     pub(crate) context: Context,
     /// When the router started, in seconds since 1970.
     pub(crate) started: u64,
+    /// Who may ask.
+    pub(crate) keys: watch::Receiver<Arc<Keyring>>,
+    /// Where requests wait for their turn, by model.
+    gates: Gates,
     /// How failures are dealt with.
     pub(crate) retry: RetryConfig,
     /// Leaf lock, held for a sum.
@@ -58,8 +64,21 @@ pub(crate) struct App {
     tickets: AtomicU64,
 }
 
+/// What a router is made of besides its configuration.
+pub(crate) struct Parts {
+    pub(crate) models: Vec<Arc<Model>>,
+    pub(crate) fleet: watch::Receiver<Arc<Fleet>>,
+    pub(crate) index: Arc<Index>,
+    pub(crate) keys: watch::Receiver<Arc<Keyring>>,
+    pub(crate) gates: Gates,
+    pub(crate) metrics: Metrics,
+    pub(crate) context: Context,
+}
+
 /// A generation request that was let in.
 pub(crate) struct Admitted {
+    /// Who sent it.
+    pub(crate) caller: Caller,
     /// It counts as under way.
     pub(crate) inflight: Inflight,
     /// Its place among those under way.
@@ -70,14 +89,8 @@ pub(crate) struct Admitted {
 
 impl App {
     /// All of it.
-    pub(crate) fn new(
-        config: &Config,
-        models: Vec<Arc<Model>>,
-        fleet: watch::Receiver<Arc<Fleet>>,
-        index: Arc<Index>,
-        metrics: Metrics,
-        context: Context,
-    ) -> Self {
+    pub(crate) fn new(config: &Config, parts: Parts) -> Self {
+        let Parts { models, fleet, index, keys, gates, metrics, context } = parts;
         let (limits, retry) = (config.limits.clone(), config.retry.clone());
         Self {
             inflight: Arc::new(Semaphore::new(limits.max_inflight)),
@@ -85,6 +98,8 @@ impl App {
             purse: Mutex::new(Purse::new(&retry, Instant::now())),
             limits,
             retry,
+            keys,
+            gates,
             models,
             fleet,
             policies: Policies::new(config.policy),
@@ -97,12 +112,31 @@ impl App {
     }
 
     /// Lets a generation request in, if there is room: before its body is read, so that what waits is bounded too.
-    pub(crate) fn admit(&self) -> Result<Admitted, Error> {
+    pub(crate) fn admit(&self, request: &Request<Body>) -> Result<Admitted, Error> {
+        let caller = request.extensions().get::<Caller>().cloned().ok_or(Error::NoKey)?;
+        caller.request(Instant::now()).map_err(|over| self.refused(over))?;
         let permit = Arc::clone(&self.inflight).try_acquire_owned();
         let permit = permit.map_err(|_| Error::Full { limit: self.limits.max_inflight })?;
         let deadline = Deadline::after(self.limits.request_timeout());
         self.purse().request();
-        Ok(Admitted { inflight: self.metrics.admitted(), permit, deadline })
+        Ok(Admitted { caller, inflight: self.metrics.admitted(), permit, deadline })
+    }
+
+    /// Where requests for a model wait for their turn.
+    pub(crate) fn gate(&self, model: &str) -> Result<&Gate, Error> {
+        self.gates.get(model).ok_or_else(|| Error::NoWorker(model.to_owned()))
+    }
+
+    /// Counts a request that is not let in.
+    pub(crate) fn refused(&self, why: impl Into<Error>) -> Error {
+        let error = why.into();
+        let why = match &error {
+            Error::Rate { .. } => "rate",
+            Error::Queued { .. } => "full",
+            _ => "late",
+        };
+        self.metrics.not_let_in(why);
+        error
     }
 
     /// Whether a worker's failure may cost another try now.

@@ -29,7 +29,7 @@ pub(crate) async fn chat(
     Extension(id): Extension<RequestId>,
     request: Request<Body>,
 ) -> Result<Response, Error> {
-    let admitted = app.admit()?;
+    let admitted = app.admit(&request)?;
     let body = app.body(request).await?;
     let ChatRequest { mut common, mut conversation, effort } = ChatRequest::parse(&body)?;
     let model = Arc::clone(app.model(&common.model)?);

@@ -13,6 +13,8 @@ use http::{HeaderValue, StatusCode, header};
 use serde_json::{Value, json};
 
 use crate::{
+    access::Over,
+    admission::Refused,
     text,
     upstream::{self, Field},
 };
@@ -91,6 +93,36 @@ pub(crate) enum Error {
         /// The limit.
         limit: usize,
     },
+    /// It says no key, and one is needed.
+    #[error("you didn't provide an API key: send it in an Authorization header, as `Authorization: Bearer YOUR_KEY`")]
+    NoKey,
+    /// There is no such key.
+    #[error("incorrect API key provided")]
+    BadKey,
+    /// More than the caller may send in a minute.
+    #[error("rate limit reached: {limit} {what} per minute; try again in {} ms", after.as_millis())]
+    Rate {
+        /// `requests` or `tokens`.
+        what: &'static str,
+        /// How many a minute.
+        limit: u64,
+        /// When there will be room.
+        after: Duration,
+    },
+    /// Too many wait for their turn.
+    #[error("too many requests wait for the model's workers (limit {limit}), try again later")]
+    Queued {
+        /// The limit.
+        limit: usize,
+        /// When there may be room.
+        after: Duration,
+    },
+    /// It would not be, or was not, its turn in time.
+    #[error("the model's workers are overloaded: this request would wait {} ms for its turn", wait.as_millis())]
+    Late {
+        /// How long.
+        wait: Duration,
+    },
     /// No worker serves the model now.
     #[error("no worker serves the model `{0}` right now, try again later")]
     NoWorker(String),
@@ -114,8 +146,9 @@ impl Error {
             Self::Method(_) => StatusCode::METHOD_NOT_ALLOWED,
             Self::SlowBody(_) => StatusCode::REQUEST_TIMEOUT,
             Self::BigBody { .. } => StatusCode::PAYLOAD_TOO_LARGE,
-            Self::Full { .. } => StatusCode::TOO_MANY_REQUESTS,
-            Self::NoWorker(_) => StatusCode::SERVICE_UNAVAILABLE,
+            Self::NoKey | Self::BadKey => StatusCode::UNAUTHORIZED,
+            Self::Full { .. } | Self::Rate { .. } | Self::Queued { .. } => StatusCode::TOO_MANY_REQUESTS,
+            Self::NoWorker(_) | Self::Late { .. } => StatusCode::SERVICE_UNAVAILABLE,
             Self::Deadline => StatusCode::GATEWAY_TIMEOUT,
             Self::Internal(_) => StatusCode::INTERNAL_SERVER_ERROR,
             Self::Upstream(error) => match error {
@@ -132,12 +165,14 @@ impl Error {
     /// What kind of mistake, for programs.
     fn code(&self) -> Option<&'static str> {
         Some(match self {
-            Self::Malformed(_) | Self::Body | Self::NoPath { .. } | Self::Method(_) => return None,
+            Self::Malformed(_) | Self::Body | Self::NoPath { .. } | Self::Method(_) | Self::NoKey => return None,
+            Self::BadKey => "invalid_api_key",
             Self::Param(bad) => bad.code,
             Self::NoModel(_) => "model_not_found",
             Self::SlowBody(_) => "request_timeout",
             Self::BigBody { .. } => "request_too_large",
-            Self::Full { .. } => "rate_limit_exceeded",
+            Self::Full { .. } | Self::Rate { .. } => "rate_limit_exceeded",
+            Self::Queued { .. } | Self::Late { .. } => "overloaded",
             Self::NoWorker(_) => "no_worker",
             Self::Deadline => "deadline_exceeded",
             Self::Internal(_) => "internal_error",
@@ -156,9 +191,20 @@ impl Error {
 
     fn kind(&self) -> &'static str {
         match self.status() {
-            StatusCode::TOO_MANY_REQUESTS => "rate_limit_error",
+            StatusCode::TOO_MANY_REQUESTS => match self {
+                Self::Rate { what, .. } => what,
+                _ => "rate_limit_error",
+            },
             status if status.is_client_error() => "invalid_request_error",
             _ => "server_error",
+        }
+    }
+
+    /// How long a refused client should wait, in seconds.
+    fn retry_after_s(&self) -> u64 {
+        match self {
+            Self::Rate { after, .. } | Self::Queued { after, .. } | Self::Late { wait: after } => after.as_secs() + 1,
+            _ => RETRY_AFTER.as_secs(),
         }
     }
 
@@ -216,12 +262,30 @@ impl Error {
     }
 }
 
+impl From<Refused> for Error {
+    fn from(refused: Refused) -> Self {
+        match refused {
+            Refused::Full { limit, after } => Self::Queued { limit, after },
+            Refused::Late { wait } => Self::Late { wait },
+        }
+    }
+}
+
+impl From<Over> for Error {
+    fn from(Over { what, limit, after }: Over) -> Self {
+        Self::Rate { what, limit, after }
+    }
+}
+
 impl IntoResponse for Error {
     fn into_response(self) -> Response {
         let status = self.status();
         let mut response = (status, axum::Json(self.object())).into_response();
         if matches!(status, StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE) {
-            response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(RETRY_AFTER.as_secs()));
+            response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(self.retry_after_s()));
+        }
+        if status == StatusCode::UNAUTHORIZED {
+            response.headers_mut().insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
         }
         response
     }

@@ -7,7 +7,7 @@
 //!
 //! Dropping a [`Live`] cancels the request on every worker and gives its places back.
 
-use std::{collections::HashSet, sync::Arc};
+use std::{collections::HashSet, sync::Arc, time::Instant};
 
 use kvasir_runtime::random_u64;
 use kvasir_types::{FinishReason, Priority, RequestId, Sampling, TokenId, Usage};
@@ -17,11 +17,13 @@ use tracing::{Span, info};
 use super::{
     app::{Admitted, App},
     error::{Error, Params},
+    guard::Meter,
     placing::{self, Call},
     tokens::Tokens,
     types::{Common, ServiceTier},
 };
 use crate::{
+    admission::{Entrant, Place},
     metrics::Progress,
     text::{Answer, Hidden, Logged, Model},
     upstream::Event,
@@ -87,6 +89,8 @@ pub(crate) struct Live {
     cached_tokens: Option<u32>,
     progress: Progress,
     span: Span,
+    meter: Meter,
+    place: Place,
     _permit: OwnedSemaphorePermit,
 }
 
@@ -99,22 +103,39 @@ impl Live {
         prepared: Prepared,
     ) -> Result<Self, Error> {
         let Prepared { id, model, prompt, param } = prepared;
-        let Admitted { inflight, permit, deadline } = admitted;
+        let Admitted { caller, inflight, permit, deadline } = admitted;
+        if !caller.may_use(model.name()) {
+            return Err(Error::NoModel(model.name().to_owned())); // as if it were not there
+        }
         let fleet = Arc::clone(&app.fleet.borrow());
-        let crew = placing::crew(fleet.crew(model.name()), &model, prompt.len(), param)?;
+        placing::crew(fleet.crew(model.name()), &model, prompt.len(), param)?;
         let max_tokens = placing::max_tokens(common.max_tokens, app.limits.max_output_tokens)?;
         placing::few_choices(common.choices, app.limits.max_choices)?;
         placing::biases_in_vocabulary(&common.sampling, &model)?;
 
         let prompt_tokens = prompt.len();
+        let salt = caller.cache_salt(&common.cache_salt);
+        let tenant = Arc::clone(caller.tenant());
+        let meter = Meter::prompt(caller, prompt_tokens).map_err(|over| app.refused(over))?;
+        let priority = common.service_tier.map_or_else(Priority::default, Priority::from);
+        let answer_tokens = u64::from(max_tokens).saturating_mul(common.choices.into());
+        let entrant = Entrant { tenant: &tenant, priority, prompt_tokens, answer_tokens, deadline };
+        let arrived = Instant::now();
+        let mut place = app.gate(model.name())?.enter(entrant).await.map_err(|refused| app.refused(refused))?;
+        app.metrics.waited(arrived.elapsed());
+        place.spent(prompt_tokens as u64);
+        // Who is there may have changed meanwhile.
+        let fleet = Arc::clone(&app.fleet.borrow());
+        let crew = placing::crew(fleet.crew(model.name()), &model, prompt_tokens, param)?;
         let call = Call {
             app: Arc::clone(app),
             id: id.clone(),
             model: Arc::clone(&model),
             prompt,
             sampling: Sampling { seed: common.seed.unwrap_or_else(random_u64), ..common.sampling },
-            salt: common.cache_salt,
-            priority: common.service_tier.map_or_else(Priority::default, Priority::from),
+            salt,
+            tenant: tenant.name.clone(),
+            priority,
             choices: common.choices,
             max_tokens,
             deadline,
@@ -145,6 +166,8 @@ impl Live {
             cached_tokens: None,
             progress: inflight.begun(prompt_tokens, common.choices as usize),
             span,
+            meter,
+            place,
             tokens: Some(Tokens::new(call, placed, hidden.iter().copied().collect())),
             model,
             _permit: permit,
@@ -165,6 +188,8 @@ impl Live {
             let (at, piece, reason) = match event {
                 Event::Token(at, sampled) => {
                     self.progress.token(at);
+                    self.meter.token();
+                    self.place.spent(1);
                     let choice = &mut self.choices[at];
                     choice.tokens += 1;
                     (at, choice.answer.push(sampled), None)

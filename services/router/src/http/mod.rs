@@ -15,6 +15,7 @@ mod completions;
 mod deciding;
 mod error;
 mod fields;
+mod guard;
 mod live;
 mod messages;
 mod models;
@@ -42,7 +43,7 @@ use kvasir_types::RequestId;
 use serde_json::json;
 use tracing::{Instrument, info_span};
 
-pub(crate) use app::App;
+pub(crate) use app::{App, Parts};
 pub(crate) use routing::{Operators, admin};
 pub(crate) use server::Server;
 
@@ -66,6 +67,7 @@ pub(crate) fn routes(app: Arc<App>) -> Router {
         .route("/metrics", get(metrics))
         .fallback(no_path)
         .method_not_allowed_fallback(no_method)
+        .layer(middleware::from_fn_with_state(Arc::clone(&app), guard::authorize))
         .layer(middleware::from_fn_with_state(Arc::clone(&app), identify))
         .with_state(app)
 }
@@ -86,6 +88,8 @@ async fn identify(State(app): State<Arc<App>>, mut request: Request, next: Next)
         "request",
         request_id = %id,
         endpoint,
+        tenant = tracing::field::Empty,
+        key = tracing::field::Empty,
         model = tracing::field::Empty,
         worker = tracing::field::Empty
     );

@@ -1,24 +1,32 @@
-//! `GET /v1/models` and `GET /v1/models/{id}`: what may be asked for.
+//! `GET /v1/models` and `GET /v1/models/{id}`: what the caller may ask for.
 
 use std::sync::Arc;
 
 use axum::{
-    Json,
+    Extension, Json,
     extract::{Path, State},
 };
 use serde_json::{Value, json};
 
 use super::{app::App, error::Error};
-use crate::{fleet::Crew, text::Model};
+use crate::{access::Caller, fleet::Crew, text::Model};
 
-/// All models.
-pub(crate) async fn list(State(app): State<Arc<App>>) -> Json<Value> {
-    let models: Vec<Value> = app.models.iter().map(|model| object(&app, model)).collect();
+/// All models that the caller may use.
+pub(crate) async fn list(State(app): State<Arc<App>>, Extension(caller): Extension<Caller>) -> Json<Value> {
+    let models = app.models.iter().filter(|model| caller.may_use(model.name()));
+    let models: Vec<Value> = models.map(|model| object(&app, model)).collect();
     Json(json!({"object": "list", "data": models}))
 }
 
 /// One model.
-pub(crate) async fn get(State(app): State<Arc<App>>, Path(name): Path<String>) -> Result<Json<Value>, Error> {
+pub(crate) async fn get(
+    State(app): State<Arc<App>>,
+    Extension(caller): Extension<Caller>,
+    Path(name): Path<String>,
+) -> Result<Json<Value>, Error> {
+    if !caller.may_use(&name) {
+        return Err(Error::NoModel(name.chars().take(200).collect()));
+    }
     app.model(&name).map(|model| Json(object(&app, model)))
 }
 

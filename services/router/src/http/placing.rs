@@ -93,6 +93,7 @@ pub(crate) struct Call {
     pub(crate) prompt: Vec<TokenId>,
     pub(crate) sampling: Sampling,
     pub(crate) salt: String,
+    pub(crate) tenant: String,
     pub(crate) priority: Priority,
     pub(crate) choices: u32,
     pub(crate) max_tokens: u32,
@@ -263,6 +264,7 @@ impl Call {
             priority: v1::Priority::from(self.priority).into(),
             choices: part.choices,
             heartbeat_ms,
+            tenant: self.tenant.clone(),
         }
     }
 
