@@ -174,9 +174,13 @@ async fn operators_see_why_and_choose_otherwise() -> Result<()> {
             let file = tempfile::NamedTempFile::new()?;
             std::fs::write(file.path(), body.to_string())?;
             let path = file.path().to_string_lossy().into_owned();
-            let table = ctl(cluster, &["route", "explain", "--chat", &path])?;
             let says = format!("chooses by kv-aware: decode {}", decode_of(&first));
-            ensure!(table.contains(&says) && table.contains("because of cache"), "{table}");
+            // As soon as the worker has told that it is idle again.
+            let shown = wait::until("the worker that holds the prompt is chosen", SOON, async || {
+                let table = ctl(cluster, &["route", "explain", "--chat", &path]).ok()?;
+                (table.contains(&says) && table.contains("because of cache")).then_some(())
+            });
+            shown.await?;
             let json: Value =
                 serde_json::from_str(&ctl(cluster, &["route", "explain", "--chat", &path, "--output", "json"])?)?;
             ensure!(json["cached_tokens"].as_u64() > Some(256) && json["router"] == "router-0", "{json}");

@@ -94,11 +94,14 @@ impl Pulse {
         self.requests.fetch_sub(1, Relaxed);
         self.tokens.fetch_sub(tokens, Relaxed);
         self.work.fetch_sub(work, Relaxed);
-        if self.told.load(Relaxed) == began {
-            // The worker may be telling right now: then there is nothing left to take off.
-            for (place, amount) in [(&self.since_requests, 1), (&self.since_work, work)] {
-                let _always = place.fetch_update(Relaxed, Relaxed, |since| Some(since.saturating_sub(amount)));
-            }
+        // What the worker told may be a while ago: it is not in that any more, or, if it came later, in what was sent since.
+        // The worker may be telling right now: then there is nothing left to take off.
+        let counted = match self.told.load(Relaxed) == began {
+            true => [(&self.since_requests, 1), (&self.since_work, work)],
+            false => [(&self.told_requests, 1), (&self.told_work, work)],
+        };
+        for (place, amount) in counted {
+            let _always = place.fetch_update(Relaxed, Relaxed, |count| Some(count.saturating_sub(amount)));
         }
     }
 
@@ -223,8 +226,10 @@ mod tests {
         let third = pulse.begin(10, 10);
         pulse.end(10, 10, third);
         assert_eq!(pulse.prefill_load(), Load { requests: 4, tokens: 750 });
+        // Those that the worker told of and that are over are not there any more.
         pulse.end(1000, 600, first);
         pulse.end(100, 100, second);
+        assert_eq!(pulse.prefill_load(), Load { requests: 2, tokens: 50 });
         pulse.told(&v1::WorkerLoad::default(), 16);
         assert_eq!(pulse.prefill_load(), Load::default());
     }
