@@ -8,7 +8,8 @@ use kvasir_types::Deadline;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    access::AccessConfig, admission::AdmissionConfig, retry::RetryConfig, route::PolicyName, upstream::Patience,
+    access::AccessConfig, admission::AdmissionConfig, http::TlsConfig, retry::RetryConfig, route::PolicyName,
+    upstream::Patience,
 };
 
 /// A router.
@@ -42,6 +43,8 @@ pub struct Config {
     pub limits: Limits,
     /// Second tries, when workers fail.
     pub retry: RetryConfig,
+    /// HTTPS instead of HTTP.
+    pub tls: TlsConfig,
     /// Who may ask, for what, and how much.
     pub access: AccessConfig,
     /// How many requests workers get, and who waits.
@@ -111,6 +114,7 @@ impl Default for Config {
             policy: PolicyName::default(),
             limits: Limits::default(),
             retry: RetryConfig::default(),
+            tls: TlsConfig::default(),
             access: AccessConfig::default(),
             admission: AdmissionConfig::default(),
         }

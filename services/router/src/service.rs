@@ -44,6 +44,14 @@ pub async fn run(config: Config, context: Context, registry: Arc<dyn Registry>) 
     let admin = listening.beside(admin);
     let id = config.id.clone().unwrap_or_else(|| format!("router-{:08x}", random_u64() as u32));
     let id: MemberId = id.parse().context("id")?;
+    let tls = http::acceptor(&config.tls)?;
+    let tls = tls.map(|(acceptor, watching)| {
+        context.tasks.spawn(Kind::Background, "certificate", async move {
+            watching.await;
+            Ok(())
+        });
+        acceptor
+    });
     let (keys, keyring) = watch::channel(Arc::new(config.access.keyring()?));
     context.tasks.spawn(Kind::Background, "keys", {
         let watching = access::watch(config.access.clone(), keys);
@@ -68,7 +76,7 @@ pub async fn run(config: Config, context: Context, registry: Arc<dyn Registry>) 
     let app = Arc::new(App::new(&config, parts));
     operators.open(Arc::clone(&app));
     let http = listening.advertised;
-    let server = Server { listener: listening.listener, routes: http::routes(app), limits: config.limits.clone() };
+    let server = Server { listener: listening.listener, routes: http::routes(app), limits: config.limits.clone(), tls };
 
     let member = member(id, http, admin);
     registry.register(member.clone()).await.context("registration")?;

@@ -10,6 +10,7 @@ mod cache;
 mod choices;
 mod ctl;
 mod faults;
+mod front;
 mod golden;
 mod http_errors;
 mod moves;

@@ -23,6 +23,7 @@ mod placing;
 mod routing;
 mod server;
 mod sse;
+mod tls;
 mod tokens;
 mod types;
 mod wire;
@@ -46,6 +47,8 @@ use tracing::{Instrument, info_span};
 pub(crate) use app::{App, Parts};
 pub(crate) use routing::{Operators, admin};
 pub(crate) use server::Server;
+pub(crate) use tls::acceptor;
+pub use tls::{TlsConfig, TlsError};
 
 use error::Error;
 
