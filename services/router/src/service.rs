@@ -106,7 +106,7 @@ async fn load(config: &Config) -> anyhow::Result<Vec<Arc<Model>>> {
         wanted
             .iter()
             .map(|model| {
-                let loaded = Model::load(&model.name, &model.path);
+                let loaded = Model::load(model);
                 loaded.map(Arc::new).with_context(|| format!("model {}", model.name))
             })
             .collect()

@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 mod access;
+mod api;
 mod bad_start;
 mod cache;
 mod choices;

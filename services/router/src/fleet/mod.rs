@@ -32,6 +32,11 @@ pub(crate) use pulse::Pulse;
 /// cluster changes over.
 const MAX_NAMINGS: usize = 4;
 
+/// A number for a name (of a worker, of a session) that is the same on all routers.
+pub(crate) fn key_of(name: &str) -> u64 {
+    blake3::hash(name.as_bytes()).as_bytes().first_chunk().map_or(0, |bytes| u64::from_le_bytes(*bytes))
+}
+
 /// One life of one worker.
 pub(crate) struct Worker {
     /// Its record when it was first seen with the parts that matter here.
@@ -46,8 +51,7 @@ pub(crate) struct Worker {
 
 impl Worker {
     fn new(member: Member) -> Arc<Self> {
-        let key = blake3::hash(member.id.as_str().as_bytes());
-        let key = key.as_bytes().first_chunk().map_or(0, |bytes| u64::from_le_bytes(*bytes));
+        let key = key_of(member.id.as_str());
         Arc::new(Self { member, pulse: Pulse::default(), key, channel: OnceLock::new(), health: Mutex::default() })
     }
 

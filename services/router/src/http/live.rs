@@ -24,6 +24,7 @@ use super::{
 };
 use crate::{
     admission::{Entrant, Place},
+    fleet::key_of,
     metrics::Progress,
     text::{Answer, Hidden, Logged, Model},
     upstream::Event,
@@ -39,6 +40,8 @@ pub(crate) struct Prepared {
     pub(crate) prompt: Vec<TokenId>,
     /// The field it came from, for error messages.
     pub(crate) param: &'static str,
+    /// Special tokens to show.
+    pub(crate) markers: Arc<HashSet<TokenId>>,
 }
 
 /// What a token, or the end, added to one of the answers.
@@ -102,7 +105,7 @@ impl Live {
         common: Common,
         prepared: Prepared,
     ) -> Result<Self, Error> {
-        let Prepared { id, model, prompt, param } = prepared;
+        let Prepared { id, model, prompt, param, markers } = prepared;
         let Admitted { caller, inflight, permit, deadline } = admitted;
         if !caller.may_use(model.name()) {
             return Err(Error::NoModel(model.name().to_owned())); // as if it were not there
@@ -134,6 +137,7 @@ impl Live {
             prompt,
             sampling: Sampling { seed: common.seed.unwrap_or_else(random_u64), ..common.sampling },
             salt,
+            session: common.session.as_deref().map(key_of),
             tenant: tenant.name.clone(),
             priority,
             choices: common.choices,
@@ -154,7 +158,8 @@ impl Live {
         let fingerprint = info.map_or_else(String::new, |info| format!("fp_{}", info.fingerprint));
         let hidden = Arc::new(hidden);
         let choice = |_| {
-            let answer = Answer::new(Arc::clone(&model), common.stop.clone(), Hidden { tokens: Arc::clone(&hidden) });
+            let hidden = Hidden { tokens: Arc::clone(&hidden), markers: Arc::clone(&markers) };
+            let answer = Answer::new(Arc::clone(&model), common.stop.clone(), hidden);
             Choice { answer: answer.at_least(call.sampling.min_tokens), tokens: 0, ended: false }
         };
         Ok(Self {

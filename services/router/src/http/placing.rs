@@ -93,6 +93,8 @@ pub(crate) struct Call {
     pub(crate) prompt: Vec<TokenId>,
     pub(crate) sampling: Sampling,
     pub(crate) salt: String,
+    /// A number for the session that it belongs to.
+    pub(crate) session: Option<u64>,
     pub(crate) tenant: String,
     pub(crate) priority: Priority,
     pub(crate) choices: u32,
@@ -235,6 +237,7 @@ impl Call {
     }
 
     fn choose(&self, part: &Part<'_>, ask: Ask, crew: &Crew) -> Option<Chosen> {
+        let ask = Ask { session: self.session, ..ask };
         deciding::decide(&self.app, ask, &Prompt { tokens: part.prompt, salt: &self.salt }, crew)
     }
 

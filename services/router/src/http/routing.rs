@@ -26,7 +26,10 @@ use super::{
     deciding::{self, Prompt},
     types::ChatRequest,
 };
-use crate::{fleet::Crew, route::PolicyName};
+use crate::{
+    fleet::{Crew, key_of},
+    route::PolicyName,
+};
 
 /// Bytes of a body: a prompt of a million tokens.
 const MAX_BODY_BYTES: usize = 16 << 20;
@@ -107,7 +110,7 @@ struct Explain {
     model: String,
     #[serde(default)]
     salt: String,
-    session: Option<u64>,
+    session: Option<String>,
     tokens: Option<Vec<u32>>,
     text: Option<String>,
     chat: Option<Value>,
@@ -145,7 +148,7 @@ fn answer(app: &App, asked: Explain) -> Result<Json<Value>, Refusal> {
     }
     let fleet = Arc::clone(&app.fleet.borrow());
     let crew = fleet.crew(model.name()).cloned().unwrap_or_else(Crew::default).longer_than(tokens.len());
-    let ask = crate::route::Ask { session: asked.session, ..app.ask_for_show(tokens.len()) };
+    let ask = crate::route::Ask { session: asked.session.as_deref().map(key_of), ..app.ask_for_show(tokens.len()) };
     let prompt = Prompt { tokens: &tokens, salt: &asked.salt };
     let explanation = deciding::explain(app, ask, &prompt, &crew.rested(std::time::Instant::now()));
     let nobody = || Refusal(StatusCode::SERVICE_UNAVAILABLE, "no worker can take this request".to_owned());
