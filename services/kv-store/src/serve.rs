@@ -139,6 +139,11 @@ pub(crate) async fn start(
         Ok(())
     });
     serve(&config, context, service, listening.listener);
+    let watching = node.clone().watch_disk(Duration::from_millis(config.disk.retry_ms), context.shutdown.clone());
+    context.tasks.spawn(Kind::Background, "disk", async move {
+        watching.await;
+        Ok(())
+    });
     if config.eviction.exchange_ms > 0 {
         let interval = Duration::from_millis(config.eviction.exchange_ms);
         let exchange = Exchange { id: id.clone(), node: node.clone(), interval };

@@ -418,6 +418,25 @@ fn a_full_disk_keeps_what_it_has() {
 }
 
 #[test]
+fn what_a_disk_did_not_take_is_written_once_it_takes_more() {
+    let (mut world, size) = (World::new(), SIZES[0]);
+    world.put(size, &run(0, 4), &Origin::default());
+    for write in world.store.writes() {
+        world.store.refused(write.block);
+    }
+    // As many as may be under way at a time have been tried, and the rest is written.
+    world.write_all();
+    assert_eq!((world.store.usage().disk_blocks, world.store.usage().dirty), (1, 0));
+    world.store.try_again();
+    world.write_all();
+    assert_eq!(world.store.usage().disk_blocks, 4);
+    // What is gone or written by then is passed over.
+    world.store.try_again();
+    world.write_all();
+    assert_eq!(world.store.usage().disk_blocks, 4);
+}
+
+#[test]
 fn a_tenant_past_its_quota_displaces_its_own() {
     let (mut world, size) = (World::new(), SIZES[0]);
     world.put(size, &run(100, 6), &Origin::default());
