@@ -499,45 +499,6 @@ fn what_a_disk_held_is_found_again_where_it_can_be() {
     );
 }
 
-/// Bytes of this process that are in memory.
-fn resident_bytes() -> u64 {
-    let pages = std::fs::read_to_string("/proc/self/statm").unwrap();
-    pages.split(' ').nth(1).unwrap().parse::<u64>().unwrap() * 4096
-}
-
-#[test]
-fn an_index_of_ten_million_blocks_takes_under_100_bytes_for_each() {
-    const BLOCKS: u64 = 10_000_000;
-    const SIZE: BlockBytes = BlockBytes(1 << 20);
-    let settings = Settings {
-        capacity_bytes: 1 << 30,
-        slab_bytes: 16 << 20,
-        disk_bytes: BLOCKS << 20,
-        ..settings(Policies { memory: Policy::HitDensity, disk: Policy::Lru })
-    };
-    let before = resident_bytes();
-    let mut store = Store::new(settings, Instant::now());
-    let hash = |n: u64| {
-        let mut hash = [0; 16];
-        hash.copy_from_slice(&blake3::hash(&n.to_le_bytes()).as_bytes()[..16]);
-        BlockHash(hash)
-    };
-    let recovered = (0..BLOCKS).map(|n| Recovered {
-        place: Place { hash: hash(n), offset: n << 20, size: SIZE },
-        checksum: [n as u8; 16],
-        position: n as u16,
-        parent: n as u32,
-        group: n,
-        origin: Origin::default(),
-    });
-    assert_eq!(store.recover(recovered), BLOCKS as usize);
-    let each = (resident_bytes() - before) as f64 / BLOCKS as f64;
-    println!("{each:.1} bytes for each of {BLOCKS} blocks");
-    assert!(each < 100.0, "{each:.1} bytes for each block");
-    let there = store.exists(SIZE, &[hash(0), hash(BLOCKS / 2), hash(BLOCKS - 1), hash(BLOCKS)]);
-    assert_eq!(there, [[false, true], [false, true], [false, true], [false, false]]);
-}
-
 #[test]
 fn blocks_of_a_size_that_nobody_uses_make_room_for_another_at_once() {
     let (mut world, [small, large]) = (World::new(), SIZES);
