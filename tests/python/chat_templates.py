@@ -3,8 +3,8 @@
     python chat_templates.py FOLDER > FOLDER/golden.jsonl
 
 The environment is the one that `transformers` sets up (utils/chat_template_utils.py): Jinja2's immutable sandbox with
-trimmed blocks, loop controls, `raise_exception`, `strftime_now`, its own `tojson`, and `{% generation %}`. Needs jinja2
-(`pip install jinja2`). The moment is fixed: 2024-07-25 08:05:09 UTC.
+trimmed blocks, loop controls, `raise_exception`, `strftime_now`, its own `tojson`, and `{% generation %}`. Needs jinja2,
+which `scripts/setup --test` puts into target/venv. The moment is fixed: 2024-07-25 08:05:09 UTC.
 """
 import datetime
 import json

@@ -4,6 +4,7 @@
 
 Run by the end-to-end test `openai_client`; fails with a traceback that shows what the client made of the answer.
 """
+import inspect
 import json
 import sys
 
@@ -188,6 +189,132 @@ def structured_mistakes():
             raise AssertionError(f"{form} was accepted")
 
 
+TOOLS = [
+    {"type": "function", "function": {
+        "name": "weather", "description": "The weather of a city", "parameters": {
+            "type": "object", "additionalProperties": False, "required": ["city", "days"],
+            "properties": {"city": {"type": "string", "maxLength": 8}, "days": {"$ref": "#/$defs/days"}},
+            "$defs": {"days": {"type": "integer", "minimum": 1, "maximum": 7}}}}},
+    {"type": "function", "function": {"name": "now"}},
+]
+
+
+def follows_tool(function):
+    arguments = json.loads(function.arguments)
+    if function.name == "now":
+        assert arguments == {}, function
+    else:
+        assert function.name == "weather" and list(arguments) == ["city", "days"], function
+        assert len(arguments["city"]) <= 8 and 1 <= arguments["days"] <= 7, function
+
+
+def tools():
+    def ask(**arguments):
+        return client.chat.completions.create(
+            model=model, messages=messages, max_tokens=300, tools=TOOLS, parallel_tool_calls=False, **arguments)
+
+    names = set()
+    for seed in range(6):
+        answer = ask(tool_choice="required", temperature=1.5, seed=seed)
+        choice = answer.choices[0]
+        if choice.finish_reason == "length":
+            continue
+        assert choice.finish_reason == "tool_calls" and choice.message.content is None, answer
+        [call] = choice.message.tool_calls
+        assert call.type == "function" and call.id.startswith("call_"), call
+        follows_tool(call.function)
+        names.add(call.function.name)
+    assert names, "no call ended"
+
+    named = {"type": "function", "function": {"name": "weather"}}
+    call = ask(tool_choice=named, temperature=0).choices[0].message.tool_calls[0]
+    assert call.function.name == "weather"
+    follows_tool(call.function)
+    with client.chat.completions.stream(
+            model=model, messages=messages, max_tokens=300, tools=TOOLS, tool_choice=named, temperature=0) as stream:
+        kinds = {event.type for event in stream}
+        [streamed] = stream.get_final_completion().choices[0].message.tool_calls
+    assert "tool_calls.function.arguments.delta" in kinds, kinds
+    assert streamed.function.name == "weather" and streamed.function.arguments == call.function.arguments, streamed
+
+    # The result goes back into the conversation.
+    said = {"role": "assistant", "content": "", "tool_calls": [call.model_dump()]}
+    result = {"role": "tool", "tool_call_id": call.id, "content": "Mild."}
+    answer = client.chat.completions.create(
+        model=model, messages=[*messages, said, result], tools=TOOLS, tool_choice="none", max_tokens=4)
+    assert answer.choices[0].message.tool_calls is None, answer
+    try:
+        ask(tool_choice="auto")  # the demo model has no notation of calls
+    except openai.BadRequestError as error:
+        assert error.param == "tools", error
+    else:
+        raise AssertionError("tools were accepted for a model that can't call them")
+
+
+RESPONSE_TOOLS = [{"type": "function", **tool["function"]} for tool in TOOLS]
+
+
+def responses():
+    arguments = dict(model=model, input=messages[0]["content"], temperature=0, max_output_tokens=64)
+    answer = client.responses.create(**arguments, metadata={"a": "b"})
+    assert answer.output_text == ANSWER and answer.status == "completed", answer
+    assert answer.usage.input_tokens == 14 and answer.metadata == {"a": "b"} and answer.object == "response", answer
+    kinds = []
+    with client.responses.stream(**arguments) as stream:
+        for event in stream:
+            kinds.append(event.type)
+        final = stream.get_final_response()
+    assert final.output_text == ANSWER and final.usage.output_tokens == answer.usage.output_tokens, final
+    assert kinds[:2] == ["response.created", "response.in_progress"] and kinds[-1] == "response.completed", kinds
+    short = client.responses.create(**{**arguments, "max_output_tokens": 2})
+    assert short.status == "incomplete" and short.incomplete_details.reason == "max_output_tokens", short
+
+    # What was said goes back as items.
+    again = client.responses.create(model=model, max_output_tokens=4, instructions="Be brief.", input=[
+        {"role": "user", "content": "One?"}, *[item.model_dump(exclude_none=True) for item in answer.output],
+        {"role": "user", "content": [{"type": "input_text", "text": "Two?"}]}])
+    assert again.usage.input_tokens > 30, again
+
+    form = {"type": "json_schema", "name": "thing", "strict": True, "schema": SCHEMA}
+    shaped = client.responses.create(**{**arguments, "max_output_tokens": 300}, text={"format": form})
+    follows_schema(shaped.output_text)
+
+    called = dict(arguments, max_output_tokens=300, tools=RESPONSE_TOOLS, tool_choice={"type": "function", "name": "weather"})
+    [call] = client.responses.create(**called).output
+    assert call.type == "function_call" and call.name == "weather", call
+    follows_tool(call)
+    with client.responses.stream(**called) as stream:
+        pieces = [event.delta for event in stream if event.type == "response.function_call_arguments.delta"]
+    assert "".join(pieces) == call.arguments, pieces
+    for refused in ({"previous_response_id": "resp_1"}, {"background": True}, {"conversation": "conv_1"}, {"store": True}):
+        try:
+            client.responses.create(**arguments, **refused)
+        except openai.BadRequestError as error:
+            assert error.param in refused and error.code == "unsupported_parameter", error
+        else:
+            raise AssertionError(f"{refused} was accepted")
+
+
+def every_field_is_known():
+    """Each field that OpenAI's client can send is accepted, or refused as itself: never as unknown."""
+    own = {"/chat/completions": {"messages": messages}, "/completions": {"prompt": "x"}, "/responses": {"input": "x"}}
+    for create, path in [(client.chat.completions.create, "/chat/completions"), (client.completions.create, "/completions"),
+                         (client.responses.create, "/responses")]:
+        names = [name for name in inspect.signature(create).parameters if not name.startswith("extra_") and name != "timeout"]
+        assert len(names) > 15, names
+        for name in names:
+            body = {"model": model, "max_tokens": 4, **own[path], name: {"odd": True}}
+            if path == "/responses":
+                del body["max_tokens"]
+            try:
+                client.post(path, body=body, cast_to=object)
+            except openai.BadRequestError as error:
+                known = error.code != "unknown_parameter" or "." in error.param
+                assert error.param.split(".")[0] == name and known, error
+            else:
+                raise AssertionError(f"{path} took an odd {name}")
+
+
 def completion():
     answer = client.completions.create(model=model, prompt="<|im_start|>user\nThank you!", temperature=0, max_tokens=5)
     assert answer.object == "text_completion" and answer.choices[0].text, answer
@@ -220,7 +347,7 @@ def bad_parameter():
 
 
 for check in (models, chat, chat_logprobs, chat_stop, chat_stream, seeded, choices, tiers,
-              penalties_and_biases, structured, structured_extensions, structured_mistakes, completion, completion_stream, unknown_model,
+              penalties_and_biases, structured, structured_extensions, structured_mistakes, tools, responses, every_field_is_known, completion, completion_stream, unknown_model,
               bad_parameter):
     check()
     print("fine:", check.__name__)

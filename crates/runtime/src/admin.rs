@@ -1,7 +1,9 @@
-//! The page for operators and probes, on a port of its own: `/health`, `/ready`, `/metrics`.
+//! The page for operators and probes, on a port of its own: `/health`, `/ready` (under all the names that others have for
+//! them), `/metrics`.
 //!
 //! It is up before the service is (loading a model takes a while, and a probe should get an answer meanwhile) and stays up
-//! while the service drains.
+//! while the service drains. It has a thread and a runtime of its own: a service whose runtime is busy is not dead, and a
+//! probe that waited for it would have it killed.
 
 use std::{io, net::SocketAddr, time::Instant};
 
@@ -15,9 +17,14 @@ use axum::{
 use serde_json::json;
 use tokio::net::TcpListener;
 
-use crate::{AdminConfig, Context, Kind};
+use crate::{AdminConfig, Context};
 
-/// The port could not be had.
+/// Names under which a process says that it lives.
+pub const HEALTH: [&str; 5] = ["/health", "/healthz", "/live", "/livez", "/liveness"];
+/// Names under which it says whether it should be sent work.
+pub const READY: [&str; 3] = ["/ready", "/readyz", "/readiness"];
+
+/// The port, or a thread for it, could not be had.
 #[derive(Debug, thiserror::Error)]
 #[error("admin.listen: cannot listen on {address}")]
 pub struct Error {
@@ -26,30 +33,31 @@ pub struct Error {
     source: io::Error,
 }
 
-/// Binds the port of the configuration and serves in the background from now on; returns the address it got.
+/// Binds the port of the configuration and serves from now on until the process ends; returns the address it got.
 pub async fn start(config: &AdminConfig, context: &Context) -> Result<SocketAddr, Error> {
     let failed = |source| Error { address: config.listen, source };
-    let listener = TcpListener::bind(config.listen).await.map_err(failed)?;
+    let listener = std::net::TcpListener::bind(config.listen).map_err(failed)?;
+    listener.set_nonblocking(true).map_err(failed)?;
     let address = listener.local_addr().map_err(failed)?;
-    let serving = serve(listener, context.clone());
-    context.tasks.spawn(Kind::Background, "admin", async move { Ok(serving.await?) });
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(failed)?;
+    let context = context.clone();
+    let serving = move || {
+        let served = runtime.block_on(async { axum::serve(TcpListener::from_std(listener)?, router(context)).await });
+        if let Err(error) = served {
+            tracing::error!(%error, "the admin page is gone");
+        }
+    };
+    std::thread::Builder::new().name("admin".to_owned()).spawn(serving).map_err(failed)?;
     Ok(address)
-}
-
-/// Serves until the process ends.
-pub async fn serve(listener: TcpListener, context: Context) -> io::Result<()> {
-    axum::serve(listener, router(context)).await
 }
 
 fn router(context: Context) -> Router {
     let started = Instant::now();
     let health =
         move || async move { Json(json!({ "status": "ok", "uptime_ms": started.elapsed().as_millis() as u64 })) };
-    Router::new()
-        .route("/health", get(health))
-        .route("/ready", get(ready))
-        .route("/metrics", get(metrics))
-        .with_state(context)
+    let routes = Router::new().route("/metrics", get(metrics));
+    let routes = HEALTH.iter().fold(routes, |routes, path| routes.route(path, get(health)));
+    READY.iter().fold(routes, |routes, path| routes.route(path, get(ready))).with_state(context)
 }
 
 async fn ready(State(context): State<Context>) -> impl IntoResponse {
@@ -98,6 +106,13 @@ mod tests {
         context.shutdown.trigger();
         ready("503", r#"{"ready":false,"reason":"draining"}"#).await;
 
+        for path in HEALTH {
+            assert!(fetch(address, path).await.contains(r#"{"status":"ok""#), "{path}");
+        }
+        for path in READY {
+            assert!(fetch(address, path).await.starts_with("HTTP/1.1 503"), "{path}");
+        }
+
         let page = fetch(address, "/metrics").await;
         assert!(
             page.contains("\r\ncontent-type: application/openmetrics-text; version=1.0.0; charset=utf-8\r\n"),
@@ -105,6 +120,19 @@ mod tests {
         );
         assert!(page.contains("\nkvasir_test 3\n") && page.contains("# EOF"), "{page}");
         assert!(fetch(address, "/nothing").await.starts_with("HTTP/1.1 404"));
+    }
+
+    #[tokio::test]
+    async fn it_answers_while_the_service_has_no_thread_left() {
+        let context = Context::detached("test");
+        let address = start(&AdminConfig::default(), &context).await.unwrap();
+        use std::io::{Read, Write};
+        // This runtime has one thread, and that blocks on a plain socket: nothing else of it can run.
+        let mut stream = std::net::TcpStream::connect(address).unwrap();
+        stream.write_all(b"GET /live HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").unwrap();
+        let mut reply = String::new();
+        stream.read_to_string(&mut reply).unwrap();
+        assert!(reply.starts_with("HTTP/1.1 200"), "{reply}");
     }
 
     #[tokio::test]

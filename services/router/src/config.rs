@@ -8,7 +8,8 @@ use kvasir_types::Deadline;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    access::AccessConfig, admission::AdmissionConfig, retry::RetryConfig, route::PolicyName, upstream::Patience,
+    access::AccessConfig, admission::AdmissionConfig, http::TlsConfig, retry::RetryConfig, route::PolicyName,
+    upstream::Patience,
 };
 
 /// A router.
@@ -41,6 +42,8 @@ pub struct Config {
     pub limits: Limits,
     /// Second tries, when workers fail.
     pub retry: RetryConfig,
+    /// HTTPS instead of HTTP.
+    pub tls: TlsConfig,
     /// Who may ask, for what, and how much.
     pub access: AccessConfig,
     /// How many requests workers get, and who waits.
@@ -56,6 +59,57 @@ pub struct ModelConfig {
     /// A Hugging Face folder; read are tokenizer.json, tokenizer_config.json, the chat template, config.json and
     /// generation_config.json.
     pub path: PathBuf,
+    /// How the model writes tool calls: `auto` (default: as its chat template shows), `hermes` (and Qwen), `llama3-json`,
+    /// `mistral`, `none`.
+    #[serde(default)]
+    pub tool_parser: ToolParser,
+    /// How the model thinks before it answers: `auto` (default: as its chat template shows), `think` (between `<think>` and
+    /// `</think>`), `none`.
+    #[serde(default)]
+    pub reasoning_parser: ReasoningParser,
+}
+
+/// How a model writes tool calls.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ToolParser {
+    /// As its chat template shows.
+    #[default]
+    Auto,
+    /// They stay text.
+    None,
+    /// `<tool_call>{"name": …, "arguments": {…}}</tool_call>`.
+    Hermes,
+    /// `{"name": …, "parameters": {…}}`.
+    #[serde(rename = "llama3-json")]
+    Llama3Json,
+    /// `[TOOL_CALLS]` and a list.
+    Mistral,
+}
+
+/// How a model thinks before it answers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ReasoningParser {
+    /// As its chat template shows.
+    #[default]
+    Auto,
+    /// Thoughts stay text.
+    None,
+    /// Between `<think>` and `</think>`.
+    Think,
+}
+
+impl ModelConfig {
+    /// A model that is read and written as its folder says.
+    pub fn new(name: impl Into<String>, path: impl Into<PathBuf>) -> Self {
+        Self {
+            name: name.into(),
+            path: path.into(),
+            tool_parser: ToolParser::default(),
+            reasoning_parser: ReasoningParser::default(),
+        }
+    }
 }
 
 /// What a client may ask for, and for how long.
@@ -110,6 +164,7 @@ impl Default for Config {
             policy: PolicyName::default(),
             limits: Limits::default(),
             retry: RetryConfig::default(),
+            tls: TlsConfig::default(),
             access: AccessConfig::default(),
             admission: AdmissionConfig::default(),
         }
@@ -232,7 +287,7 @@ mod tests {
 
     #[test]
     fn what_can_not_work_is_named_by_its_key() {
-        let model = |name: &str| ModelConfig { name: name.into(), path: "m".into() };
+        let model = |name: &str| ModelConfig::new(name, "m");
         let mut config = Config::default();
         assert_eq!(config.check(), Err(Error::NoModels));
         config.models = vec![model("a"), model("a")];

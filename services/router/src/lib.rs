@@ -39,5 +39,6 @@ mod upstream;
 pub use access::{AccessConfig, KeyConfig, KeysError, TenantConfig};
 pub use admission::AdmissionConfig;
 pub use config::{Config, Limits, ModelConfig};
+pub use http::{TlsConfig, TlsError};
 pub use retry::RetryConfig;
 pub use service::{run, run_with_etcd};

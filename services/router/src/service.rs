@@ -42,6 +42,14 @@ pub async fn run(config: Config, context: Context, registry: Arc<dyn Registry>) 
     let admin = listening.beside(admin);
     let id = config.id.clone().unwrap_or_else(|| format!("router-{:08x}", random_u64() as u32));
     let id: MemberId = id.parse().context("id")?;
+    let tls = http::acceptor(&config.tls)?;
+    let tls = tls.map(|(acceptor, watching)| {
+        context.tasks.spawn(Kind::Background, "certificate", async move {
+            watching.await;
+            Ok(())
+        });
+        acceptor
+    });
     let (keys, keyring) = watch::channel(Arc::new(config.access.keyring()?));
     context.tasks.spawn(Kind::Background, "keys", {
         let watching = access::watch(config.access.clone(), keys);
@@ -63,8 +71,12 @@ pub async fn run(config: Config, context: Context, registry: Arc<dyn Registry>) 
     let parts = http::Parts { models, fleet, keys: keyring, gates, metrics, context: context.clone() };
     let app = App::new(&config, parts);
     let http = listening.advertised;
-    let server =
-        Server { listener: listening.listener, routes: http::routes(Arc::new(app)), limits: config.limits.clone() };
+    let server = Server {
+        listener: listening.listener,
+        routes: http::routes(Arc::new(app)),
+        limits: config.limits.clone(),
+        tls,
+    };
 
     let member = member(id, http, admin);
     registry.register(member.clone()).await.context("registration")?;
@@ -94,7 +106,7 @@ async fn load(config: &Config) -> anyhow::Result<Vec<Arc<Model>>> {
         wanted
             .iter()
             .map(|model| {
-                let loaded = Model::load(&model.name, &model.path);
+                let loaded = Model::load(model);
                 loaded.map(Arc::new).with_context(|| format!("model {}", model.name))
             })
             .collect()

@@ -96,7 +96,7 @@ impl Config {
             listen: self.listen,
             port_file: self.port_file.clone(),
             shutdown: self.shutdown.clone(),
-            models: vec![kvasir_router::ModelConfig { name: self.model_name(), path }],
+            models: vec![kvasir_router::ModelConfig::new(self.model_name(), path)],
             limits: self.limits.clone(),
             ..kvasir_router::Config::default()
         }

@@ -5,11 +5,13 @@
 #![forbid(unsafe_code)]
 
 mod access;
+mod api;
 mod bad_start;
 mod cache;
 mod choices;
 mod ctl;
 mod faults;
+mod front;
 mod golden;
 mod http_errors;
 mod moves;

@@ -133,17 +133,46 @@ fn form(fields: &mut Fields) -> Result<Option<Form>, BadParam> {
     }
     let form = forms.pop();
     if let Some((param, grammar)) = &form {
-        let bytes = match grammar {
-            Grammar::JsonObject => 0,
-            Grammar::JsonSchema(text) | Grammar::Regex(text) | Grammar::Lark(text) => text.len(),
-            Grammar::Choice(texts) => texts.iter().map(|text| text.len() + 1).sum(),
-        };
-        if bytes > MAX_GRAMMAR_BYTES {
-            let message = format!("'{param}' must be at most {MAX_GRAMMAR_BYTES} bytes, got {bytes}");
-            return Err(BadParam::new(*param, "invalid_value", message));
-        }
+        few_bytes(param, grammar)?;
     }
     Ok(form)
+}
+
+/// Not more of a form than workers take.
+pub(crate) fn few_bytes(param: &str, grammar: &Grammar) -> Result<(), BadParam> {
+    let bytes = match grammar {
+        Grammar::JsonObject => 0,
+        Grammar::JsonSchema(text) | Grammar::Regex(text) | Grammar::Lark(text) => text.len(),
+        Grammar::Choice(texts) => texts.iter().map(|text| text.len() + 1).sum(),
+    };
+    if bytes <= MAX_GRAMMAR_BYTES {
+        return Ok(());
+    }
+    let message = format!("'{param}' must be at most {MAX_GRAMMAR_BYTES} bytes, got {bytes}");
+    Err(BadParam::new(param, "invalid_value", message))
+}
+
+/// `text.format` of the Responses API: as `response_format`, but with the schema in the object itself.
+pub(crate) fn text_format(path: &str, value: Value) -> Result<Option<Grammar>, BadParam> {
+    let mut fields = Fields::of(path, value)?;
+    let grammar = match fields.require_string("type")?.as_str() {
+        "text" => None,
+        "json_object" => Some(Grammar::JsonObject),
+        "json_schema" => {
+            fields.string("name")?;
+            fields.string("description")?;
+            // The schema is always followed.
+            fields.bool("strict")?;
+            Some(schema_of(&fields.path("schema"), fields.require("schema")?)?)
+        }
+        kind => {
+            let (path, kind) = (fields.path("type"), kind.chars().take(40).collect::<String>());
+            let message = format!("'{path}' must be text, json_object or json_schema, got {kind:?}");
+            return Err(BadParam::new(path, "invalid_value", message));
+        }
+    };
+    fields.finish(&[])?;
+    Ok(grammar)
 }
 
 fn response_format(value: Value) -> Result<Option<Grammar>, BadParam> {

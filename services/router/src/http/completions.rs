@@ -17,7 +17,7 @@ use super::{
     app::{App, unix_now},
     error::{BadParam, Error},
     live::{Delta, Live, Prepared},
-    sse::{self, Shape},
+    sse::{self, Chunks, Shape},
     types::{CompletionRequest, Prompt},
     wire::{CompletionLogprobs, Head, Usage, finish_reason},
 };
@@ -36,7 +36,7 @@ pub(crate) async fn completions(
     Span::current().record("model", model.name());
 
     let prompt = match prompt {
-        Prompt::Tokens(tokens) => in_vocabulary(tokens, &model)?,
+        Prompt::Tokens(tokens) => in_vocabulary("prompt", tokens, &model)?,
         Prompt::Text(text) => {
             let work = {
                 let model = Arc::clone(&model);
@@ -46,7 +46,9 @@ pub(crate) async fn completions(
         }
     };
     let (stream, logprobs) = (common.stream.take(), common.sampling.logprobs.is_some());
-    let live = Live::start(&app, admitted, common, Prepared { id, model, prompt, param: "prompt" }).await?;
+    let live =
+        Live::start(&app, admitted, common, Prepared { id, model, prompt, param: "prompt", markers: Arc::default() })
+            .await?;
     let head = Head::of(&live, "cmpl", unix_now());
     match stream {
         Some(stream) => Ok(sse::respond(live, head, Completion { logprobs }, stream.include_usage)),
@@ -54,14 +56,15 @@ pub(crate) async fn completions(
     }
 }
 
-fn in_vocabulary(tokens: Vec<TokenId>, model: &Model) -> Result<Vec<TokenId>, BadParam> {
+/// Tokens that the model knows.
+pub(crate) fn in_vocabulary(param: &str, tokens: Vec<TokenId>, model: &Model) -> Result<Vec<TokenId>, BadParam> {
     let size = model.vocab_size();
     match tokens.iter().find(|token| token.0 as usize >= size) {
         None => Ok(tokens),
         Some(token) => {
             let message =
-                format!("'prompt' holds token id {}, the model's are 0 to {}", token.0, size.saturating_sub(1));
-            Err(BadParam::new("prompt", "invalid_value", message))
+                format!("'{param}' holds token id {}, the model's are 0 to {}", token.0, size.saturating_sub(1));
+            Err(BadParam::new(param, "invalid_value", message))
         }
     }
 }
@@ -93,18 +96,17 @@ struct Completion {
 
 impl Shape for Completion {
     const CHUNK: &'static str = "text_completion";
-    type Choice<'a> = Choice<'a>;
 
-    fn opening(&self, _: usize) -> Option<Choice<'_>> {
-        None
-    }
+    fn open(&mut self, _: usize, _: &mut Chunks<'_>) {}
 
-    fn text<'a>(&'a self, live: &'a Live, delta: &'a Delta) -> Choice<'a> {
-        let logprobs = self.logprobs.then(|| CompletionLogprobs::of(live.model.vocab(), &delta.logged));
-        Choice { text: &delta.text, index: delta.choice, logprobs, finish_reason: None }
-    }
-
-    fn end(&self, index: usize, reason: &'static str) -> Choice<'_> {
-        Choice { text: "", index, logprobs: None, finish_reason: Some(reason) }
+    fn delta(&mut self, live: &Live, delta: &Delta, chunks: &mut Chunks<'_>) {
+        let index = delta.choice;
+        if !delta.text.is_empty() || !delta.logged.is_empty() {
+            let logprobs = self.logprobs.then(|| CompletionLogprobs::of(live.model.vocab(), &delta.logged));
+            chunks.add(&Choice { text: &delta.text, index, logprobs, finish_reason: None });
+        }
+        if let Some(reason) = delta.end {
+            chunks.add(&Choice { text: "", index, logprobs: None, finish_reason: Some(finish_reason(reason)) });
+        }
     }
 }

@@ -40,8 +40,24 @@ impl Fields {
         format!("{}{name}", self.prefix)
     }
 
+    /// Notes that a field of the body is known, for the test that compares the OpenAPI document.
+    fn note(&self, name: &str) {
+        #[cfg(test)]
+        if self.prefix.is_empty() {
+            asked().insert(name.to_owned());
+        }
+        let _ = name;
+    }
+
+    /// A field that stays to be read.
+    pub(crate) fn peek(&self, name: &str) -> Option<&Value> {
+        self.note(name);
+        self.map.get(name)
+    }
+
     /// A field's value; `null` is as good as absent.
     pub(crate) fn take(&mut self, name: &str) -> Option<Value> {
+        self.note(name);
         self.map.remove(name).filter(|value| !value.is_null())
     }
 
@@ -153,6 +169,16 @@ fn is_empty(value: &Value) -> bool {
 fn is_neutral_number(value: &Value, neutral: &[&str]) -> bool {
     let number = value.as_f64();
     number.is_some() && neutral.iter().any(|text| text.parse().ok() == number)
+}
+
+/// The names of all fields of bodies that this thread has looked for.
+#[cfg(test)]
+pub(crate) fn asked() -> std::cell::RefMut<'static, std::collections::BTreeSet<String>> {
+    use std::{cell::RefCell, collections::BTreeSet};
+    thread_local! {
+        static ASKED: &'static RefCell<BTreeSet<String>> = Box::leak(Box::default());
+    }
+    ASKED.with(|asked| asked.borrow_mut())
 }
 
 /// "Expected this, got that".

@@ -39,6 +39,8 @@ pub(crate) struct Prepared {
     pub(crate) prompt: Vec<TokenId>,
     /// The field it came from, for error messages.
     pub(crate) param: &'static str,
+    /// Special tokens to show.
+    pub(crate) markers: Arc<HashSet<TokenId>>,
 }
 
 /// What a token, or the end, added to one of the answers.
@@ -102,7 +104,7 @@ impl Live {
         common: Common,
         prepared: Prepared,
     ) -> Result<Self, Error> {
-        let Prepared { id, model, prompt, param } = prepared;
+        let Prepared { id, model, prompt, param, markers } = prepared;
         let Admitted { caller, inflight, permit, deadline } = admitted;
         if !caller.may_use(model.name()) {
             return Err(Error::NoModel(model.name().to_owned())); // as if it were not there
@@ -154,7 +156,8 @@ impl Live {
         let fingerprint = info.map_or_else(String::new, |info| format!("fp_{}", info.fingerprint));
         let hidden = Arc::new(hidden);
         let choice = |_| {
-            let answer = Answer::new(Arc::clone(&model), common.stop.clone(), Hidden { tokens: Arc::clone(&hidden) });
+            let hidden = Hidden { tokens: Arc::clone(&hidden), markers: Arc::clone(&markers) };
+            let answer = Answer::new(Arc::clone(&model), common.stop.clone(), hidden);
             Choice { answer: answer.at_least(call.sampling.min_tokens), tokens: 0, ended: false }
         };
         Ok(Self {

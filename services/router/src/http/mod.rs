@@ -18,10 +18,15 @@ mod guard;
 mod live;
 mod messages;
 mod models;
+mod openapi;
 mod placing;
+mod responses;
 mod server;
 mod sse;
+mod tls;
+mod tokenize;
 mod tokens;
+mod tools;
 mod types;
 mod wire;
 
@@ -33,32 +38,52 @@ use axum::{
     http::StatusCode,
     middleware::{self, Next},
     response::{IntoResponse, Response},
-    routing::{get, post},
+    routing::{MethodRouter, get, post},
 };
 use http::{HeaderName, HeaderValue, Method, Uri, header};
-use kvasir_runtime::random_u64;
+use kvasir_runtime::{
+    admin::{HEALTH, READY},
+    random_u64,
+};
 use kvasir_types::RequestId;
 use serde_json::json;
 use tracing::{Instrument, info_span};
 
 pub(crate) use app::{App, Parts};
 pub(crate) use server::Server;
+pub(crate) use tls::acceptor;
+pub use tls::{TlsConfig, TlsError};
 
 use error::Error;
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
+/// A path and what is served there.
+type Route = (&'static str, MethodRouter<Arc<App>>);
+
+/// All of them.
+fn table() -> Vec<Route> {
+    let mut table = vec![
+        ("/v1/chat/completions", post(chat::chat)),
+        ("/v1/completions", post(completions::completions)),
+        ("/v1/responses", post(responses::responses)),
+        ("/v1/models", get(models::list)),
+        // Names of models may have slashes: `Qwen/Qwen3-0.6B`.
+        ("/v1/models/{*name}", get(models::get)),
+        ("/tokenize", post(tokenize::tokenize)),
+        ("/detokenize", post(tokenize::detokenize)),
+        ("/openapi.json", get(openapi::document)),
+        ("/metrics", get(metrics)),
+    ];
+    table.extend(HEALTH.map(|path| (path, get(health))));
+    table.extend(READY.map(|path| (path, get(ready))));
+    table
+}
+
 /// All routes.
 pub(crate) fn routes(app: Arc<App>) -> Router {
-    Router::new()
-        .route("/v1/chat/completions", post(chat::chat))
-        .route("/v1/completions", post(completions::completions))
-        .route("/v1/models", get(models::list))
-        // Names of models may have slashes: `Qwen/Qwen3-0.6B`.
-        .route("/v1/models/{*name}", get(models::get))
-        .route("/health", get(health))
-        .route("/ready", get(ready))
-        .route("/metrics", get(metrics))
+    let routes = table().into_iter().fold(Router::new(), |routes, (path, serve)| routes.route(path, serve));
+    routes
         .fallback(no_path)
         .method_not_allowed_fallback(no_method)
         .layer(middleware::from_fn_with_state(Arc::clone(&app), guard::authorize))
@@ -74,8 +99,11 @@ async fn identify(State(app): State<Arc<App>>, mut request: Request, next: Next)
     let endpoint = match request.uri().path() {
         "/v1/chat/completions" => "chat",
         "/v1/completions" => "completions",
+        "/v1/responses" => "responses",
         path if path.starts_with("/v1/models") => "models",
-        "/health" | "/ready" | "/metrics" => "probe",
+        "/tokenize" | "/detokenize" => "tokenize",
+        "/metrics" | "/openapi.json" => "probe",
+        path if HEALTH.contains(&path) || READY.contains(&path) => "probe",
         _ => "other",
     };
     let span = info_span!(

@@ -30,14 +30,18 @@ pub(crate) async fn get(
     app.model(&name).map(|model| Json(object(&app, model)))
 }
 
-fn object(app: &App, model: &Model) -> Value {
+/// The longest context that a worker, or else the model, has.
+pub(crate) fn context_len(app: &App, model: &Model) -> Option<u32> {
     let fleet = Arc::clone(&app.fleet.borrow());
-    let context = fleet.crew(model.name()).and_then(Crew::max_model_len).or_else(|| model.context_len());
+    fleet.crew(model.name()).and_then(Crew::max_model_len).or_else(|| model.context_len())
+}
+
+fn object(app: &App, model: &Model) -> Value {
     json!({
         "id": model.name(),
         "object": "model",
         "created": app.started,
         "owned_by": "kvasir",
-        "max_model_len": context, // not OpenAI's; clients that size their prompts want it
+        "max_model_len": context_len(app, model), // not OpenAI's; clients that size their prompts want it
     })
 }

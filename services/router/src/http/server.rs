@@ -15,7 +15,10 @@ use std::{
 
 use hyper_util::{
     rt::{TokioExecutor, TokioIo, TokioTimer},
-    server::{conn::auto, graceful::GracefulShutdown},
+    server::{
+        conn::auto,
+        graceful::{GracefulShutdown, Watcher},
+    },
     service::TowerToHyperService,
 };
 use kvasir_runtime::{Context, Kind};
@@ -25,6 +28,7 @@ use tokio::{
     sync::Semaphore,
     time::{Instant, Sleep},
 };
+use tokio_rustls::TlsAcceptor;
 use tracing::{Span, warn};
 
 use crate::config::Limits;
@@ -42,12 +46,14 @@ pub(crate) struct Server {
     pub(crate) routes: axum::Router,
     /// How many connections, and how patient.
     pub(crate) limits: Limits,
+    /// For HTTPS.
+    pub(crate) tls: Option<TlsAcceptor>,
 }
 
 impl Server {
     /// Serves until shutdown, then lets requests under way finish within `grace`.
     pub(crate) async fn run(self, context: &Context, grace: Duration) {
-        let Self { listener, routes, limits } = self;
+        let Self { listener, routes, limits, tls } = self;
         let builder = builder(&limits);
         let graceful = GracefulShutdown::new();
         let places = Arc::new(Semaphore::new(limits.max_connections));
@@ -68,13 +74,18 @@ impl Server {
             if stream.set_nodelay(true).is_err() {
                 continue; // it is gone already
             }
-            let guarded = TokioIo::new(Guarded::new(stream, limits.header_timeout(), limits.write_stall()));
-            let connection = builder.serve_connection(guarded, TowerToHyperService::new(routes.clone())).into_owned();
-            let connection = graceful.watch(connection);
+            let guarded = Guarded::new(stream, limits.header_timeout(), limits.write_stall());
+            let (builder, routes, watcher) = (builder.clone(), routes.clone(), graceful.watcher());
+            let (tls, patience) = (tls.clone(), limits.header_timeout());
             context.tasks.spawn_in(Kind::Request, "http connection", Span::none(), async move {
-                let ended = connection.await;
-                drop(place);
-                ended.map_err(|error| anyhow::anyhow!(error))
+                let _place = place;
+                match tls {
+                    None => serve(&builder, guarded, routes, watcher).await,
+                    Some(tls) => {
+                        let stream = tokio::time::timeout(patience, tls.accept(guarded)).await??;
+                        serve(&builder, stream, routes, watcher).await
+                    }
+                }
             });
         }
         drop(listener);
@@ -83,6 +94,16 @@ impl Server {
             _ = context.tasks.finish_requests(grace) => {}
         }
     }
+}
+
+async fn serve(
+    builder: &auto::Builder<TokioExecutor>,
+    stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    routes: axum::Router,
+    watcher: Watcher,
+) -> anyhow::Result<()> {
+    let connection = builder.serve_connection(TokioIo::new(stream), TowerToHyperService::new(routes)).into_owned();
+    watcher.watch(connection).await.map_err(|error| anyhow::anyhow!(error))
 }
 
 fn builder(limits: &Limits) -> auto::Builder<TokioExecutor> {

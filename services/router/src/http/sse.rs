@@ -15,6 +15,7 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use bytes::{BufMut, Bytes, BytesMut};
+use futures_util::Stream;
 use http::header;
 use serde::Serialize;
 
@@ -27,17 +28,33 @@ use super::{
 pub(crate) trait Shape: Send + 'static {
     /// `object` of a chunk.
     const CHUNK: &'static str;
-    /// The choice of a chunk.
-    type Choice<'a>: Serialize
-    where
-        Self: 'a;
 
     /// A choice's chunk before all others, if there is one.
-    fn opening(&self, choice: usize) -> Option<Self::Choice<'_>>;
-    /// A chunk with text.
-    fn text<'a>(&'a self, live: &'a Live, delta: &'a Delta) -> Self::Choice<'a>;
-    /// The chunk that says why a choice ended.
-    fn end(&self, choice: usize, reason: &'static str) -> Self::Choice<'_>;
+    fn open(&mut self, choice: usize, chunks: &mut Chunks<'_>);
+    /// The chunks that say what is new, perhaps that a choice ended.
+    fn delta(&mut self, live: &Live, delta: &Delta, chunks: &mut Chunks<'_>);
+}
+
+/// Chunks on their way out.
+pub(crate) struct Chunks<'a> {
+    out: &'a mut BytesMut,
+    head: &'a Head,
+    object: &'static str,
+    /// With usage asked for, every chunk has the field, null until the last one.
+    include_usage: bool,
+}
+
+impl Chunks<'_> {
+    /// One with this choice.
+    pub(crate) fn add(&mut self, choice: &impl Serialize) {
+        let no_usage = self.include_usage.then_some(None);
+        event(self.out, &self.head.around(self.object, std::slice::from_ref(choice), no_usage));
+    }
+
+    /// One with the usage alone.
+    fn usage(&mut self, usage: Usage) {
+        event(self.out, &self.head.around::<()>(self.object, &[], Some(Some(usage))));
+    }
 }
 
 /// Streams the answer.
@@ -48,6 +65,11 @@ pub(crate) fn respond<S: Shape>(live: Live, head: Head, shape: S, include_usage:
         let (bytes, more) = writer.step().await?;
         Some((Ok::<_, Infallible>(bytes), more.then_some(writer)))
     });
+    response(stream)
+}
+
+/// The answer that such a stream is.
+pub(crate) fn response(stream: impl Stream<Item = Result<Bytes, Infallible>> + Send + 'static) -> Response {
     let headers = [
         (header::CONTENT_TYPE, "text/event-stream"),
         (header::CACHE_CONTROL, "no-cache"),
@@ -77,23 +99,15 @@ impl<S: Shape> Writer<S> {
             }
         };
         let mut out = BytesMut::with_capacity(512);
-        // With usage asked for, every chunk has the field, null until the last one.
-        let no_usage = self.include_usage.then_some(None);
-        let chunk = |out: &mut BytesMut, choice| event(out, &self.head.around(S::CHUNK, &[choice], no_usage));
-        if !std::mem::replace(&mut self.opened, true) {
-            let openings = (0..self.live.choices()).filter_map(|choice| self.shape.opening(choice));
-            openings.for_each(|choice| chunk(&mut out, choice));
+        let Self { live, head, shape, include_usage, opened } = self;
+        let mut chunks = Chunks { out: &mut out, head, object: S::CHUNK, include_usage: *include_usage };
+        if !std::mem::replace(opened, true) {
+            (0..live.choices()).for_each(|choice| shape.open(choice, &mut chunks));
         }
-        if !delta.text.is_empty() || !delta.logged.is_empty() {
-            chunk(&mut out, self.shape.text(&self.live, &delta));
-        }
-        if let Some(reason) = delta.end {
-            chunk(&mut out, self.shape.end(delta.choice, super::wire::finish_reason(reason)));
-        }
+        shape.delta(live, &delta, &mut chunks);
         if let Some(cost) = delta.cost {
-            if self.include_usage {
-                let no_choice: &[S::Choice<'_>] = &[];
-                event(&mut out, &self.head.around(S::CHUNK, no_choice, Some(Some(Usage::from(cost)))));
+            if *include_usage {
+                chunks.usage(Usage::from(cost));
             }
             out.extend_from_slice(b"data: [DONE]\n\n");
         }

@@ -12,6 +12,7 @@
 //! | `stream`, `stream_options.include_usage` | server-sent events; with a last chunk that holds the usage |
 //! | `service_tier` | `auto`, `default`, or `flex`: served with what the others leave; the answer says which it was |
 //! | `user`, `safety_identifier` | accepted, not used yet |
+//! | `prompt_cache_key` | up to 256 bytes; requests with the same key are of one session: a hint to routing, nothing else |
 //! | `cache_salt` (extension) | up to 256 bytes; prompts share cached blocks only under the same salt |
 //!
 //! **Chat**
@@ -20,7 +21,9 @@
 //! | --- | --- |
 //! | `messages` | required; see [`super::messages`] |
 //! | `chat_template_kwargs` (extension) | an object of further variables of the chat template, e.g. `enable_thinking`; what the template does not look at has no effect |
-//! | `reasoning_effort` | `none`, `minimal`, `low`, `medium`, `high`, `xhigh`, for a template that reads it; where the template only has a switch (`enable_thinking`, `thinking`), `none` is off and all others are on; refused where it has neither |
+//! | `tools`, `tool_choice`, `parallel_tool_calls` | see [`super::tools`]; not together with a field that asks for a form of the answer |
+//! | `include_reasoning` (extension) | default true; false leaves `reasoning_content` out |
+//! | `reasoning_effort` | `none`, `minimal`, `low`, `medium`, `high`, `xhigh`, `max`, for a template that reads it; where the template only has a switch (`enable_thinking`, `thinking`), `none` is off and all others are on; refused where it has neither |
 //! | `documents` (extension) | an array of objects, for templates that present documents |
 //! | `add_generation_prompt` (extension) | default true; false leaves out the beginning of the assistant's turn |
 //! | `max_completion_tokens`, `max_tokens` | at least 1; the same thing, so they must not contradict one another; default: what the context leaves, bounded by the server's `limits.max_output_tokens` |
@@ -49,6 +52,7 @@ use super::{
     error::{BadParam, Error},
     fields::{Fields, Unsupported, wrong_type},
     messages::messages,
+    tools::{Form, Tools},
 };
 use crate::text::{Conversation, Model};
 
@@ -60,6 +64,8 @@ const MAX_STOPS: usize = 4;
 const MAX_STOP_BYTES: usize = 512;
 /// Tokens of a completion unless asked otherwise, as OpenAI has it.
 const COMPLETION_TOKENS: u32 = 16;
+/// Longest name of a session, in bytes.
+const MAX_SESSION_BYTES: usize = 256;
 
 /// Fields of chat requests that are known and not supported, with their neutral values.
 pub(crate) const CHAT_UNSUPPORTED: &[Unsupported] = &[
@@ -69,14 +75,12 @@ pub(crate) const CHAT_UNSUPPORTED: &[Unsupported] = &[
     ("function_call", &["\"none\"", "\"auto\""]),
     ("functions", &[]),
     ("metadata", &[]),
+    ("moderation", &[]),
     ("modalities", &["[\"text\"]"]),
-    ("parallel_tool_calls", &["true", "false"]),
     ("prediction", &[]),
-    ("prompt_cache_key", &[]),
-    ("prompt_cache_retention", &[]),
+    ("prompt_cache_options", &[]),
+    ("prompt_cache_retention", &["\"in_memory\"", "\"in-memory\""]),
     ("store", &["false"]),
-    ("tool_choice", &["\"none\"", "\"auto\""]),
-    ("tools", &[]),
     ("verbosity", &["\"medium\""]),
     ("web_search_options", &[]),
 ];
@@ -104,6 +108,8 @@ pub(crate) struct Common {
     pub(crate) stop: Vec<String>,
     /// The tenant's salt.
     pub(crate) cache_salt: String,
+    /// Requests of one session share a beginning.
+    pub(crate) session: Option<String>,
     /// Who goes first, if the client says.
     pub(crate) service_tier: Option<ServiceTier>,
     /// Whether to stream, and how.
@@ -145,6 +151,10 @@ pub(crate) struct ChatRequest {
     pub(crate) conversation: Conversation,
     /// How much to think, if the client says.
     pub(crate) effort: Option<Effort>,
+    /// Whether to tell what was thought.
+    pub(crate) include_reasoning: bool,
+    /// The tools, perhaps none.
+    pub(crate) tools: Tools,
 }
 
 /// How much to think before answering.
@@ -152,7 +162,7 @@ pub(crate) struct ChatRequest {
 pub(crate) struct Effort(&'static str);
 
 impl Effort {
-    const ALL: [&str; 6] = ["none", "minimal", "low", "medium", "high", "xhigh"];
+    const ALL: [&str; 7] = ["none", "minimal", "low", "medium", "high", "xhigh", "max"];
     /// Variables by which templates let thinking be turned off.
     const SWITCHES: [&str; 2] = ["enable_thinking", "thinking"];
 
@@ -163,6 +173,11 @@ impl Effort {
             let message = format!("'{path}' must be one of {}, got {got:?}", Self::ALL.join(", "));
             BadParam::new(path, "invalid_value", message)
         })
+    }
+
+    /// As the client said it.
+    pub(crate) fn word(self) -> &'static str {
+        self.0
     }
 
     /// Tells the template, in the words that it knows: an effort, or else whether to think at all.
@@ -209,6 +224,10 @@ impl ChatRequest {
         template_fields(&mut fields, &mut conversation)?;
         let effort = fields.string("reasoning_effort")?;
         let effort = effort.map(|word| Effort::parse("reasoning_effort", &word)).transpose()?;
+        let include_reasoning = fields.bool("include_reasoning")?.unwrap_or(true);
+        let tools = Tools::parse(&mut fields, Form::Chat)?;
+        conversation.tools = tools.told();
+        with_tools(&mut common, &tools)?;
 
         let old = max_tokens(&mut fields, "max_tokens")?;
         let new = max_tokens(&mut fields, "max_completion_tokens")?;
@@ -230,7 +249,7 @@ impl ChatRequest {
         }
         common.sampling.logprobs = logprobs.then(|| top.unwrap_or(0) as u8);
         fields.finish(CHAT_UNSUPPORTED)?;
-        Ok(Self { common, conversation, effort })
+        Ok(Self { common, conversation, effort, include_reasoning, tools })
     }
 }
 
@@ -250,7 +269,8 @@ impl CompletionRequest {
     }
 }
 
-fn common(fields: &mut Fields) -> Result<Common, BadParam> {
+/// What all endpoints take.
+pub(crate) fn common(fields: &mut Fields) -> Result<Common, BadParam> {
     let model = match fields.require("model")? {
         Value::String(name) => name,
         other => return Err(wrong_type("model", "a string", &other)),
@@ -260,6 +280,11 @@ fn common(fields: &mut Fields) -> Result<Common, BadParam> {
     if cache_salt.len() > MAX_SALT_BYTES {
         let message = format!("'cache_salt' must be at most {MAX_SALT_BYTES} bytes, got {}", cache_salt.len());
         return Err(BadParam::new("cache_salt", "invalid_value", message));
+    }
+    let session = fields.string("prompt_cache_key")?;
+    if let Some(key) = session.as_ref().filter(|key| key.len() > MAX_SESSION_BYTES) {
+        let message = format!("'prompt_cache_key' must be at most {MAX_SESSION_BYTES} bytes, got {}", key.len());
+        return Err(BadParam::new("prompt_cache_key", "invalid_value", message));
     }
     fields.string("user")?;
     fields.string("safety_identifier")?;
@@ -272,6 +297,7 @@ fn common(fields: &mut Fields) -> Result<Common, BadParam> {
         choices: fields.integer("n", 1, MAX_CHOICES.into())?.unwrap_or(1) as u32,
         stop: stop(fields)?,
         cache_salt,
+        session,
         service_tier: service_tier(fields)?,
         stream: streaming(fields)?,
     })
@@ -290,11 +316,13 @@ fn service_tier(fields: &mut Fields) -> Result<Option<ServiceTier>, BadParam> {
     }
 }
 
-fn max_tokens(fields: &mut Fields, name: &'static str) -> Result<Option<(&'static str, u32)>, BadParam> {
+/// How many tokens at most, and the field that says it.
+pub(crate) fn max_tokens(fields: &mut Fields, name: &'static str) -> Result<Option<(&'static str, u32)>, BadParam> {
     Ok(fields.integer(name, 1, u32::MAX.into())?.map(|n| (name, n as u32)))
 }
 
-fn check_min_tokens(common: &Common) -> Result<(), BadParam> {
+/// Not more at least than at most.
+pub(crate) fn check_min_tokens(common: &Common) -> Result<(), BadParam> {
     let min_tokens = common.sampling.min_tokens;
     match common.max_tokens {
         Some((param, max_tokens)) if min_tokens > max_tokens => {
@@ -374,6 +402,25 @@ fn prompt(value: Value) -> Result<Prompt, BadParam> {
     }
 }
 
+/// An answer has one form: that of a call, if one is required. With tools that the model may call or not, it has none.
+pub(crate) fn with_tools(common: &mut Common, tools: &Tools) -> Result<(), BadParam> {
+    let called = tools.grammar()?;
+    match (common.form_param, called) {
+        (Some(param), _) if !tools.told().is_empty() => {
+            let message = format!(
+                "'{param}' can't be kept together with 'tools' here: a call would not have that form; send 'tool_choice' \"none\" \
+                 or leave one of them out"
+            );
+            Err(BadParam::new(param, "unsupported_parameter", message))
+        }
+        (_, Some((param, grammar))) => {
+            (common.form_param, common.sampling.grammar) = (Some(param), Some(grammar));
+            Ok(())
+        }
+        _ => Ok(()),
+    }
+}
+
 /// Variables that a client may not set: they are said by fields of their own, or by the server.
 const TAKEN: [&str; 8] = [
     "messages",
@@ -387,7 +434,7 @@ const TAKEN: [&str; 8] = [
 ];
 
 /// What the template gets besides messages and tools.
-fn template_fields(fields: &mut Fields, conversation: &mut Conversation) -> Result<(), BadParam> {
+pub(crate) fn template_fields(fields: &mut Fields, conversation: &mut Conversation) -> Result<(), BadParam> {
     conversation.open = fields.bool("add_generation_prompt")?.unwrap_or(true);
     conversation.variables = fields.object("chat_template_kwargs")?.unwrap_or_default();
     if let Some(taken) = TAKEN.iter().find(|name| conversation.variables.contains_key(**name)) {

@@ -52,7 +52,7 @@ fn every_supported_field_arrives() {
             {"role": "assistant", "content": null},
         ],
         "temperature": 0, "top_p": 0, "top_k": 5, "seed": -1, "stop": ["x", "y"], "stop_token_ids": [7],
-        "ignore_eos": true, "cache_salt": "tenant", "max_completion_tokens": 9, "max_tokens": 9, "logprobs": true, "top_logprobs": 3,
+        "ignore_eos": true, "cache_salt": "tenant", "prompt_cache_key": "chat-7", "max_completion_tokens": 9, "max_tokens": 9, "logprobs": true, "top_logprobs": 3,
         "stream": true, "stream_options": {"include_usage": true}, "user": "u", "safety_identifier": "s",
     }))
     .unwrap();
@@ -65,7 +65,7 @@ fn every_supported_field_arrives() {
         (Some(u64::MAX), Some(("max_completion_tokens", 9)), "tenant")
     );
     assert_eq!(common.stream, Some(Streaming { include_usage: true }));
-    assert!(common.sampling.max_tokens_asked);
+    assert!(common.sampling.max_tokens_asked && common.session.as_deref() == Some("chat-7"));
     let Sampling { temperature, top_p, top_k, ignore_eos, logprobs, stop_token_ids, .. } = common.sampling;
     assert_eq!((temperature, top_k, ignore_eos, logprobs), (0.0, 5, true, Some(3)));
     assert!(top_p > 0.0 && top_p < 1e-30 && stop_token_ids == [TokenId(7)]);
@@ -225,6 +225,10 @@ fn what_chat_does_not_take_is_refused_by_name() {
         (json!({"stop_token_ids": vec![1; 65]}), "stop_token_ids", "invalid_value"),
         (json!({"stop_token_ids": [-1]}), "stop_token_ids", "invalid_type"),
         (json!({"cache_salt": huge}), "cache_salt", "invalid_value"),
+        (json!({"prompt_cache_key": huge}), "prompt_cache_key", "invalid_value"),
+        (json!({"prompt_cache_retention": "24h"}), "prompt_cache_retention", "unsupported_parameter"),
+        (json!({"metadata": {"a": "b"}}), "metadata", "unsupported_parameter"),
+        (json!({"store": true}), "store", "unsupported_parameter"),
         (json!({"user": 1}), "user", "invalid_type"),
         (json!({"stream": "yes"}), "stream", "invalid_type"),
         (json!({"stream_options": {"include_usage": true}}), "stream_options", "invalid_value"),
@@ -243,7 +247,12 @@ fn what_chat_does_not_take_is_refused_by_name() {
         (json!({"logit_bias": {"x": 2}}), "logit_bias", "invalid_value"),
         (json!({"logit_bias": {"1": 101}}), "logit_bias", "invalid_value"),
         (json!({"logit_bias": {"1": "2"}}), "logit_bias", "invalid_type"),
-        (json!({"tools": [{"type": "function"}]}), "tools", "unsupported_parameter"),
+        (json!({"tools": [{"type": "function"}]}), "tools[0].function", "missing_required_parameter"),
+        (
+            json!({"tools": [{"function": {"name": "f"}}], "response_format": {"type": "json_object"}}),
+            "response_format",
+            "unsupported_parameter",
+        ),
         (json!({"response_format": "json"}), "response_format", "invalid_type"),
         (json!({"response_format": {"type": "xml"}}), "response_format.type", "invalid_value"),
         (

@@ -20,6 +20,8 @@ pub(crate) struct Hidden {
     /// The model's end tokens, unless the answer goes on past them, and the request's stop tokens. The tokenizer's
     /// special tokens are hidden in any case.
     pub(crate) tokens: Arc<HashSet<TokenId>>,
+    /// Special tokens that are shown all the same: whoever takes the answer apart looks for them.
+    pub(crate) markers: Arc<HashSet<TokenId>>,
 }
 
 /// A visible token with its log-probabilities.
@@ -93,12 +95,18 @@ impl Answer {
     pub(crate) fn push(&mut self, sampled: Sampled) -> Piece {
         let unstoppable = self.unstoppable > 0;
         self.unstoppable = self.unstoppable.saturating_sub(1);
-        if self.hidden.tokens.contains(&sampled.token) || self.model.vocab().is_special(sampled.token) {
+        let is_marker = self.hidden.markers.contains(&sampled.token);
+        let is_hidden = self.model.vocab().is_special(sampled.token) && !is_marker;
+        if is_hidden || self.hidden.tokens.contains(&sampled.token) {
             return Piece::default();
         }
         let start = self.decoded;
         let mut new = String::new();
-        self.detok.push(sampled.token, &mut new);
+        if is_marker {
+            self.detok.marker(sampled.token, &mut new);
+        } else {
+            self.detok.push(sampled.token, &mut new);
+        }
         self.decoded.bytes += new.len();
         self.decoded.chars += new.chars().count();
         if sampled.logprob.is_some() {
@@ -202,11 +210,19 @@ mod tests {
 
     #[test]
     fn end_tokens_and_special_tokens_are_neither_shown_nor_logged() {
-        let hidden = Hidden { tokens: Arc::new(HashSet::from([TokenId(500)])) };
+        let hidden = Hidden { tokens: Arc::new(HashSet::from([TokenId(500)])), ..Hidden::default() };
         let mut answer = Answer::new(demo(), Vec::new(), hidden);
         for token in [2, 500] {
             assert_eq!(answer.push(sampled(TokenId(token))), Piece::default());
         }
         assert_eq!(answer.finish(), Piece::default());
+    }
+
+    #[test]
+    fn markers_are_shown_though_they_are_special() {
+        let hidden = Hidden { markers: Arc::new(HashSet::from([TokenId(1)])), ..Hidden::default() };
+        let mut answer = Answer::new(demo(), Vec::new(), hidden);
+        let shown: Vec<String> = [1, 2, 1].map(|token| answer.push(sampled(TokenId(token))).text).into();
+        assert_eq!(shown, ["<|im_start|>", "", "<|im_start|>"]);
     }
 }

@@ -45,6 +45,13 @@ impl Detokenizer {
         }
     }
 
+    /// Takes a special token that is to be seen, as it is written in the vocabulary. Nothing before it waits for what is
+    /// behind it.
+    pub(crate) fn marker(&mut self, token: TokenId, out: &mut String) {
+        self.finish(out);
+        out.push_str(&String::from_utf8_lossy(self.model.vocab().bytes(token)));
+    }
+
     /// The end: appends what waited for more. Bytes that never became a character are one replacement character.
     pub(crate) fn finish(&mut self, out: &mut String) {
         match &mut self.state {

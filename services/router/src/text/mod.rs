@@ -15,6 +15,7 @@ mod detok;
 mod error;
 mod json;
 mod model;
+pub(crate) mod parse;
 mod stop;
 mod template;
 mod vocab;

@@ -12,13 +12,18 @@
 use std::{
     collections::{BTreeSet, HashSet},
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use kvasir_types::TokenId;
 use serde_json::{Map, Value};
 use tokenizers::Tokenizer;
 
-use super::{Conversation, Error, Template, Vocab};
+use super::{
+    Conversation, Error, Template, Vocab,
+    parse::{Dialect, MARKERS},
+};
+use crate::config::ModelConfig;
 
 /// Tokenizer, template and limits of one model.
 pub(crate) struct Model {
@@ -30,11 +35,14 @@ pub(crate) struct Model {
     template: Option<Template>,
     end_tokens: HashSet<TokenId>,
     context_len: Option<u32>,
+    dialect: Dialect,
+    markers: Arc<HashSet<TokenId>>,
 }
 
 impl Model {
-    /// Reads a model's folder. `name` is what clients call it.
-    pub(crate) fn load(name: &str, folder: &Path) -> Result<Self, Error> {
+    /// Reads a model's folder.
+    pub(crate) fn load(config: &ModelConfig) -> Result<Self, Error> {
+        let ModelConfig { name, path: folder, tool_parser, reasoning_parser } = config;
         let path = folder.join("tokenizer.json");
         let bytes = std::fs::read(&path).map_err(|source| Error::Read { path: path.clone(), source })?;
         let tokenizer = parse_tokenizer(&bytes).map_err(|why| Error::Broken { path, why })?;
@@ -54,9 +62,12 @@ impl Model {
         end_tokens.extend(named_end.and_then(|(_, text)| tokenizer.token_to_id(text)).map(TokenId));
 
         let template = read_template(folder, &tokenizer_config)?;
+        let dialect = Dialect::of(template.as_deref(), *tool_parser, *reasoning_parser);
+        let markers = MARKERS.into_iter().filter_map(|marker| tokenizer.token_to_id(marker)).map(TokenId);
+        let markers = markers.filter(|&token| vocab.is_special(token)).collect();
         let template = template.map(|source| Template::compile(&source, special)).transpose()?;
         Ok(Self {
-            name: name.to_owned(),
+            name: name.clone(),
             tokenizer_id: blake3::hash(&bytes).to_hex().to_string(),
             vocab_size: number("vocab_size").map_or(0, |size| size as usize).max(vocab.len()),
             vocab,
@@ -64,6 +75,8 @@ impl Model {
             template,
             end_tokens,
             context_len: number("max_position_embeddings"),
+            dialect,
+            markers: Arc::new(markers),
         })
     }
 
@@ -102,6 +115,16 @@ impl Model {
         self.template.as_ref().ok_or(Error::NoTemplate)?.render(conversation, now)
     }
 
+    /// How it writes calls and thoughts.
+    pub(crate) fn dialect(&self) -> Dialect {
+        self.dialect
+    }
+
+    /// The special tokens that answers are taken apart by.
+    pub(crate) fn markers(&self) -> &Arc<HashSet<TokenId>> {
+        &self.markers
+    }
+
     /// The chat template, if there is one.
     pub(crate) fn template(&self) -> Option<&Template> {
         self.template.as_ref()
@@ -118,6 +141,11 @@ impl Model {
     /// Tokens to text, special ones left out; nothing where the tokenizer fails (ids it has no name for are skipped).
     pub(crate) fn decode(&self, ids: &[u32]) -> String {
         self.tokenizer.decode(ids, true).unwrap_or_default()
+    }
+
+    /// The same with special tokens.
+    pub(crate) fn decode_all(&self, ids: &[u32]) -> String {
+        self.tokenizer.decode(ids, false).unwrap_or_default()
     }
 }
 
@@ -185,7 +213,7 @@ fn end_tokens(config: &Map<String, Value>) -> BTreeSet<TokenId> {
 
 #[cfg(test)]
 pub(crate) mod tests {
-    use std::sync::{Arc, OnceLock};
+    use std::sync::OnceLock;
 
     use super::*;
     use crate::text::Message;
@@ -201,7 +229,7 @@ pub(crate) mod tests {
     /// The demo model, read once.
     pub(crate) fn demo() -> Arc<Model> {
         static DEMO: OnceLock<Arc<Model>> = OnceLock::new();
-        Arc::clone(DEMO.get_or_init(|| Arc::new(Model::load("demo", &demo_folder()).unwrap())))
+        Arc::clone(DEMO.get_or_init(|| Arc::new(Model::load(&ModelConfig::new("demo", demo_folder())).unwrap())))
     }
 
     #[test]
@@ -242,16 +270,16 @@ pub(crate) mod tests {
     #[test]
     fn a_broken_folder_is_refused_by_file() {
         let folder = tempfile::tempdir().unwrap();
-        let error = Model::load("x", folder.path()).err().unwrap();
+        let error = Model::load(&ModelConfig::new("x", folder.path())).err().unwrap();
         assert!(error.to_string().starts_with("read ") && error.to_string().ends_with("tokenizer.json"), "{error}");
 
         std::fs::write(folder.path().join("tokenizer.json"), "{\"version\":\n 1}").unwrap();
-        let error = Model::load("x", folder.path()).err().unwrap().to_string();
+        let error = Model::load(&ModelConfig::new("x", folder.path())).err().unwrap().to_string();
         assert!(error.contains("tokenizer.json: ") && !error.contains('\n'), "{error}");
 
         std::fs::copy(demo_folder().join("tokenizer.json"), folder.path().join("tokenizer.json")).unwrap();
         std::fs::write(folder.path().join("config.json"), "[1]").unwrap();
-        let error = Model::load("x", folder.path()).err().unwrap().to_string();
+        let error = Model::load(&ModelConfig::new("x", folder.path())).err().unwrap().to_string();
         assert!(error.contains("config.json"), "{error}");
     }
 

@@ -3,7 +3,12 @@
 use std::sync::Arc;
 
 use serde_json::{Value, json};
-use tokio::sync::Semaphore;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+    sync::Semaphore,
+};
+use tokio_rustls::{TlsConnector, rustls};
 
 use super::harness::*;
 use crate::{KeyConfig, TenantConfig};
@@ -182,4 +187,62 @@ async fn what_would_wait_too_long_is_refused_with_a_time_to_come_back() {
     assert_eq!(mock.requests().len(), 1);
     drop(inside);
     cluster.until("kvasir_router_placed{model=\"demo\"} 0").await;
+}
+
+/// Makes a certificate for localhost and its key; what trusts it alone.
+fn certificate(dir: &std::path::Path) -> TlsConnector {
+    let made = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
+    std::fs::write(dir.join("key.pem"), made.signing_key.serialize_pem()).unwrap();
+    std::fs::write(dir.join("cert.pem"), made.cert.pem()).unwrap();
+    let mut roots = rustls::RootCertStore::empty();
+    roots.add(made.cert.der().clone()).unwrap();
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let client = rustls::ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions().unwrap();
+    let mut client = client.with_root_certificates(roots).with_no_client_auth();
+    client.resumption = rustls::client::Resumption::disabled(); // so that it looks at the certificate each time
+    Arc::new(client).into()
+}
+
+/// What a client that trusts so much hears on a fresh connection.
+async fn healthy(trust: &TlsConnector, address: &str) -> std::io::Result<String> {
+    let stream = TcpStream::connect(address).await?;
+    let mut stream = trust.connect("localhost".try_into().unwrap(), stream).await?;
+    stream.write_all(b"GET /health HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n").await?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).await?;
+    Ok(answer)
+}
+
+#[tokio::test]
+async fn https_with_a_certificate_that_may_be_exchanged() {
+    let dir = tempfile::tempdir().unwrap();
+    let first = certificate(dir.path());
+    let (cert, key) = (dir.path().join("cert.pem"), dir.path().join("key.pem"));
+    let cluster = Cluster::start(|config| (config.tls.cert, config.tls.key) = (Some(cert), Some(key))).await;
+    let address = cluster.base.trim_start_matches("http://").to_owned();
+    assert!(healthy(&first, &address).await.unwrap().starts_with("HTTP/1.1 200"));
+    // Whoever speaks plain HTTP is hung up on.
+    assert!(cluster.client.get(format!("{}/health", cluster.base)).send().await.is_err());
+    // One who begins a handshake and says no more keeps nobody else out.
+    let mut mute = TcpStream::connect(&address).await.unwrap();
+    mute.write_all(b"\x16\x03").await.unwrap();
+    let second = certificate(dir.path());
+    eventually("the new certificate is shown", async || healthy(&second, &address).await.is_ok()).await;
+    assert!(healthy(&first, &address).await.is_err());
+}
+
+#[test]
+fn a_certificate_without_its_key_is_told() {
+    let dir = tempfile::tempdir().unwrap();
+    certificate(dir.path());
+    let (cert, key) = (dir.path().join("cert.pem"), dir.path().join("key.pem"));
+    let told = |config: crate::TlsConfig| kvasir_runtime::chain(&super::super::acceptor(&config).err().unwrap());
+    let half = crate::TlsConfig { cert: Some(cert.clone()), key: None };
+    assert_eq!(told(half), "tls: `cert` and `key` belong together, and only one is set");
+    let none = crate::TlsConfig { cert: Some(key.clone()), key: Some(key.clone()) };
+    assert!(told(none).ends_with("holds no certificate"));
+    let other = tempfile::tempdir().unwrap();
+    certificate(other.path());
+    let mixed = crate::TlsConfig { cert: Some(cert), key: Some(other.path().join("key.pem")) };
+    assert!(told(mixed).starts_with("tls: the key is not the certificate's"));
 }

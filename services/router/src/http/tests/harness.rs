@@ -245,7 +245,7 @@ impl Cluster {
     pub(super) async fn start(adjust: impl FnOnce(&mut Config)) -> Self {
         let mut config = Config {
             listen: ([127, 0, 0, 1], 0).into(),
-            models: vec![ModelConfig { name: "demo".into(), path: demo_folder() }],
+            models: vec![ModelConfig::new("demo", demo_folder())],
             ..Config::default()
         };
         adjust(&mut config);

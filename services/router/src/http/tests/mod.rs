@@ -9,3 +9,5 @@ mod bad_input;
 mod faults;
 mod harness;
 mod moves;
+mod responses;
+mod tools;
