@@ -59,7 +59,7 @@ impl store_server::Store for Liar {
     async fn exists(&self, _: Request<v1::ExistsRequest>) -> Result<Response<v1::ExistsResponse>, Status> {
         self.questions.fetch_add(1, Ordering::Relaxed);
         let (tiers, index) = (self.tiers.clone().into(), self.index.clone());
-        Ok(Response::new(v1::ExistsResponse { tiers, index, ..Default::default() }))
+        Ok(Response::new(v1::ExistsResponse { tiers, index }))
     }
     async fn used(&self, _: Request<v1::UsedRequest>) -> Result<Response<v1::UsedResponse>, Status> {
         Err(Status::internal("no"))
