@@ -99,7 +99,7 @@ pub(crate) async fn start(
     let disk = open_disk(&config, &engine).await?;
     let (tier, recovered) = disk.map_or((None, Vec::new()), |(tier, recovered)| (Some(tier), recovered));
     if let Some(tier) = &tier {
-        disk::copy_at_scrape(&context.metrics, Arc::clone(&tier.disk));
+        disk::copy_at_scrape(&context.metrics, &tier.disk);
     }
     let (lease, reservation, capacity_bytes) = (settings.lease, settings.reservation, settings.capacity_bytes);
     let node = Arc::new(Node::new(engine.clone(), settings, tier, config.verify_on_commit).context("transfer")?);
@@ -121,7 +121,7 @@ pub(crate) async fn start(
         id: id.clone(),
         node: node.clone(),
         tasks: context.tasks.clone(),
-        metrics: Metrics::new(&context.metrics, node.clone()),
+        metrics: Metrics::new(&context.metrics, &node),
         lease,
         reservation,
         started: Instant::now(),
