@@ -141,6 +141,9 @@ pub struct DecodeConfig {
     /// How long a prefill worker may take to accept a connection, and how long it may leave a ping unanswered before it
     /// counts as dead (busy workers answer: computing has threads of its own). Default 2000.
     pub peer_timeout_ms: u64,
+    /// For a prefill worker to say that it has taken a prompt, and between two signs of life of one that gives them, in
+    /// milliseconds; then another is asked. Default 20000.
+    pub prefill_silence_ms: u64,
     /// After a prefill worker failed, how long it is tried after the others, in milliseconds. Default 1000.
     pub peer_rest_ms: u64,
     /// Bound on a request's deadline, whatever the router asks for. Default 600000.
@@ -304,6 +307,7 @@ impl Default for DecodeConfig {
             local_prefill_tokens: 8,
             max_prefill_attempts: 2,
             peer_timeout_ms: 2_000,
+            prefill_silence_ms: 20_000,
             peer_rest_ms: 1_000,
             max_request_ms: 600_000,
         }

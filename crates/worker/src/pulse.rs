@@ -21,11 +21,14 @@ use std::{
 };
 
 use kvasir_engine::{Handle, Stats};
-use kvasir_proto::v1::{Alive, GenerateEvent, generate_event::Event};
+use kvasir_proto::{
+    HEARTBEAT_METADATA,
+    v1::{Alive, GenerateEvent, PrefillEvent, generate_event, prefill_event},
+};
 use kvasir_runtime::Health;
 use tokio::time::{Instant, Sleep, sleep_until};
 use tokio_stream::Stream;
-use tonic::Status;
+use tonic::{Response, Status, metadata::MetadataValue};
 
 use crate::caller::Events;
 
@@ -63,8 +66,17 @@ impl Pulse {
         }
     }
 
+    /// The answer to a call that asks for signs of life `every` so many milliseconds.
+    pub(crate) fn answer<T: Beat>(&self, events: Events<T>, every_ms: u32) -> Response<Beating<T>> {
+        let mut response = Response::new(self.beating(events, Duration::from_millis(every_ms.into())));
+        if every_ms > 0 {
+            response.metadata_mut().insert(HEARTBEAT_METADATA, MetadataValue::from(every_ms));
+        }
+        response
+    }
+
     /// A stream on which something is said at least `every` so often while the engine goes on; zero: when there is something.
-    pub(crate) fn beating(&self, events: Events<GenerateEvent>, every: Duration) -> Beating {
+    fn beating<T: Beat>(&self, events: Events<T>, every: Duration) -> Beating<T> {
         let every = (!every.is_zero()).then(|| every.max(SHORTEST_BEAT));
         let clock = every.map(|every| (every, Box::pin(sleep_until(Instant::now() + every))));
         Beating { events, pulse: self.clone(), clock, said: Instant::now() }
@@ -92,16 +104,34 @@ impl Watched {
     }
 }
 
+/// An event that can say no more than that we live.
+pub(crate) trait Beat: Unpin {
+    /// It.
+    fn alive() -> Self;
+}
+
+impl Beat for GenerateEvent {
+    fn alive() -> Self {
+        Self { event: Some(generate_event::Event::Alive(Alive {})), choice: 0 }
+    }
+}
+
+impl Beat for PrefillEvent {
+    fn alive() -> Self {
+        Self { event: Some(prefill_event::Event::Alive(Alive {})) }
+    }
+}
+
 /// A stream with signs of life in it.
-pub(crate) struct Beating {
-    events: Events<GenerateEvent>,
+pub(crate) struct Beating<T> {
+    events: Events<T>,
     pulse: Pulse,
     clock: Option<(Duration, Pin<Box<Sleep>>)>,
     said: Instant,
 }
 
-impl Stream for Beating {
-    type Item = Result<GenerateEvent, Status>;
+impl<T: Beat> Stream for Beating<T> {
+    type Item = Result<T, Status>;
 
     fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         let this = self.get_mut();
@@ -122,7 +152,7 @@ impl Stream for Beating {
             this.said = now;
             clock.as_mut().reset(now + *every);
             if this.pulse.0.load(Relaxed) {
-                return Poll::Ready(Some(Ok(GenerateEvent { event: Some(Event::Alive(Alive {})), choice: 0 })));
+                return Poll::Ready(Some(Ok(T::alive())));
             }
         }
         Poll::Pending
@@ -163,7 +193,7 @@ mod tests {
         let (caller, events) = Caller::new(8, Deadline::after(Duration::from_secs(600)));
         let mut beating = pulse.beating(events, Duration::from_millis(100));
         let is_alive = |event: Option<Result<GenerateEvent, Status>>| {
-            matches!(event.unwrap().unwrap().event, Some(Event::Alive(_)))
+            matches!(event.unwrap().unwrap().event, Some(generate_event::Event::Alive(_)))
         };
         let start = Instant::now();
         for beat in 1..=3u64 {

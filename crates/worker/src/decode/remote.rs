@@ -7,7 +7,10 @@
 
 use std::time::Duration;
 
-use kvasir_proto::v1::{self, prefill_event::Event};
+use kvasir_proto::{
+    HEARTBEAT_METADATA,
+    v1::{self, prefill_event::Event},
+};
 use kvasir_transfer::Revoke;
 use kvasir_types::{GrantKey, PROTOCOL_VERSION, Sampled, TokenId};
 use tokio::time::timeout;
@@ -19,6 +22,9 @@ use crate::{error::Error, handoff::Landing, host::Host, peers::Peers};
 /// A writer that takes part in no fence (stopped in the middle of a copy into memory that both map) is waited for no longer:
 /// the request fails, and its blocks stay out of use until the writer goes on or dies.
 const FENCE_LIMIT: Duration = Duration::from_secs(5);
+
+/// Signs of life are asked for so many times within the silence that is borne.
+const BEATS: u64 = 4;
 
 /// Who is asked for what.
 pub(super) struct Attempt<'a> {
@@ -57,11 +63,17 @@ impl Attempt<'_> {
         let mut client =
             self.peers.prefill(&self.candidate.address).map_err(|e| self.failed(Status::from_error(e.into())))?;
         let call = client.prefill(self.message(grant));
-        let response = answer.caller().while_waiting(call).await?;
-        let mut stream = response.map_err(|status| self.failed(status))?.into_inner();
+        let silence = Duration::from_millis(self.host.config.decode.prefill_silence_ms);
+        let response =
+            answer.caller().while_waiting(timeout(silence, call)).await?.map_err(|_| self.silent(silence))?;
+        let response = response.map_err(|status| self.failed(status))?;
+        // Older ones give no signs of life: a long prompt takes its time there.
+        let silence = if response.metadata().contains_key(HEARTBEAT_METADATA) { silence } else { Duration::MAX };
+        let mut stream = response.into_inner();
         let mut first = None;
         loop {
-            let message = answer.caller().while_waiting(stream.message()).await?;
+            let message = timeout(silence, stream.message());
+            let message = answer.caller().while_waiting(message).await?.map_err(|_| self.silent(silence))?;
             match message.map_err(|status| self.failed(status))?.map(|message| message.event) {
                 Some(Some(Event::FirstToken(token))) => {
                     let sampled = Sampled::try_from(&token)?;
@@ -75,7 +87,7 @@ impl Attempt<'_> {
                     let first = first.ok_or_else(|| self.broke_protocol("done before the first token"))?;
                     return Ok(Landed { first, done });
                 }
-                Some(None) => {} // an event that a later version added
+                Some(Some(Event::Alive(_)) | None) => {} // or an event that a later version added
                 None => return Err(self.broke_protocol("its stream ended before done")),
             }
         }
@@ -97,7 +109,12 @@ impl Attempt<'_> {
             blocks: self.landing.targets.clone(),
             priority: v1::Priority::from(*priority).into(),
             tenant: tenant.to_string(),
+            heartbeat_ms: (self.host.config.decode.prefill_silence_ms / BEATS).try_into().unwrap_or(u32::MAX),
         }
+    }
+
+    fn silent(&self, silence: Duration) -> Error {
+        self.failed(Status::unavailable(format!("said nothing for {} ms", silence.as_millis())))
     }
 
     fn failed(&self, status: Status) -> Error {

@@ -3,10 +3,10 @@
 use std::{sync::Arc, time::Duration};
 
 use kvasir_engine::Mode;
-use kvasir_proto::{HEARTBEAT_METADATA, check_protocol, convert, v1};
+use kvasir_proto::{check_protocol, convert, v1};
 use kvasir_runtime::Kind;
 use kvasir_types::{Deadline, Priority, RequestId, Sampling, TokenId};
-use tonic::{Request, Response, Status, metadata::MetadataValue};
+use tonic::{Request, Response, Status};
 
 use super::{answer::Answer, request};
 use crate::{
@@ -99,16 +99,12 @@ impl DecodeService {
 
 #[tonic::async_trait]
 impl v1::decode_server::Decode for DecodeService {
-    type GenerateStream = Beating;
+    type GenerateStream = Beating<v1::GenerateEvent>;
 
     async fn generate(&self, request: Request<v1::GenerateRequest>) -> Result<Response<Self::GenerateStream>, Status> {
         let request = request.into_inner();
-        let every = Duration::from_millis(request.heartbeat_ms.into());
+        let every_ms = request.heartbeat_ms;
         let events = self.start(request).await.map_err(|error| self.host.refuse(&error))?;
-        let mut response = Response::new(self.host.pulse.beating(events, every));
-        if !every.is_zero() {
-            response.metadata_mut().insert(HEARTBEAT_METADATA, MetadataValue::from(every.as_millis() as u64));
-        }
-        Ok(response)
+        Ok(self.host.pulse.answer(events, every_ms))
     }
 }

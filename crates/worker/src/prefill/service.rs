@@ -14,6 +14,7 @@ use crate::{
     caller::{Caller, Events},
     error::Error,
     host::Host,
+    pulse::Beating,
     sequence::{Prompt, Sequence},
 };
 
@@ -141,10 +142,13 @@ fn landing(blocks: &[v1::BlockTarget], first: usize) -> Result<Landing, Error> {
 
 #[tonic::async_trait]
 impl v1::prefill_server::Prefill for PrefillService {
-    type PrefillStream = Events<v1::PrefillEvent>;
+    type PrefillStream = Beating<v1::PrefillEvent>;
 
     async fn prefill(&self, request: Request<v1::PrefillRequest>) -> Result<Response<Self::PrefillStream>, Status> {
-        self.start(request.into_inner()).await.map(Response::new).map_err(|error| self.host.refuse(&error))
+        let request = request.into_inner();
+        let every_ms = request.heartbeat_ms;
+        let events = self.start(request).await.map_err(|error| self.host.refuse(&error))?;
+        Ok(self.host.pulse.answer(events, every_ms))
     }
 }
 

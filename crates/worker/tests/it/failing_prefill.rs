@@ -20,7 +20,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
 use tonic::{Code, Request, Response, Status, transport::Server};
 
-use crate::harness::{Cluster, LIMIT, golden};
+use crate::harness::{Cluster, LIMIT, config, golden};
 
 type PrefillEvents = mpsc::Sender<Result<v1::PrefillEvent, Status>>;
 
@@ -39,8 +39,12 @@ impl v1::prefill_server::Prefill for MockPrefill {
     async fn prefill(&self, request: Request<v1::PrefillRequest>) -> Result<Response<Self::PrefillStream>, Status> {
         self.calls.fetch_add(1, Ordering::SeqCst);
         let (events, stream) = mpsc::channel(8);
-        (self.behaviour)(request.into_inner(), events);
-        Ok(Response::new(ReceiverStream::new(stream)))
+        let request = request.into_inner();
+        let heartbeat_ms = request.heartbeat_ms;
+        (self.behaviour)(request, events);
+        let mut response = Response::new(ReceiverStream::new(stream));
+        response.metadata_mut().insert(kvasir_proto::HEARTBEAT_METADATA, heartbeat_ms.into());
+        Ok(response)
     }
 }
 
@@ -215,10 +219,39 @@ async fn a_prefill_worker_that_failed_a_moment_ago_is_tried_last() {
     // Three are proposed, two attempts are made: the one that has failed already is left out.
     assert_eq!(ask(vec![first.clone()], "a").await.unwrap().0, golden.output_ids);
     assert_eq!(counts(), (1, 0));
-    let good = cluster.add_prefill(crate::harness::config(), false).await;
+    let good = cluster.add_prefill(config(), false).await;
     let (tokens, finished) = ask(vec![first, second, good], "b").await.unwrap();
     assert_eq!((tokens, finished.prefill_member.as_str()), (golden.output_ids.clone(), "prefill-1"));
     assert_eq!(counts(), (1, 1));
     cluster.assert_no_leak().await;
     cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_that_gives_signs_of_life_is_waited_for_and_one_that_stops_giving_them_is_not() {
+    let mut patient = config();
+    patient.decode.prefill_silence_ms = 400;
+    let (cluster, golden) = (Cluster::with_decode_of(patient).await, golden());
+    let tasks = cluster.context.tasks.clone();
+    let (hanging, calls) = mock(&cluster.context, move |request, events| {
+        assert_eq!(request.heartbeat_ms, 100);
+        tasks.spawn(kvasir_runtime::Kind::Background, "mock answer", async move {
+            // Longer than the silence that is borne, in all.
+            for _ in 0..8 {
+                let alive = v1::PrefillEvent { event: Some(v1::prefill_event::Event::Alive(v1::Alive {})) };
+                if events.send(Ok(alive)).await.is_err() {
+                    return Ok(());
+                }
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+            events.closed().await; // and then nothing
+            Ok(())
+        });
+    })
+    .await;
+    let started = std::time::Instant::now();
+    let (tokens, _) = cluster.answer(cluster.request(&golden, vec![hanging])).await.unwrap();
+    assert_eq!((tokens, calls.load(Ordering::SeqCst)), (golden.output_ids, 1));
+    assert!(started.elapsed() >= Duration::from_millis(1_000), "it was given up while it lived");
+    cluster.assert_no_leak().await;
 }
