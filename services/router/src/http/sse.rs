@@ -38,28 +38,23 @@ pub(crate) trait Shape: Send + 'static {
 /// Chunks on their way out.
 pub(crate) struct Chunks<'a> {
     out: &'a mut BytesMut,
-    head: &'a Head,
-    object: &'static str,
-    /// With usage asked for, every chunk has the field, null until the last one.
-    include_usage: bool,
+    frame: &'a Frame,
 }
 
 impl Chunks<'_> {
     /// One with this choice.
     pub(crate) fn add(&mut self, choice: &impl Serialize) {
-        let no_usage = self.include_usage.then_some(None);
-        event(self.out, &self.head.around(self.object, std::slice::from_ref(choice), no_usage));
-    }
-
-    /// One with the usage alone.
-    fn usage(&mut self, usage: Usage) {
-        event(self.out, &self.head.around::<()>(self.object, &[], Some(Some(usage))));
+        self.out.extend_from_slice(&self.frame.before);
+        write(self.out.writer(), choice);
+        self.out.extend_from_slice(self.frame.after);
     }
 }
 
 /// Streams the answer.
 pub(crate) fn respond<S: Shape>(live: Live, head: Head, shape: S, include_usage: bool) -> Response {
-    let writer = Writer { live, head, shape, include_usage, opened: false };
+    let frame = Frame::of(&head, S::CHUNK, include_usage);
+    // In a box: it is large, and moves with every event.
+    let writer = Box::new(Writer { live, head, frame, shape, include_usage, opened: false });
     let stream = futures_util::stream::unfold(Some(writer), |writer| async {
         let mut writer = writer?;
         let (bytes, more) = writer.step().await?;
@@ -79,9 +74,27 @@ pub(crate) fn response(stream: impl Stream<Item = Result<Bytes, Infallible>> + S
     (headers, Body::from_stream(stream)).into_response()
 }
 
+/// What stands around the choice of every chunk, written once for an answer.
+struct Frame {
+    before: Vec<u8>,
+    after: &'static [u8],
+}
+
+impl Frame {
+    fn of(head: &Head, object: &'static str, include_usage: bool) -> Self {
+        let mut before = b"data: ".to_vec();
+        write(&mut before, &head.around::<()>(object, &[], None));
+        // Without usage, what follows the choices is the end of their list and of the object.
+        before.truncate(before.len() - b"]}".len());
+        // With usage asked for, every chunk has the field, null until the last one.
+        Self { before, after: if include_usage { b"],\"usage\":null}\n\n" } else { b"]}\n\n" } }
+    }
+}
+
 struct Writer<S> {
     live: Live,
     head: Head,
+    frame: Frame,
     shape: S,
     include_usage: bool,
     opened: bool,
@@ -99,15 +112,15 @@ impl<S: Shape> Writer<S> {
             }
         };
         let mut out = BytesMut::with_capacity(512);
-        let Self { live, head, shape, include_usage, opened } = self;
-        let mut chunks = Chunks { out: &mut out, head, object: S::CHUNK, include_usage: *include_usage };
+        let Self { live, head, frame, shape, include_usage, opened } = self;
+        let mut chunks = Chunks { out: &mut out, frame };
         if !std::mem::replace(opened, true) {
             (0..live.choices()).for_each(|choice| shape.open(choice, &mut chunks));
         }
         shape.delta(live, &delta, &mut chunks);
         if let Some(cost) = delta.cost {
             if *include_usage {
-                chunks.usage(Usage::from(cost));
+                event(&mut out, &head.around::<()>(S::CHUNK, &[], Some(Some(Usage::from(cost)))));
             }
             out.extend_from_slice(b"data: [DONE]\n\n");
         }
@@ -117,6 +130,10 @@ impl<S: Shape> Writer<S> {
 
 fn event(out: &mut BytesMut, data: &impl Serialize) {
     out.extend_from_slice(b"data: ");
-    serde_json::to_writer(out.writer(), data).expect("our own types have no keys that are not text");
+    write(out.writer(), data);
     out.extend_from_slice(b"\n\n");
+}
+
+fn write(out: impl std::io::Write, data: &impl Serialize) {
+    serde_json::to_writer(out, data).expect("our own types have no keys that are not text");
 }

@@ -12,6 +12,7 @@ mod kv_store;
 mod record;
 mod report;
 mod rivals;
+mod router;
 mod shared_prompt;
 mod transfer;
 
@@ -46,6 +47,9 @@ async fn run() -> Result<()> {
         [name, "--quick"] => (name, 2),
         [name, "--smoke"] => (name, 1),
         [name, "--record"] => return record::record(name),
+        // A benchmark's own processes.
+        ["router-worker", ref rest @ ..] => return router::worker::run(rest).await,
+        ["router-tokenizer", path] => return router::tokenizer::run(path),
         _ => bail!("usage: bench NAME [--quick | --smoke | --record]"),
     };
     let options = Options { repetitions, smoke: repetitions == 1 };
@@ -53,9 +57,12 @@ async fn run() -> Result<()> {
         "engine" => engine::run(&options)?,
         "first-light" => first_light::run(&options).await?,
         "kv-store" => kv_store::run(&options).await?,
+        "router" => router::run(&options).await?,
         "shared-prompt" => shared_prompt::run(&options).await?,
         "transfer" => transfer::run(&options)?,
-        _ => bail!("there is no benchmark '{name}'; there are: engine, first-light, kv-store, shared-prompt, transfer"),
+        _ => bail!(
+            "there is no benchmark '{name}'; there are: engine, first-light, kv-store, router, shared-prompt, transfer"
+        ),
     };
     report.finish()
 }
