@@ -62,6 +62,14 @@ impl Client {
         reply(self.http.get(format!("{}{path}", self.base))).await
     }
 
+    /// POST of a JSON body that asks where it goes and why: the answer, and what `x-kvasir-route` says.
+    pub async fn explained(&self, path: &str, body: &Value) -> Result<(Value, Value)> {
+        let answered = reply(self.request(path, body.to_string()).header("x-kvasir-explain", "1")).await?;
+        let route = answered.headers.get("x-kvasir-route").context("the answer says where it went")?;
+        let route = serde_json::from_slice(route.as_bytes())?;
+        Ok((answered.ok()?, route))
+    }
+
     /// POST of a JSON body.
     pub async fn post(&self, path: &str, body: &Value) -> Result<Reply> {
         self.post_raw(path, body.to_string()).await

@@ -1,5 +1,5 @@
 //! The page for operators and probes, on a port of its own: `/health`, `/ready` (under all the names that others have for
-//! them), `/metrics`.
+//! them), `/metrics`, and what a service adds.
 //!
 //! It is up before the service is (loading a model takes a while, and a probe should get an answer meanwhile) and stays up
 //! while the service drains. It has a thread and a runtime of its own: a service whose runtime is busy is not dead, and a
@@ -35,14 +35,19 @@ pub struct Error {
 
 /// Binds the port of the configuration and serves from now on until the process ends; returns the address it got.
 pub async fn start(config: &AdminConfig, context: &Context) -> Result<SocketAddr, Error> {
+    start_with(config, context, Router::new()).await
+}
+
+/// The same with more routes, those of the service.
+pub async fn start_with(config: &AdminConfig, context: &Context, more: Router) -> Result<SocketAddr, Error> {
     let failed = |source| Error { address: config.listen, source };
     let listener = std::net::TcpListener::bind(config.listen).map_err(failed)?;
     listener.set_nonblocking(true).map_err(failed)?;
     let address = listener.local_addr().map_err(failed)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(failed)?;
-    let context = context.clone();
+    let routes = router(context.clone()).merge(more);
     let serving = move || {
-        let served = runtime.block_on(async { axum::serve(TcpListener::from_std(listener)?, router(context)).await });
+        let served = runtime.block_on(async { axum::serve(TcpListener::from_std(listener)?, routes).await });
         if let Err(error) = served {
             tracing::error!(%error, "the admin page is gone");
         }

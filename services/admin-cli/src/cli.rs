@@ -5,7 +5,7 @@ use std::time::Duration;
 use clap::{Parser, Subcommand, ValueEnum};
 use kvasir_cluster::EtcdConfig;
 
-use crate::kv::KvCommand;
+use crate::{kv::KvCommand, route::RouteCommand};
 
 /// Where etcd listens unless somebody says otherwise.
 const DEFAULT_ETCD: &str = "127.0.0.1:2379";
@@ -48,6 +48,9 @@ pub(crate) enum Command {
     /// The KV store: what it holds, where a prompt's blocks are; pinning and evicting them
     #[command(subcommand)]
     Kv(KvCommand),
+    /// How routers choose workers: by which policy, and why a request goes where it goes
+    #[command(subcommand)]
+    Route(RouteCommand),
 }
 
 /// Form of the answer.
@@ -105,6 +108,8 @@ const EXAMPLES: &str = "Examples:
   kvasirctl kv stats                                 how full the KV store is, and how often it had what was asked for
   kvasirctl kv lookup --text prompt.txt --tokenizer model/tokenizer.json
   kvasirctl kv evict --tenant acme
+  kvasirctl route explain --chat request.json        where that request would go, and why
+  kvasirctl route policy least-loaded
   KVASIR_ETCD=10.0.0.5:2379 kvasirctl status --timeout 500
 
 Exit status:

@@ -19,6 +19,8 @@ use crate::report::{Blocks, Live, StoreNumbers, WorkerNumbers};
 
 /// Most bytes read of a readiness page.
 const MAX_PAGE_BYTES: u64 = 16 << 10;
+/// Most bytes read of another answer.
+const MAX_ANSWER_BYTES: u64 = 1 << 20;
 
 /// Most peers shown of a worker: as many as one remembers.
 const MAX_PEERS: usize = 1024;
@@ -95,17 +97,45 @@ pub(crate) async fn ask_store<T>(
     .await
 }
 
-/// `GET /ready` of the admin page. Twenty lines of HTTP/1.0 rather than a client library for one request.
+/// A question to the admin page that is answered in JSON: `GET`, or `POST` if there is a body. What the page refuses, it
+/// says why.
+pub(crate) async fn admin(
+    address: &str,
+    path: &str,
+    body: Option<&serde_json::Value>,
+    limit: Duration,
+) -> Result<serde_json::Value, String> {
+    let (method, body) = body.map_or(("GET", String::new()), |body| ("POST", body.to_string()));
+    let request = format!(
+        "{method} {path} HTTP/1.0\r\nhost: {address}\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n{body}",
+        body.len()
+    );
+    let page = within(limit, page(address, request, MAX_ANSWER_BYTES)).await?;
+    let status = page.split(' ').nth(1).unwrap_or_default();
+    let body = page.split_once("\r\n\r\n").map_or("", |(_, body)| body);
+    let answer: serde_json::Value =
+        serde_json::from_str(body).map_err(|_| format!("status {}, not an answer in JSON", printable(status)))?;
+    match (status, answer["error"].as_str()) {
+        ("200", _) => Ok(answer),
+        (_, Some(why)) => Err(why.chars().filter(|c| !c.is_control()).take(400).collect()),
+        (status, None) => Err(format!("status {}", printable(status))),
+    }
+}
+
+/// Twenty lines of HTTP/1.0 rather than a client library for one request.
+async fn page(address: &str, request: String, most_bytes: u64) -> Result<String, String> {
+    let told = |error: std::io::Error| printable(&error.to_string());
+    let mut stream = TcpStream::connect(address).await.map_err(told)?;
+    stream.write_all(request.as_bytes()).await.map_err(told)?;
+    let mut page = Vec::new();
+    stream.take(most_bytes).read_to_end(&mut page).await.map_err(told)?;
+    Ok(String::from_utf8_lossy(&page).into_owned())
+}
+
+/// `GET /ready` of the admin page.
 pub(crate) async fn ready(address: &str, limit: Duration) -> Readiness {
-    let page = within(limit, async {
-        let mut stream = TcpStream::connect(address).await.map_err(|error| printable(&error.to_string()))?;
-        let request = format!("GET /ready HTTP/1.0\r\nhost: {address}\r\n\r\n");
-        stream.write_all(request.as_bytes()).await.map_err(|error| printable(&error.to_string()))?;
-        let mut page = Vec::new();
-        stream.take(MAX_PAGE_BYTES).read_to_end(&mut page).await.map_err(|error| printable(&error.to_string()))?;
-        Ok(String::from_utf8_lossy(&page).into_owned())
-    })
-    .await;
+    let request = format!("GET /ready HTTP/1.0\r\nhost: {address}\r\n\r\n");
+    let page = within(limit, page(address, request, MAX_PAGE_BYTES)).await;
     page.map_or_else(Readiness::Unknown, |page| readiness(&page))
 }
 

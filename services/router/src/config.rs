@@ -36,7 +36,8 @@ pub struct Config {
     pub registry: RegistryConfig,
     /// The models served, at least one.
     pub models: Vec<ModelConfig>,
-    /// How workers are chosen: `least-loaded` (default), `round-robin` or `random`.
+    /// How workers are chosen: `kv-aware` (default), `session-sticky`, `least-loaded`, `round-robin` or `random`. Can be
+    /// changed while the router runs (`kvasirctl route policy`).
     pub policy: PolicyName,
     /// What a client may ask for, and for how long.
     pub limits: Limits,

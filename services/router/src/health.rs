@@ -69,9 +69,14 @@ fn fault(error: &Error) -> Fault {
 impl Health {
     /// Whether others are preferred to it.
     pub(crate) fn rests(&self, now: Instant) -> bool {
+        self.rests_until().is_some_and(|until| now < until)
+    }
+
+    /// Until when others are preferred to it, if they are.
+    pub(crate) fn rests_until(&self) -> Option<Instant> {
         match self.state {
-            State::Well => false,
-            State::Rests { until } | State::OnTrial { until } => now < until,
+            State::Well => None,
+            State::Rests { until } | State::OnTrial { until } => Some(until),
         }
     }
 

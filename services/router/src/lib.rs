@@ -17,11 +17,13 @@
 //! | `access`, `admission` | who may ask, for what, how much; and when it is their turn |
 //! | `text` | no async, no clock |
 //! | [`route`] | policies are pure functions |
+//! | [`cache`] | which workers hold which beginning of a prompt: an index, and a task for each worker that feeds it |
 //! | `fleet` | members → workers that may be chosen, their loads and connections |
 //! | `health`, `retry` | which workers are left alone for a while, how many second tries there are |
 //! | `upstream` | the stream from a decode worker |
 #![forbid(unsafe_code)]
 
+pub mod cache;
 pub mod config;
 pub mod route;
 

@@ -17,22 +17,93 @@
 //! | `kvasir_router_second_tries_total` | `allowed` | tries after a worker's failure, and those that `retry` did not allow |
 //! | `kvasir_router_move_seconds` | | from a worker's failure within an answer to the next token, from another one |
 //! | `kvasir_router_decode_workers` | | decode workers that may be chosen |
+//! | `kvasir_router_decisions_total` | `policy`, `reason` | requests that were given a worker, second tries too, and what decided |
+//! | `kvasir_router_decision_seconds` | | for one decision, finding out who holds what included |
+//! | `kvasir_router_predicted_cached_tokens_total` | | tokens of prompts that the chosen workers were thought to hold; beside `…_cached_tokens_total` |
+//! | `kvasir_router_indexed_blocks`, `…_indexed_holdings` | | blocks that some worker is known to hold; the same, once for each worker |
+//! | `kvasir_router_feeds_connected` | | workers that tell what they hold |
+//! | `kvasir_router_feed_resyncs_total` | `cause` | times a worker's cache was learned anew: `gap` (changes were lost), `reconnect` |
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use kvasir_runtime::metrics::{Counter, Family, Gauge, Histogram, LATENCY_SECONDS, Metrics as Page};
 
-use crate::{access::Unknown, admission::Gates};
+use crate::{
+    access::Unknown,
+    admission::Gates,
+    cache::Index,
+    route::{PolicyName, Reason},
+};
 
 /// Bounds in seconds between tokens: fast decoding is well under a millisecond here.
 const INTER_TOKEN_SECONDS: &[f64] =
     &[0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 5.0];
+
+/// Bounds in seconds for a decision.
+const DECISION_SECONDS: &[f64] =
+    &[2e-6, 5e-6, 10e-6, 20e-6, 35e-6, 50e-6, 75e-6, 100e-6, 150e-6, 250e-6, 500e-6, 1e-3, 2.5e-3, 10e-3];
+
+/// What the feeds count. Cheap to clone.
+#[derive(Clone)]
+pub(crate) struct CacheMetrics {
+    connected: Gauge,
+    resyncs: Family<[(&'static str, &'static str); 1], Counter>,
+}
+
+impl CacheMetrics {
+    /// Registers them, and those of the index.
+    pub(crate) fn new(page: &Page, index: &Arc<Index>) -> Self {
+        let blocks = page.gauge("kvasir_router_indexed_blocks", "Blocks that some worker is known to hold");
+        let held =
+            page.gauge("kvasir_router_indexed_holdings", "The same, counted once for each worker that holds them");
+        let index = Arc::clone(index);
+        page.on_scrape(move || {
+            blocks.set(index.blocks() as i64);
+            held.set(index.held() as i64);
+        });
+        let metrics = Self {
+            connected: page.gauge("kvasir_router_feeds_connected", "Workers that tell what they hold"),
+            resyncs: page.counters("kvasir_router_feed_resyncs", "Times a worker's cache was learned anew, by cause"),
+        };
+        for cause in ["gap", "reconnect"] {
+            // The series is there from the start.
+            metrics.resyncs.get_or_create(&[("cause", cause)]).inc_by(0);
+        }
+        metrics
+    }
+
+    /// A worker tells, until the guard is dropped.
+    pub(crate) fn connected(&self) -> Connected {
+        self.connected.inc();
+        Connected(self.connected.clone())
+    }
+
+    /// A worker's cache is learned anew.
+    pub(crate) fn resync(&self, cause: &'static str) {
+        self.resyncs.get_or_create(&[("cause", cause)]).inc();
+    }
+}
+
+/// See [`CacheMetrics::connected`].
+pub(crate) struct Connected(Gauge);
+
+impl Drop for Connected {
+    fn drop(&mut self) {
+        self.0.dec();
+    }
+}
 
 /// The router's metrics. Cheap to clone.
 #[derive(Clone)]
 pub(crate) struct Metrics {
     requests: Family<[(&'static str, &'static str); 2], Counter>,
     answers: Family<[(&'static str, &'static str); 1], Counter>,
+    decisions: Family<[(&'static str, &'static str); 2], Counter>,
+    decision: Histogram,
+    predicted_cached_tokens: Counter,
     upstream_errors: Family<[(&'static str, &'static str); 1], Counter>,
     not_let_in: Family<[(&'static str, &'static str); 1], Counter>,
     wait: Histogram,
@@ -56,6 +127,12 @@ impl Metrics {
         Self {
             requests: page.counters("kvasir_router_requests", "HTTP answers by endpoint and class of status"),
             answers: page.counters("kvasir_router_answers", "Answers begun, by how they ended"),
+            decisions: page.counters("kvasir_router_decisions", "Requests given a worker, by policy and what decided"),
+            decision: page.histogram("kvasir_router_decision_seconds", "For one decision", DECISION_SECONDS),
+            predicted_cached_tokens: page.counter(
+                "kvasir_router_predicted_cached_tokens",
+                "Tokens of prompts that the chosen workers were thought to hold",
+            ),
             upstream_errors: page.counters("kvasir_router_upstream_errors", "Failed calls to decode workers"),
             not_let_in: page.counters("kvasir_router_not_let_in", "Requests refused for want of room or by a limit"),
             wait: page.histogram("kvasir_router_wait_seconds", "Waiting for a place at the workers", LATENCY_SECONDS),
@@ -95,6 +172,17 @@ impl Metrics {
     /// A failed call to a worker.
     pub(crate) fn upstream_error(&self, kind: &'static str) {
         self.upstream_errors.get_or_create(&[("kind", kind)]).inc();
+    }
+
+    /// A request was given a worker.
+    pub(crate) fn decided(&self, policy: PolicyName, reason: Reason, took: Duration) {
+        self.decisions.get_or_create(&[("policy", policy.as_str()), ("reason", reason.as_str())]).inc();
+        self.decision.observe(took.as_secs_f64());
+    }
+
+    /// The worker that took a request was thought to hold so many tokens of it.
+    pub(crate) fn predicted(&self, cached: u32) {
+        self.predicted_cached_tokens.inc_by(cached.into());
     }
 
     /// Shows how many wait at each gate.

@@ -12,10 +12,11 @@ use tracing::{info, warn};
 use crate::{
     access,
     admission::{Gate, Gates},
+    cache::{Feeds, Index},
     config::Config,
-    fleet::{Fleet, Misfit},
+    fleet::{Crew, Fleet, Misfit},
     http::{self, App, Server},
-    metrics::Metrics,
+    metrics::{CacheMetrics, Metrics},
     text::Model,
 };
 
@@ -37,7 +38,8 @@ pub async fn run_with_etcd(config: Config, context: Context) -> anyhow::Result<(
 pub async fn run(config: Config, context: Context, registry: Arc<dyn Registry>) -> anyhow::Result<()> {
     config.check()?;
     let listening = Listening::bind("listen", config.listen, config.advertise.as_deref()).await?;
-    let admin = kvasir_runtime::admin::start(&config.admin, &context).await?;
+    let operators = http::Operators::default();
+    let admin = kvasir_runtime::admin::start_with(&config.admin, &context, http::admin(operators.clone())).await?;
     let ports = serde_json::json!({ "http": listening.bound, "admin": admin });
     let admin = listening.beside(admin);
     let id = config.id.clone().unwrap_or_else(|| format!("router-{:08x}", random_u64() as u32));
@@ -65,18 +67,16 @@ pub async fn run(config: Config, context: Context, registry: Arc<dyn Registry>) 
     let gate = |model: &Arc<Model>| (model.name().to_owned(), Gate::new(Arc::clone(&gate_config)));
     let gates: Gates = Arc::new(models.iter().map(gate).collect());
     Metrics::watch_gates(&context.metrics, Arc::clone(&gates));
-    let (fleet, watcher) =
-        watch_members(registry.view(), models.clone(), Arc::clone(&gates), metrics.clone(), context.clone());
+    let index = Arc::new(Index::default());
+    let feeds = Feeds::new(Arc::clone(&index), context.tasks.clone(), CacheMetrics::new(&context.metrics, &index));
+    let followers = Followers { gates: Arc::clone(&gates), feeds };
+    let (fleet, watcher) = watch_members(registry.view(), models.clone(), followers, metrics.clone(), context.clone());
     context.tasks.spawn(Kind::Critical, "members", watcher);
-    let parts = http::Parts { models, fleet, keys: keyring, gates, metrics, context: context.clone() };
-    let app = App::new(&config, parts);
+    let parts = http::Parts { models, fleet, index, keys: keyring, gates, metrics, context: context.clone() };
+    let app = Arc::new(App::new(&config, parts));
+    operators.open(Arc::clone(&app));
     let http = listening.advertised;
-    let server = Server {
-        listener: listening.listener,
-        routes: http::routes(Arc::new(app)),
-        limits: config.limits.clone(),
-        tls,
-    };
+    let server = Server { listener: listening.listener, routes: http::routes(app), limits: config.limits.clone(), tls };
 
     let member = member(id, http, admin);
     registry.register(member.clone()).await.context("registration")?;
@@ -131,11 +131,26 @@ fn member(id: MemberId, http: String, admin: String) -> Member {
     }
 }
 
+/// Who is told of every new fleet.
+struct Followers {
+    gates: Gates,
+    feeds: Feeds,
+}
+
+impl Followers {
+    fn follow(&mut self, fleet: &Fleet) {
+        self.feeds.follow(fleet);
+        for (model, gate) in self.gates.iter() {
+            gate.set_workers(fleet.crew(model).map_or(0, Crew::len));
+        }
+    }
+}
+
 /// Keeps the fleet what the members are. The first fleet is there on return; the future keeps it so.
 fn watch_members(
     mut view: watch::Receiver<Arc<View>>,
     models: Vec<Arc<Model>>,
-    gates: Gates,
+    mut followers: Followers,
     metrics: Metrics,
     context: Context,
 ) -> (watch::Receiver<Arc<Fleet>>, impl Future<Output = anyhow::Result<()>>) {
@@ -147,9 +162,7 @@ fn watch_members(
             warn!(worker = %misfit.id, why = misfit.why, "a worker is not used");
         }
         told = misfits.into_iter().collect();
-        for (model, gate) in gates.iter() {
-            gate.set_workers(fleet.crew(model).map_or(0, |crew| crew.decode.len()));
-        }
+        followers.follow(&fleet);
         metrics.decode_workers.set(fleet.decode_workers() as i64);
         match fleet.decode_workers() {
             _ if context.shutdown.is_triggered() => {} // not ready is all it will be from now on

@@ -9,7 +9,7 @@ use serde_json::Value;
 use crate::prompts::{chat, long};
 
 /// What `kvasirctl` prints.
-fn ctl(cluster: &mut Cluster, arguments: &[&str]) -> Result<String> {
+pub(crate) fn ctl(cluster: &mut Cluster, arguments: &[&str]) -> Result<String> {
     let endpoint = cluster.etcd().endpoint().to_owned();
     let output = Command::new(workspace::binary("kvasirctl")?).args(["--etcd", &endpoint]).args(arguments).output()?;
     let (out, err) = (String::from_utf8(output.stdout)?, String::from_utf8_lossy(&output.stderr).into_owned());

@@ -20,6 +20,7 @@ mod pairing;
 mod priority;
 mod prompts;
 mod replay;
+mod routing;
 mod scripts;
 mod spill;
 mod store;

@@ -19,6 +19,7 @@ use serde::Serialize;
 pub(crate) use args::KvCommand;
 use args::{EvictArgs, PromptArgs, Strength};
 use prompt::Prompt;
+pub(crate) use prompt::{content, numbers};
 
 use crate::{cli::Output, probe, render};
 

@@ -72,7 +72,8 @@ pub(crate) fn fingerprint(view: &View, name: &str) -> anyhow::Result<ModelFinger
     })
 }
 
-fn content(path: &PathBuf) -> anyhow::Result<String> {
+/// What a file says; "-" is the standard input.
+pub(crate) fn content(path: &PathBuf) -> anyhow::Result<String> {
     let reader: Box<dyn Read> = if path == Path::new("-") {
         Box::new(std::io::stdin())
     } else {
@@ -93,7 +94,7 @@ fn tokenize(text: &str, tokenizer: &Path) -> anyhow::Result<Vec<TokenId>> {
 }
 
 /// Token ids, with anything between them: a JSON array is fine, and so is a list.
-fn numbers(text: &str) -> anyhow::Result<Vec<TokenId>> {
+pub(crate) fn numbers(text: &str) -> anyhow::Result<Vec<TokenId>> {
     let words = text.split(|c: char| !c.is_ascii_alphanumeric()).filter(|word| !word.is_empty());
     words.map(|word| word.parse().map(TokenId).with_context(|| format!("{word:?} is no token id"))).collect()
 }

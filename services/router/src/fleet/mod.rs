@@ -6,32 +6,44 @@
 //!
 //! Written by one task ([`Fleet::build`]); read by every request. Loads and connections are shared between fleets.
 
+mod pulse;
+
 use std::{
     collections::HashMap,
-    sync::{
-        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
-        atomic::{AtomicU64, Ordering::Relaxed},
-    },
+    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
     time::{Duration, Instant},
 };
 
 use kvasir_cluster::{Member, View};
-use kvasir_types::{Incarnation, MemberId, PROTOCOL_VERSION, Role};
+use kvasir_types::{Incarnation, KvLayout, MemberId, ModelFingerprint, PROTOCOL_VERSION, Role};
 use tonic::transport::Channel;
 
 use crate::{
+    cache::Lookup,
     health::Health,
-    route::{DecodeOption, Load, Pool, PrefillOption},
+    route::{DecodeOption, Pool, PrefillOption},
     text::Model,
     upstream,
 };
+
+pub(crate) use pulse::Pulse;
+
+/// Models of one name but with other weights or other layouts that prompts are hashed for; there is more than one while a
+/// cluster changes over.
+const MAX_NAMINGS: usize = 4;
+
+/// A number for a name (of a worker, of a session) that is the same on all routers.
+pub(crate) fn key_of(name: &str) -> u64 {
+    blake3::hash(name.as_bytes()).as_bytes().first_chunk().map_or(0, |bytes| u64::from_le_bytes(*bytes))
+}
 
 /// One life of one worker.
 pub(crate) struct Worker {
     /// Its record when it was first seen with the parts that matter here.
     pub(crate) member: Member,
-    requests: AtomicU64,
-    tokens: AtomicU64,
+    /// Its load.
+    pub(crate) pulse: Pulse,
+    key: u64,
     channel: OnceLock<Channel>,
     /// Written by requests that have something to say of it, read by all; held for a copy.
     health: Mutex<Health>,
@@ -39,13 +51,8 @@ pub(crate) struct Worker {
 
 impl Worker {
     fn new(member: Member) -> Arc<Self> {
-        Arc::new(Self {
-            member,
-            requests: AtomicU64::new(0),
-            tokens: AtomicU64::new(0),
-            channel: OnceLock::new(),
-            health: Mutex::default(),
-        })
+        let key = key_of(member.id.as_str());
+        Arc::new(Self { member, pulse: Pulse::default(), key, channel: OnceLock::new(), health: Mutex::default() })
     }
 
     /// The connection to it, made when first needed.
@@ -57,44 +64,52 @@ impl Worker {
         Ok(self.channel.get_or_init(|| fresh).clone())
     }
 
-    /// What it does for this router now.
-    pub(crate) fn load(&self) -> Load {
-        Load { requests: self.requests.load(Relaxed), tokens: self.tokens.load(Relaxed) }
-    }
-
     /// It failed: others are preferred to it for a while.
     pub(crate) fn failed(&self, error: &upstream::Error, rest: Duration) {
-        self.health().failed(error, rest, Instant::now());
+        self.change(|health| health.failed(error, rest, Instant::now()));
     }
 
     /// It answered.
     pub(crate) fn answered(&self) {
-        self.health().answered();
+        self.change(Health::answered);
     }
 
     /// A request is sent to it.
     pub(crate) fn asked(&self) {
-        self.health().asked(Instant::now());
+        self.change(|health| health.asked(Instant::now()));
     }
 
-    fn rests(&self, now: Instant) -> bool {
-        self.health().rests(now)
+    /// Decisions read its rest, for every worker, where they read its load.
+    fn change(&self, change: impl FnOnce(&mut Health)) {
+        let mut health: MutexGuard<'_, Health> = self.health.lock().unwrap_or_else(PoisonError::into_inner);
+        change(&mut health);
+        self.pulse.rest(health.rests_until());
     }
 
-    fn health(&self) -> MutexGuard<'_, Health> {
-        self.health.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Counts a request of `tokens` prompt tokens, of which `work` are to be computed, until the lease is dropped.
+    pub(crate) fn lease(self: &Arc<Self>, tokens: usize, work: usize) -> Lease {
+        let (tokens, work) = (tokens as u64, work as u64);
+        let began = self.pulse.begin(tokens, work);
+        Lease { worker: Arc::clone(self), tokens, work, began }
     }
 
-    /// Counts a request of `tokens` prompt tokens until the lease is dropped.
-    pub(crate) fn lease(self: &Arc<Self>, tokens: usize) -> Lease {
-        let tokens = tokens as u64;
-        self.requests.fetch_add(1, Relaxed);
-        self.tokens.fetch_add(tokens, Relaxed);
-        Lease { worker: Arc::clone(self), tokens }
+    /// Tokens of one of its blocks.
+    pub(crate) fn block_tokens(&self) -> u32 {
+        self.member.model.as_ref().map_or(1, |model| model.layout.block_size)
     }
 
     fn max_model_len(&self) -> u32 {
         self.member.model.as_ref().map_or(0, |model| model.max_model_len)
+    }
+
+    fn naming(&self) -> Option<Naming> {
+        self.member.model.as_ref().map(|model| (model.fingerprint, model.layout))
+    }
+
+    fn cached_tokens(&self, blocks: &[u32]) -> u32 {
+        let number = self.pulse.number();
+        let blocks = number.and_then(|number| blocks.get(number as usize)).copied().unwrap_or(0);
+        blocks.saturating_mul(self.block_tokens())
     }
 }
 
@@ -102,49 +117,75 @@ impl Worker {
 pub(crate) struct Lease {
     worker: Arc<Worker>,
     tokens: u64,
+    work: u64,
+    began: u32,
 }
 
 impl Drop for Lease {
     fn drop(&mut self) {
-        self.worker.requests.fetch_sub(1, Relaxed);
-        self.worker.tokens.fetch_sub(self.tokens, Relaxed);
+        self.worker.pulse.end(self.tokens, self.work, self.began);
     }
 }
 
+/// What names of blocks begin with, beside a tenant's salt.
+pub(crate) type Naming = (ModelFingerprint, KvLayout);
+
 /// A decode worker and who can feed it.
-#[derive(Clone)]
-pub(crate) struct DecodeWorker {
-    /// The worker.
-    pub(crate) worker: Arc<Worker>,
-    /// Indexes into [`Crew::prefill`].
-    pub(crate) pairs: Vec<usize>,
+struct DecodeWorker {
+    worker: Arc<Worker>,
+    /// Index into the roster's pairings.
+    pairing: usize,
 }
 
 /// The workers of one model.
+#[derive(Default)]
+struct Roster {
+    decode: Vec<DecodeWorker>,
+    prefill: Vec<Arc<Worker>>,
+    /// Sets of prefill workers: indexes into `prefill`. One, unless a cluster changes over.
+    pairings: Arc<[Vec<usize>]>,
+    namings: Vec<Naming>,
+}
+
+/// Workers of one model: those that write answers, perhaps not all of them, and those that read prompts. Cheap to clone.
 #[derive(Clone, Default)]
 pub(crate) struct Crew {
-    /// Those that write answers.
-    pub(crate) decode: Vec<DecodeWorker>,
-    /// Those that read prompts.
-    pub(crate) prefill: Vec<Arc<Worker>>,
+    roster: Arc<Roster>,
+    /// Those of the decode workers that are in it; `None`: all.
+    decode: Option<Arc<[usize]>>,
+}
+
+/// Room for what a decision looks at, to be used again for the next one.
+#[derive(Default)]
+pub(crate) struct Desk {
+    /// Who holds the prompt's blocks.
+    pub(crate) lookup: Lookup,
+    /// The same by number: how many.
+    blocks: Vec<u32>,
+    /// What the policy sees.
+    pub(crate) pool: Pool,
 }
 
 impl Crew {
     /// Those of the decode workers for which `keep` holds, with all prefill workers.
     pub(crate) fn filter(&self, keep: impl Fn(&Worker) -> bool) -> Self {
-        let decode = self.decode.iter().filter(|decode| keep(&decode.worker)).cloned().collect();
-        Self { decode, prefill: self.prefill.clone() }
+        // Most of the time all are kept, and nothing need be written down.
+        if self.indexes().all(|at| keep(&self.roster.decode[at].worker)) {
+            return self.clone();
+        }
+        let decode = self.indexes().filter(|&at| keep(&self.roster.decode[at].worker)).collect();
+        Self { roster: Arc::clone(&self.roster), decode: Some(decode) }
     }
 
     /// Without the decode workers that rest, unless that leaves none: one that may be back is better than nobody.
     pub(crate) fn rested(&self, now: Instant) -> Self {
-        let rested = self.filter(|worker| !worker.rests(now));
-        if rested.decode.is_empty() { self.clone() } else { rested }
+        let rested = self.filter(|worker| !worker.pulse.rests(now));
+        if rested.is_empty() { self.clone() } else { rested }
     }
 
     /// The longest context one of the decode workers takes.
     pub(crate) fn max_model_len(&self) -> Option<u32> {
-        self.decode.iter().map(|decode| decode.worker.max_model_len()).max()
+        self.indexes().map(|at| self.roster.decode[at].worker.max_model_len()).max()
     }
 
     /// Those whose context is longer than `tokens`.
@@ -152,13 +193,102 @@ impl Crew {
         self.filter(|worker| worker.max_model_len() as usize > tokens)
     }
 
-    /// What a policy sees.
-    pub(crate) fn pool(&self) -> Pool {
-        let decode = |decode: &DecodeWorker| DecodeOption { load: decode.worker.load(), pairs: decode.pairs.clone() };
-        Pool {
-            decode: self.decode.iter().map(decode).collect(),
-            prefill: self.prefill.iter().map(|worker| PrefillOption { load: worker.load() }).collect(),
+    /// Whether there is no decode worker.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// How many decode workers there are.
+    pub(crate) fn len(&self) -> usize {
+        self.decode.as_ref().map_or(self.roster.decode.len(), |decode| decode.len())
+    }
+
+    /// Its decode workers, as indexes into the roster.
+    fn indexes(&self) -> impl Iterator<Item = usize> {
+        let all = if self.decode.is_none() { self.roster.decode.len() } else { 0 };
+        (0..all).chain(self.decode.iter().flat_map(|decode| decode.iter().copied()))
+    }
+
+    /// The decode worker with this index in the pool.
+    pub(crate) fn decode(&self, at: usize) -> Option<&Arc<Worker>> {
+        let at = self.decode.as_ref().map_or(Some(at), |decode| decode.get(at).copied())?;
+        self.roster.decode.get(at).map(|decode| &decode.worker)
+    }
+
+    /// The prefill worker with this index in the pool.
+    pub(crate) fn prefill(&self, at: usize) -> Option<&Arc<Worker>> {
+        self.roster.prefill.get(at)
+    }
+
+    /// What names of blocks begin with on its workers.
+    pub(crate) fn namings(&self) -> &[Naming] {
+        &self.roster.namings
+    }
+
+    /// Bytes of a token's keys and values.
+    pub(crate) fn token_bytes(&self) -> u32 {
+        let layout = self.roster.namings.first().map(|(_, layout)| layout);
+        layout.map_or(0, |layout| (layout.block_bytes() / layout.block_size.max(1) as usize) as u32)
+    }
+
+    /// Puts what a policy sees on the desk; who holds what is there already.
+    pub(crate) fn lay_out(&self, desk: &mut Desk) {
+        let Desk { lookup, blocks, pool } = desk;
+        blocks.clear();
+        for (number, count) in lookup.found() {
+            let at = number.0 as usize;
+            if at >= blocks.len() {
+                blocks.resize(at + 1, 0);
+            }
+            blocks[at] = blocks[at].max(*count);
         }
+        pool.decode.clear();
+        pool.decode.extend(self.indexes().map(|at| {
+            let DecodeWorker { worker, pairing } = &self.roster.decode[at];
+            let pulse = &worker.pulse;
+            DecodeOption {
+                key: worker.key,
+                load: pulse.decode_load(),
+                prefilling_tokens: pulse.told_work(),
+                cached_tokens: worker.cached_tokens(blocks),
+                room_tokens: pulse.room_tokens(),
+                local_tokens: pulse.local_tokens(),
+                speed: pulse.speed(),
+                pairing: *pairing,
+            }
+        }));
+        pool.prefill.clear();
+        pool.prefill.extend(self.roster.prefill.iter().map(|worker| PrefillOption {
+            key: worker.key,
+            load: worker.pulse.prefill_load(),
+            cached_tokens: worker.cached_tokens(blocks),
+            speed: worker.pulse.speed(),
+        }));
+        pool.pairings = Arc::clone(&self.roster.pairings);
+    }
+}
+
+impl Roster {
+    fn new(prefill: Vec<Arc<Worker>>, decode: Vec<Arc<Worker>>) -> Self {
+        let mut pairings: Vec<Vec<usize>> = Vec::new();
+        let mut namings: Vec<Naming> = Vec::new();
+        for naming in decode.iter().chain(&prefill).filter_map(|worker| worker.naming()) {
+            if namings.len() < MAX_NAMINGS && !namings.contains(&naming) {
+                namings.push(naming);
+            }
+        }
+        let decode = decode.into_iter().map(|worker| {
+            let pairs = prefill.iter().enumerate();
+            let pairs = pairs.filter(|(_, prefill)| worker.member.compatible(&prefill.member).is_ok());
+            let pairs: Vec<usize> = pairs.map(|(at, _)| at).collect();
+            let pairing = pairings.iter().position(|known| *known == pairs).unwrap_or_else(|| {
+                pairings.push(pairs);
+                pairings.len() - 1
+            });
+            DecodeWorker { worker, pairing }
+        });
+        let decode = decode.collect();
+        Self { decode, prefill, pairings: pairings.into(), namings }
     }
 }
 
@@ -191,7 +321,6 @@ impl Fleet {
         };
         let (mut crews, mut misfits) = (HashMap::new(), Vec::new());
         for model in models {
-            let mut crew = Crew::default();
             let mut of_role = |role| {
                 let mut fitting = Vec::new();
                 for member in view.role(role).filter(|member| serves(member, model) && !member.draining) {
@@ -204,13 +333,8 @@ impl Fleet {
                 }
                 fitting
             };
-            crew.prefill = of_role(Role::Prefill);
-            for worker in of_role(Role::Decode) {
-                let pairs = crew.prefill.iter().enumerate();
-                let pairs = pairs.filter(|(_, prefill)| worker.member.compatible(&prefill.member).is_ok());
-                let pairs = pairs.map(|(at, _)| at).collect();
-                crew.decode.push(DecodeWorker { worker, pairs });
-            }
+            let roster = Roster::new(of_role(Role::Prefill), of_role(Role::Decode));
+            let crew = Crew { roster: Arc::new(roster), decode: None };
             crews.insert(model.name().to_owned(), crew);
         }
         (Self { crews }, misfits)
@@ -223,11 +347,14 @@ impl Fleet {
 
     /// Decode workers of all models.
     pub(crate) fn decode_workers(&self) -> usize {
-        self.crews.values().map(|crew| crew.decode.len()).sum()
+        self.crews.values().map(Crew::len).sum()
     }
 
-    fn workers(&self) -> impl Iterator<Item = &Arc<Worker>> {
-        self.crews.values().flat_map(|crew| crew.prefill.iter().chain(crew.decode.iter().map(|decode| &decode.worker)))
+    /// All workers.
+    pub(crate) fn workers(&self) -> impl Iterator<Item = &Arc<Worker>> {
+        self.crews
+            .values()
+            .flat_map(|crew| crew.roster.prefill.iter().chain(crew.roster.decode.iter().map(|decode| &decode.worker)))
     }
 }
 

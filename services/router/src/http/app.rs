@@ -16,15 +16,16 @@ use kvasir_runtime::{Context, random_u64};
 use kvasir_types::Deadline;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
-use super::error::Error;
+use super::{deciding::Policies, error::Error};
 use crate::{
     access::{Caller, Keyring},
     admission::{Gate, Gates},
+    cache::Index,
     config::{Config, Limits},
     fleet::Fleet,
     metrics::{Inflight, Metrics},
     retry::{Purse, RetryConfig},
-    route::{Ask, Policy},
+    route::Ask,
     text::Model,
 };
 
@@ -41,7 +42,9 @@ pub(crate) struct App {
     /// The workers now.
     pub(crate) fleet: watch::Receiver<Arc<Fleet>>,
     /// How workers are chosen.
-    pub(crate) policy: Box<dyn Policy>,
+    pub(crate) policies: Policies,
+    /// What workers hold.
+    pub(crate) index: Arc<Index>,
     /// What is counted.
     pub(crate) metrics: Metrics,
     /// The process: its metrics page and readiness.
@@ -65,6 +68,7 @@ pub(crate) struct App {
 pub(crate) struct Parts {
     pub(crate) models: Vec<Arc<Model>>,
     pub(crate) fleet: watch::Receiver<Arc<Fleet>>,
+    pub(crate) index: Arc<Index>,
     pub(crate) keys: watch::Receiver<Arc<Keyring>>,
     pub(crate) gates: Gates,
     pub(crate) metrics: Metrics,
@@ -86,19 +90,20 @@ pub(crate) struct Admitted {
 impl App {
     /// All of it.
     pub(crate) fn new(config: &Config, parts: Parts) -> Self {
-        let Parts { models, fleet, keys, gates, metrics, context } = parts;
+        let Parts { models, fleet, index, keys, gates, metrics, context } = parts;
         let (limits, retry) = (config.limits.clone(), config.retry.clone());
         Self {
             inflight: Arc::new(Semaphore::new(limits.max_inflight)),
             text: Arc::new(Semaphore::new(limits.text_threads)),
             purse: Mutex::new(Purse::new(&retry, Instant::now())),
-            policy: config.policy.build(),
             limits,
             retry,
             keys,
             gates,
             models,
             fleet,
+            policies: Policies::new(config.policy),
+            index,
             metrics,
             context,
             started: unix_now(),
@@ -153,7 +158,13 @@ impl App {
 
     /// What a policy may know of a request.
     pub(crate) fn ask(&self, prompt_tokens: usize) -> Ask {
-        Ask { prompt_tokens, ticket: self.tickets.fetch_add(1, Relaxed), dice: random_u64() }
+        let ticket = self.tickets.fetch_add(1, Relaxed);
+        Ask { prompt_tokens, ticket, dice: random_u64(), ..Ask::default() }
+    }
+
+    /// The same of a request that is not made: nobody's turn changes.
+    pub(crate) fn ask_for_show(&self, prompt_tokens: usize) -> Ask {
+        Ask { prompt_tokens, ticket: self.tickets.load(Relaxed), dice: random_u64(), ..Ask::default() }
     }
 
     /// Reads a body within its limits of size and time.

@@ -24,6 +24,7 @@ use super::{
 };
 use crate::{
     admission::{Entrant, Place},
+    fleet::key_of,
     metrics::Progress,
     text::{Answer, Hidden, Logged, Model},
     upstream::Event,
@@ -136,6 +137,7 @@ impl Live {
             prompt,
             sampling: Sampling { seed: common.seed.unwrap_or_else(random_u64), ..common.sampling },
             salt,
+            session: common.session.as_deref().map(key_of),
             tenant: tenant.name.clone(),
             priority,
             choices: common.choices,

@@ -12,6 +12,7 @@ mod app;
 mod chat;
 mod choosing;
 mod completions;
+mod deciding;
 mod error;
 mod fields;
 mod guard;
@@ -21,6 +22,7 @@ mod models;
 mod openapi;
 mod placing;
 mod responses;
+mod routing;
 mod server;
 mod sse;
 mod tls;
@@ -50,6 +52,7 @@ use serde_json::json;
 use tracing::{Instrument, info_span};
 
 pub(crate) use app::{App, Parts};
+pub(crate) use routing::{Operators, admin};
 pub(crate) use server::Server;
 pub(crate) use tls::acceptor;
 pub use tls::{TlsConfig, TlsError};
@@ -57,6 +60,9 @@ pub use tls::{TlsConfig, TlsError};
 use error::Error;
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+/// `1` in a request: say in the answer's [`ROUTE`] where it went and why.
+const EXPLAIN: HeaderName = HeaderName::from_static("x-kvasir-explain");
+const ROUTE: HeaderName = HeaderName::from_static("x-kvasir-route");
 
 /// A path and what is served there.
 type Route = (&'static str, MethodRouter<Arc<App>>);
@@ -116,7 +122,11 @@ async fn identify(State(app): State<Arc<App>>, mut request: Request, next: Next)
         worker = tracing::field::Empty
     );
     request.extensions_mut().insert(id.clone());
-    let mut response = next.run(request).instrument(span).await;
+    let asked = request.headers().get(EXPLAIN).is_some_and(|value| value == "1");
+    let (mut response, told) = deciding::explaining(asked, next.run(request).instrument(span)).await;
+    if let Some(told) = told.and_then(|told| HeaderValue::from_str(&told).ok()) {
+        response.headers_mut().insert(ROUTE, told);
+    }
     app.metrics.answered(endpoint, response.status());
     if let Ok(value) = HeaderValue::from_str(id.as_str()) {
         response.headers_mut().insert(REQUEST_ID, value);

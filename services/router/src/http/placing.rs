@@ -15,6 +15,7 @@ use tracing::{info, warn};
 
 use super::{
     app::App,
+    deciding::{self, Chosen, Prompt},
     error::{BadParam, Error},
 };
 use crate::{
@@ -50,7 +51,7 @@ pub(crate) fn crew(
         return Err(BadParam::new(param, "context_length_exceeded", message).into());
     }
     let fitting = crew.ok_or_else(no_worker)?.longer_than(prompt_tokens);
-    if fitting.decode.is_empty() { Err(no_worker()) } else { Ok(fitting) }
+    if fitting.is_empty() { Err(no_worker()) } else { Ok(fitting) }
 }
 
 pub(crate) fn max_tokens(asked: Option<(&'static str, u32)>, limit: u32) -> Result<u32, Error> {
@@ -92,6 +93,8 @@ pub(crate) struct Call {
     pub(crate) prompt: Vec<TokenId>,
     pub(crate) sampling: Sampling,
     pub(crate) salt: String,
+    /// A number for the session that it belongs to.
+    pub(crate) session: Option<u64>,
     pub(crate) tenant: String,
     pub(crate) priority: Priority,
     pub(crate) choices: u32,
@@ -121,8 +124,9 @@ impl Call {
         let mut crew = crew;
         let mut last: Option<upstream::Error> = None;
         for again in 0..=self.app.retry.begin {
-            let Some((worker, prefill)) = self.choose(&ask, &crew.rested(Instant::now())) else { break };
-            let error = match self.open(&part, worker.clone(), &prefill).await {
+            let Some(chosen) = self.choose(&part, ask, &crew.rested(Instant::now())) else { break };
+            let worker = Arc::clone(&chosen.worker);
+            let error = match self.open(&part, chosen).await {
                 Ok(placed) => return Ok(placed),
                 Err(error) => error,
             };
@@ -165,8 +169,9 @@ impl Call {
                 let fits = worker.member.model.as_ref().map(|info| info.fingerprint) == fingerprint;
                 fits && !failed.iter().any(|failed| std::ptr::eq(&**failed, worker))
             });
-            if let Some((worker, prefill)) = self.choose(&ask, &crew.rested(Instant::now())) {
-                let error = match self.open(&part, worker.clone(), &prefill).await {
+            if let Some(chosen) = self.choose(&part, ask, &crew.rested(Instant::now())) {
+                let worker = Arc::clone(&chosen.worker);
+                let error = match self.open(&part, chosen).await {
                     Ok(placed) => return Ok(placed),
                     Err(error) => error,
                 };
@@ -201,21 +206,18 @@ impl Call {
         }
     }
 
-    async fn open(
-        &self,
-        part: &Part<'_>,
-        worker: Arc<Worker>,
-        prefill: &[Arc<Worker>],
-    ) -> Result<Placed, upstream::Error> {
-        let lease = worker.lease(part.prompt.len());
+    async fn open(&self, part: &Part<'_>, chosen: Chosen) -> Result<Placed, upstream::Error> {
+        let Chosen { worker, prefill, cached, left } = chosen;
+        let lease = worker.lease(part.prompt.len(), if prefill.is_empty() { left } else { 0 });
         // Only the first prefill worker is likely to be used; it is busy with this until the first token.
-        let _prefill_lease = prefill.first().map(|first| first.lease(part.prompt.len()));
+        let _prefill_lease = prefill.first().map(|first| first.lease(part.prompt.len(), left));
         worker.asked();
         let patience = self.app.limits.patience(self.deadline);
-        let request = self.request(part, &worker, prefill, patience.heartbeat_ms());
+        let request = self.request(part, &worker, &prefill, patience.heartbeat_ms());
         match Events::open(&worker, request, self.model.vocab_size(), patience).await {
             Ok(events) => {
                 worker.answered();
+                self.app.metrics.predicted(cached);
                 Ok(Placed { worker, lease, events })
             }
             Err(error) => {
@@ -234,11 +236,9 @@ impl Call {
         }
     }
 
-    fn choose(&self, ask: &Ask, crew: &Crew) -> Option<(Arc<Worker>, Vec<Arc<Worker>>)> {
-        let decision = self.app.policy.decide(ask, &crew.pool())?;
-        let decode = crew.decode.get(decision.decode)?;
-        let prefill = decision.prefill.iter().filter_map(|&at| crew.prefill.get(at)).cloned().collect();
-        Some((Arc::clone(&decode.worker), prefill))
+    fn choose(&self, part: &Part<'_>, ask: Ask, crew: &Crew) -> Option<Chosen> {
+        let ask = Ask { session: self.session, ..ask };
+        deciding::decide(&self.app, ask, &Prompt { tokens: part.prompt, salt: &self.salt }, crew)
     }
 
     fn request(

@@ -1,0 +1,197 @@
+//! How long a routing decision takes in a large cluster: by default 1,000 workers (half of them prefill workers) that hold ten
+//! million blocks, prompts of 100 blocks, while feeds go on changing the index.
+//!
+//! ```text
+//! cargo run --release -p kvasir-router --example route-scale [-- WORKERS BLOCKS DECISIONS]
+//! ```
+//!
+//! A decision is: hashing the prompt, finding who holds it, laying out the pool and the policy `kv-aware`. Half of the prompts
+//! share their first half with all workers (a system prompt), a quarter is known to one pair, a quarter to nobody.
+#![forbid(unsafe_code)]
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
+    },
+    time::{Duration, Instant},
+};
+
+use kvasir_router::{
+    cache::{Index, Lookup, Number},
+    route::{Ask, DecodeOption, KvAware, Load, Policy, Pool, PrefillOption, Speed},
+};
+use kvasir_types::{BlockHash, TokenId};
+
+const BLOCK: usize = 16;
+const PROMPT_BLOCKS: usize = 100;
+/// Changes in a second, from all workers together: each computes some thousand tokens a second.
+const CHANGES_PER_SECOND: u32 = 100_000;
+
+fn main() {
+    let arguments: Vec<usize> = std::env::args().skip(1).filter_map(|argument| argument.parse().ok()).collect();
+    let [workers, blocks, decisions] =
+        [(0, 1000), (1, 10_000_000), (2, 20_000)].map(|(at, default)| arguments.get(at).copied().unwrap_or(default));
+    let index = Arc::new(Index::default());
+    let numbers: Vec<Number> = (0..workers).filter_map(|_| index.join()).collect();
+
+    let began = Instant::now();
+    let shared = tokens(u64::MAX, PROMPT_BLOCKS / 2);
+    let shared_names = names(&shared);
+    for number in &numbers {
+        shared_names.iter().for_each(|hash| index.insert(hash, *number));
+    }
+    let mut conversation = 0;
+    while index.blocks() < blocks as u64 {
+        // A prefill worker and a decode worker have each.
+        let pair = [conversation as usize % (workers / 2), workers / 2 + (conversation as usize * 7) % (workers / 2)];
+        for hash in names(&prompt(conversation, &shared)) {
+            pair.iter().for_each(|&at| index.insert(&hash, numbers[at]));
+        }
+        conversation += 1;
+    }
+    let (known, held, bytes) = (index.blocks(), index.held(), index.bytes());
+    println!(
+        "{known} blocks ({held} holdings of {workers} workers) in {:.1} s: {:.1} bytes a block",
+        began.elapsed().as_secs_f64(),
+        bytes as f64 / known as f64
+    );
+
+    for writers in [false, true] {
+        let (stop, written) = (Arc::new(AtomicBool::new(!writers)), Arc::new(AtomicU64::new(0)));
+        let feed = {
+            let (index, numbers, stop, written) =
+                (Arc::clone(&index), numbers.clone(), Arc::clone(&stop), Arc::clone(&written));
+            std::thread::spawn(move || feed(&index, &numbers, &stop, &written))
+        };
+        let began = Instant::now();
+        let [whole, hashing, lookup, rest] = decide(&index, &numbers, decisions, conversation, &shared);
+        stop.store(true, Relaxed);
+        feed.join().expect("the feed ends");
+        let rate = written.load(Relaxed) as f64 / began.elapsed().as_secs_f64();
+        println!(
+            "{decisions} decisions, {rate:.0} changes/s, µs at p50, p99, p99.9: {} (hashing {}, lookup {}, pool and policy {})",
+            at(&whole),
+            at(&hashing),
+            at(&lookup),
+            at(&rest),
+        );
+    }
+}
+
+/// Tokens that differ between seeds.
+fn tokens(seed: u64, blocks: usize) -> Vec<TokenId> {
+    let mut state = seed;
+    let token = |_| {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        TokenId((state >> 40) as u32)
+    };
+    (0..blocks * BLOCK).map(token).collect()
+}
+
+/// Half of the conversations begin with what all share.
+fn prompt(conversation: u64, shared: &[TokenId]) -> Vec<TokenId> {
+    match conversation % 2 {
+        0 => [shared, &tokens(conversation, PROMPT_BLOCKS / 2)].concat(),
+        _ => tokens(conversation, PROMPT_BLOCKS),
+    }
+}
+
+fn hashed(tokens: &[TokenId]) -> impl Iterator<Item = BlockHash> {
+    let mut parent = BlockHash([1; 16]);
+    tokens.chunks_exact(BLOCK).map(move |block| {
+        parent = parent.extend(block);
+        parent
+    })
+}
+
+fn names(tokens: &[TokenId]) -> Vec<BlockHash> {
+    hashed(tokens).collect()
+}
+
+/// Workers store and forget blocks.
+fn feed(index: &Index, numbers: &[Number], stop: &AtomicBool, written: &AtomicU64) {
+    let mut conversation = 1u64 << 40;
+    while !stop.load(Relaxed) {
+        let hashes = names(&tokens(conversation, PROMPT_BLOCKS));
+        let number = numbers[conversation as usize % numbers.len()];
+        let began = Instant::now();
+        hashes.iter().for_each(|hash| index.insert(hash, number));
+        hashes.iter().for_each(|hash| index.remove(hash, number));
+        written.fetch_add(2 * hashes.len() as u64, Relaxed);
+        conversation += 1;
+        std::thread::sleep(
+            (Duration::from_secs(1) / CHANGES_PER_SECOND * 2 * hashes.len() as u32).saturating_sub(began.elapsed()),
+        );
+    }
+}
+
+/// Microseconds of each decision, of its hashing, its lookup and the rest of it, sorted.
+fn decide(
+    index: &Index,
+    numbers: &[Number],
+    decisions: usize,
+    conversations: u64,
+    shared: &[TokenId],
+) -> [Vec<f64>; 4] {
+    let (mut lookup, mut by_number) = (Lookup::default(), vec![0u32; numbers.len()]);
+    let mut pool = Pool { pairings: [(0..numbers.len() / 2).collect()].into(), ..Pool::default() };
+    let mut times: [Vec<f64>; 4] = std::array::from_fn(|_| Vec::with_capacity(decisions));
+    for ticket in 0..decisions as u64 {
+        // Of known ones every kind, and as many that nobody knows.
+        let known = (ticket.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 20) % conversations;
+        let prompt = if ticket % 4 == 3 { tokens(ticket | 1 << 50, PROMPT_BLOCKS) } else { prompt(known, shared) };
+        let began = Instant::now();
+        // All at once, which a router does not: it hashes what somebody holds.
+        let chain = names(&prompt);
+        let hashed = Instant::now();
+        lookup.clear();
+        index.lookup(chain.into_iter(), &mut lookup);
+        let looked = Instant::now();
+        by_number.fill(0);
+        lookup.found().iter().for_each(|(number, blocks)| by_number[number.0 as usize] = *blocks);
+        lay_out(&mut pool, &by_number, ticket);
+        let ask = Ask { prompt_tokens: prompt.len(), token_bytes: 65_536, ticket, ..Ask::default() };
+        let decision = KvAware.decide(&ask, &pool);
+        let decided = Instant::now();
+        assert!(decision.is_some());
+        for (times, took) in times.iter_mut().zip([decided - began, hashed - began, looked - hashed, decided - looked])
+        {
+            times.push(took.as_secs_f64() * 1e6);
+        }
+    }
+    times.iter_mut().for_each(|times| times.sort_by(f64::total_cmp));
+    times
+}
+
+/// Workers that have measured themselves and are all busy, each in its own way.
+fn lay_out(pool: &mut Pool, cached: &[u32], ticket: u64) {
+    let busy = |at: usize| (at as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15).wrapping_add(ticket) >> 7;
+    let speed = |at: usize| Speed {
+        prefill_tokens_per_second: 8000.0 + (at % 97) as f32,
+        step_seconds: 0.02 + (at % 13) as f32 * 1e-4,
+        handoff_bytes_per_second: 1e10,
+    };
+    let (prefill, decode) = cached.split_at(cached.len() / 2);
+    pool.prefill.clear();
+    pool.prefill.extend(prefill.iter().enumerate().map(|(at, blocks)| PrefillOption {
+        key: at as u64,
+        load: Load { requests: busy(at) % 5, tokens: busy(at) % 8000 },
+        cached_tokens: blocks * BLOCK as u32,
+        speed: speed(at),
+    }));
+    pool.decode.clear();
+    pool.decode.extend(decode.iter().enumerate().map(|(at, blocks)| DecodeOption {
+        key: at as u64,
+        load: Load { requests: busy(at) % 40, tokens: 0 },
+        cached_tokens: blocks * BLOCK as u32,
+        room_tokens: Some(1 << 20),
+        speed: speed(at),
+        ..DecodeOption::default()
+    }));
+}
+
+fn at(sorted: &[f64]) -> String {
+    let at = |part: f64| sorted.get((sorted.len() as f64 * part) as usize).copied().unwrap_or(f64::NAN);
+    format!("{:.1} {:.1} {:.1}", at(0.5), at(0.99), at(0.999))
+}
