@@ -33,12 +33,17 @@ struct Liar {
     told_known: Arc<AtomicU32>,
     /// Reservations that were asked for.
     reservations: Arc<AtomicU32>,
+    /// Where it says its index is.
+    index: Option<v1::PublishedIndex>,
+    /// Questions of what it has.
+    questions: Arc<AtomicU32>,
 }
 
 #[tonic::async_trait]
 impl store_server::Store for Liar {
     async fn lookup(&self, _: Request<v1::LookupRequest>) -> Result<Response<v1::LookupResponse>, Status> {
-        Ok(Response::new(self.lookup.clone()))
+        self.questions.fetch_add(1, Ordering::Relaxed);
+        Ok(Response::new(v1::LookupResponse { index: self.index.clone(), ..self.lookup.clone() }))
     }
     async fn release(&self, _: Request<v1::ReleaseRequest>) -> Result<Response<v1::ReleaseResponse>, Status> {
         Err(Status::internal("no"))
@@ -52,7 +57,9 @@ impl store_server::Store for Liar {
         Ok(Response::new(self.commit.clone()))
     }
     async fn exists(&self, _: Request<v1::ExistsRequest>) -> Result<Response<v1::ExistsResponse>, Status> {
-        Ok(Response::new(v1::ExistsResponse { tiers: self.tiers.clone().into(), ..Default::default() }))
+        self.questions.fetch_add(1, Ordering::Relaxed);
+        let (tiers, index) = (self.tiers.clone().into(), self.index.clone());
+        Ok(Response::new(v1::ExistsResponse { tiers, index }))
     }
     async fn used(&self, _: Request<v1::UsedRequest>) -> Result<Response<v1::UsedResponse>, Status> {
         Err(Status::internal("no"))
@@ -94,6 +101,10 @@ struct World {
 }
 
 async fn world(liar: Liar) -> World {
+    world_with(liar, Config::default()).await
+}
+
+async fn world_with(liar: Liar, config: Config) -> World {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let grpc = listener.local_addr().unwrap().to_string();
     let mut server = JoinSet::new();
@@ -119,7 +130,7 @@ async fn world(liar: Liar) -> World {
     };
     registry.register(member).await.unwrap();
     let engine = TransferEngine::new(kvasir_transfer::Config::default(), LocalNet::new(), 8 * BLOCK as usize).unwrap();
-    let client = StoreClient::new(Config::default(), registry.view(), engine);
+    let client = StoreClient::new(config, registry.view(), engine);
     World { client, _registry: registry, _server: server }
 }
 
@@ -301,5 +312,41 @@ async fn whoever_writes_a_prompt_tells_how_far_it_was_known() {
         assert_eq!(world.client.read(&request, &blocks(), BLOCK, soon).await.blocks, 0);
         world.client.write(&request, &Origin::default(), &blocks(), BLOCK, soon).await;
         assert_eq!(told.load(Ordering::Relaxed), told_known);
+    }
+}
+
+#[tokio::test]
+async fn a_node_that_hangs_is_waited_for_once_by_whoever_glances_not_by_a_call_too() {
+    // Takes connections and says nothing: a node that was stopped.
+    let silent = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = silent.local_addr().unwrap().to_string();
+    let transports = vec![v1::TransportAddress { kind: "tcp".into(), address }];
+    let segment = Some(v1::SegmentDescriptor { transports, ..nowhere() });
+    let index = Some(v1::PublishedIndex { segment, grant: 1, offset: 0, sets: 16, seed: 1 });
+    // A call would be answered: that there is none is seen by its not being counted. The breaker outlasts the test.
+    let config = Config { lookup_timeout_ms: 1_000, breaker_ms: 600_000, ..Config::default() };
+    let (request, deadline) = ("test".parse().unwrap(), Deadline::after(Duration::from_secs(60)));
+    for by_reading in [true, false] {
+        let liar = Liar { index: index.clone(), tiers: vec![0; 4], ..Liar::default() };
+        let questions = liar.questions.clone();
+        let world = world_with(liar, config.clone()).await;
+        let hashes: Vec<_> = blocks().into_iter().map(|(hash, _)| hash).collect();
+        let look = async || {
+            if by_reading {
+                let report = world.client.read(&request, &blocks(), BLOCK, deadline).await;
+                (report.blocks, report.error)
+            } else {
+                world.client.exists(&hashes, BLOCK, deadline).await
+            }
+        };
+        let (found, error) = look().await;
+        assert_eq!(
+            (found, error.is_none(), questions.load(Ordering::Relaxed)),
+            (0, true, 1),
+            "asked, and told of an index"
+        );
+        let (found, error) = look().await;
+        assert!(found == 0 && matches!(error, Some(Error::Away { .. })), "{error:?}");
+        assert_eq!(questions.load(Ordering::Relaxed), 1, "not waited for a second time");
     }
 }

@@ -25,6 +25,8 @@ pub mod disk;
 mod error;
 mod exchange;
 mod expiry;
+#[doc(hidden)] // for the benchmark that shows it
+pub mod footprint;
 mod handover;
 mod heat;
 mod membership;

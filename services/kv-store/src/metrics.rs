@@ -99,7 +99,7 @@ pub(crate) struct Metrics {
 }
 
 impl Metrics {
-    pub(crate) fn new(page: &kvasir_runtime::Metrics, node: Arc<Node>) -> Self {
+    pub(crate) fn new(page: &kvasir_runtime::Metrics, node: &Arc<Node>) -> Self {
         copy_at_scrape(page, node);
         let calls: Histograms<[(&str, &str); 1]> =
             page.histograms("kvasir_kv_store_call_seconds", "Time to serve a call.", CALL_SECONDS);
@@ -126,7 +126,7 @@ impl Drop for Timer<'_> {
 }
 
 /// The store's own counters and gauges.
-fn copy_at_scrape(page: &kvasir_runtime::Metrics, node: Arc<Node>) {
+fn copy_at_scrape(page: &kvasir_runtime::Metrics, node: &Arc<Node>) {
     type One = [(&'static str, &'static str); 1];
     let capacity = page.gauge("kvasir_kv_store_capacity_bytes", "Memory for blocks.");
     let used = page.gauge("kvasir_kv_store_used_bytes", "Memory of blocks present or reserved.");
@@ -155,7 +155,10 @@ fn copy_at_scrape(page: &kvasir_runtime::Metrics, node: Arc<Node>) {
     );
     let fenced = page.counter("kvasir_kv_store_fenced_connections", "Connections cut so that memory could be reused.");
     let heard_from = page.gauge("kvasir_kv_store_heard_from_nodes", "Nodes whose counts are counted with this one's.");
+    // The page outlives the node where the process does.
+    let node = Arc::downgrade(node);
     page.on_scrape(move || {
+        let Some(node) = node.upgrade() else { return };
         heard_from.set(gauge(node.heard_from.load(Ordering::Relaxed)));
         let (usage, (totals, torn), stats) = (node.usage(), node.totals(), node.engine().stats());
         capacity.set(gauge(usage.capacity_bytes));

@@ -1,19 +1,22 @@
 //! The mover: carries blocks between memory and disk as the store decides, and tells it how that ended.
 //!
-//! No thread and no task of its own: a lookup hands reads to the disk, a commit hands writes to it, and the disk's threads,
-//! at the end of each, hand over the next. What fails is told to the store and costs a cached block, nothing else.
+//! No thread of its own, and one task, which looks after a full disk: a lookup hands reads to the disk, a commit hands writes
+//! to it, and the disk's threads, at the end of each, hand over the next. What fails is told to the store and costs a cached
+//! block, nothing else.
 
 use std::{
     collections::{HashMap, HashSet},
     sync::{Arc, Weak},
+    time::Duration,
 };
 
+use kvasir_runtime::Shutdown;
 use kvasir_transfer::MemoryRange;
 use kvasir_types::{BlockHash, BlockId};
 use tokio::sync::oneshot;
 
 use crate::{
-    disk::{self, DiskOffset, Failure, Record},
+    disk::{self, DiskOffset, Failure, Record, State},
     node::{DiskTier, Node},
     store::{BlockBytes, Forget, Move, Origin, Place, ReadEnd, Recovered, Sift, Store, Which, tag},
 };
@@ -44,10 +47,16 @@ impl Node {
     /// Hands the disk what is to be written, as much as it takes at a time.
     pub(crate) fn write_behind(self: &Arc<Self>) {
         let Some(tier) = &self.disk else { return };
-        let may_grow = tier.disk.may_grow();
+        let works = tier.disk.state() == State::Working;
+        let may_grow = works || tier.disk.may_grow();
+        // Once: what is refused in here waits for the next call.
+        let mut try_again = works;
         loop {
             let writes = {
                 let mut state = self.lock();
+                if std::mem::take(&mut try_again) {
+                    state.store.try_again();
+                }
                 state.store.disk_is_full(!may_grow);
                 let writes = state.store.writes();
                 writes.into_iter().map(|write| (record(&mut state.store, tier, &write), write)).collect::<Vec<_>>()
@@ -59,15 +68,37 @@ impl Node {
                 let (node, block) = (Arc::downgrade(self), write.block);
                 let done = move |result: Result<(), Failure>| {
                     if let Some(node) = node.upgrade() {
-                        node.lock().store.written(block, result.is_ok());
+                        node.lock().store.wrote(block, &result);
                         node.write_behind();
                     }
                 };
                 if let Err(failure) = tier.disk.write(DiskOffset(write.disk_offset), record, write.memory_offset, done)
                 {
                     tracing::debug!(hash = %write.hash, %failure, "not written to disk");
-                    self.lock().store.written(block, false);
+                    self.lock().store.wrote(block, &Err(failure));
                 }
+            }
+        }
+    }
+
+    /// Until shutdown: while the disk is full, looks every so often whether it still is, and then writes what it did not take.
+    /// Without this, a node that nobody writes to would not notice.
+    pub(crate) async fn watch_disk(self: Arc<Self>, every: Duration, shutdown: Shutdown) {
+        let Some(tier) = &self.disk else { return };
+        while !shutdown.is_triggered() {
+            // Waiting loses nothing: how the disk is, is asked for anew each time round.
+            tokio::select! {
+                () = tokio::time::sleep(every) => {}
+                () = shutdown.wait() => return,
+            }
+            if tier.disk.state() != State::Full {
+                continue;
+            }
+            let disk = Arc::clone(&tier.disk);
+            // A file system may take its time.
+            let has_room = tokio::task::spawn_blocking(move || disk.has_room_again()).await;
+            if has_room.is_ok_and(|has_room| has_room) {
+                self.write_behind();
             }
         }
     }
@@ -193,6 +224,16 @@ pub(crate) fn recovered(mut found: Vec<disk::Recovered>, names: &HashMap<u32, Or
         Recovered { place, checksum, position, parent, group, origin }
     };
     found.iter().enumerate().filter(|&(n, block)| is_latest(n, block)).map(|(_, block)| one(block)).collect()
+}
+
+impl Store {
+    /// The end of a write.
+    fn wrote(&mut self, block: BlockId, result: &Result<(), Failure>) {
+        match result {
+            Err(Failure::Full | Failure::Resting) => self.refused(block),
+            other => self.written(block, other.is_ok()),
+        }
+    }
 }
 
 /// What the disk keeps of a block beside its bytes.

@@ -99,7 +99,7 @@ pub(crate) async fn start(
     let disk = open_disk(&config, &engine).await?;
     let (tier, recovered) = disk.map_or((None, Vec::new()), |(tier, recovered)| (Some(tier), recovered));
     if let Some(tier) = &tier {
-        disk::copy_at_scrape(&context.metrics, Arc::clone(&tier.disk));
+        disk::copy_at_scrape(&context.metrics, &tier.disk);
     }
     let (lease, reservation, capacity_bytes) = (settings.lease, settings.reservation, settings.capacity_bytes);
     let node = Arc::new(Node::new(engine.clone(), settings, tier, config.verify_on_commit).context("transfer")?);
@@ -121,7 +121,7 @@ pub(crate) async fn start(
         id: id.clone(),
         node: node.clone(),
         tasks: context.tasks.clone(),
-        metrics: Metrics::new(&context.metrics, node.clone()),
+        metrics: Metrics::new(&context.metrics, &node),
         lease,
         reservation,
         started: Instant::now(),
@@ -139,6 +139,11 @@ pub(crate) async fn start(
         Ok(())
     });
     serve(&config, context, service, listening.listener);
+    let watching = node.clone().watch_disk(Duration::from_millis(config.disk.retry_ms), context.shutdown.clone());
+    context.tasks.spawn(Kind::Background, "disk", async move {
+        watching.await;
+        Ok(())
+    });
     if config.eviction.exchange_ms > 0 {
         let interval = Duration::from_millis(config.eviction.exchange_ms);
         let exchange = Exchange { id: id.clone(), node: node.clone(), interval };

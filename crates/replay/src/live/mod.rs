@@ -14,6 +14,7 @@ mod args;
 mod bound;
 mod drive;
 mod names;
+mod pass;
 pub mod router;
 mod stats;
 pub mod store;
@@ -31,6 +32,7 @@ use tokio::{
 pub use args::LiveArgs;
 pub use drive::Pace;
 pub use names::Names;
+pub use pass::Header;
 
 use crate::trace::Trace;
 
@@ -87,11 +89,11 @@ pub fn verdict(rows: &[Row]) -> anyhow::Result<()> {
     for row in rows {
         match row {
             Row::Store(report) => {
-                let (wrong, trace) = (report.blocks.wrong, &report.trace);
+                let (wrong, trace) = (report.blocks.wrong, &report.header.trace);
                 ensure!(wrong == 0, "{wrong} blocks of {trace} came back with wrong bytes");
             }
             Row::Router(report) if report.answered == 0 && report.requests > 0 => {
-                bail!("no request of {} was answered", report.trace)
+                bail!("no request of {} was answered", report.header.trace)
             }
             Row::Router(_) => {}
         }

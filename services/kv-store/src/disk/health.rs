@@ -1,7 +1,7 @@
 //! How a disk is: whether it may be used, and when it is tried again. Pure: `now` is an argument.
 //!
 //! ```text
-//!             ┌──────────── a new slot was written ──────────┐
+//!             ┌──── a new slot was written, or could be ─────┐
 //!             ▼                                              │
 //!         Working ──── no space ──▶ Full: new slots are refused, one is let through every `retry`
 //!          ▲    │                    │

@@ -229,6 +229,12 @@ impl Disk {
         self.shared.may_grow(Instant::now())
     }
 
+    /// Asks a file system that was full for room again, without writing: whether there is some now. It is not asked before
+    /// the time, nor if it can't tell without being written to.
+    pub fn has_room_again(&self) -> bool {
+        self.shared.has_room_again(Instant::now())
+    }
+
     /// What happened so far.
     pub fn stats(&self) -> Stats {
         self.shared.stats()

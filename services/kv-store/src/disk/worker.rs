@@ -14,7 +14,7 @@ use std::{
 };
 
 use kvasir_transfer::{MemoryRange, TransferEngine};
-use rustix::fs::Advice;
+use rustix::fs::{Advice, FallocateFlags, fallocate};
 
 use super::{
     Failure,
@@ -91,6 +91,8 @@ struct Plan {
     health: Health,
     /// For each slab, how far it has been written at least.
     written: Vec<u64>,
+    /// Bytes of the last block for which the file system had no room.
+    no_room_for: u64,
     looked: Option<Instant>,
 }
 
@@ -109,6 +111,7 @@ impl Shared {
             queue: Queue::new(queue, threads, write_bytes_per_s, slab_bytes),
             health: Health::new(retry),
             written: recovery.written,
+            no_room_for: 0,
             looked: None,
         };
         Self {
@@ -150,6 +153,29 @@ impl Shared {
 
     pub(super) fn may_grow(&self, now: Instant) -> bool {
         self.lock().health.would_admit(Wish::Grow, now).is_ok()
+    }
+
+    pub(super) fn has_room_again(&self, now: Instant) -> bool {
+        let (at, len) = {
+            let plan = self.lock();
+            let (slab_bytes, len) = (self.settings.slab_bytes, plan.no_room_for);
+            // Behind what was written: whatever lies there, asking for room changes none of it.
+            let free = plan.written.iter().position(|written| written + len <= slab_bytes);
+            match free {
+                Some(slab)
+                    if plan.health.state() == State::Full && plan.health.would_admit(Wish::Grow, now).is_ok() =>
+                {
+                    (slab as u64 * slab_bytes + plan.written[slab], len)
+                }
+                _ => return false,
+            }
+        };
+        let asked = fallocate(&self.directory.data, FallocateFlags::KEEP_SIZE, at, len).map_err(io::Error::from);
+        if asked.as_ref().is_err_and(|error| !is_full(error)) {
+            return false; // it can't be asked: the next block that is written tells
+        }
+        let change = self.lock().health.ended(Wish::Grow, asked.as_ref().map(|_| ()), Instant::now());
+        change.inspect(|&state| self.announce(state, None)) == Some(State::Working)
     }
 
     pub(super) fn stats(&self) -> Stats {
@@ -351,6 +377,9 @@ impl Shared {
             if result.is_ok() && wish == Wish::Grow {
                 let (slab, within) = (job.slot.0 / self.settings.slab_bytes, job.slot.0 % self.settings.slab_bytes);
                 plan.written[slab as usize] = within + job.memory.len;
+            }
+            if told.is_err_and(is_full) {
+                plan.no_room_for = job.memory.len;
             }
             plan.health.ended(wish, told, now)
         });

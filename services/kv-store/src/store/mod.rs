@@ -206,6 +206,8 @@ pub(crate) struct Store {
     pins: Pins,
     /// Blocks to be written to disk, the oldest first; some are gone by the time it is their turn.
     dirty: VecDeque<BlockId>,
+    /// Blocks that the disk did not take, to be tried again; the oldest first, and some are gone or written since.
+    refused: VecDeque<BlockId>,
     /// Under way from and to disk.
     moves: [usize; 2],
     totals: Totals,
@@ -225,6 +227,7 @@ impl Store {
             ahead: Aheads::new(settings.seed),
             pins: Pins::default(),
             dirty: VecDeque::new(),
+            refused: VecDeque::new(),
             moves: [0; 2],
             settings,
             totals: Totals::default(),

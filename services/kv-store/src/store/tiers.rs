@@ -14,6 +14,9 @@ use super::{
     slab::{BlockBytes, Use},
 };
 
+/// Most blocks that are remembered because the disk did not take them.
+const MAX_REFUSED: usize = 1 << 16;
+
 /// Bytes to be moved between the tiers. Nobody else touches either place until its end is told.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Move {
@@ -115,6 +118,21 @@ impl Store {
         self.moves[Level::Memory as usize] -= 1;
         self.totals.written_blocks += u64::from(good);
         self.index.end_write(block, good);
+    }
+
+    /// The disk did not take a block, because it is full or is left alone: it stays where it is, and may be written later.
+    pub(crate) fn refused(&mut self, block: BlockId) {
+        self.written(block, false);
+        if self.refused.len() == MAX_REFUSED {
+            // The oldest: it has most likely been given up since.
+            self.refused.pop_front();
+        }
+        self.refused.push_back(block);
+    }
+
+    /// The disk takes blocks again: those that it did not take are to be written after all.
+    pub(crate) fn try_again(&mut self) {
+        self.dirty.append(&mut self.refused);
     }
 
     /// A disk that is full takes no more than it has; one that is not is used to its capacity.

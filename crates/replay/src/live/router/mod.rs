@@ -19,14 +19,12 @@ use tokio::sync::mpsc;
 
 pub use report::{Report, Times, Tokens};
 
-use self::{
-    lane::RouterLane,
-    report::{Counts, Pass},
-};
+use self::{lane::RouterLane, report::Counts};
 use super::{
     Names, Plan, Row,
     bound::Bound,
     drive::{Course, drive},
+    pass::Pass,
 };
 use crate::trace::Trace;
 
@@ -84,8 +82,8 @@ pub(super) async fn replay(
             let lanes = (0..plan.lanes).map(|_| RouterLane::new(ground.clone())).collect();
             let course = Course { name: name.clone(), trace: trace.clone(), limit: plan.limit, pace: plan.pace };
             let (counts, ended) = drive(course, lanes, Counts::default(), stops).await;
-            let about = Pass { name, trace, pass, plan, settings: &settings, model: &ground.model.name, ended };
-            let report = counts.report(about, &mut bound);
+            let about = Pass { name, trace, pass, plan, ended };
+            let report = counts.report(&about, &settings, &ground.model.name, &mut bound);
             print!("{}", report.table());
             rows.push(Row::Router(report));
             if ended.stopped {

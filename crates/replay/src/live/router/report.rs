@@ -3,39 +3,26 @@
 use serde::Serialize;
 
 use super::{Settings, lane::Outcome};
-use crate::{
-    live::{
-        Pace, Plan,
-        bound::Bound,
-        drive::{Ended, Tally},
-        stats::{self, Errors, Latencies, Summary, share},
-    },
-    trace::Trace,
+use crate::live::{
+    Header,
+    bound::Bound,
+    drive::Tally,
+    pass::Pass,
+    stats::{self, Errors, Latencies, Summary, share},
 };
 
 /// What one pass over a trace came to.
 #[derive(Clone, Debug, Serialize)]
 pub struct Report {
-    /// The trace's name.
-    pub trace: String,
-    /// Which pass over it, from 1 on.
-    pub pass: u32,
-    /// What its prompts follow from.
-    pub namespace: String,
+    /// Which pass.
+    #[serde(flatten)]
+    pub header: Header,
     /// The model asked.
     pub model: String,
     /// Tokens for each block of the trace.
     pub block_tokens: u32,
     /// Most tokens of an answer.
     pub max_output_tokens: u32,
-    /// When requests went out.
-    pub pace: Pace,
-    /// Most of them at a time.
-    pub concurrency: usize,
-    /// How long it took.
-    pub seconds: f64,
-    /// Whether it was told to stop before the end.
-    pub stopped: bool,
     /// Requests that ended, well or not.
     pub requests: usize,
     /// Those that were answered to the end.
@@ -76,18 +63,6 @@ pub struct Times {
     pub tpot: Summary,
     /// To the end, from when the request was due; also of requests that failed.
     pub request: Summary,
-}
-
-/// What a report is about.
-pub(super) struct Pass<'a> {
-    pub(super) name: &'a str,
-    pub(super) trace: &'a Trace,
-    /// Which one, from 1 on.
-    pub(super) pass: u32,
-    pub(super) plan: &'a Plan,
-    pub(super) settings: &'a Settings,
-    pub(super) model: &'a str,
-    pub(super) ended: Ended,
 }
 
 /// A report while it is being counted.
@@ -133,34 +108,27 @@ impl Tally<Outcome> for Counts {
 
 impl Counts {
     /// The report of a pass. The bound counts the requests that were answered, in the trace's order.
-    pub(super) fn report(mut self, pass: Pass<'_>, bound: &mut Bound) -> Report {
-        let Pass { name, trace, pass, plan, settings, model, ended } = pass;
+    pub(super) fn report(mut self, pass: &Pass<'_>, settings: &Settings, model: &str, bound: &mut Bound) -> Report {
         self.answered.sort_unstable();
         let (mut had, mut cut) = (0, 0);
         for &(number, blocks) in &self.answered {
-            let all = &trace.requests[number].blocks;
+            let all = &pass.trace.requests[number].blocks;
             had += bound.ask(&all[..blocks]) as u64;
             cut += usize::from(blocks < all.len());
         }
         let Tokens { prompt, cached, output } = self.tokens;
         Report {
-            trace: name.to_owned(),
-            pass,
-            namespace: plan.namespace.clone(),
+            header: pass.header(),
             model: model.to_owned(),
             block_tokens: settings.block_tokens,
             max_output_tokens: settings.max_output_tokens,
-            pace: plan.pace,
-            concurrency: plan.lanes,
-            seconds: ended.seconds,
-            stopped: ended.stopped,
             requests: self.requests,
             answered: self.answered.len(),
             cut,
             tokens: self.tokens,
             hit_rate: share(cached, prompt),
             bound: share(had * u64::from(settings.block_tokens), prompt),
-            output_tokens_per_s: output as f64 / ended.seconds.max(f64::MIN_POSITIVE),
+            output_tokens_per_s: output as f64 / pass.ended.seconds.max(f64::MIN_POSITIVE),
             latency_us: Times { ttft: self.ttft.summary(), tpot: self.tpot.summary(), request: self.request.summary() },
             errors: self.errors,
         }
@@ -170,15 +138,15 @@ impl Counts {
 impl Report {
     /// For people.
     pub(super) fn table(&self) -> String {
-        let Self { trace, pass, requests, answered, cut, seconds, hit_rate, bound, output_tokens_per_s, .. } = self;
+        let Self { requests, answered, cut, hit_rate, bound, output_tokens_per_s, .. } = self;
         let Tokens { prompt, cached, output } = self.tokens;
         let Times { ttft, tpot, request } = self.latency_us;
-        let stopped = if self.stopped { ", stopped" } else { "" };
         format!(
-            "{trace}, pass {pass}: {answered} of {requests} requests answered in {seconds:.1} s{stopped}\n  \
+            "{}  \
              cached     {hit_rate:.4} of {prompt} prompt tokens ({cached}), bound {bound:.4}; {cut} prompts cut\n  \
              written    {output} tokens, {output_tokens_per_s:.1} a second\n{}  \
              errors     {}\n",
+            self.header.line(&format!("{answered} of {requests} requests answered")),
             stats::table(&[("ttft", ttft), ("tpot", tpot), ("request", request)]),
             self.errors.line(),
         )

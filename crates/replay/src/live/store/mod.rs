@@ -24,12 +24,13 @@ pub use report::{Blocks, Bytes, NodeShare, Report, Times};
 
 use self::{
     lane::StoreLane,
-    report::{Counts, Pass},
+    report::{Counts, Shape},
 };
 use super::{
     Names, Plan, Row,
     bound::Bound,
     drive::{Course, drive},
+    pass::Pass,
 };
 use crate::trace::Trace;
 
@@ -81,17 +82,9 @@ pub(super) async fn replay(
             let lanes = (0..plan.lanes).map(|lane| StoreLane::new(ground.clone(), arena * lane as u64)).collect();
             let course = Course { name: name.clone(), trace: trace.clone(), limit: plan.limit, pace: plan.pace };
             let (counts, ended) = drive(course, lanes, Counts::default(), stops).await;
-            let about = Pass {
-                name,
-                trace,
-                pass,
-                plan,
-                block_bytes: ground.block_bytes,
-                split: ground.split,
-                nodes: nodes(&*registry),
-                ended,
-            };
-            let report = counts.report(about, &mut bound);
+            let about = Pass { name, trace, pass, plan, ended };
+            let shape = Shape { block_bytes: ground.block_bytes, split: ground.split };
+            let report = counts.report(&about, shape, nodes(&*registry), &mut bound);
             print!("{}", report.table());
             rows.push(Row::Store(report));
             if ended.stopped {

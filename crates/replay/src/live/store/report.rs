@@ -8,37 +8,24 @@ use std::{
 use serde::Serialize;
 
 use super::lane::Outcome;
-use crate::{
-    live::{
-        Pace, Plan,
-        bound::Bound,
-        drive::{Ended, Tally},
-        stats::{self, Errors, Latencies, Summary, share},
-    },
-    trace::Trace,
+use crate::live::{
+    Header,
+    bound::Bound,
+    drive::Tally,
+    pass::Pass,
+    stats::{self, Errors, Latencies, Summary, share},
 };
 
 /// What one pass over a trace came to.
 #[derive(Clone, Debug, Serialize)]
 pub struct Report {
-    /// The trace's name.
-    pub trace: String,
-    /// Which pass over it, from 1 on.
-    pub pass: u32,
-    /// What its blocks are named after.
-    pub namespace: String,
+    /// Which pass.
+    #[serde(flatten)]
+    pub header: Header,
     /// Bytes of each block of the store, which is what is counted here.
     pub block_bytes: u64,
     /// How many of them one of the trace's blocks is.
     pub split: u64,
-    /// When requests went out.
-    pub pace: Pace,
-    /// Most of them at a time.
-    pub concurrency: usize,
-    /// How long it took.
-    pub seconds: f64,
-    /// Whether it was told to stop before the end.
-    pub stopped: bool,
     /// Requests served.
     pub requests: usize,
     /// What became of their blocks.
@@ -120,18 +107,12 @@ pub struct NodeShare {
     pub bytes: u64,
 }
 
-/// What a report is about.
-pub(super) struct Pass<'a> {
-    pub(super) name: &'a str,
-    pub(super) trace: &'a Trace,
-    /// Which one, from 1 on.
-    pub(super) pass: u32,
-    pub(super) plan: &'a Plan,
+/// How blocks of the trace are put into the store.
+pub(super) struct Shape {
+    /// Bytes of a block of the store.
     pub(super) block_bytes: u64,
+    /// Blocks of the store for one of the trace.
     pub(super) split: u64,
-    /// Those that are known, whether or not they gave something.
-    pub(super) nodes: BTreeSet<String>,
-    pub(super) ended: Ended,
 }
 
 /// A report while it is being counted.
@@ -185,26 +166,26 @@ impl Tally<Outcome> for Counts {
 }
 
 impl Counts {
-    /// The report of a pass. The bound counts the requests that were served, in the trace's order.
-    pub(super) fn report(mut self, pass: Pass<'_>, bound: &mut Bound) -> Report {
-        let Pass { name, trace, pass, plan, block_bytes, split, nodes, ended } = pass;
+    /// The report of a pass: with all nodes that are known, whether or not they gave something. The bound counts the requests
+    /// that were served, in the trace's order.
+    pub(super) fn report(
+        mut self,
+        pass: &Pass<'_>,
+        Shape { block_bytes, split }: Shape,
+        nodes: BTreeSet<String>,
+        bound: &mut Bound,
+    ) -> Report {
         self.served.sort_unstable();
-        let bound: usize = self.served.iter().map(|&number| bound.ask(&trace.requests[number].blocks)).sum();
+        let bound: usize = self.served.iter().map(|&number| bound.ask(&pass.trace.requests[number].blocks)).sum();
         for id in nodes {
             self.nodes.entry(id).or_default();
         }
         let blocks = self.blocks;
         let (busiest, all) = (self.nodes.values().max().copied().unwrap_or(0), self.nodes.values().sum());
         Report {
-            trace: name.to_owned(),
-            pass,
-            namespace: plan.namespace.clone(),
+            header: pass.header(),
             block_bytes,
             split,
-            pace: plan.pace,
-            concurrency: plan.lanes,
-            seconds: ended.seconds,
-            stopped: ended.stopped,
             requests: self.served.len(),
             hit_rate: share(blocks.hit, blocks.asked),
             memory_hit_rate: share(blocks.memory, blocks.asked),
@@ -232,12 +213,11 @@ impl Counts {
 impl Report {
     /// For people.
     pub(super) fn table(&self) -> String {
-        let Self { trace, pass, requests, seconds, blocks, hit_rate, memory_hit_rate, disk_hit_rate, bound, .. } = self;
+        let Self { requests, blocks, hit_rate, memory_hit_rate, disk_hit_rate, bound, .. } = self;
         let Blocks { asked, wrong, lost, written, present, skipped, .. } = blocks;
         let Times { lookup, read, write, request } = self.latency_us;
-        let stopped = if self.stopped { ", stopped" } else { "" };
         let nodes: Vec<_> = self.nodes.iter().map(|node| format!("{} {}", node.id, node.blocks)).collect();
-        let mut table = format!("{trace}, pass {pass}: {requests} requests in {seconds:.1} s{stopped}\n");
+        let mut table = self.header.line(&format!("{requests} requests"));
         write!(
             table,
             "  hit        {hit_rate:.4} of {asked} blocks (memory {memory_hit_rate:.4}, disk {disk_hit_rate:.4}), \

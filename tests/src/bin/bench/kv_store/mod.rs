@@ -10,15 +10,20 @@
 //!
 //! Ours goes by the transport it would choose, which on one host is shared memory; by TCP, as Mooncake goes, it has rows of
 //! its own, without a goal.
+//!
+//! Beside that: what a node's index takes in memory, what a prompt in the store saves another prefill worker than the one
+//! that computed it, and what is hit and how evenly by simulation.
 
 mod goals;
 mod mooncake;
 mod ours;
 mod plan;
+mod simulation;
 
-use std::{path::Path, time::Instant};
+use std::{path::Path, process::Command, time::Instant};
 
 use anyhow::{Context, Result, ensure};
+use kvasir_tests::workspace;
 use serde_json::{Value, json};
 
 use self::{
@@ -29,7 +34,12 @@ use self::{
         CALLERS, Figure, Found, Load, NODES, PROMPT, SIZES, SMOKE_WORKING_SET, SPREAD, Side, WORKING_SET, Way, batches,
     },
 };
-use crate::{Options, child::Child, report::Report};
+use crate::{
+    Options,
+    child::Child,
+    report::{Report, Row},
+    shared_prompt,
+};
 
 /// As many repetitions as keep a whole run below a quarter of an hour.
 const REPETITIONS: usize = 5;
@@ -38,6 +48,9 @@ const LOOKUP_SECONDS: f64 = 1.0;
 /// How many bytes one figure of the spread is made of: seconds' worth, because processor time is told in steps of
 /// ten milliseconds.
 const SPREAD_BYTES: u64 = 4 << 30;
+/// Blocks of a large node's index, and of one that only shows that it works.
+const INDEX_BLOCKS: u64 = 10_000_000;
+const SMOKE_INDEX_BLOCKS: u64 = 1_000_000;
 
 /// Measures, and says how far it is: a run takes minutes.
 pub async fn run(options: &Options) -> Result<Report> {
@@ -45,6 +58,12 @@ pub async fn run(options: &Options) -> Result<Report> {
     let working_set = if options.smoke { SMOKE_WORKING_SET } else { WORKING_SET };
     let dir = tempfile::tempdir()?;
     let (mut found, started) = (Found::default(), Instant::now());
+    // First what can fail in ways of its own: nothing long is lost then.
+    let mut beside = Report::new("kv-store");
+    beside.push(index(options.smoke)?);
+    shared_prompt::add(options, &mut beside).await?;
+    simulation::rows(options.smoke)?.into_iter().for_each(|row| beside.push(row));
+    println!("{:>4} s  the index, a shared prompt, simulations", started.elapsed().as_secs());
     for block in SIZES {
         let mut sides = Sides::start(block, working_set, dir.path(), &mut found).await?;
         for repetition in 0..repetitions {
@@ -64,8 +83,20 @@ pub async fn run(options: &Options) -> Result<Report> {
     spread(repetitions, options.smoke, dir.path(), &mut found).await?;
     println!("{:>4} s  done", started.elapsed().as_secs());
     let mut report = Report::new("kv-store");
-    goals::rows(&found).into_iter().for_each(|row| report.push(row));
+    goals::rows(&found).into_iter().chain(beside.rows).for_each(|row| report.push(row));
     Ok(report)
+}
+
+/// What the index of a node takes in memory, by a process that holds nothing else.
+fn index(smoke: bool) -> Result<Row> {
+    let blocks = if smoke { SMOKE_INDEX_BLOCKS } else { INDEX_BLOCKS };
+    let program = workspace::profile_dir().join("examples/kvasir-index-bench");
+    let output = Command::new(&program).arg(blocks.to_string()).output();
+    let output = output.with_context(|| program.display().to_string())?;
+    ensure!(output.status.success(), "the index: {}", String::from_utf8_lossy(&output.stderr));
+    let said: Value = serde_json::from_slice(&output.stdout)?;
+    let each = said["bytes_per_block"].as_f64().with_context(|| format!("no bytes_per_block in {said}"))?;
+    Ok(Row::new(format!("index, {} million blocks", blocks / 1_000_000), each, "bytes a block").under(100.0))
 }
 
 /// All that is running while values of one size are measured. Fresh for each size: a store that is full of values of another
