@@ -5,6 +5,12 @@ use std::process::ExitCode;
 
 use kvasir_router::{Config, run_with_etcd};
 use kvasir_runtime::Service;
+use mimalloc::MiMalloc;
+
+/// Tokenizing is many small allocations, freed on other threads than they were made on: with this allocator, a chat of 512
+/// tokens takes 0.70 times the processor time that it takes with glibc's (`scripts/bench router`).
+#[global_allocator]
+static ALLOCATOR: MiMalloc = MiMalloc;
 
 fn main() -> ExitCode {
     let service = Service {

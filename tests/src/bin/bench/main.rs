@@ -47,9 +47,8 @@ async fn run() -> Result<()> {
         [name, "--quick"] => (name, 2),
         [name, "--smoke"] => (name, 1),
         [name, "--record"] => return record::record(name),
-        // A benchmark's own processes.
+        // A process of the router's benchmark.
         ["router-worker", ref rest @ ..] => return router::worker::run(rest).await,
-        ["router-tokenizer", path] => return router::tokenizer::run(path),
         _ => bail!("usage: bench NAME [--quick | --smoke | --record]"),
     };
     let options = Options { repetitions, smoke: repetitions == 1 };

@@ -15,7 +15,6 @@ mod hold;
 mod load;
 mod plan;
 mod sides;
-pub mod tokenizer;
 pub mod worker;
 
 use std::{
@@ -170,8 +169,8 @@ fn middles(found: &Found, load: Load) -> String {
 
 /// The program that tokenizes and does nothing else.
 fn start_tokenizer(dir: &Path) -> Result<Child> {
-    let mut command = Command::new(std::env::current_exe()?);
-    command.arg("router-tokenizer").arg(workspace::demo_model().join("tokenizer.json"));
+    let mut command = Command::new(workspace::binary("tokenize")?);
+    command.arg(workspace::demo_model().join("tokenizer.json"));
     Child::start("tokenize", command, dir)
 }
 

@@ -1,11 +1,20 @@
-//! What the tokenizer library takes by itself, in a process that does nothing else: the router's own work stands beside it.
+//! What the tokenizer library takes by itself, in a process that does nothing else and has the router's allocator: the
+//! router's own work stands beside it (`scripts/bench router`).
+//!
+//! Reads lines of JSON, `{"texts": ["…"], "rounds": 3}`, turns each text into tokens so many times, as the router does, and
+//! answers with how many they are together; until its standard input ends.
+#![forbid(unsafe_code)]
 
 use std::io::{BufRead, Write};
 
-use anyhow::{Error, Result};
+use anyhow::{Context, Error, Result};
+use mimalloc::MiMalloc;
 use serde::Deserialize;
 use serde_json::json;
 use tokenizers::Tokenizer;
+
+#[global_allocator]
+static ALLOCATOR: MiMalloc = MiMalloc;
 
 #[derive(Deserialize)]
 struct Ask {
@@ -13,9 +22,8 @@ struct Ask {
     rounds: usize,
 }
 
-/// Reads lines of JSON, turns each text into tokens so many times, as the router does, and answers with how many they are
-/// together; until its standard input ends.
-pub fn run(path: &str) -> Result<()> {
+fn main() -> Result<()> {
+    let path = std::env::args().nth(1).context("usage: tokenize TOKENIZER.JSON")?;
     let tokenizer = Tokenizer::from_bytes(std::fs::read(path)?).map_err(Error::from_boxed)?;
     for line in std::io::stdin().lock().lines() {
         let ask: Ask = serde_json::from_str(&line?)?;
