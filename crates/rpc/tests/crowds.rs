@@ -1,5 +1,6 @@
 //! What one of many calls does harms no other call of the connection: each of these ends the connection, and all calls with
 //! it, where h2's guards are what they are by default.
+#![expect(clippy::unwrap_used, reason = "a test may panic")]
 
 use std::{
     sync::{
@@ -39,6 +40,10 @@ struct Answerer {
     unstick: std::sync::Mutex<mpsc::Receiver<()>>,
 }
 
+fn each(count: usize, pause: Duration) -> impl futures_util::Stream<Item = usize> {
+    stream::iter(0..count).then(move |at| tokio::time::sleep(pause).map(move |()| at))
+}
+
 #[tonic::async_trait]
 impl decode_server::Decode for Answerer {
     type GenerateStream = Events;
@@ -51,12 +56,9 @@ impl decode_server::Decode for Answerer {
             Ok(v1::GenerateEvent::default())
         };
         let events: Events = match request.into_inner().request_id.as_str() {
-            ENDLESS => Box::pin(stream::unfold((), |()| async {
-                tokio::time::sleep(Duration::from_millis(10)).await;
-                Some(((), ()))
-            })
-            .map(event)),
-            LONG => Box::pin(stream::iter(0..LENGTH).map(event)),
+            ENDLESS => Box::pin(each(usize::MAX, Duration::from_millis(10)).map(event)),
+            // Each for itself: tokens that are ready together travel together.
+            LONG => Box::pin(each(LENGTH, Duration::from_millis(2)).map(event)),
             STUCK => {
                 self.unstick.lock().unwrap().recv().unwrap();
                 Box::pin(stream::empty())
