@@ -111,7 +111,9 @@ impl Load {
                     break;
                 }
                 if Instant::now() > until {
-                    return Err(format!("{left} blocks are in use {} s after the last read", LEASES_END.as_secs()).into());
+                    return Err(
+                        format!("{left} blocks are in use {} s after the last read", LEASES_END.as_secs()).into()
+                    );
                 }
                 tokio::time::sleep(Duration::from_millis(100)).await;
             }
