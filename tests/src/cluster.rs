@@ -256,6 +256,11 @@ impl Cluster {
         Ok(index)
     }
 
+    /// Reads the certificates that processes are asked with again.
+    pub fn renew(&mut self) -> Result<()> {
+        self.nodes.iter_mut().try_for_each(Node::renew)
+    }
+
     /// Waits until no worker that lives has a request, then checks that free + cached blocks are all its blocks, and that
     /// no store node has a block pinned or reserved.
     pub async fn assert_no_leak(&self) -> Result<()> {

@@ -11,6 +11,7 @@ use kvasir_proto::v1::{
     StatusRequest, StatusResponse, StoreStatusRequest, StoreStatusResponse, store_client::StoreClient,
     worker_client::WorkerClient,
 };
+use kvasir_rpc::Rpc;
 use serde::Deserialize;
 use serde_json::Value;
 
@@ -71,6 +72,8 @@ pub struct Node {
     pub process: Process,
     port_file: PathBuf,
     addresses: Addresses,
+    rpc: Rpc,
+    calls: kvasir_rpc::Config,
 }
 
 /// Where a service listens, as it says itself in its port file. What it does not offer is empty.
@@ -117,6 +120,8 @@ impl Node {
     /// Starts a service with that configuration, its files in `dir`, behind what is to come before its command. It is not
     /// ready yet.
     pub fn spawn(service: Service, id: &str, mut config: Value, dir: &Path, enter: &[String]) -> Result<Self> {
+        let calls = config.get("rpc").map(|rpc| serde_json::from_value(rpc.clone())).transpose()?.unwrap_or_default();
+        let (rpc, _) = Rpc::open(&calls)?;
         let port_file = dir.join(format!("{id}.ports.json"));
         let _ = std::fs::remove_file(&port_file); // a former life's
         config["port_file"] = port_file.to_string_lossy().into();
@@ -133,13 +138,19 @@ impl Node {
         };
         command.arg("--config").arg(&path);
         let process = Process::spawn(id, command, dir)?;
-        Ok(Self { service, process, port_file, addresses: Addresses::default() })
+        Ok(Self { service, process, port_file, addresses: Addresses::default(), rpc, calls })
     }
 
     /// Waits until it says that it is ready; if it exits instead, the error shows its last words.
     pub async fn ready(&mut self) -> Result<()> {
         self.addresses = Addresses::of(&mut self.process, &self.port_file).await?;
         self.addresses.ready().await.with_context(|| self.process.name().to_owned())
+    }
+
+    /// Reads the certificates that it is asked with again.
+    pub(crate) fn renew(&mut self) -> Result<()> {
+        self.rpc = Rpc::open(&self.calls)?.0;
+        Ok(())
     }
 
     /// Its name in the cluster.
@@ -181,7 +192,7 @@ impl Node {
     /// A worker's own account of itself.
     pub async fn status(&self) -> Result<StatusResponse> {
         let ask = async {
-            let mut client = WorkerClient::connect(format!("http://{}", self.grpc())).await?;
+            let mut client = WorkerClient::new(self.rpc.connect(&kvasir_rpc::endpoint(self.grpc())?).await?);
             anyhow::Ok(client.status(StatusRequest {}).await?.into_inner())
         };
         tokio::time::timeout(ASK, ask).await?.with_context(|| format!("status of {}", self.id()))
@@ -190,7 +201,7 @@ impl Node {
     /// A store node's own account of itself.
     pub async fn store_status(&self) -> Result<StoreStatusResponse> {
         let ask = async {
-            let mut client = StoreClient::connect(format!("http://{}", self.grpc())).await?;
+            let mut client = StoreClient::new(self.rpc.connect(&kvasir_rpc::endpoint(self.grpc())?).await?);
             anyhow::Ok(client.store_status(StoreStatusRequest {}).await?.into_inner())
         };
         tokio::time::timeout(ASK, ask).await?.with_context(|| format!("status of {}", self.id()))

@@ -1,7 +1,7 @@
 //! Settings of a client: every field public.
 
 /// How the store is used. `Config::default()` suits a cluster in one room.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub struct Config {
     /// How long a node may take to answer one call; it is also how long it may take to connect. Reading and writing bytes is
     /// bound by the caller's deadline instead. Default 500.
@@ -13,10 +13,18 @@ pub struct Config {
     /// Where this client is: of several copies, those of store nodes of the same zone are read first. Default: empty, nowhere
     /// in particular.
     pub zone: String,
+    /// How nodes are called. Default: in the clear.
+    pub rpc: kvasir_rpc::Rpc,
 }
 
 impl Default for Config {
     fn default() -> Self {
-        Self { timeout_ms: 500, lookup_timeout_ms: 500, breaker_ms: 1_000, zone: String::new() }
+        Self {
+            timeout_ms: 500,
+            lookup_timeout_ms: 500,
+            breaker_ms: 1_000,
+            zone: String::new(),
+            rpc: kvasir_rpc::Rpc::default(),
+        }
     }
 }

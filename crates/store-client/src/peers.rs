@@ -72,6 +72,7 @@ pub(crate) struct Peers {
     /// How long a node may take to say what it has.
     pub(crate) lookup_timeout: Duration,
     wait: Duration,
+    rpc: kvasir_rpc::Rpc,
     peers: Mutex<HashMap<MemberId, Peer>>,
 }
 
@@ -81,6 +82,7 @@ impl Peers {
             timeout: Duration::from_millis(config.timeout_ms),
             lookup_timeout: Duration::from_millis(config.lookup_timeout_ms),
             wait: Duration::from_millis(config.breaker_ms),
+            rpc: config.rpc.clone(),
             peers: Mutex::default(),
         }
     }
@@ -265,7 +267,7 @@ impl Peers {
             // A machine that vanished closes no connection; without pings the next calls would go the same way.
             .http2_keep_alive_interval(self.timeout)
             .keep_alive_timeout(self.timeout);
-        Ok(endpoint.connect_lazy())
+        Ok(self.rpc.lazy(&endpoint))
     }
 
     fn with(&self, node: &Node, change: impl FnOnce(&mut Peer)) {

@@ -30,6 +30,8 @@ pub struct Config {
     pub shutdown: ShutdownConfig,
     /// Where the cluster's metadata is.
     pub registry: RegistryConfig,
+    /// How processes call one another: certificates, if they are to prove who they are.
+    pub rpc: kvasir_rpc::Config,
     /// The model served.
     pub model: ModelConfig,
     /// Batching and threads.
@@ -258,6 +260,7 @@ impl Default for Config {
             log: LogConfig::default(),
             shutdown: ShutdownConfig::default(),
             registry: RegistryConfig::default(),
+            rpc: kvasir_rpc::Config::default(),
             model: ModelConfig::default(),
             engine: EngineConfig::default(),
             kv: KvConfig::default(),

@@ -13,7 +13,8 @@ use kvasir_cluster::{ModelInfo, Registry};
 use kvasir_engine::{Handle, ModelRunner, Parts, Spill};
 use kvasir_model::{Folder, cpu::CpuBackend};
 use kvasir_proto::convert;
-use kvasir_runtime::{Context, Tasks, chain};
+use kvasir_rpc::Rpc;
+use kvasir_runtime::{Context, Kind, Tasks, chain};
 use kvasir_store_client::StoreClient;
 use kvasir_transfer::{LocalNet, TransferEngine};
 use kvasir_types::{BlockHash, GroupKind, KvGroups, MemberId, Role, TokenId};
@@ -35,6 +36,7 @@ use crate::{
 pub(crate) struct Host {
     pub(crate) id: MemberId,
     pub(crate) role: Role,
+    pub(crate) rpc: Rpc,
     pub(crate) config: Config,
     pub(crate) model: ModelInfo,
     pub(crate) groups: KvGroups,
@@ -66,6 +68,11 @@ impl Host {
         local: LocalNet,
         reachable: &str,
     ) -> anyhow::Result<Self> {
+        let (rpc, keeping) = Rpc::open(&config.rpc)?;
+        context.tasks.spawn(Kind::Background, "certificates for calls", async move {
+            keeping.await;
+            Ok(())
+        });
         let path = &config.model.path;
         let folder = Folder::open(path).with_context(|| format!("model.path {}", path.display()))?;
         let layout = folder.kv_layout(config.kv.block_size, config.kv.dtype).check().context("kv.block_size")?;
@@ -103,8 +110,11 @@ impl Host {
         let groups = folder.kv_groups();
         let whole = keep_whole_prompts(&groups);
         let client = (config.store.enabled && whole).then(|| {
-            let store =
-                kvasir_store_client::Config { lookup_timeout_ms: config.store.lookup_timeout_ms, ..Default::default() };
+            let store = kvasir_store_client::Config {
+                lookup_timeout_ms: config.store.lookup_timeout_ms,
+                rpc: rpc.clone(),
+                ..Default::default()
+            };
             StoreClient::new(store, registry.view(), transfer.clone())
         });
         let spill_metrics = SpillMetrics::new(&context.metrics);
@@ -140,6 +150,7 @@ impl Host {
         Ok(Self {
             id,
             role,
+            rpc,
             model,
             groups,
             engine,

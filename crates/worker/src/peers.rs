@@ -10,6 +10,7 @@ use std::{
 };
 
 use kvasir_proto::{MAX_MESSAGE_BYTES, v1::prefill_client::PrefillClient};
+use kvasir_rpc::Rpc;
 use tonic::transport::{Channel, Endpoint};
 
 /// Most peers whose connections are kept; past it all are closed and made anew as needed. Workers come and go, their
@@ -19,6 +20,7 @@ const MAX_PEERS: usize = 1024;
 /// Connections by address. Written and read by request tasks; the lock is held for a map look-up only.
 pub(crate) struct Peers {
     peers: Mutex<HashMap<String, Peer>>,
+    rpc: Rpc,
     timeout: Duration,
     rest: Duration,
 }
@@ -29,8 +31,8 @@ struct Peer {
 }
 
 impl Peers {
-    pub(crate) fn new(timeout: Duration, rest: Duration) -> Self {
-        Self { peers: Mutex::default(), timeout, rest }
+    pub(crate) fn new(rpc: Rpc, timeout: Duration, rest: Duration) -> Self {
+        Self { peers: Mutex::default(), rpc, timeout, rest }
     }
 
     /// A client for the prefill worker at `address`; connects when first used.
@@ -42,7 +44,7 @@ impl Peers {
                 if peers.len() >= MAX_PEERS {
                     peers.clear();
                 }
-                let channel = self.endpoint(address)?.connect_lazy();
+                let channel = self.rpc.lazy(&self.endpoint(address)?);
                 peers.insert(address.to_owned(), Peer { channel: channel.clone(), rests_until: None });
                 channel
             }

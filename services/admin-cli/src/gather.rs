@@ -1,14 +1,12 @@
 //! Asking: etcd who is there, then every member how it is.
 
-use std::time::Duration;
-
 use futures_util::{StreamExt, stream};
 use kvasir_cluster::{EtcdConfig, Member, View};
 use kvasir_types::Role;
 
 use crate::{
     judge,
-    probe::{self, Readiness},
+    probe::{self, Readiness, Way},
     report::{Live, MemberReport, Report, State},
 };
 
@@ -16,9 +14,9 @@ use crate::{
 const AT_ONCE: usize = 64;
 
 /// Asks everybody. Fails only if etcd can't be read.
-pub(crate) async fn gather(etcd: EtcdConfig, limit: Duration) -> anyhow::Result<Report> {
+pub(crate) async fn gather(etcd: EtcdConfig, way: &Way) -> anyhow::Result<Report> {
     let view = view(etcd).await?;
-    Ok(ask_all(&view, limit).await)
+    Ok(ask_all(&view, way).await)
 }
 
 /// The members as the cluster's metadata has them now.
@@ -30,20 +28,20 @@ pub(crate) async fn view(etcd: EtcdConfig) -> anyhow::Result<std::sync::Arc<View
 }
 
 /// Asks the members of a view.
-pub(crate) async fn ask_all(view: &View, limit: Duration) -> Report {
-    let members = stream::iter(&view.members).map(|member| ask(member, limit)).buffered(AT_ONCE).collect().await;
+pub(crate) async fn ask_all(view: &View, way: &Way) -> Report {
+    let members = stream::iter(&view.members).map(|member| ask(member, way)).buffered(AT_ONCE).collect().await;
     judge::report(&view.members, members)
 }
 
-async fn ask(member: &Member, limit: Duration) -> MemberReport {
+async fn ask(member: &Member, way: &Way) -> MemberReport {
     let live = async {
         match member.role {
             Role::Router => None,
-            Role::Prefill | Role::Decode => Some(probe::worker(&member.grpc, limit).await),
-            Role::KvStore => Some(probe::store(&member.grpc, limit).await),
+            Role::Prefill | Role::Decode => Some(probe::worker(&member.grpc, way).await),
+            Role::KvStore => Some(probe::store(&member.grpc, way).await),
         }
     };
-    let (live, readiness) = futures_util::future::join(live, probe::ready(&member.admin, limit)).await;
+    let (live, readiness) = futures_util::future::join(live, probe::ready(&member.admin, way.limit)).await;
     let (state, reason) = state(member, live.as_ref(), readiness);
     MemberReport {
         role: member.role,

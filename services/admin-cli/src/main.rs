@@ -33,7 +33,14 @@ fn main() -> ExitCode {
             return ExitCode::from(2);
         }
     };
-    match answer(&cli, etcd) {
+    let rpc = match kvasir_rpc::Config::from_variables(|name| std::env::var(name).ok()) {
+        Ok(rpc) => rpc,
+        Err(error) => {
+            eprintln!("error: {error}");
+            return ExitCode::from(2);
+        }
+    };
+    match answer(&cli, etcd, &rpc) {
         Ok(text) => {
             // A reader that has seen enough (`| head`) closes the pipe; that is no failure of ours.
             let _ = std::io::stdout().write_all(text.as_bytes());
@@ -46,12 +53,15 @@ fn main() -> ExitCode {
     }
 }
 
-fn answer(cli: &Cli, etcd: kvasir_cluster::EtcdConfig) -> anyhow::Result<String> {
+fn answer(cli: &Cli, etcd: kvasir_cluster::EtcdConfig, rpc: &kvasir_rpc::Config) -> anyhow::Result<String> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    // It is done before certificates change.
+    let (rpc, _) = kvasir_rpc::Rpc::open(rpc)?;
+    let way = probe::Way { rpc, limit: cli.timeout() };
     if let Command::Kv(command) = &cli.command {
         return runtime.block_on(async {
             let view = gather::view(etcd).await?;
-            kv::run(command, &view, cli.timeout(), cli.output).await
+            kv::run(command, &view, way, cli.output).await
         });
     }
     if let Command::Route(command) = &cli.command {
@@ -60,7 +70,7 @@ fn answer(cli: &Cli, etcd: kvasir_cluster::EtcdConfig) -> anyhow::Result<String>
             route::run(command, &view, cli.timeout(), cli.output).await
         });
     }
-    let report = runtime.block_on(gather::gather(etcd, cli.timeout()))?;
+    let report = runtime.block_on(gather::gather(etcd, &way))?;
     Ok(match (&cli.output, &cli.command) {
         (Output::Table, Command::Status) => render::status(&report),
         (Output::Table, Command::Workers) => render::workers(&report),

@@ -7,6 +7,7 @@ use std::{error::Error, future::Future, time::Duration};
 use kvasir_proto::v1::{
     StatusRequest, StoreStatusRequest, TransferPeer, store_client::StoreClient, worker_client::WorkerClient,
 };
+use kvasir_rpc::Rpc;
 use kvasir_types::PeerTraffic;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -41,10 +42,18 @@ pub(crate) enum Readiness {
     Unknown(String),
 }
 
+/// How members are asked, and how long they may take.
+#[derive(Clone, Debug)]
+pub(crate) struct Way {
+    pub(crate) rpc: Rpc,
+    pub(crate) limit: Duration,
+}
+
 /// `Worker.Status`.
-pub(crate) async fn worker(address: &str, limit: Duration) -> Result<Answer, String> {
-    within(limit, async {
-        let status = WorkerClient::new(connect(address).await?).status(StatusRequest {}).await.map_err(told)?;
+pub(crate) async fn worker(address: &str, way: &Way) -> Result<Answer, String> {
+    within(way.limit, async {
+        let status =
+            WorkerClient::new(connect(&way.rpc, address).await?).status(StatusRequest {}).await.map_err(told)?;
         let status = status.into_inner();
         let blocks = status.blocks.unwrap_or_default();
         let blocks = Blocks { total: blocks.total, free: blocks.free, cached: blocks.cached, in_use: blocks.in_use };
@@ -62,10 +71,12 @@ pub(crate) async fn worker(address: &str, limit: Duration) -> Result<Answer, Str
 }
 
 /// `Store.StoreStatus`.
-pub(crate) async fn store(address: &str, limit: Duration) -> Result<Answer, String> {
-    within(limit, async {
-        let status =
-            StoreClient::new(connect(address).await?).store_status(StoreStatusRequest {}).await.map_err(told)?;
+pub(crate) async fn store(address: &str, way: &Way) -> Result<Answer, String> {
+    within(way.limit, async {
+        let status = StoreClient::new(connect(&way.rpc, address).await?)
+            .store_status(StoreStatusRequest {})
+            .await
+            .map_err(told)?;
         let status = status.into_inner();
         let live = Live::Store(StoreNumbers {
             capacity_bytes: status.capacity_bytes,
@@ -87,11 +98,11 @@ pub(crate) async fn store(address: &str, limit: Duration) -> Result<Answer, Stri
 /// One call to a store node.
 pub(crate) async fn ask_store<T>(
     address: &str,
-    limit: Duration,
+    way: &Way,
     call: impl AsyncFnOnce(StoreClient<Channel>) -> Result<tonic::Response<T>, tonic::Status>,
 ) -> Result<T, String> {
-    within(limit, async {
-        let client = StoreClient::new(connect(address).await?);
+    within(way.limit, async {
+        let client = StoreClient::new(connect(&way.rpc, address).await?);
         Ok(call(client).await.map_err(told)?.into_inner())
     })
     .await
@@ -150,16 +161,18 @@ fn readiness(page: &str) -> Readiness {
     }
 }
 
-async fn connect(address: &str) -> Result<Channel, String> {
+async fn connect(rpc: &Rpc, address: &str) -> Result<Channel, String> {
     let endpoint = kvasir_rpc::endpoint(address).map_err(|_| "not an address".to_owned())?;
-    endpoint.connect().await.map_err(|error| {
-        // tonic says "transport error"; what happened is at the end of the chain.
-        let mut cause: &dyn Error = &error;
-        while let Some(deeper) = cause.source() {
-            cause = deeper;
-        }
-        printable(&cause.to_string())
-    })
+    rpc.connect(&endpoint).await.map_err(|error| printable(&cause(&error)))
+}
+
+/// tonic says "transport error"; what happened is at the end of the chain.
+fn cause(error: &dyn Error) -> String {
+    let mut cause = error;
+    while let Some(deeper) = cause.source() {
+        cause = deeper;
+    }
+    cause.to_string()
 }
 
 async fn within<T>(limit: Duration, question: impl Future<Output = Result<T, String>>) -> Result<T, String> {
@@ -173,7 +186,11 @@ fn peer(wire: TransferPeer) -> PeerTraffic {
 }
 
 fn told(status: tonic::Status) -> String {
-    printable(&format!("{}: {}", status.code().description(), status.message()))
+    match status.source() {
+        // Not the member's words: its connection broke.
+        Some(broken) => printable(&cause(broken)),
+        None => printable(&format!("{}: {}", status.code().description(), status.message())),
+    }
 }
 
 /// Text from outside, cut and freed of what a terminal would obey.

@@ -58,6 +58,7 @@ struct Other {
 pub(crate) struct Exchange {
     pub(crate) id: MemberId,
     pub(crate) node: Arc<Node>,
+    pub(crate) rpc: kvasir_rpc::Rpc,
     pub(crate) interval: Duration,
 }
 
@@ -93,7 +94,7 @@ impl Exchange {
             }
             match kvasir_rpc::endpoint(&member.grpc) {
                 Ok(endpoint) => {
-                    let channel = endpoint.connect_timeout(TIMEOUT).connect_lazy();
+                    let channel = self.rpc.lazy(&endpoint.connect_timeout(TIMEOUT));
                     let other = Other { incarnation: member.incarnation, channel, counts: Vec::new() };
                     others.insert(id.clone(), other);
                 }

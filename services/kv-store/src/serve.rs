@@ -8,12 +8,11 @@ use std::{
 use anyhow::Context as _;
 use kvasir_cluster::{Member, Registry, StoreInfo};
 use kvasir_proto::v1::store_server::StoreServer;
+use kvasir_rpc::{Incoming, Rpc};
 use kvasir_runtime::{Context, Kind, Listening};
 use kvasir_store_client::StoreClient;
 use kvasir_transfer::{LocalNet, TransferEngine};
 use kvasir_types::{MemberId, PROTOCOL_VERSION, Role};
-use tokio::net::TcpListener;
-use tonic::transport::server::TcpIncoming;
 
 use crate::{
     config::Config,
@@ -82,6 +81,11 @@ pub(crate) async fn start(
     local: LocalNet,
 ) -> anyhow::Result<Started> {
     let id = config.member_id()?;
+    let (rpc, keeping) = Rpc::open(&config.rpc)?;
+    context.tasks.spawn(Kind::Background, "certificates for calls", async move {
+        keeping.await;
+        Ok(())
+    });
     let settings = config.settings(kvasir_runtime::random_u64())?;
     let info = config.store_info(settings.capacity_bytes)?;
     let listening = Listening::bind("listen", config.listen, config.advertise.as_deref()).await?;
@@ -108,10 +112,11 @@ pub(crate) async fn start(
     let member = member(&id, &engine, info, grpc, admin);
     let heat = Heat::new(config.replication.hot_lookups_per_s, config.replication.max_copies);
     let (hot, waiting) = HotGroups::new(heat);
+    let to_others = kvasir_store_client::Config { rpc: rpc.clone(), ..kvasir_store_client::Config::default() };
     let handover = Arc::new(Handover {
         id: id.clone(),
         node: node.clone(),
-        client: StoreClient::new(kvasir_store_client::Config::default(), registry.view(), engine.clone()),
+        client: StoreClient::new(to_others, registry.view(), engine.clone()),
         config: config.handover.clone(),
         progress: Arc::new(Progress::new()),
         hot: Arc::new(hot),
@@ -138,7 +143,7 @@ pub(crate) async fn start(
         expiring.await;
         Ok(())
     });
-    serve(&config, context, service, listening.listener);
+    serve(&config, context, service, rpc.incoming(listening.listener));
     let watching = node.clone().watch_disk(Duration::from_millis(config.disk.retry_ms), context.shutdown.clone());
     context.tasks.spawn(Kind::Background, "disk", async move {
         watching.await;
@@ -146,7 +151,7 @@ pub(crate) async fn start(
     });
     if config.eviction.exchange_ms > 0 {
         let interval = Duration::from_millis(config.eviction.exchange_ms);
-        let exchange = Exchange { id: id.clone(), node: node.clone(), interval };
+        let exchange = Exchange { id: id.clone(), node: node.clone(), rpc, interval };
         let (view, leaving) = (registry.view(), context.shutdown.clone());
         context.tasks.spawn(Kind::Background, "exchange", async move {
             exchange.run(view, leaving).await;
@@ -198,9 +203,8 @@ async fn open_disk(config: &Config, engine: &TransferEngine) -> anyhow::Result<O
     }
 }
 
-fn serve(config: &Config, context: &Context, service: StoreService, listener: TcpListener) {
+fn serve(config: &Config, context: &Context, service: StoreService, incoming: Incoming) {
     let store = StoreServer::new(service).max_decoding_message_size(MAX_REQUEST_BYTES);
-    let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
     let closing = context.shutdown.clone();
     let server = kvasir_rpc::server()
         .concurrency_limit_per_connection(config.limits.max_calls_per_connection)

@@ -34,6 +34,8 @@ pub struct Config {
     pub shutdown: ShutdownConfig,
     /// Where the cluster's metadata is.
     pub registry: RegistryConfig,
+    /// How processes call one another: certificates, if they are to prove who they are.
+    pub rpc: kvasir_rpc::Config,
     /// The models served, at least one.
     pub models: Vec<ModelConfig>,
     /// How workers are chosen: `kv-aware` (default), `session-sticky`, `least-loaded`, `round-robin` or `random`. Can be
@@ -161,6 +163,7 @@ impl Default for Config {
             log: LogConfig::default(),
             shutdown: ShutdownConfig::default(),
             registry: RegistryConfig::default(),
+            rpc: kvasir_rpc::Config::default(),
             models: Vec::new(),
             policy: PolicyName::default(),
             limits: Limits::default(),

@@ -4,6 +4,7 @@ use std::{collections::HashSet, sync::Arc, time::Duration};
 
 use anyhow::Context as _;
 use kvasir_cluster::{Member, Registry, View};
+use kvasir_rpc::Rpc;
 use kvasir_runtime::{Context, Kind, Listening, random_u64};
 use kvasir_types::{Incarnation, MemberId, PROTOCOL_VERSION, Role};
 use tokio::sync::watch;
@@ -37,6 +38,11 @@ pub async fn run_with_etcd(config: Config, context: Context) -> anyhow::Result<(
 /// It serves as soon as its models' text files are read; `/ready` says yes once a decode worker is known that it can use.
 pub async fn run(config: Config, context: Context, registry: Arc<dyn Registry>) -> anyhow::Result<()> {
     config.check()?;
+    let (rpc, keeping) = Rpc::open(&config.rpc)?;
+    context.tasks.spawn(Kind::Background, "certificates for calls", async move {
+        keeping.await;
+        Ok(())
+    });
     let listening = Listening::bind("listen", config.listen, config.advertise.as_deref()).await?;
     let operators = http::Operators::default();
     let admin = kvasir_runtime::admin::start_with(&config.admin, &context, http::admin(operators.clone())).await?;
@@ -70,7 +76,8 @@ pub async fn run(config: Config, context: Context, registry: Arc<dyn Registry>) 
     let index = Arc::new(Index::default());
     let feeds = Feeds::new(Arc::clone(&index), context.tasks.clone(), CacheMetrics::new(&context.metrics, &index));
     let followers = Followers { gates: Arc::clone(&gates), feeds };
-    let (fleet, watcher) = watch_members(registry.view(), models.clone(), followers, metrics.clone(), context.clone());
+    let (fleet, watcher) =
+        watch_members(registry.view(), Fleet::new(rpc), models.clone(), followers, metrics.clone(), context.clone());
     context.tasks.spawn(Kind::Critical, "members", watcher);
     let parts = http::Parts { models, fleet, index, keys: keyring, gates, metrics, context: context.clone() };
     let app = Arc::new(App::new(&config, parts));
@@ -149,6 +156,7 @@ impl Followers {
 /// Keeps the fleet what the members are. The first fleet is there on return; the future keeps it so.
 fn watch_members(
     mut view: watch::Receiver<Arc<View>>,
+    nobody: Fleet,
     models: Vec<Arc<Model>>,
     mut followers: Followers,
     metrics: Metrics,
@@ -172,7 +180,7 @@ fn watch_members(
         Arc::new(fleet)
     };
     let now = Arc::clone(&view.borrow_and_update());
-    let (sender, receiver) = watch::channel(build(&now, &Fleet::default()));
+    let (sender, receiver) = watch::channel(build(&now, &nobody));
     let watching = async move {
         while view.changed().await.is_ok() {
             let now = Arc::clone(&view.borrow_and_update());

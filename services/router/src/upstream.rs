@@ -33,6 +33,7 @@ use kvasir_proto::{
     FIELD_METADATA, GRAMMAR_FIELD, HEARTBEAT_METADATA, MAX_MESSAGE_BYTES, MAX_TOKENS_FIELD, PROMPT_FIELD,
     v1::{self, decode_client::DecodeClient, generate_event},
 };
+use kvasir_rpc::Rpc;
 use kvasir_types::{Deadline, FinishReason, MemberId, Retry, Sampled, Usage};
 use tokio::time::{Instant, Sleep};
 use tonic::{Code, Status, Streaming, transport::Channel};
@@ -162,7 +163,7 @@ impl Error {
 }
 
 /// The connection to a worker; nothing is sent before the first call.
-pub(crate) fn connect(member: &Member) -> Result<Channel, Error> {
+pub(crate) fn connect(rpc: &Rpc, member: &Member) -> Result<Channel, Error> {
     let endpoint = kvasir_rpc::endpoint(&member.grpc).map_err(|error| Error::Unavailable {
         worker: member.id.clone(),
         message: format!("its address {:?} is none: {error}", member.grpc),
@@ -173,7 +174,7 @@ pub(crate) fn connect(member: &Member) -> Result<Channel, Error> {
         .http2_keep_alive_interval(PING_INTERVAL)
         .keep_alive_timeout(PING_TIMEOUT)
         .keep_alive_while_idle(true);
-    Ok(endpoint.connect_lazy())
+    Ok(rpc.lazy(&endpoint))
 }
 
 /// What a worker tells.

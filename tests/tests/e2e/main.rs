@@ -26,3 +26,4 @@ mod spill;
 mod store;
 mod store_nodes;
 mod telemetry;
+mod tls;

@@ -122,6 +122,8 @@ impl LiveArgs {
             block_bytes,
             split: self.split,
             timeout: self.timeout.map_or(STORE_TIMEOUT, Duration::from_millis),
+            // It is done before certificates change.
+            rpc: kvasir_rpc::Rpc::open(&kvasir_rpc::Config::from_variables(|name| std::env::var(name).ok())?)?.0,
         })
     }
 

@@ -45,7 +45,8 @@ impl DecodeService {
     pub(crate) fn new(host: Arc<Host>) -> Self {
         let timeout = Duration::from_millis(host.config.decode.peer_timeout_ms);
         let rest = Duration::from_millis(host.config.decode.peer_rest_ms);
-        Self { host, peers: Arc::new(Peers::new(timeout, rest)) }
+        let peers = Arc::new(Peers::new(host.rpc.clone(), timeout, rest));
+        Self { host, peers }
     }
 
     fn check(&self, wire: v1::GenerateRequest) -> Result<Checked, Error> {

@@ -1,6 +1,6 @@
 //! Real servers and dead ones, asked as the command does.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use kvasir_proto::v1;
 use kvasir_runtime::{AdminConfig, Context};
@@ -53,6 +53,10 @@ impl Servers {
     }
 }
 
+fn within(limit: Duration) -> Way {
+    Way { rpc: kvasir_rpc::Rpc::default(), limit }
+}
+
 async fn admin(context: &Context) -> String {
     kvasir_runtime::admin::start(&AdminConfig::default(), context).await.unwrap().to_string()
 }
@@ -95,7 +99,7 @@ async fn every_member_is_shown_in_the_state_it_is_in() {
             Member { role: Role::Router, ..decode("router", "", &ready) },
         ],
     };
-    let report = ask_all(&view, LIMIT * 10).await;
+    let report = ask_all(&view, &within(LIMIT * 10)).await;
     let states: Vec<_> = report.members.iter().map(|member| (member.id.as_str(), member.state)).collect();
     assert_eq!(
         states,
@@ -124,7 +128,7 @@ async fn a_hundred_silent_members_cost_two_limits_not_a_hundred() {
     let address = silent.local_addr().unwrap().to_string();
     let members = (0..100).map(|number| decode(&format!("d-{number}"), &address, &address)).collect();
     let before = Instant::now();
-    let report = ask_all(&View { revision: 1, epoch: kvasir_types::Epoch(1), members }, LIMIT).await;
+    let report = ask_all(&View { revision: 1, epoch: kvasir_types::Epoch(1), members }, &within(LIMIT)).await;
     assert!(before.elapsed() < LIMIT * 5, "{:?}", before.elapsed());
     assert_eq!(report.members.len(), 100);
     for member in report.members {

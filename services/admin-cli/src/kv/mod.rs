@@ -21,7 +21,11 @@ use args::{EvictArgs, PromptArgs, Strength};
 use prompt::Prompt;
 pub(crate) use prompt::{content, numbers};
 
-use crate::{cli::Output, probe, render};
+use crate::{
+    cli::Output,
+    probe::{self, Way},
+    render,
+};
 
 /// Hashes in one call, as the protocol has it.
 const MAX_HASHES: usize = 1024;
@@ -43,7 +47,7 @@ pub(crate) struct Told<T> {
 /// The store's nodes, as the cluster's metadata names them.
 struct Nodes {
     members: Vec<Member>,
-    limit: Duration,
+    way: Way,
 }
 
 /// Where a prompt's blocks are.
@@ -85,10 +89,10 @@ pub(crate) struct Silent {
 }
 
 /// Does what is asked and says what came of it.
-pub(crate) async fn run(command: &KvCommand, view: &View, limit: Duration, output: Output) -> anyhow::Result<String> {
+pub(crate) async fn run(command: &KvCommand, view: &View, way: Way, output: Output) -> anyhow::Result<String> {
     let members: Vec<Member> = view.role(Role::KvStore).cloned().collect();
     ensure!(!members.is_empty(), "no store node is running (or --prefix names another cluster)");
-    let nodes = Nodes { members, limit };
+    let nodes = Nodes { members, way };
     match command {
         KvCommand::Stats => {
             let stats = nodes.all(async |mut client| client.store_status(v1::StoreStatusRequest {}).await).await;
@@ -127,7 +131,7 @@ impl Nodes {
     /// Makes one call to every node at the same time.
     async fn all<T>(&self, call: impl AsyncFn(Client) -> Result<tonic::Response<T>, tonic::Status>) -> Vec<Told<T>> {
         let one = async |member: &Member| {
-            let answer = probe::ask_store(&member.grpc, self.limit, &call).await;
+            let answer = probe::ask_store(&member.grpc, &self.way, &call).await;
             Told { node: member.id.to_string(), answer }
         };
         join_all(self.members.iter().map(one)).await
@@ -241,11 +245,11 @@ impl Nodes {
         };
         let wrong = |why: String| anyhow::anyhow!("store node {node}: {why}");
         let begin = async |mut client: Client| client.drain(v1::DrainRequest {}).await;
-        probe::ask_store(&member.grpc, self.limit, begin).await.map_err(wrong)?;
+        probe::ask_store(&member.grpc, &self.way, begin).await.map_err(wrong)?;
         let start = std::time::Instant::now();
         loop {
             let ask = async |mut client: Client| client.store_status(v1::StoreStatusRequest {}).await;
-            let status = probe::ask_store(&member.grpc, self.limit, ask).await.map_err(wrong)?;
+            let status = probe::ask_store(&member.grpc, &self.way, ask).await.map_err(wrong)?;
             let leaving = probe::printable(&status.leaving);
             if leaving == "drained" || no_wait {
                 return Ok(show::leaving(node, &leaving, &status, output));

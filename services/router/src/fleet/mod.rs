@@ -15,6 +15,7 @@ use std::{
 };
 
 use kvasir_cluster::{Member, View};
+use kvasir_rpc::Rpc;
 use kvasir_types::{Incarnation, KvLayout, MemberId, ModelFingerprint, PROTOCOL_VERSION, Role};
 use tonic::transport::Channel;
 
@@ -43,6 +44,7 @@ pub(crate) struct Worker {
     pub(crate) member: Member,
     /// Its load.
     pub(crate) pulse: Pulse,
+    rpc: Rpc,
     key: u64,
     channel: OnceLock<Channel>,
     /// Written by requests that have something to say of it, read by all; held for a copy.
@@ -50,9 +52,10 @@ pub(crate) struct Worker {
 }
 
 impl Worker {
-    fn new(member: Member) -> Arc<Self> {
+    fn new(rpc: Rpc, member: Member) -> Arc<Self> {
         let key = key_of(member.id.as_str());
-        Arc::new(Self { member, pulse: Pulse::default(), key, channel: OnceLock::new(), health: Mutex::default() })
+        let (pulse, channel) = (Pulse::default(), OnceLock::new());
+        Arc::new(Self { member, pulse, rpc, key, channel, health: Mutex::default() })
     }
 
     /// The connection to it, made when first needed.
@@ -60,7 +63,7 @@ impl Worker {
         if let Some(channel) = self.channel.get() {
             return Ok(channel.clone());
         }
-        let fresh = upstream::connect(&self.member)?;
+        let fresh = upstream::connect(&self.rpc, &self.member)?;
         Ok(self.channel.get_or_init(|| fresh).clone())
     }
 
@@ -296,6 +299,8 @@ impl Roster {
 #[derive(Default)]
 pub(crate) struct Fleet {
     crews: HashMap<String, Crew>,
+    /// How its workers are called.
+    rpc: Rpc,
 }
 
 /// A worker of a model we serve that can't be used, and why.
@@ -310,6 +315,11 @@ pub(crate) struct Misfit {
 }
 
 impl Fleet {
+    /// Nobody yet; who comes is called so.
+    pub(crate) fn new(rpc: Rpc) -> Self {
+        Self { crews: HashMap::new(), rpc }
+    }
+
     /// Sorts the members; workers that are in `previous` too stay the same. Also returns those that don't fit.
     pub(crate) fn build(view: &View, models: &[Arc<Model>], previous: &Self) -> (Self, Vec<Misfit>) {
         let known: HashMap<(Role, &MemberId, Incarnation), &Arc<Worker>> =
@@ -317,7 +327,7 @@ impl Fleet {
         let worker = |member: &Member| match known.get(&(member.role, &member.id, member.incarnation)) {
             // The record of a life changes only in `draining`, and then the worker is not in the fleet.
             Some(worker) if same_place(&worker.member, member) => Arc::clone(worker),
-            _ => Worker::new(member.clone()),
+            _ => Worker::new(previous.rpc.clone(), member.clone()),
         };
         let (mut crews, mut misfits) = (HashMap::new(), Vec::new());
         for model in models {
@@ -337,7 +347,7 @@ impl Fleet {
             let crew = Crew { roster: Arc::new(roster), decode: None };
             crews.insert(model.name().to_owned(), crew);
         }
-        (Self { crews }, misfits)
+        (Self { crews, rpc: previous.rpc.clone() }, misfits)
     }
 
     /// The workers of a model.

@@ -48,6 +48,8 @@ pub struct Settings {
     pub split: Option<u64>,
     /// How long a node has for an answer.
     pub timeout: Duration,
+    /// How nodes are called.
+    pub rpc: kvasir_rpc::Rpc,
 }
 
 /// What all lanes of a pass share.
@@ -129,7 +131,7 @@ fn ground(
             format!("no {size} of memory for prompts of {longest} blocks; --concurrency or --block-bytes makes it less")
         })?;
     let ms = settings.timeout.as_millis() as u64;
-    let config = Config { timeout_ms: ms, lookup_timeout_ms: ms, ..Config::default() };
+    let config = Config { timeout_ms: ms, lookup_timeout_ms: ms, rpc: settings.rpc.clone(), ..Config::default() };
     let client = StoreClient::new(config, registry.view(), engine.clone());
     ensure!(client.nodes() > 0, "no store node is running (or --prefix names another cluster)");
     let names = Names::new(&plan.namespace, name, block_bytes);
