@@ -243,6 +243,7 @@ mod tests {
             grpc: String::new(),
             store: StoreInfo { group_blocks, ..StoreInfo::default() },
             draining: false,
+            duty: kvasir_cluster::Duty::default(),
         }
     }
 

@@ -147,6 +147,7 @@ mod tests {
             group_blocks: 32,
             replicas: 1,
             draining: false,
+            duty: kvasir_cluster::Duty::default(),
         }
     }
 
