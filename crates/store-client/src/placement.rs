@@ -243,7 +243,6 @@ mod tests {
             grpc: String::new(),
             store: StoreInfo { group_blocks, ..StoreInfo::default() },
             draining: false,
-            duty: kvasir_cluster::Duty::default(),
         }
     }
 

@@ -147,7 +147,6 @@ mod tests {
             group_blocks: 32,
             replicas: 1,
             draining: false,
-            duty: kvasir_cluster::Duty::default(),
         }
     }
 

@@ -12,7 +12,7 @@ use kvasir_runtime::{Context, Kind, Listening};
 use kvasir_transfer::LocalNet;
 use kvasir_types::{Deadline, Incarnation, MemberId, PROTOCOL_VERSION, Role};
 use tokio::net::TcpListener;
-use tonic::transport::{Server, server::TcpIncoming};
+use tonic::transport::server::TcpIncoming;
 
 use crate::{
     config::Config, decode::DecodeService, duty::Duties, host::Host, prefill::PrefillService, status::StatusService,
@@ -114,7 +114,7 @@ async fn serve(
 ) -> Result<(), tonic::transport::Error> {
     let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
     // Both, whatever it works as: that may change, and callers hear of it later.
-    let server = Server::builder()
+    let server = kvasir_rpc::server()
         .add_service(WorkerServer::new(status))
         .add_service(
             DecodeServer::new(DecodeService::new(host.clone()))
