@@ -32,6 +32,9 @@ pub struct Config {
     pub registry: RegistryConfig,
     /// How processes call one another: certificates, if they are to prove who they are.
     pub rpc: kvasir_rpc::Config,
+    /// Stays in its role whatever the routers' planner thinks (`planner` of a router's configuration). `kvasirctl worker`
+    /// moves, pins and unpins workers while they run. Default false.
+    pub pinned: bool,
     /// The model served.
     pub model: ModelConfig,
     /// Batching and threads.
@@ -261,6 +264,7 @@ impl Default for Config {
             shutdown: ShutdownConfig::default(),
             registry: RegistryConfig::default(),
             rpc: kvasir_rpc::Config::default(),
+            pinned: false,
             model: ModelConfig::default(),
             engine: EngineConfig::default(),
             kv: KvConfig::default(),

@@ -95,6 +95,19 @@ pub(crate) async fn store(address: &str, way: &Way) -> Result<Answer, String> {
     .await
 }
 
+/// One call to a worker.
+pub(crate) async fn ask_worker<T>(
+    address: &str,
+    way: &Way,
+    call: impl AsyncFnOnce(WorkerClient<Channel>) -> Result<tonic::Response<T>, tonic::Status>,
+) -> Result<T, String> {
+    within(way.limit, async {
+        let client = WorkerClient::new(connect(&way.rpc, address).await?);
+        Ok(call(client).await.map_err(told)?.into_inner())
+    })
+    .await
+}
+
 /// One call to a store node.
 pub(crate) async fn ask_store<T>(
     address: &str,
