@@ -64,12 +64,7 @@ struct Became {
 }
 
 /// Does what is asked and says what came of it.
-pub(crate) async fn run(
-    command: &WorkerCommand,
-    view: &View,
-    way: &Way,
-    output: Output,
-) -> anyhow::Result<String> {
+pub(crate) async fn run(command: &WorkerCommand, view: &View, way: &Way, output: Output) -> anyhow::Result<String> {
     let (name, role, pin) = match command {
         WorkerCommand::Role(RoleArgs { name, role, pin }) => (name, Some(*role), pin.then_some(Pin::Set)),
         WorkerCommand::Pin { name } => (name, None, Some(Pin::Set)),

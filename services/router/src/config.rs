@@ -28,6 +28,9 @@ pub struct Config {
     pub threads: Option<usize>,
     /// Health, readiness and metrics over HTTP, on a port of its own.
     pub admin: AdminConfig,
+    /// Whether metrics are on the HTTP port, too, for everybody who reaches that. Default false: they tell who asks for how
+    /// much, which is for those who reach the admin port.
+    pub public_metrics: bool,
     /// Logging.
     pub log: LogConfig,
     /// Shutdown.
@@ -160,6 +163,7 @@ impl Default for Config {
             port_file: None,
             threads: None,
             admin: AdminConfig::default(),
+            public_metrics: false,
             log: LogConfig::default(),
             shutdown: ShutdownConfig::default(),
             registry: RegistryConfig::default(),

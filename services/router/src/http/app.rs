@@ -41,6 +41,8 @@ pub(crate) struct App {
     pub(crate) models: Vec<Arc<Model>>,
     /// The workers now.
     pub(crate) fleet: watch::Receiver<Arc<Fleet>>,
+    /// Whether everybody may see what is counted.
+    pub(crate) public_metrics: bool,
     /// How workers are chosen.
     pub(crate) policies: Policies,
     /// What workers hold.
@@ -102,6 +104,7 @@ impl App {
             gates,
             models,
             fleet,
+            public_metrics: config.public_metrics,
             policies: Policies::new(config.policy),
             index,
             metrics,

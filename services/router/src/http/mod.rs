@@ -150,8 +150,11 @@ async fn ready(State(app): State<Arc<App>>) -> impl IntoResponse {
     }
 }
 
-async fn metrics(State(app): State<Arc<App>>) -> impl IntoResponse {
-    ([(header::CONTENT_TYPE, kvasir_runtime::metrics::CONTENT_TYPE)], app.context.metrics.encode())
+async fn metrics(State(app): State<Arc<App>>, method: Method, uri: Uri) -> Response {
+    if !app.public_metrics {
+        return no_path(method, uri).await.into_response(); // as if it were not there
+    }
+    ([(header::CONTENT_TYPE, kvasir_runtime::metrics::CONTENT_TYPE)], app.context.metrics.encode()).into_response()
 }
 
 async fn no_path(method: Method, uri: Uri) -> Error {

@@ -17,6 +17,9 @@ pub(crate) async fn document(State(app): State<Arc<App>>) -> Json<Value> {
     let open = |name: &&str| anybody.as_ref().is_some_and(|caller| caller.may_use(name));
     let names: Vec<&str> = app.models.iter().map(|model| model.name()).filter(open).collect();
     let mut document: Value = serde_json::from_str(DOCUMENT).expect("a test reads it, too");
+    if !app.public_metrics {
+        document["paths"].as_object_mut().and_then(|paths| paths.remove("/metrics"));
+    }
     for schema in document["components"]["schemas"].as_object_mut().into_iter().flatten().map(|(_, schema)| schema) {
         if let Some(model) = schema.pointer_mut("/properties/model").filter(|_| !names.is_empty()) {
             *model = json!({"enum": names});

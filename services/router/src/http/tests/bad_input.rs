@@ -8,6 +8,16 @@ use tokio::{
 use super::harness::*;
 
 #[tokio::test]
+async fn what_is_counted_is_not_for_everybody_unless_asked_for() {
+    for shown in [true, false] {
+        let cluster = Cluster::start(|config| config.public_metrics = shown).await;
+        let (status, page) = cluster.get("/metrics").await;
+        assert_eq!((status, page.contains("kvasir_router")), if shown { (200, true) } else { (404, false) });
+        assert_eq!(cluster.get("/openapi.json").await.1.contains("\"/metrics\""), shown);
+    }
+}
+
+#[tokio::test]
 async fn bad_requests_are_refused_by_name_and_no_worker_hears_of_them() {
     let cluster = Cluster::start(|config| config.limits.max_body_bytes = 4096).await;
     let mock = cluster.worker(|_| vec![stop()]).await;

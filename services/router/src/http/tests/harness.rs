@@ -246,6 +246,7 @@ impl Cluster {
         let mut config = Config {
             listen: ([127, 0, 0, 1], 0).into(),
             models: vec![ModelConfig::new("demo", demo_folder())],
+            public_metrics: true,
             ..Config::default()
         };
         adjust(&mut config);
