@@ -6,6 +6,7 @@
 
 mod access;
 mod api;
+mod away;
 mod bad_start;
 mod cache;
 mod choices;
