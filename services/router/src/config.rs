@@ -150,6 +150,9 @@ pub struct Limits {
     /// After a worker failed, how long others are preferred to it, in milliseconds, and twice as long each time it fails
     /// again, up to 30 seconds; 0 for not at all. Default 1000: what has died leaves the member list only when its lease ends.
     pub worker_rest_ms: u64,
+    /// Bytes kept of what conversations were tokenized to lately, for each model: the next turn begins there; 0 for none.
+    /// Default 67108864 (64 MiB).
+    pub text_cache_bytes: usize,
     /// Threads for the text work of long prompts (short ones are done where they come in). Default 2.
     pub text_threads: usize,
 }
@@ -194,6 +197,7 @@ impl Default for Limits {
             write_stall_ms: 30_000,
             worker_silence_ms: 20_000,
             worker_rest_ms: 1_000,
+            text_cache_bytes: 64 << 20,
             text_threads: 2,
         }
     }

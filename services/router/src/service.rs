@@ -108,13 +108,13 @@ pub async fn run(config: Config, context: Context, registry: Arc<dyn Registry>) 
 }
 
 async fn load(config: &Config) -> anyhow::Result<Vec<Arc<Model>>> {
-    let wanted = config.models.clone();
+    let (wanted, kept) = (config.models.clone(), config.limits.text_cache_bytes);
     let loading = move || {
         wanted
             .iter()
             .map(|model| {
                 let loaded = Model::load(model);
-                loaded.map(Arc::new).with_context(|| format!("model {}", model.name))
+                loaded.map(|model| Arc::new(model.keeping(kept))).with_context(|| format!("model {}", model.name))
             })
             .collect()
     };

@@ -42,7 +42,8 @@ pub(crate) async fn chat(
         effort.tell(&model, &mut conversation, "reasoning_effort")?;
     }
 
-    let work = prompt_work(&model, conversation, &common, &tools)?;
+    let salt = admitted.caller.cache_salt("");
+    let work = prompt_work(&model, conversation, &common, &tools, salt)?;
     let (prompt, parser) =
         app.text_work(body.len(), admitted.deadline, work).await?.map_err(|e| told(e, "messages"))?;
     let (stream, logprobs) = (common.stream.take(), common.sampling.logprobs.is_some());
@@ -62,12 +63,13 @@ pub(crate) async fn chat(
 /// A prompt, and how its answers are taken apart.
 pub(crate) type Asked = Result<(Vec<TokenId>, Parser), text::Error>;
 
-/// The text work of a conversation.
+/// The text work of a conversation; what is kept of it is for those of the same salt.
 pub(crate) fn prompt_work(
     model: &Arc<Model>,
     conversation: Conversation,
     common: &Common,
     tools: &Tools,
+    salt: String,
 ) -> Result<impl FnOnce() -> Asked + Send + 'static, BadParam> {
     let (model, calls) = (Arc::clone(model), tools.calls(model.dialect())?);
     // An answer whose form is given can't hold thoughts, even where the template has opened their tag.
@@ -75,7 +77,7 @@ pub(crate) fn prompt_work(
     Ok(move || {
         let prompt = model.render(&conversation, unix_now())?;
         let reasoning = thinks.then(|| Reasoning::after(&prompt));
-        Ok((model.encode(&prompt, false)?, Parser::new(reasoning, calls)))
+        Ok((model.encode_prompt(&prompt, &salt)?, Parser::new(reasoning, calls)))
     })
 }
 

@@ -16,6 +16,7 @@ mod error;
 mod json;
 mod model;
 pub(crate) mod parse;
+pub(crate) mod pieces;
 mod stop;
 mod template;
 mod vocab;

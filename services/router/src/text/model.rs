@@ -22,6 +22,7 @@ use tokenizers::Tokenizer;
 use super::{
     Conversation, Error, Template, Vocab,
     parse::{Dialect, MARKERS},
+    pieces::Pieces,
 };
 use crate::config::ModelConfig;
 
@@ -29,6 +30,8 @@ use crate::config::ModelConfig;
 pub(crate) struct Model {
     name: String,
     tokenizer: Tokenizer,
+    /// What was tokenized lately; `None`: nothing is kept.
+    pieces: Option<Pieces>,
     tokenizer_id: String,
     vocab: Vocab,
     vocab_size: usize,
@@ -71,6 +74,7 @@ impl Model {
             tokenizer_id: blake3::hash(&bytes).to_hex().to_string(),
             vocab_size: number("vocab_size").map_or(0, |size| size as usize).max(vocab.len()),
             vocab,
+            pieces: None,
             tokenizer,
             template,
             end_tokens,
@@ -78,6 +82,18 @@ impl Model {
             dialect,
             markers: Arc::new(markers),
         })
+    }
+
+    /// The same, keeping so many bytes of what was tokenized lately.
+    pub(crate) fn keeping(self, bytes: usize) -> Self {
+        let pieces = Pieces::of(&self.tokenizer, bytes);
+        if bytes > 0 && pieces.is_none() {
+            tracing::info!(
+                model = self.name,
+                "its tokenizer has no tokens at which texts can be taken apart: nothing is kept"
+            );
+        }
+        Self { pieces, ..self }
     }
 
     /// What clients call it.
@@ -136,6 +152,16 @@ impl Model {
         let encoding =
             self.tokenizer.encode_fast(text, add_special).map_err(|error| Error::Tokenize(error.to_string()))?;
         Ok(encoding.get_ids().iter().copied().map(TokenId).collect())
+    }
+
+    /// A rendered conversation to tokens: what of it was tokenized lately, for the same salt, is not tokenized again.
+    pub(crate) fn encode_prompt(&self, text: &str, salt: &str) -> Result<Vec<TokenId>, Error> {
+        match &self.pieces {
+            Some(pieces) => {
+                pieces.encode(&self.tokenizer, text, salt).map_err(|error| Error::Tokenize(error.to_string()))
+            }
+            None => self.encode(text, false),
+        }
     }
 
     /// Tokens to text, special ones left out; nothing where the tokenizer fails (ids it has no name for are skipped).

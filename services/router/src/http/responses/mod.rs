@@ -58,7 +58,8 @@ pub(crate) async fn responses(
         effort.tell(&model, &mut conversation, "reasoning.effort")?;
     }
 
-    let work = prompt_work(&model, conversation, &common, &tools)?;
+    let salt = admitted.caller.cache_salt("");
+    let work = prompt_work(&model, conversation, &common, &tools, salt)?;
     let (prompt, parser) = app.text_work(body.len(), admitted.deadline, work).await?.map_err(|e| told(e, "input"))?;
     let stream = common.stream.take();
     let taking = Taking { parser, dialect: model.dialect(), include_reasoning: true };
