@@ -46,3 +46,4 @@ pub use config::{Config, Limits, ModelConfig};
 pub use http::{TlsConfig, TlsError};
 pub use retry::RetryConfig;
 pub use service::{run, run_with_etcd};
+pub use text::Pieces;

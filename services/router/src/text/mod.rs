@@ -16,7 +16,7 @@ mod error;
 mod json;
 mod model;
 pub(crate) mod parse;
-pub(crate) mod pieces;
+mod pieces;
 mod stop;
 mod template;
 mod vocab;
@@ -25,6 +25,7 @@ pub(crate) use answer::{Answer, Hidden, Logged};
 pub(crate) use conversation::{Conversation, Function, Message, ToolCall};
 pub(crate) use error::Error;
 pub(crate) use model::Model;
+pub use pieces::Pieces;
 use template::Template;
 pub(crate) use vocab::Vocab;
 

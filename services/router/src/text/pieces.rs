@@ -20,7 +20,7 @@
 //!
 //! **What it costs.** Bytes are bounded, whatever is asked: two generations of half the size each, of which the older goes
 //! as a whole. Nothing can be put in that is not so: names are 256-bit hashes of salt, `T` and text, tokens a function of
-//! these. The salt is the tenant's ([`Caller`](crate::access::Caller)): by how long tokenizing takes nobody learns what others
+//! these. The salt is the tenant's (`access`): by how long tokenizing takes nobody learns what others
 //! have asked. The lock is held for a look-up, never while anything is tokenized.
 
 use std::{
@@ -46,8 +46,8 @@ struct Boundary {
 
 type Name = [u8; 32];
 
-/// Pieces of one tokenizer.
-pub(crate) struct Pieces {
+/// What one tokenizer made of pieces of text lately.
+pub struct Pieces {
     boundaries: Vec<Boundary>,
     most_bytes: usize,
     /// Written and read by whatever thread tokenizes; leaf lock.
@@ -94,7 +94,7 @@ impl Kept {
 
 impl Pieces {
     /// Those of a tokenizer, none yet; `None` where its texts can't be taken apart, or nothing may be kept.
-    pub(crate) fn of(tokenizer: &Tokenizer, most_bytes: usize) -> Option<Self> {
+    pub fn of(tokenizer: &Tokenizer, most_bytes: usize) -> Option<Self> {
         let boundaries = boundaries(tokenizer);
         let pieces = Self { boundaries, most_bytes, kept: Mutex::default() };
         (most_bytes > 0 && !pieces.boundaries.is_empty() && pieces.stand_trial(tokenizer)).then_some(pieces)
@@ -102,7 +102,10 @@ impl Pieces {
 
     /// The tokens of a text, as the tokenizer alone would have them. What it shares with others is shared with those of the
     /// same salt.
-    pub(crate) fn encode(&self, tokenizer: &Tokenizer, text: &str, salt: &str) -> tokenizers::Result<Vec<TokenId>> {
+    ///
+    /// # Errors
+    /// The tokenizer's own.
+    pub fn encode(&self, tokenizer: &Tokenizer, text: &str, salt: &str) -> tokenizers::Result<Vec<TokenId>> {
         let mut tokens = Vec::with_capacity(text.len() / 3);
         let mut before: Option<&Boundary> = None;
         let mut rest = text;

@@ -76,7 +76,8 @@ async fn ours(dir: &Path) -> Result<Router> {
         "registry": {"etcd": {"endpoints": [etcd.endpoint()]}},
         "models": [{"name": MODEL, "path": workspace::demo_model()}],
         // One worker stands for as many as it takes.
-        "limits": {"max_inflight": 16_384},
+        // The same chats come again and again here; what tokenizing them costs is to be measured.
+        "limits": {"max_inflight": 16_384, "text_cache_bytes": 0},
         "admission": {"per_worker": 16_384},
     });
     let mut node = Node::spawn(Service::Router, "router-0", config, dir, &[])?;
