@@ -10,6 +10,7 @@ mod bad_start;
 mod cache;
 mod choices;
 mod ctl;
+mod engines;
 mod faults;
 mod front;
 mod golden;
