@@ -1,7 +1,7 @@
 //! What both stand-ins have in common: knobs, what was seen, how an answer goes on from token to token.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, VecDeque},
     net::SocketAddr,
     path::Path,
     pin::Pin,
@@ -240,7 +240,7 @@ pub(super) struct Writing {
     server: Arc<Server>,
     state: State,
     choosing: Choosing,
-    script: Option<std::vec::IntoIter<u32>>,
+    script: Option<VecDeque<u32>>,
     /// Tokens so far.
     pub(super) said: Vec<u32>,
     ended: bool,
@@ -255,7 +255,7 @@ impl Writing {
         let script = server.knobs().script;
         let script = (!script.is_empty()).then(|| {
             let said = (0..=script.len()).rev().find(|&said| prompt.ends_with(&script[..said])).unwrap_or(0);
-            script[said..].to_vec().into_iter()
+            script.iter().skip(said).copied().collect::<VecDeque<u32>>()
         });
         server.saw(|seen| seen.running += 1);
         Self { server: Arc::clone(server), state, choosing, script, said: Vec::new(), ended: false }
@@ -274,7 +274,7 @@ impl Writing {
             tokio::time::sleep(every).await;
         }
         let token = match &mut self.script {
-            Some(script) => script.next().unwrap_or(rule::END),
+            Some(script) => script.pop_front().unwrap_or(rule::END),
             None => self.state.next(self.choosing.seed),
         };
         self.state = self.state.and(token);
@@ -301,10 +301,13 @@ impl Drop for Writing {
     }
 }
 
+/// Makes an event of a token.
+pub(super) type Event = Box<dyn Fn(&Writing, Step) -> Value + Send + Sync>;
+
 /// How an engine's events look.
 pub(super) struct Form {
     /// Of a token.
-    pub(super) event: Box<dyn Fn(&Writing, Step) -> Value + Send + Sync>,
+    pub(super) event: Event,
     /// When it has failed and says why.
     pub(super) error: fn(&str) -> Value,
     /// After the last token.

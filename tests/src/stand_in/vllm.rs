@@ -157,8 +157,9 @@ async fn side_channel(
     Path((engine, request)): Path<(String, String)>,
     Query(query): Query<Map<String, Value>>,
 ) -> Response {
-    let blocks = query.get("blocks").and_then(Value::as_str).unwrap_or_default().to_owned();
-    let fits = |kept: &super::serve::Waiting| json!(kept.blocks).to_string() == blocks;
+    let blocks: Option<Vec<u32>> =
+        query.get("blocks").and_then(Value::as_str).and_then(|blocks| serde_json::from_str(blocks).ok());
+    let fits = |kept: &super::serve::Waiting| blocks.as_ref() == Some(&kept.blocks);
     match (engine == server.engine_id).then(|| server.hand_over(&request, fits)).flatten() {
         Some(handed) => Json(handed.state).into_response(),
         None => refuse(404, "no such blocks"),

@@ -43,6 +43,8 @@ use crate::{
 
 /// For an engine to hear that a request was given up.
 const ABORT_TIMEOUT: Duration = Duration::from_secs(2);
+/// After a decode server's failure, for its prefill server to say that it failed.
+const BOTH_FAIL: Duration = Duration::from_millis(500);
 /// Log-probabilities below are as good as never; JSON has no word for what is less.
 const LEAST_LOGPROB: f32 = -9999.0;
 
@@ -292,7 +294,17 @@ impl Stream {
         loop {
             tokio::select! {
                 decoding = &mut decoding => {
-                    let mut stream: Self = decoding?;
+                    let mut stream: Self = match decoding {
+                        Ok(stream) => stream,
+                        // A decode server fails, too, when its prefill server does, and may be the first to say so.
+                        Err(error @ Error::Failed { .. }) if computed.is_none() => {
+                            return Err(match tokio::time::timeout(BOTH_FAIL, computing).await {
+                                Ok(Err(prefills)) => prefills,
+                                _ => error,
+                            });
+                        }
+                        Err(error) => return Err(error),
+                    };
                     (stream.handed, stream.cached) = (true, computed.flatten());
                     stream.computing = computed.is_none().then_some(computing);
                     return Ok(stream);

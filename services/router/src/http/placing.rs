@@ -122,6 +122,7 @@ pub(crate) struct Placed {
 }
 
 /// Where events come from.
+#[expect(clippy::large_enum_variant, reason = "the large one is the usual one, and looked at for every token")]
 pub(crate) enum Source {
     /// A worker of ours.
     Worker(Events),
