@@ -10,6 +10,7 @@ mod bad_start;
 mod cache;
 mod choices;
 mod ctl;
+mod duty;
 mod engines;
 mod faults;
 mod front;

@@ -3,7 +3,7 @@
 use std::{path::Path, sync::Arc};
 
 use http::{HeaderValue, uri::Authority};
-use kvasir_cluster::{Member, ModelInfo};
+use kvasir_cluster::{Duty, Member, ModelInfo};
 use kvasir_types::{Incarnation, KvDtype, KvLayout, MemberId, ModelFingerprint, PROTOCOL_VERSION, Role};
 
 use super::{
@@ -113,6 +113,7 @@ pub(crate) fn member(config: &EngineConfig, incarnation: Incarnation, context: u
         segment: None,
         store: None,
         draining: false,
+        duty: Duty::default(),
     }
 }
 

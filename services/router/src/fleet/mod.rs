@@ -341,8 +341,8 @@ impl Fleet {
         for model in models {
             let mut of_role = |role| {
                 let mut fitting = Vec::new();
-                for member in view.role(role).filter(|member| serves(member, model) && !member.draining) {
-                    let taken = engines.contains_key(&(role, member.id.clone()));
+                for member in view.working_as(role).filter(|member| serves(member, model) && !member.draining) {
+                    let taken = engines.contains_key(&(member.role, member.id.clone()));
                     let alone = || if taken { Err("an engine has its name".to_owned()) } else { Ok(()) };
                     match fits(member, model).and_then(|()| alone()) {
                         Ok(()) => fitting.push(worker(member)),
