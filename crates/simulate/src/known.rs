@@ -33,8 +33,9 @@ pub struct Lease {
 pub struct Known {
     every: Ns,
     phase: Ns,
-    /// How many times it told.
+    /// How many times it told, and when it will again.
     ticks: u64,
+    next: Ns,
     told: Told,
     requests: u64,
     tokens: u64,
@@ -45,15 +46,16 @@ pub struct Known {
 impl Known {
     /// Of a worker that tells every so often, a `phase` later than others; nothing yet.
     pub fn new(every: Ns, phase: Ns) -> Self {
-        Self { every: every.max(1), phase, ticks: 0, told: Told::default(), requests: 0, tokens: 0, work: 0, since: Load::default() }
+        let (told, since) = (Told::default(), Load::default());
+        Self { every: every.max(1), phase, ticks: 0, next: 0, told, requests: 0, tokens: 0, work: 0, since }
     }
 
     /// It is `now`: hears what the worker told since, which has been `like` this since it last changed. To be called before
     /// anything changes.
     pub fn hear(&mut self, now: Ns, like: impl FnOnce() -> Told) {
-        let ticks = (now + self.phase) / self.every + 1;
-        if ticks != self.ticks {
-            self.ticks = ticks;
+        if now >= self.next {
+            self.ticks = (now + self.phase) / self.every + 1;
+            self.next = self.ticks * self.every - self.phase;
             self.told = like();
             self.since = Load::default();
         }

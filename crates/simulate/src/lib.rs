@@ -21,6 +21,7 @@ pub mod figures;
 pub mod plot;
 pub mod report;
 
+pub use kvasir_router::route::PolicyName;
 pub use profile::Profile;
 pub use run::{Fate, Outcome, Plan, run};
 pub use workload::{Shape, Workload};

@@ -198,7 +198,7 @@ mod tests {
 
     #[test]
     fn what_was_used_last_stays_and_heads_outlive_tails() {
-        let mut room = Room::new(60);
+        let mut room = Room::new(50);
         let pass = |ids: &[u32], room: &mut Room| {
             let mut hold = room.hold(blocks(ids), 0).unwrap();
             let found = hold.blocks;
@@ -210,7 +210,7 @@ mod tests {
         assert_eq!(pass(&[1, 2, 4], &mut room), 2);
         assert_eq!(pass(&[7, 8], &mut room), 0);
         // 3 was used longest ago.
-        assert_eq!((room.found(blocks(&[1, 2, 3])), room.found(blocks(&[1, 2, 4]))), (2, 3));
+        assert_eq!([room.found(blocks(&[1, 2, 3])), room.found(blocks(&[1, 2, 4]))], [2, 3]);
         assert_eq!(pass(&[9, 10], &mut room), 0);
         assert_eq!(room.found(blocks(&[1, 2, 4])), 1);
     }

@@ -88,6 +88,8 @@ struct Step {
     /// Seconds of the first of these steps, and how much longer each one takes than the one before it.
     first: f64,
     slope: f64,
+    /// Tokens before those of the chunk, summed.
+    before: f64,
 }
 
 impl Step {
@@ -107,6 +109,22 @@ pub struct Totals {
     pub prompt_tokens: u64,
     /// Tokens of answers.
     pub answer_tokens: u64,
+    /// Prompts whose last token was computed.
+    pub prompts: u64,
+    /// Of steps that are long enough to tell: tokens of prompts, the tokens before each of them, and their share of the time.
+    pub timed_tokens: u64,
+    /// See `timed_tokens`.
+    pub timed_positions: f64,
+    /// See `timed_tokens`.
+    pub timed_seconds: f64,
+    /// Steps with answers only: how many, their time, the answers in them, the tokens before those.
+    pub plain_steps: u64,
+    /// See `plain_steps`.
+    pub plain_seconds: f64,
+    /// See `plain_steps`.
+    pub plain_answers: u64,
+    /// See `plain_steps`.
+    pub plain_context: f64,
 }
 
 /// See the module's page.
@@ -228,7 +246,7 @@ impl Worker {
         if let (0, Some(Reverse((ends, ..)))) = (tokens, self.answers.peek()) {
             (steps, slope) = (ends - self.steps, profile.decode.context_seconds * answers as f64);
         }
-        let mut step = Step { began: now, ends: 0, steps, chunk, first, slope };
+        let mut step = Step { began: now, ends: 0, steps, chunk, first, slope, before };
         step.ends = step.end_of(steps);
         self.generation += 1;
         let ends = step.ends;
@@ -268,6 +286,13 @@ impl Worker {
     pub fn finish(&mut self, now: Ns, done: &mut Vec<Done>) {
         let Some(step) = self.step.take() else { return };
         let (took, answers) = (now - step.began, self.answers.len() as u64);
+        if answers > 0 && step.chunk.is_empty() {
+            let (steps, all) = (step.steps as f64, &mut self.totals);
+            all.plain_steps += step.steps;
+            all.plain_seconds += seconds(took);
+            all.plain_answers += answers * step.steps;
+            all.plain_context += steps * self.context as f64 + answers as f64 * steps * (steps - 1.0) / 2.0;
+        }
         self.steps += step.steps;
         self.context += answers * step.steps;
         self.totals.busy += took;
@@ -287,6 +312,7 @@ impl Worker {
             let prompt = &mut self.prompts[at as usize];
             prompt.done += count;
             tokens += u64::from(count);
+            self.totals.prompts += u64::from(prompt.done == prompt.tokens);
             done.push(Done::Chunk { prompt: *prompt, tokens: count, began: step.began });
         }
         self.lacking -= tokens;
@@ -295,6 +321,9 @@ impl Worker {
             // Divided between prompts and answers by their tokens, as workers do.
             let share = tokens as f64 / (tokens + answers) as f64;
             self.prefill.add(tokens as f64, seconds(took) * share);
+            self.totals.timed_tokens += tokens;
+            self.totals.timed_positions += step.before;
+            self.totals.timed_seconds += seconds(took) * share;
         }
         if !step.chunk.is_empty() {
             self.prompts.retain(|prompt| prompt.done < prompt.tokens);
