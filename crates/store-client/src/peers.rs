@@ -15,10 +15,7 @@ use kvasir_proto::{
     v1::{self, store_client::StoreClient},
 };
 use kvasir_types::{Deadline, Incarnation, MemberId};
-use tonic::{
-    Code, Response, Status,
-    transport::{Channel, Endpoint},
-};
+use tonic::{Code, Response, Status, transport::Channel};
 
 use crate::{
     Config, Error, MAX_HASHES, Origin,
@@ -263,9 +260,8 @@ impl Peers {
     }
 
     fn endpoint(&self, address: &str) -> Result<Channel, tonic::transport::Error> {
-        let endpoint = Endpoint::from_shared(format!("http://{address}"))?
+        let endpoint = kvasir_rpc::endpoint(address)?
             .connect_timeout(self.timeout)
-            .tcp_nodelay(true)
             // A machine that vanished closes no connection; without pings the next calls would go the same way.
             .http2_keep_alive_interval(self.timeout)
             .keep_alive_timeout(self.timeout);

@@ -69,9 +69,8 @@ impl Peers {
     }
 
     fn endpoint(&self, address: &str) -> Result<Endpoint, tonic::transport::Error> {
-        Ok(Endpoint::from_shared(format!("http://{address}"))?
+        Ok(kvasir_rpc::endpoint(address)?
             .connect_timeout(self.timeout)
-            .tcp_nodelay(true)
             // Pings, not timeouts on answers: a long prompt may take minutes, a stopped process answers no ping.
             .http2_keep_alive_interval(self.timeout / 2)
             .keep_alive_timeout(self.timeout / 2)

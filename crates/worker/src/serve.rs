@@ -12,7 +12,7 @@ use kvasir_runtime::{Context, Kind, Listening};
 use kvasir_transfer::LocalNet;
 use kvasir_types::{Deadline, Incarnation, MemberId, PROTOCOL_VERSION, Role};
 use tokio::net::TcpListener;
-use tonic::transport::{Server, server::TcpIncoming};
+use tonic::transport::server::TcpIncoming;
 
 use crate::{
     config::Config, decode::DecodeService, host::Host, prefill::PrefillService, status::StatusService, watch::Hub,
@@ -112,7 +112,7 @@ async fn serve(
 ) -> Result<(), tonic::transport::Error> {
     let status = WorkerServer::new(StatusService { host: host.clone(), incarnation, hub });
     let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
-    let server = Server::builder().add_service(status);
+    let server = kvasir_rpc::server().add_service(status);
     let server = match host.role {
         Role::Decode => server.add_service(
             DecodeServer::new(DecodeService::new(host))

@@ -13,7 +13,7 @@ use tokio::{
     net::TcpStream,
     time::timeout,
 };
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::Channel;
 
 use crate::report::{Blocks, Live, StoreNumbers, WorkerNumbers};
 
@@ -151,7 +151,7 @@ fn readiness(page: &str) -> Readiness {
 }
 
 async fn connect(address: &str) -> Result<Channel, String> {
-    let endpoint = Endpoint::from_shared(format!("http://{address}")).map_err(|_| "not an address".to_owned())?;
+    let endpoint = kvasir_rpc::endpoint(address).map_err(|_| "not an address".to_owned())?;
     endpoint.connect().await.map_err(|error| {
         // tonic says "transport error"; what happened is at the end of the chain.
         let mut cause: &dyn Error = &error;

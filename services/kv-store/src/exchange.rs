@@ -21,7 +21,7 @@ use kvasir_proto::v1::{self, store_client::StoreClient};
 use kvasir_runtime::Shutdown;
 use kvasir_types::{Incarnation, MemberId, PROTOCOL_VERSION, Role};
 use tokio::sync::watch;
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::Channel;
 
 use crate::{node::Node, store::BlockBytes};
 
@@ -91,7 +91,7 @@ impl Exchange {
             if others.contains_key(id) {
                 continue;
             }
-            match Endpoint::from_shared(format!("http://{}", member.grpc)) {
+            match kvasir_rpc::endpoint(&member.grpc) {
                 Ok(endpoint) => {
                     let channel = endpoint.connect_timeout(TIMEOUT).connect_lazy();
                     let other = Other { incarnation: member.incarnation, channel, counts: Vec::new() };

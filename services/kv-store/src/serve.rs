@@ -13,7 +13,7 @@ use kvasir_store_client::StoreClient;
 use kvasir_transfer::{LocalNet, TransferEngine};
 use kvasir_types::{MemberId, PROTOCOL_VERSION, Role};
 use tokio::net::TcpListener;
-use tonic::transport::{Server, server::TcpIncoming};
+use tonic::transport::server::TcpIncoming;
 
 use crate::{
     config::Config,
@@ -202,7 +202,7 @@ fn serve(config: &Config, context: &Context, service: StoreService, listener: Tc
     let store = StoreServer::new(service).max_decoding_message_size(MAX_REQUEST_BYTES);
     let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
     let closing = context.shutdown.clone();
-    let server = Server::builder()
+    let server = kvasir_rpc::server()
         .concurrency_limit_per_connection(config.limits.max_calls_per_connection)
         .timeout(Duration::from_millis(config.limits.call_timeout_ms))
         .initial_stream_window_size(CALL_WINDOW)

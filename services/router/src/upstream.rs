@@ -35,10 +35,7 @@ use kvasir_proto::{
 };
 use kvasir_types::{Deadline, FinishReason, MemberId, Retry, Sampled, Usage};
 use tokio::time::{Instant, Sleep};
-use tonic::{
-    Code, Status, Streaming,
-    transport::{Channel, Endpoint},
-};
+use tonic::{Code, Status, Streaming, transport::Channel};
 
 use crate::fleet::Worker;
 
@@ -48,6 +45,9 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 const PING_INTERVAL: Duration = Duration::from_secs(2);
 /// … and is given up if it does not answer within this: a stopped worker's answers go on elsewhere after that.
 const PING_TIMEOUT: Duration = Duration::from_secs(3);
+/// What of an answer waits here for a client that reads slowly; the worker keeps the rest, which it has counted (a window of
+/// HTTP/2). Some 600 tokens, so that all answers of a router together stay far below what their connection bears.
+const UNREAD_BYTES: u32 = 16 << 10;
 /// Signs of life are asked for so many times within the silence that is borne.
 const BEATS: u32 = 4;
 
@@ -144,10 +144,13 @@ impl Error {
         let worker = worker.clone();
         let message = status.message().to_owned();
         match status.code() {
-            Code::ResourceExhausted => Self::Busy { worker, message },
-            Code::Unavailable | Code::FailedPrecondition => Self::Unavailable { worker, message },
-            // A status with a source was not sent by the worker: tonic made it of an error of the connection.
+            // Can't be reached, or answers no ping, or says so itself.
+            Code::Unavailable => Self::Unavailable { worker, message },
+            // A status with a source was not sent by the worker: tonic made it of an error of the connection, and gave it a
+            // code that a worker might give (RESOURCE_EXHAUSTED where HTTP/2 says ENHANCE_YOUR_CALM).
             _ if status.source().is_some() => Self::Broken { worker, status: Box::new(status) },
+            Code::ResourceExhausted => Self::Busy { worker, message },
+            Code::FailedPrecondition => Self::Unavailable { worker, message },
             Code::InvalidArgument => {
                 let field = status.metadata().get(FIELD_METADATA).and_then(|field| Field::of(field.to_str().ok()?));
                 Self::Refused { worker, message, field }
@@ -160,13 +163,13 @@ impl Error {
 
 /// The connection to a worker; nothing is sent before the first call.
 pub(crate) fn connect(member: &Member) -> Result<Channel, Error> {
-    let endpoint = Endpoint::from_shared(format!("http://{}", member.grpc)).map_err(|error| Error::Unavailable {
+    let endpoint = kvasir_rpc::endpoint(&member.grpc).map_err(|error| Error::Unavailable {
         worker: member.id.clone(),
         message: format!("its address {:?} is none: {error}", member.grpc),
     })?;
     let endpoint = endpoint
         .connect_timeout(CONNECT_TIMEOUT)
-        .tcp_nodelay(true)
+        .initial_stream_window_size(UNREAD_BYTES)
         .http2_keep_alive_interval(PING_INTERVAL)
         .keep_alive_timeout(PING_TIMEOUT)
         .keep_alive_while_idle(true);
@@ -355,6 +358,12 @@ mod tests {
         }
         let cut = Status::from_error(Box::new(std::io::Error::from(std::io::ErrorKind::ConnectionReset)));
         assert_eq!(Error::of(&worker, cut).kind(), "broken");
+        // What tonic makes of a connection that HTTP/2 itself ended: the code is the connection's, not the worker's.
+        for code in [Code::ResourceExhausted, Code::Internal, Code::InvalidArgument, Code::DeadlineExceeded] {
+            let mut ended = Status::new(code, "h2 protocol error");
+            ended.set_source(std::sync::Arc::new(std::io::Error::from(std::io::ErrorKind::ConnectionReset)));
+            assert_eq!(Error::of(&worker, ended).kind(), "broken", "{code:?}");
+        }
     }
 
     #[test]

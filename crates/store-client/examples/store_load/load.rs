@@ -20,6 +20,8 @@ use crate::Failure;
 
 /// No call takes so long.
 const SOON: Duration = Duration::from_secs(30);
+/// By then leases of what was read have ended, unless something is wrong: several times the nodes' setting.
+const LEASES_END: Duration = Duration::from_secs(30);
 
 pub struct Load {
     client: StoreClient,
@@ -94,13 +96,27 @@ impl Load {
         Ok(figures(latencies, started.elapsed(), bytes))
     }
 
-    /// Has all nodes give all blocks up, but for those that are being read.
+    /// Has all nodes give all blocks up. Those that were read moments ago are leased still: they are asked for again, as
+    /// otherwise they stayed, and the next values that are put would go instead.
     async fn clear(&self) -> Result<Value, Failure> {
         let nodes: Vec<_> =
             self.registry.view().borrow().role(Role::KvStore).map(|member| member.grpc.clone()).collect();
         for grpc in nodes {
             let mut raw = Raw::connect(format!("http://{grpc}")).await?.max_decoding_message_size(MAX_MESSAGE_BYTES);
-            raw.evict(v1::EvictRequest { protocol_version: PROTOCOL_VERSION, all: true, ..Default::default() }).await?;
+            let until = Instant::now() + LEASES_END;
+            loop {
+                let all = v1::EvictRequest { protocol_version: PROTOCOL_VERSION, all: true, ..Default::default() };
+                let left = raw.evict(all).await?.into_inner().in_use;
+                if left == 0 {
+                    break;
+                }
+                if Instant::now() > until {
+                    return Err(
+                        format!("{left} blocks are in use {} s after the last read", LEASES_END.as_secs()).into()
+                    );
+                }
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
         }
         Ok(json!({}))
     }

@@ -70,7 +70,7 @@ impl Rig {
     async fn new(worker: Scripted) -> Self {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap().to_string();
-        let server = tonic::transport::Server::builder().add_service(WorkerServer::new(worker));
+        let server = kvasir_rpc::server().add_service(WorkerServer::new(worker));
         let context = Context::detached("test");
         context.tasks.spawn(Kind::Background, "worker", async move {
             Ok(server.serve_with_incoming(TcpListenerStream::new(listener)).await?)

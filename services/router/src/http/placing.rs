@@ -132,11 +132,15 @@ impl Call {
             };
             let again = again < self.app.retry.begin && error.retry() == Retry::Elsewhere && self.app.may_try_again();
             self.told(&error, again, "a worker did not begin an answer");
+            let others = crew.filter(|other| !std::ptr::eq(other, &*worker));
+            // A connection that broke says little of the worker, and the next call makes a new one: rather it than nobody.
+            if !(others.is_empty() && matches!(error, upstream::Error::Broken { .. })) {
+                crew = others;
+            }
             last = Some(error);
             if !again {
                 break;
             }
-            crew = crew.filter(|other| !std::ptr::eq(other, &*worker));
         }
         // Nobody else is there: the last worker's word is the answer.
         Err(last.map_or_else(|| Error::NoWorker(self.model.name().to_owned()), Error::from))

@@ -35,6 +35,9 @@ use crate::config::Limits;
 
 /// After an accept that failed (no file descriptors left, say): long enough not to spin, short enough not to be noticed.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+/// Requests of one HTTP/2 connection that were given up before they were looked at, until the connection is closed: behind a
+/// proxy's are many clients, who may leave together (h2's own bound is 20).
+const GIVEN_UP: usize = 1024;
 /// An HTTP/2 connection is asked this often whether its client lives.
 const PING_INTERVAL: Duration = Duration::from_secs(20);
 
@@ -109,7 +112,8 @@ async fn serve(
 fn builder(limits: &Limits) -> auto::Builder<TokioExecutor> {
     let mut builder = auto::Builder::new(TokioExecutor::new());
     builder.http1().timer(TokioTimer::new()).header_read_timeout(limits.header_timeout());
-    builder.http2().timer(TokioTimer::new()).keep_alive_interval(PING_INTERVAL);
+    let mut http2 = builder.http2();
+    http2.timer(TokioTimer::new()).keep_alive_interval(PING_INTERVAL).max_pending_accept_reset_streams(GIVEN_UP);
     builder
 }
 

@@ -317,7 +317,7 @@ impl Cluster {
         runtime.spawn(async move {
             let listener = tokio::net::TcpListener::from_std(listener).unwrap();
             let incoming = tokio_stream::wrappers::TcpListenerStream::new(listener);
-            let server = tonic::transport::Server::builder().add_service(DecodeServer::new(decode));
+            let server = kvasir_rpc::server().add_service(DecodeServer::new(decode));
             server.serve_with_incoming(incoming).await
         });
         let registry = self.hub.registry();

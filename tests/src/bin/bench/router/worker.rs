@@ -29,7 +29,7 @@ use tokio::{
     net::{TcpListener, TcpStream},
     task::JoinSet,
 };
-use tonic::{Request, Response, Status, transport::Server, transport::server::TcpIncoming};
+use tonic::{Request, Response, Status, transport::server::TcpIncoming};
 
 use super::plan::{MAX_MODEL_LEN, MODEL};
 
@@ -93,7 +93,7 @@ async fn grpc(listener: TcpListener, etcd: &str) -> Result<()> {
     let address = listener.local_addr()?.to_string();
     let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
     let decode = DecodeServer::new(Scripted).max_decoding_message_size(kvasir_proto::MAX_MESSAGE_BYTES);
-    let server = Server::builder().add_service(decode).serve_with_incoming(incoming);
+    let server = kvasir_rpc::server().add_service(decode).serve_with_incoming(incoming);
     let config = EtcdConfig { endpoints: vec![etcd.to_owned()], ..EtcdConfig::default() };
     let (registry, watching) = connect_etcd(config).await?;
     let joining = async {
