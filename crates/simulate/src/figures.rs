@@ -179,7 +179,8 @@ impl Figures {
 
 impl Curves {
     fn of(ttft_ms: &[f64], workload: &Workload, outcome: &Outcome) -> Self {
-        let at = |share: f64| ttft_ms.get(((ttft_ms.len() as f64 * share) as usize).min(ttft_ms.len().saturating_sub(1)));
+        let at =
+            |share: f64| ttft_ms.get(((ttft_ms.len() as f64 * share) as usize).min(ttft_ms.len().saturating_sub(1)));
         let shares = (0..=POINTS).map(|point| point as f64 / POINTS as f64).chain([0.995, 0.999]);
         let mut ttft: Vec<(f64, f64)> = shares.filter_map(|share| Some((at(share)? / 1e3, share))).collect();
         ttft.sort_unstable_by(|a, b| a.1.total_cmp(&b.1));

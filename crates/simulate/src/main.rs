@@ -199,7 +199,8 @@ fn simulate(args: &Args) -> anyhow::Result<()> {
         serde_json::to_writer_pretty(file, &report).with_context(failed)?;
     }
     if let Some((path, mut file)) = svg {
-        file.write_all(plot::svg(&report).as_bytes()).with_context(|| format!("{} could not be written", path.display()))?;
+        file.write_all(plot::svg(&report).as_bytes())
+            .with_context(|| format!("{} could not be written", path.display()))?;
     }
     Ok(())
 }

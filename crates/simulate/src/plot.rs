@@ -117,7 +117,9 @@ pub fn svg(report: &Report) -> String {
         x: Scale { from: fastest, to: slowest, log: true },
         y: Scale { from: 0.0, to: 1.0, log: false },
     };
-    waits.frame(&mut svg, "first token within", "seconds", |share| format!("{:.0} %", share * 100.0));
+    waits.frame(&mut svg, "first token within … (by the names: mean)", "seconds", |share| {
+        format!("{:.0} %", share * 100.0)
+    });
     for (row, colour) in &rows {
         waits.curve(&mut svg, &row.curves.ttft, colour, false);
     }
@@ -133,7 +135,7 @@ pub fn svg(report: &Report) -> String {
         x: Scale { from: 0.0, to: last, log: false },
         y: Scale { from: 0.0, to: most, log: false },
     };
-    let title = "requests: waiting for the first token (line), being answered (dashes)";
+    let title = "waiting for a first token (lines), answered (dashes)";
     load.frame(&mut svg, title, "seconds", number);
     for (row, colour) in &rows {
         load.curve(&mut svg, &row.curves.answering, colour, true);
@@ -143,7 +145,7 @@ pub fn svg(report: &Report) -> String {
     for (at, (row, colour)) in rows.iter().enumerate() {
         let (x, y) = (60.0 + at as f64 * 175.0, HEIGHT - 20.0);
         let _ = writeln!(svg, r#"<rect x="{x}" y="{}" width="22" height="4" fill="{colour}"/>"#, y - 6.0);
-        let label = format!("{}, mean {}", row.policy, short_ms(row.ttft_ms.mean));
+        let label = format!("{}: {}", row.policy, short_ms(row.ttft_ms.mean));
         text(&mut svg, x + 28.0, y, "start", "#202020", 12, &label);
     }
     svg.push_str("</svg>\n");

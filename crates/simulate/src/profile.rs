@@ -152,7 +152,10 @@ impl Profile {
         }
         let profile: Self = serde_path_to_error::deserialize(value).map_err(|error| {
             let field = error.path().to_string();
-            Error::Field { field: if field == "." { "the profile".to_owned() } else { field }, source: error.into_inner() }
+            Error::Field {
+                field: if field == "." { "the profile".to_owned() } else { field },
+                source: error.into_inner(),
+            }
         })?;
         profile.check()?;
         Ok(profile)

@@ -94,8 +94,28 @@ impl Report {
     /// A line for each policy.
     pub fn table(&self) -> String {
         let header = [
-            "policy", "TTFT mean", "p50", "p90", "p95", "p99", "TPOT mean", "p50", "p99", "E2E p50", "good", "good/s", "hits",
-            "of bound", "store", "prefill max/mean", "cv", "busy", "decode max/mean", "cv", "busy", "decisions/s",
+            "policy",
+            "TTFT mean",
+            "p50",
+            "p90",
+            "p95",
+            "p99",
+            "TPOT mean",
+            "p50",
+            "p99",
+            "E2E p50",
+            "good",
+            "good/s",
+            "hits",
+            "of bound",
+            "store",
+            "prefill max/mean",
+            "cv",
+            "busy",
+            "decode max/mean",
+            "cv",
+            "busy",
+            "decisions/s",
         ];
         let mut rows = vec![header.map(str::to_owned).to_vec()];
         for (row, real) in self.rows.iter().zip(&self.real) {
@@ -135,7 +155,10 @@ impl Report {
         let mut text = String::new();
         for (row, real) in self.rows.iter().zip(&self.real) {
             if row.refused > 0 {
-                text += &format!("{}: {} requests are longer than a worker's room and were refused\n", row.policy, row.refused);
+                text += &format!(
+                    "{}: {} requests are longer than a worker's room and were refused\n",
+                    row.policy, row.refused
+                );
             }
             text += &format!(
                 "{}: {:.0} s simulated in {:.1} s ({:.0} times as fast), {} events\n",

@@ -47,7 +47,9 @@ pub struct Plan {
 #[derive(Debug, thiserror::Error, PartialEq)]
 pub enum Error {
     /// Nobody, or more than a router tells apart.
-    #[error("{prefill} prefill and {decode} decode workers: there must be one decode worker, and at most {MOST_WORKERS} in all")]
+    #[error(
+        "{prefill} prefill and {decode} decode workers: there must be one decode worker, and at most {MOST_WORKERS} in all"
+    )]
     Workers {
         /// As asked for.
         prefill: usize,
@@ -127,7 +129,12 @@ struct Flight {
 ///
 /// # Errors
 /// If the plan can't be simulated.
-pub fn run(workload: &Workload, plan: &Plan, policy: PolicyName, progress: impl FnMut(usize)) -> Result<Outcome, Error> {
+pub fn run(
+    workload: &Workload,
+    plan: &Plan,
+    policy: PolicyName,
+    progress: impl FnMut(usize),
+) -> Result<Outcome, Error> {
     let &Plan { prefill, decode, index_delay_ms, load_interval_ms, .. } = plan;
     if decode == 0 || prefill.saturating_add(decode) > MOST_WORKERS {
         return Err(Error::Workers { prefill, decode });
@@ -273,7 +280,8 @@ impl<'a> Run<'a> {
         for worker in 0..self.workers.len() as u32 {
             self.hear(worker);
         }
-        let choice = self.front.decide(self.now, at, blocks, self.workload.session(at)).expect("there is a decode worker");
+        let choice =
+            self.front.decide(self.now, at, blocks, self.workload.session(at)).expect("there is a decode worker");
         let (tokens, left) = (blocks.tokens(), choice.left);
         let lease = self.front.sent(choice.decode, tokens, if choice.prefill.is_none() { left } else { 0 });
         let prefill_lease = choice.prefill.map(|prefill| self.front.sent(prefill, tokens, left));

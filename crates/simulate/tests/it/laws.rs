@@ -12,12 +12,14 @@ use proptest::prelude::*;
 const SLO: Slo = Slo { ttft_ms: 5000.0, tpot_ms: 50.0 };
 
 fn plan(prefill: usize, decode: usize) -> Plan {
-    let profile = Profile::read(Profile::named(profile::DEFAULT).unwrap(), &[]).unwrap();
+    let text = Profile::named(profile::DEFAULT).expect("it comes with the program");
+    let profile = Profile::read(text, &[]).expect("it can be used");
     Plan { prefill, decode, profile, index_delay_ms: 20, load_interval_ms: 100, store_tokens: 0 }
 }
 
 fn conversation(shape: Shape) -> Workload {
-    Workload::new(Trace::read(CONVERSATION.as_bytes()).unwrap(), shape).unwrap()
+    let trace = Trace::read(CONVERSATION.as_bytes()).expect("it comes with the program");
+    Workload::new(trace, shape).expect("it can be used")
 }
 
 fn small() -> Shape {
@@ -25,7 +27,7 @@ fn small() -> Shape {
 }
 
 fn figures(workload: &Workload, plan: &Plan, policy: PolicyName) -> (Outcome, Figures) {
-    let outcome = run(workload, plan, policy, |_| {}).unwrap();
+    let outcome = run(workload, plan, policy, |_| {}).expect("it can be simulated");
     let figures = Figures::of(policy.as_str(), workload, plan, SLO, &outcome);
     (outcome, figures)
 }

@@ -30,7 +30,8 @@ pub fn rows() -> Result<Vec<Row>> {
     let [ours, turns] = [ours?, turns?];
     let small = figures(&shared, PolicyName::KvAware, &[])?;
     let unique = conversation(Shape { speed: UNIQUE_SPEED, unique: true, ..Shape::default() })?;
-    let [alone, load] = [PolicyName::KvAware, PolicyName::LeastLoaded].map(|policy| figures(&unique, policy, &ONE_BYTE));
+    let [alone, load] =
+        [PolicyName::KvAware, PolicyName::LeastLoaded].map(|policy| figures(&unique, policy, &ONE_BYTE));
     let [alone, load] = [alone?, load?];
     let what = |what: &str| format!("simulated conversations, {WORKERS} + {WORKERS} workers: {what}");
     let unlike = |what: &str| format!("simulated, {WORKERS} + {WORKERS} workers, nothing shared: {what}");
@@ -73,6 +74,10 @@ mod tests {
     fn what_the_simulation_is_to_reach_it_reaches() {
         let rows = rows().unwrap();
         assert_eq!(rows.iter().filter(|row| row.met == Some(true)).count(), 4);
-        assert!(rows.iter().all(|row| row.met != Some(false)), "{:?}", rows.iter().map(|row| row.ratio).collect::<Vec<_>>());
+        assert!(
+            rows.iter().all(|row| row.met != Some(false)),
+            "{:?}",
+            rows.iter().map(|row| row.ratio).collect::<Vec<_>>()
+        );
     }
 }
