@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!   <prefix>/members/<role>/<id>  =  JSON of the member        lease of lease_ttl_s, kept alive by its process
+//!   <prefix>/offices/<name>       =  JSON of who holds it      the same lease as that member's
 //!
 //!   register, update, deregister ──▶ Slot ◀── keep: keep-alive, claim again after a lost lease
 //!   view ◀── watch channel ◀── Table ◀─────── follow: read everything, then watch; again after every break
@@ -16,6 +17,7 @@ mod call;
 mod claim;
 mod follow;
 mod keep;
+mod office;
 mod table;
 
 use std::{
@@ -36,7 +38,7 @@ use self::{
     call::Etcd,
     table::{Name, Table},
 };
-use crate::{Error, EtcdConfig, Member, Registry, View, member::MAX_RECORD_BYTES};
+use crate::{Error, EtcdConfig, Member, Office, Registry, View, member::MAX_RECORD_BYTES};
 
 /// Connects to etcd and reads the members.
 ///
@@ -53,6 +55,7 @@ pub async fn connect(
     let shared = Arc::new(Shared {
         etcd,
         lease_ttl: Duration::from_secs(config.lease_ttl_s.into()),
+        offices: format!("{}/offices/", config.prefix.trim_end_matches('/')),
         table: Mutex::new(Table::new(config.prefix.trim_end_matches('/'))),
         view: watch::Sender::default(),
         slots: Mutex::default(),
@@ -72,6 +75,8 @@ pub async fn connect(
 struct Shared {
     etcd: Etcd,
     lease_ttl: Duration,
+    /// What the keys of offices begin with.
+    offices: String,
     /// Written by `follow` only.
     table: Mutex<Table>,
     view: watch::Sender<Arc<View>>,
@@ -187,6 +192,12 @@ impl Registry for EtcdRegistry {
             Some(lease) => self.shared.etcd.revoke(lease).await,
             None => Ok(()),
         }
+    }
+
+    async fn claim_office(&self, office: &MemberId, candidate: &MemberId, role: Role) -> Result<Office, Error> {
+        let not_registered = || Error::NotRegistered { role, id: candidate.clone() };
+        let slot = self.shared.slots().get(&(role, candidate.clone())).cloned().ok_or_else(not_registered)?;
+        office::claim(&self.shared, &slot, office).await
     }
 
     fn view(&self) -> watch::Receiver<Arc<View>> {

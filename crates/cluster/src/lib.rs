@@ -15,13 +15,15 @@ mod error;
 mod etcd;
 mod member;
 mod memory;
+mod office;
 mod registry;
 mod view;
 
 pub use config::{EtcdConfig, RegistryConfig};
 pub use error::Error;
 pub use etcd::connect as connect_etcd;
-pub use member::{Member, Mismatch, ModelInfo, StoreInfo};
+pub use member::{Duty, Member, Mismatch, ModelInfo, StoreInfo};
 pub use memory::MemoryHub;
+pub use office::Office;
 pub use registry::Registry;
 pub use view::View;

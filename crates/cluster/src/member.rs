@@ -50,6 +50,20 @@ pub struct Member {
     /// Takes no new work: it is about to leave.
     #[serde(default)]
     pub draining: bool,
+    /// What a worker is offered for at present.
+    #[serde(default)]
+    pub duty: Duty,
+}
+
+/// What a worker is offered for. Its role is part of its name and stays; what it works as can change while it runs. It
+/// takes both kinds of work at any time, so that nobody who has not heard of a change yet is turned away.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Duty {
+    /// Prefill or decode, if that is not its role.
+    pub moved_to: Option<Role>,
+    /// Only a person may change that.
+    pub pinned: bool,
 }
 
 /// The model a worker serves.
@@ -137,6 +151,14 @@ impl ModelInfo {
 }
 
 impl Member {
+    /// What it is offered for now: its role, unless it is a worker that was moved.
+    pub fn works_as(&self) -> Role {
+        match (self.role, self.duty.moved_to) {
+            (Role::Prefill | Role::Decode, Some(to)) => to,
+            (role, _) => role,
+        }
+    }
+
     /// Whether the two may work on the same request: same protocol, and same model where both have one. A store node has
     /// none: it keeps bytes by hash, and the hash names the model.
     pub fn compatible(&self, other: &Self) -> Result<(), Mismatch> {
@@ -179,6 +201,9 @@ impl Member {
         }
         if member.segment.as_ref().is_some_and(|segment| segment.transports.len() > MAX_TRANSPORTS) {
             return Err(format!("over {MAX_TRANSPORTS} transports"));
+        }
+        if !matches!(member.duty.moved_to, None | Some(Role::Prefill | Role::Decode)) {
+            return Err("duty.moved_to: allowed are prefill and decode".to_owned());
         }
         if let Some(store) = &member.store {
             store.check().map_err(|error| format!("store.{error}"))?;
@@ -231,6 +256,7 @@ pub(crate) mod tests {
             }),
             store: (role == Role::KvStore).then(StoreInfo::default),
             draining: false,
+            duty: Duty::default(),
         }
     }
 
@@ -278,9 +304,24 @@ pub(crate) mod tests {
             let error = Member::parse(bad.record().as_bytes()).unwrap_err();
             assert!(error.starts_with(part), "{error}");
         }
+        let mut bad = member(Role::Decode, "d", 1);
+        bad.duty.moved_to = Some(Role::Router);
+        assert!(Member::parse(bad.record().as_bytes()).unwrap_err().starts_with("duty"));
         for text in ["", "{}", "null", "[]", "\u{1}", r#"{"id":"a/b","incarnation":1,"role":"decode","protocol":1}"#] {
             assert!(Member::parse(text.as_bytes()).is_err(), "{text:?}");
         }
+    }
+
+    #[test]
+    fn a_worker_that_was_moved_works_as_something_else_under_its_old_name() {
+        let mut worker = member(Role::Decode, "d", 1);
+        assert_eq!(worker.works_as(), Role::Decode);
+        worker.duty = Duty { moved_to: Some(Role::Prefill), pinned: true };
+        assert_eq!((worker.role, worker.works_as()), (Role::Decode, Role::Prefill));
+        assert_eq!(Member::parse(worker.record().as_bytes()), Ok(worker.clone()));
+        let mut store = member(Role::KvStore, "kv", 1);
+        store.duty = worker.duty;
+        assert_eq!(store.works_as(), Role::KvStore, "nobody computes on a store node");
     }
 
     #[test]

@@ -9,9 +9,16 @@ use async_trait::async_trait;
 use kvasir_types::{Epoch, Incarnation, MemberId, Role};
 use tokio::sync::watch;
 
-use crate::{Error, Member, Registry, View};
+use crate::{Error, Member, Office, Registry, View};
 
 type Members = BTreeMap<(Role, MemberId), Member>;
+
+/// Who holds which office since which term.
+#[derive(Debug, Default)]
+struct Offices {
+    term: u64,
+    held: BTreeMap<MemberId, (Role, MemberId, u64)>,
+}
 
 /// The members that all registries of this hub share. Clones are the same hub.
 #[derive(Clone, Debug, Default)]
@@ -21,6 +28,7 @@ pub struct MemoryHub(Arc<Hub>);
 #[derive(Debug, Default)]
 struct Hub {
     members: Mutex<Members>,
+    offices: Mutex<Offices>,
     view: watch::Sender<Arc<View>>,
 }
 
@@ -91,9 +99,25 @@ impl Registry for MemoryRegistry {
     async fn deregister(&self, id: &MemberId, role: Role) -> Result<(), Error> {
         let key = (role, id.clone());
         if self.own.lock().expect(UNPOISONED).remove(&key).is_some() {
+            self.hub.offices.lock().expect(UNPOISONED).held.retain(|_, held| (held.0, &held.1) != (role, id));
             self.hub.change(|members| members.remove(&key));
         }
         Ok(())
+    }
+
+    async fn claim_office(&self, office: &MemberId, candidate: &MemberId, role: Role) -> Result<Office, Error> {
+        if !self.own.lock().expect(UNPOISONED).contains_key(&(role, candidate.clone())) {
+            return Err(Error::NotRegistered { role, id: candidate.clone() });
+        }
+        let mut offices = self.hub.offices.lock().expect(UNPOISONED);
+        if let Some((held_as, holder, term)) = offices.held.get(office) {
+            let ours = (*held_as, holder) == (role, candidate);
+            return Ok(Office { holder: holder.clone(), term: *term, ours });
+        }
+        offices.term += 1;
+        let term = offices.term;
+        offices.held.insert(office.clone(), (role, candidate.clone(), term));
+        Ok(Office { holder: candidate.clone(), term, ours: true })
     }
 
     fn view(&self) -> watch::Receiver<Arc<View>> {
@@ -104,6 +128,8 @@ impl Registry for MemoryRegistry {
 impl Drop for MemoryRegistry {
     fn drop(&mut self) {
         let own = std::mem::take(&mut *self.own.lock().expect(UNPOISONED));
+        let gone = |role: Role, id: &MemberId| own.contains_key(&(role, id.clone()));
+        self.hub.offices.lock().expect(UNPOISONED).held.retain(|_, (role, id, _)| !gone(*role, id));
         self.hub.change(|members| members.retain(|key, _| !own.contains_key(key)));
     }
 }

@@ -6,7 +6,7 @@ use async_trait::async_trait;
 use kvasir_types::{MemberId, Role};
 use tokio::sync::watch;
 
-use crate::{Error, Member, View};
+use crate::{Error, Member, Office, View};
 
 /// Registers this process's members and shows everybody's. One contract suite runs against every implementation.
 ///
@@ -33,6 +33,14 @@ pub trait Registry: Send + Sync {
     /// # Errors
     /// [`Error::Unreachable`] if nobody could be told; the member then leaves when its lease ends.
     async fn deregister(&self, id: &MemberId, role: Role) -> Result<(), Error>;
+
+    /// Takes an office if nobody holds it, and says who does. A registered member of this process holds it until it is
+    /// deregistered or its lease ends; asking again is how to know that it still does. Offices are named like members.
+    ///
+    /// # Errors
+    /// [`Error::NotRegistered`] if this registry does not hold the member; [`Error::Unreachable`] if nobody could be asked:
+    /// then it is not known who holds it, and nobody should act.
+    async fn claim_office(&self, office: &MemberId, candidate: &MemberId, role: Role) -> Result<Office, Error>;
 
     /// The members, now and whenever they change. Reading never waits.
     fn view(&self) -> watch::Receiver<Arc<View>>;

@@ -22,6 +22,11 @@ impl View {
         self.members.iter().filter(move |member| member.role == role)
     }
 
+    /// The members that work as this now, by role and name; see [`Member::works_as`].
+    pub fn working_as(&self, role: Role) -> impl Iterator<Item = &Member> {
+        self.members.iter().filter(move |member| member.works_as() == role)
+    }
+
     /// The member of that role and name.
     pub fn get(&self, role: Role, id: &MemberId) -> Option<&Member> {
         self.members.iter().find(|member| member.role == role && member.id == *id)

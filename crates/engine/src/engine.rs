@@ -103,6 +103,9 @@ struct LastStep {
     /// Sum of the prompts' tokens' places.
     positions: u64,
     all: usize,
+    /// Answers, and the tokens they look back at.
+    answers: u64,
+    context: u64,
 }
 
 /// Continuous batching over one [`Runner`] and one pool of blocks.
@@ -270,7 +273,7 @@ impl Engine {
 
     /// How long the last [`step`](Self::step) took: for the statistics ([`crate::PrefillTimes`]).
     pub fn took(&mut self, time: Duration) {
-        let LastStep { prompts, positions, all } = std::mem::take(&mut self.last_step);
+        let LastStep { prompts, positions, all, answers, context } = std::mem::take(&mut self.last_step);
         if prompts >= TIMED_TOKENS.min(self.scheduler.config().chunk_tokens) {
             let times = &mut self.scheduler.totals.prefill;
             times.tokens += prompts as u64;
@@ -278,8 +281,15 @@ impl Engine {
             times.time += time.mul_f64(prompts as f64 / all as f64);
         }
         if all > prompts {
-            self.scheduler.totals.decode.steps += 1;
-            self.scheduler.totals.decode.time += time;
+            let times = &mut self.scheduler.totals.decode;
+            times.steps += 1;
+            times.time += time;
+            if prompts == 0 {
+                times.plain.steps += 1;
+                times.plain.time += time;
+                times.plain.answers += answers;
+                times.plain.context += context;
+            }
         }
     }
 
@@ -399,6 +409,10 @@ impl Engine {
                 self.last_step.prompts += item.tokens.len();
                 self.last_step.positions += item.tokens.clone().map(|at| at as u64).sum::<u64>();
                 self.scheduler.totals.prefilled_tokens += item.tokens.len() as u64;
+                self.scheduler.totals.prefilled_prompts += u64::from(item.last);
+            } else {
+                self.last_step.answers += 1;
+                self.last_step.context += item.tokens.end as u64;
             }
             self.scheduler.advance(item.key, item.tokens.end, item.tokens.end);
             if item.last {

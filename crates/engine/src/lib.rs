@@ -53,7 +53,7 @@ pub use runner::{ModelRunner, Runner, RunnerSpec};
 pub use sampler::{Ask, History, Mask, Sampler, choice_seed, sample, uniform};
 pub use scripted::{Script, ScriptedRunner};
 pub use speculate::{DraftModel, Guess, NGrams, Proposer};
-pub use stats::{DecodeTimes, PrefillTimes, Stats};
+pub use stats::{DecodeTimes, PlainTimes, PrefillTimes, Stats};
 pub use thread::{Handle, Pinned, spawn};
 
 // What a caller names together with this crate's API.

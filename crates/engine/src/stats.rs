@@ -27,6 +27,8 @@ pub struct Stats {
     pub steps: u64,
     /// Prompt tokens computed (after a preemption: again).
     pub prefilled_tokens: u64,
+    /// Prompts whose last token was computed.
+    pub prefilled_prompts: u64,
     /// How long prompts take.
     pub prefill: PrefillTimes,
     /// How long steps with answers in them take.
@@ -81,4 +83,19 @@ pub struct DecodeTimes {
     pub steps: u64,
     /// How long they took, the prompts computed in them included.
     pub time: Duration,
+    /// Of these, the ones in which no prompt was computed: what an answer costs when nothing else does.
+    pub plain: PlainTimes,
+}
+
+/// Steps that computed next tokens and nothing else: totals.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PlainTimes {
+    /// Steps.
+    pub steps: u64,
+    /// How long they took.
+    pub time: Duration,
+    /// Answers in them: the sum over the steps.
+    pub answers: u64,
+    /// Tokens that those answers looked back at, prompts included: the sum over the steps.
+    pub context: u64,
 }

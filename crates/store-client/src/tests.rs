@@ -127,6 +127,7 @@ async fn world_with(liar: Liar, config: Config) -> World {
         segment: None,
         store: None,
         draining: false,
+        duty: kvasir_cluster::Duty::default(),
     };
     registry.register(member).await.unwrap();
     let engine = TransferEngine::new(kvasir_transfer::Config::default(), LocalNet::new(), 8 * BLOCK as usize).unwrap();

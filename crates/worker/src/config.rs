@@ -30,6 +30,9 @@ pub struct Config {
     pub shutdown: ShutdownConfig,
     /// Where the cluster's metadata is.
     pub registry: RegistryConfig,
+    /// Stays in its role whatever the routers' planner thinks (`planner` of a router's configuration). `kvasirctl worker`
+    /// moves, pins and unpins workers while they run. Default false.
+    pub pinned: bool,
     /// The model served.
     pub model: ModelConfig,
     /// Batching and threads.
@@ -258,6 +261,7 @@ impl Default for Config {
             log: LogConfig::default(),
             shutdown: ShutdownConfig::default(),
             registry: RegistryConfig::default(),
+            pinned: false,
             model: ModelConfig::default(),
             engine: EngineConfig::default(),
             kv: KvConfig::default(),

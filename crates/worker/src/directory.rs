@@ -63,6 +63,7 @@ mod tests {
             segment: Some(first.descriptor()),
             store: None,
             draining: false,
+            duty: kvasir_cluster::Duty::default(),
         };
         registry.register(member.clone()).await.unwrap();
         let segment = client.open("decode-0").await.unwrap();

@@ -22,6 +22,7 @@ use tonic::Status;
 use crate::{
     config::{Config, WriteBackPolicy},
     directory::Members,
+    duty::Duty,
     error::Error,
     metrics::{Metrics, Outcome, SpillMetrics},
     parts,
@@ -34,7 +35,9 @@ use crate::{
 /// One worker. Shared by all request tasks; everything in it is either immutable or its own lock.
 pub(crate) struct Host {
     pub(crate) id: MemberId,
+    /// What it is called; see `duty` for what it works as.
     pub(crate) role: Role,
+    pub(crate) duty: Duty,
     pub(crate) config: Config,
     pub(crate) model: ModelInfo,
     pub(crate) groups: KvGroups,
@@ -108,7 +111,9 @@ impl Host {
             StoreClient::new(store, registry.view(), transfer.clone())
         });
         let spill_metrics = SpillMetrics::new(&context.metrics);
-        let spills = match client.as_ref().filter(|_| role == Role::Decode) {
+        // A worker that may be moved has whatever either role needs.
+        let decodes = role == Role::Decode || !config.pinned;
+        let spills = match client.as_ref().filter(|_| decodes) {
             Some(client) => Spills::new(&config, layout, &transfer, client, &context.tasks, spill_metrics)?,
             None => None,
         };
@@ -117,12 +122,13 @@ impl Host {
             runner: Box::new(ModelRunner::new(backend)),
             constraints: parts::grammars(&folder, path)?,
             // Prefill workers write one token of each answer.
-            proposer: if role == Role::Decode { parts::proposer(&config, &folder, threads)? } else { None },
+            proposer: if decodes { parts::proposer(&config, &folder, threads)? } else { None },
             spill: spills.clone().map(|spills| Box::new(spills) as Box<dyn Spill>),
             on_evict: (config.store.write_back.policy == WriteBackPolicy::OnEvict).then(|| evictions.hook()),
         };
         let (engine, _thread) = kvasir_engine::spawn(engine_config(&config), layout, blocks as usize, parts);
         let metrics = Metrics::new(&context.metrics, engine.clone(), transfer.clone());
+        metrics.works_as(role);
         let store = client.map(|client| {
             let (config, model, blocks, engine) = (&config, &model, blocks as usize, engine.clone());
             let (transfer, evictions) = (&transfer, &evictions);
@@ -140,6 +146,7 @@ impl Host {
         Ok(Self {
             id,
             role,
+            duty: Duty::new(role, config.pinned),
             model,
             groups,
             engine,

@@ -18,6 +18,7 @@ mod caller;
 mod config;
 mod decode;
 mod directory;
+mod duty;
 mod error;
 mod handoff;
 mod host;

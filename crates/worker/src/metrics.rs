@@ -8,6 +8,7 @@ use kvasir_runtime::metrics::{
     Counter, EncodeLabelSet, EncodeLabelValue, Family, Gauge, Histogram, LATENCY_SECONDS, set_total,
 };
 use kvasir_transfer::TransferEngine;
+use kvasir_types::Role;
 
 use crate::error::Error;
 
@@ -83,6 +84,8 @@ pub(crate) struct Metrics {
     requests: Family<ByOutcome, Counter>,
     prompt_tokens: Family<BySource, Counter>,
     failed_attempts: Counter,
+    works_as: Family<[(&'static str, &'static str); 1], Gauge>,
+    moved: Counter,
     /// From the arrival of a request to its first token, in seconds.
     pub(crate) ttft: Histogram,
     /// Between two tokens of an answer, in seconds.
@@ -100,6 +103,8 @@ impl Metrics {
             prompt_tokens: page.counters("kvasir_worker_prompt_tokens", "Prompt tokens by where their KV came from"),
             failed_attempts: page
                 .counter("kvasir_worker_prefill_attempts_failed", "Prefill workers that failed a handoff"),
+            works_as: page.gauges("kvasir_worker_works_as", "1 for what the worker works as now, 0 for the other"),
+            moved: page.counter("kvasir_worker_role_changes", "Times the worker began to work as something else"),
             ttft: page.histogram(
                 "kvasir_worker_ttft_seconds",
                 "From a request's arrival to its first token",
@@ -142,6 +147,18 @@ impl Metrics {
     /// Counts a prefill worker that failed a handoff.
     pub(crate) fn failed_attempt(&self) {
         self.failed_attempts.inc();
+    }
+
+    /// What the worker works as from now on.
+    pub(crate) fn works_as(&self, role: Role) {
+        for (one, name) in [(Role::Prefill, "prefill"), (Role::Decode, "decode")] {
+            self.works_as.get_or_create(&[("role", name)]).set(i64::from(role == one));
+        }
+    }
+
+    /// It works as something else than before.
+    pub(crate) fn moved(&self) {
+        self.moved.inc();
     }
 
     /// Requests that ended, however.

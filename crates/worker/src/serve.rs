@@ -15,7 +15,8 @@ use tokio::net::TcpListener;
 use tonic::transport::server::TcpIncoming;
 
 use crate::{
-    config::Config, decode::DecodeService, host::Host, prefill::PrefillService, status::StatusService, watch::Hub,
+    config::Config, decode::DecodeService, duty::Duties, host::Host, prefill::PrefillService, status::StatusService,
+    watch::Hub,
 };
 
 /// Runs a worker in `role` with the cluster's metadata in etcd until shutdown.
@@ -52,9 +53,12 @@ pub async fn run(
     };
     let incarnation = host.transfer.descriptor().incarnation;
     let hub = Hub::new(&host, context.shutdown.clone());
+    let member = member(&host, incarnation, listening.advertised, admin);
+    let duties = Arc::new(Duties::new(host.clone(), member.clone(), registry.clone()));
     let server = {
         let closing = context.shutdown.clone();
-        serve(host.clone(), incarnation, hub.clone(), listening.listener, async move { closing.wait().await })
+        let status = StatusService { host: host.clone(), incarnation, hub: hub.clone(), duties: duties.clone() };
+        serve(host.clone(), status, listening.listener, async move { closing.wait().await })
     };
     let watched = host.clone();
     context.tasks.spawn(Kind::Background, "watch", async move {
@@ -63,7 +67,6 @@ pub async fn run(
     });
     context.tasks.spawn(Kind::Critical, "grpc", async move { server.await.context("grpc server") });
 
-    let member = member(&host, incarnation, listening.advertised, admin);
     registry.register(member.clone()).await.context("registration")?;
     if let Some(path) = &host.config.port_file {
         kvasir_runtime::write_port_file(path, &ports)
@@ -105,26 +108,24 @@ fn watch_engine(host: &Arc<Host>, context: &Context) {
 
 async fn serve(
     host: Arc<Host>,
-    incarnation: Incarnation,
-    hub: Arc<Hub>,
+    status: StatusService,
     listener: TcpListener,
     closing: impl Future<Output = ()>,
 ) -> Result<(), tonic::transport::Error> {
-    let status = WorkerServer::new(StatusService { host: host.clone(), incarnation, hub });
     let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
-    let server = kvasir_rpc::server().add_service(status);
-    let server = match host.role {
-        Role::Decode => server.add_service(
-            DecodeServer::new(DecodeService::new(host))
+    // Both, whatever it works as: that may change, and callers hear of it later.
+    let server = kvasir_rpc::server()
+        .add_service(WorkerServer::new(status))
+        .add_service(
+            DecodeServer::new(DecodeService::new(host.clone()))
                 .max_decoding_message_size(MAX_MESSAGE_BYTES)
                 .max_encoding_message_size(MAX_MESSAGE_BYTES),
-        ),
-        _ => server.add_service(
+        )
+        .add_service(
             PrefillServer::new(PrefillService::new(host))
                 .max_decoding_message_size(MAX_MESSAGE_BYTES)
                 .max_encoding_message_size(MAX_MESSAGE_BYTES),
-        ),
-    };
+        );
     server.serve_with_incoming_shutdown(incoming, closing).await
 }
 
@@ -147,5 +148,6 @@ fn member(host: &Host, incarnation: Incarnation, grpc: String, admin: String) ->
         segment: Some(host.transfer.descriptor()),
         store: None,
         draining: false,
+        duty: kvasir_cluster::Duty { moved_to: None, pinned: host.duty.pinned() },
     }
 }

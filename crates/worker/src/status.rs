@@ -8,6 +8,7 @@ use kvasir_types::{Incarnation, PROTOCOL_VERSION};
 use tonic::{Request, Response, Status};
 
 use crate::{
+    duty::Duties,
     error::Error,
     host::Host,
     watch::{self, Hub, Watching},
@@ -18,6 +19,7 @@ pub(crate) struct StatusService {
     pub(crate) host: Arc<Host>,
     pub(crate) incarnation: Incarnation,
     pub(crate) hub: Arc<Hub>,
+    pub(crate) duties: Arc<Duties>,
 }
 
 #[tonic::async_trait]
@@ -46,7 +48,13 @@ impl v1::worker_server::Worker for StatusService {
             requests_total: host.metrics.requests_total(),
             draining: host.draining(),
             peers: host.transfer.peers().iter().map(|peer| (&peer.traffic()).into()).collect(),
+            works_as: host.duty.role().to_string(),
+            pinned: host.duty.pinned(),
         }))
+    }
+
+    async fn set_duty(&self, request: Request<v1::SetDutyRequest>) -> Result<Response<v1::SetDutyResponse>, Status> {
+        self.duties.set(request.into_inner()).await.map(Response::new)
     }
 
     type WatchStream = Watching;

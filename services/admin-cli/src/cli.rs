@@ -5,7 +5,7 @@ use std::time::Duration;
 use clap::{Parser, Subcommand, ValueEnum};
 use kvasir_cluster::EtcdConfig;
 
-use crate::{kv::KvCommand, route::RouteCommand};
+use crate::{kv::KvCommand, route::RouteCommand, worker::WorkerCommand};
 
 /// Where etcd listens unless somebody says otherwise.
 const DEFAULT_ETCD: &str = "127.0.0.1:2379";
@@ -48,6 +48,9 @@ pub(crate) enum Command {
     /// The KV store: what it holds, where a prompt's blocks are; pinning and evicting them
     #[command(subcommand)]
     Kv(KvCommand),
+    /// What a worker works as: moving it between prefill and decode while it runs, pinning it
+    #[command(subcommand)]
+    Worker(WorkerCommand),
     /// How routers choose workers: by which policy, and why a request goes where it goes
     #[command(subcommand)]
     Route(RouteCommand),
@@ -110,6 +113,7 @@ const EXAMPLES: &str = "Examples:
   kvasirctl kv evict --tenant acme
   kvasirctl route explain --chat request.json        where that request would go, and why
   kvasirctl route policy least-loaded
+  kvasirctl worker role decode-3 prefill --pin       it reads prompts from now on, and no planner changes that
   KVASIR_ETCD=10.0.0.5:2379 kvasirctl status --timeout 500
 
 Exit status:

@@ -47,6 +47,8 @@ async fn ask(member: &Member, limit: Duration) -> MemberReport {
     let (state, reason) = state(member, live.as_ref(), readiness);
     MemberReport {
         role: member.role,
+        works_as: member.works_as(),
+        pinned: member.duty.pinned,
         id: member.id.to_string(),
         state,
         reason,

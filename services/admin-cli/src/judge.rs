@@ -26,7 +26,7 @@ pub(crate) fn report(records: &[Member], members: Vec<MemberReport>) -> Report {
 
 fn totals(role: Role, members: &[MemberReport]) -> Option<RoleTotals> {
     let mut totals = RoleTotals { role, members: 0, ready: 0, blocks: Blocks::default(), running: 0, waiting: 0 };
-    for member in members.iter().filter(|member| member.role == role) {
+    for member in members.iter().filter(|member| member.works_as == role) {
         totals.members += 1;
         totals.ready += u64::from(member.state == State::Ready);
         if let Some(numbers) = member.live.as_ref().and_then(|live| live.worker()) {
@@ -55,7 +55,7 @@ fn models(records: &[Member]) -> Vec<ModelReport> {
             prefill: Vec::new(),
             decode: Vec::new(),
         });
-        match member.role {
+        match member.works_as() {
             Role::Prefill => row.prefill.push(member.id.to_string()),
             Role::Decode => row.decode.push(member.id.to_string()),
             Role::Router | Role::KvStore => {}
@@ -74,8 +74,8 @@ fn warnings(records: &[Member], models: &[ModelReport]) -> Vec<String> {
             warnings.push(format!("{} {} speaks protocol {theirs}, this kvasirctl {ours}", member.role, member.id));
         }
     }
-    for prefill in records.iter().filter(|member| member.role == Role::Prefill) {
-        for decode in records.iter().filter(|member| member.role == Role::Decode) {
+    for prefill in records.iter().filter(|member| member.works_as() == Role::Prefill) {
+        for decode in records.iter().filter(|member| member.works_as() == Role::Decode) {
             let name = |member: &Member| member.model.as_ref().map(|model| model.name.clone());
             // Workers of different models are not meant to work together.
             if name(prefill) != name(decode) {

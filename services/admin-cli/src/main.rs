@@ -4,7 +4,7 @@
 //!   arguments ─▶ etcd: who is there ─▶ every member: how are you (in parallel, each with a time limit) ─▶ table or JSON
 //! ```
 //!
-//! It only reads, but for `kv pin`, `kv unpin`, `kv evict`, `kv drain` and `route policy NAME`. Exit status: 0 the question was answered (members that could
+//! It only reads, but for `kv pin`, `kv unpin`, `kv evict`, `kv drain`, `route policy NAME` and `worker`. Exit status: 0 the question was answered (members that could
 //! not be reached are shown as such), 1 the cluster's metadata could not be read or what was to be done was not, 2 wrong
 //! usage.
 #![forbid(unsafe_code)]
@@ -17,6 +17,7 @@ mod probe;
 mod render;
 mod report;
 mod route;
+mod worker;
 
 use std::{io::Write, process::ExitCode};
 
@@ -60,6 +61,12 @@ fn answer(cli: &Cli, etcd: kvasir_cluster::EtcdConfig) -> anyhow::Result<String>
             route::run(command, &view, cli.timeout(), cli.output).await
         });
     }
+    if let Command::Worker(command) = &cli.command {
+        return runtime.block_on(async {
+            let view = gather::view(etcd).await?;
+            worker::run(command, &view, cli.timeout(), cli.output).await
+        });
+    }
     let report = runtime.block_on(gather::gather(etcd, cli.timeout()))?;
     Ok(match (&cli.output, &cli.command) {
         (Output::Table, Command::Status) => render::status(&report),
@@ -70,6 +77,6 @@ fn answer(cli: &Cli, etcd: kvasir_cluster::EtcdConfig) -> anyhow::Result<String>
         (Output::Json, Command::Status) => render::json(&report),
         (Output::Json, Command::Workers) => render::json(&report.workers()),
         (Output::Json, Command::Models) => render::json(&report.models),
-        (_, Command::Kv(_) | Command::Route(_)) => unreachable!("answered above"),
+        (_, Command::Kv(_) | Command::Route(_) | Command::Worker(_)) => unreachable!("answered above"),
     })
 }

@@ -84,6 +84,19 @@ pub(crate) async fn store(address: &str, limit: Duration) -> Result<Answer, Stri
     .await
 }
 
+/// One call to a worker.
+pub(crate) async fn ask_worker<T>(
+    address: &str,
+    limit: Duration,
+    call: impl AsyncFnOnce(WorkerClient<Channel>) -> Result<tonic::Response<T>, tonic::Status>,
+) -> Result<T, String> {
+    within(limit, async {
+        let client = WorkerClient::new(connect(address).await?);
+        Ok(call(client).await.map_err(told)?.into_inner())
+    })
+    .await
+}
+
 /// One call to a store node.
 pub(crate) async fn ask_store<T>(
     address: &str,

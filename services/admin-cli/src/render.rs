@@ -26,7 +26,7 @@ pub(crate) fn status(report: &Report) -> String {
         Table::new(&["ROLE", "MEMBER", "STATE", "VERSION", "MODEL", "FREE", "CACHED", "IN USE", "RUNNING", "WAITING"]);
     for member in &report.members {
         let mut row = vec![
-            member.role.to_string(),
+            role(member),
             member.id.clone(),
             state(member.state).to_owned(),
             member.version.clone(),
@@ -81,7 +81,7 @@ pub(crate) fn workers(report: &Report) -> String {
             }
             stores.row(row);
         } else {
-            let mut row = vec![member.role.to_string(), member.id.clone(), state, or_dash(&member.grpc)];
+            let mut row = vec![role(member), member.id.clone(), state, or_dash(&member.grpc)];
             match member.live.as_ref().and_then(Live::worker) {
                 Some(worker) => {
                     row.push(duration(worker.uptime_ms));
@@ -161,6 +161,18 @@ pub(crate) fn transfers(report: &Report) -> String {
         return "no transfers: no worker has moved KV blocks yet\n".to_owned();
     }
     table.render() + &reasons(report.workers())
+}
+
+/// What it works as, and what it is called if that is something else.
+fn role(member: &MemberReport) -> String {
+    let mut text = member.works_as.to_string();
+    if member.works_as != member.role {
+        text += &format!(" (was {})", member.role);
+    }
+    if member.pinned {
+        text += " pinned";
+    }
+    text
 }
 
 /// A bound that is a power of two.

@@ -22,6 +22,10 @@ pub(crate) struct Report {
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub(crate) struct MemberReport {
     pub(crate) role: Role,
+    /// What it works as now; another one than its role if it was moved.
+    pub(crate) works_as: Role,
+    /// Only people move it.
+    pub(crate) pinned: bool,
     pub(crate) id: String,
     pub(crate) state: State,
     /// Why it is in that state; empty for a ready one.

@@ -229,5 +229,6 @@ fn member(id: &MemberId, engine: &TransferEngine, store: StoreInfo, grpc: String
         segment: Some(segment),
         store: Some(store),
         draining: false,
+        duty: kvasir_cluster::Duty::default(),
     }
 }

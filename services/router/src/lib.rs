@@ -17,6 +17,7 @@
 //! | `access`, `admission` | who may ask, for what, how much; and when it is their turn |
 //! | `text` | no async, no clock |
 //! | [`route`] | policies are pure functions |
+//! | [`planner`] | which workers read and which write: pure, but for the task that acts |
 //! | [`cache`] | which workers hold which beginning of a prompt: an index, and a task for each worker that feeds it |
 //! | `fleet` | members → workers that may be chosen, their loads and connections |
 //! | `health`, `retry` | which workers are left alone for a while, how many second tries there are |
@@ -25,6 +26,7 @@
 
 pub mod cache;
 pub mod config;
+pub mod planner;
 pub mod route;
 
 mod access;

@@ -128,6 +128,7 @@ fn member(id: MemberId, http: String, admin: String) -> Member {
         segment: None,
         store: None,
         draining: false,
+        duty: kvasir_cluster::Duty::default(),
     }
 }
 

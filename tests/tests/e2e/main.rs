@@ -10,6 +10,7 @@ mod bad_start;
 mod cache;
 mod choices;
 mod ctl;
+mod duty;
 mod faults;
 mod front;
 mod golden;

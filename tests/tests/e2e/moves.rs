@@ -23,7 +23,7 @@ use crate::prompts::{COUNT, streamed};
 const STREAMS: usize = 50;
 
 /// What routers and workers say when somebody dies.
-fn announce(cluster: &mut Cluster) {
+pub(crate) fn announce(cluster: &mut Cluster) {
     for warning in [
         "an answer broke off",
         "a worker did not begin an answer",
@@ -49,7 +49,7 @@ fn pairs() -> Builder {
 }
 
 /// Asks for a golden answer as a stream, and compares.
-async fn ask(client: &Client, model: &str, line: &Line) -> Result<()> {
+pub(crate) async fn ask(client: &Client, model: &str, line: &Line) -> Result<()> {
     let body = json!({
         "model": model, "messages": line.messages, "temperature": 0, "max_tokens": line.output_ids.len(), "stream": true,
         "stream_options": {"include_usage": true},

@@ -1,11 +1,11 @@
 //! What every registry promises, checked on each of them.
 
-use kvasir_cluster::{Error, EtcdConfig, MemoryHub};
-use kvasir_types::{Incarnation, Role};
+use kvasir_cluster::{Error, EtcdConfig, MemoryHub, Office};
+use kvasir_types::{Incarnation, MemberId, Role};
 
 use crate::{
     etcd::Etcd,
-    given::{Process, member},
+    given::{Process, member, until},
 };
 
 /// A cluster that processes can join.
@@ -55,7 +55,41 @@ laws!(
     a_crashed_process_leaves_the_view_and_its_name_is_free_for_its_next_life,
     a_view_that_did_not_change_is_not_announced,
     who_has_seen_the_same_change_has_the_same_epoch_and_it_grows,
+    an_office_has_one_holder_and_a_later_one_has_a_greater_term,
 );
+
+async fn an_office_has_one_holder_and_a_later_one_has_a_greater_term(world: World) {
+    let (one, two, three) = (world.process().await, world.process().await, world.process().await);
+    let [planner, other, a, b, c] = ["planner", "other", "a", "b", "c"].map(|id| id.parse::<MemberId>().unwrap());
+    let early = one.registry.claim_office(&planner, &a, Role::Decode).await;
+    assert!(matches!(early, Err(Error::NotRegistered { .. })), "{early:?}");
+    for (process, id, incarnation) in [(&one, "a", 1), (&two, "b", 2), (&three, "c", 3)] {
+        process.registry.register(member(id, incarnation)).await.unwrap();
+    }
+
+    let first = one.registry.claim_office(&planner, &a, Role::Decode).await.unwrap();
+    assert!(first.ours && first.holder == a);
+    assert_eq!(one.registry.claim_office(&planner, &a, Role::Decode).await.unwrap(), first, "still");
+    let seen = two.registry.claim_office(&planner, &b, Role::Decode).await.unwrap();
+    assert_eq!(seen, Office { ours: false, ..first.clone() });
+    let another = two.registry.claim_office(&other, &b, Role::Decode).await.unwrap();
+    assert!(another.ours, "offices have nothing to do with one another");
+
+    // The holder leaves; whoever asks next has it.
+    one.registry.deregister(&a, Role::Decode).await.unwrap();
+    let second = two.registry.claim_office(&planner, &b, Role::Decode).await.unwrap();
+    assert!(second.ours && second.term > first.term, "{second:?} after {first:?}");
+
+    // The holder crashes; its lease ends.
+    drop(two);
+    let mut third = second.clone();
+    until("the office is free", async || {
+        third = three.registry.claim_office(&planner, &c, Role::Decode).await.unwrap();
+        third.ours
+    })
+    .await;
+    assert!(third.term > second.term && third.holder == c, "{third:?} after {second:?}");
+}
 
 async fn a_registered_member_is_seen_by_all_and_by_those_who_come_later(world: World) {
     let (one, two) = (world.process().await, world.process().await);

@@ -85,5 +85,6 @@ pub(crate) fn member(id: &str, incarnation: u64) -> Member {
         segment: None,
         store: None,
         draining: false,
+        duty: kvasir_cluster::Duty::default(),
     }
 }

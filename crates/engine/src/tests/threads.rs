@@ -256,6 +256,10 @@ fn prompts_and_answers_are_timed_apart() {
     // The first token came with the prompt's last.
     let decode = handle.stats().decode;
     assert!(decode.steps == 5 && decode.time > Duration::ZERO, "{decode:?}");
+    // The prompt's nine tokens and the first one, then one more each time.
+    let plain = decode.plain;
+    assert_eq!((plain.steps, plain.answers, plain.context), (5, 5, (10..15).sum::<u64>()));
+    assert!(plain.time == decode.time && handle.stats().prefilled_prompts == 1);
     handle.shutdown();
     join(thread);
 }

@@ -107,6 +107,7 @@ async fn world() -> World {
         segment: None,
         store: None,
         draining: false,
+        duty: kvasir_cluster::Duty::default(),
     };
     registry.register(member).await.unwrap();
 

@@ -15,7 +15,7 @@ mod speeds;
 
 use std::{sync::Arc, time::Duration};
 
-use kvasir_engine::{CacheSnapshot, Handle};
+use kvasir_engine::{CacheSnapshot, Handle, Stats};
 use kvasir_proto::v1::{self, watch_event};
 use kvasir_runtime::Shutdown;
 use kvasir_types::Role;
@@ -222,7 +222,7 @@ impl Teller<'_> {
 /// What this worker is doing now.
 fn load(host: &Host, speeds: &Speeds) -> v1::WorkerLoad {
     let stats = host.engine.stats();
-    let decode = host.role == Role::Decode;
+    let decode = host.duty.role() == Role::Decode;
     // A decode worker has prompts waiting for blocks that others will compute.
     let waiting_tokens = stats.prefilling_tokens + if decode { 0 } else { stats.waiting_tokens };
     let local = if decode { host.config.decode.local_prefill_tokens } else { 0 };
@@ -238,6 +238,23 @@ fn load(host: &Host, speeds: &Speeds) -> v1::WorkerLoad {
         handoff_bytes_per_second: host.pushes().per_second(),
         local_prefill_tokens: u32::try_from(local).unwrap_or(u32::MAX),
         draining: host.draining(),
+        totals: Some(totals(&stats)),
+    }
+}
+
+fn totals(stats: &Stats) -> v1::WorkerTotals {
+    let plain = &stats.decode.plain;
+    v1::WorkerTotals {
+        prefilled_tokens: stats.prefilled_tokens,
+        prefilled_prompts: stats.prefilled_prompts,
+        timed_tokens: stats.prefill.tokens,
+        timed_positions: stats.prefill.positions,
+        timed_seconds: stats.prefill.time.as_secs_f64(),
+        sampled_tokens: stats.sampled_tokens,
+        plain_steps: plain.steps,
+        plain_seconds: plain.time.as_secs_f64(),
+        plain_answers: plain.answers,
+        plain_context: plain.context,
     }
 }
 

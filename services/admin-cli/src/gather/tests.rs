@@ -20,6 +20,10 @@ struct Worker {
 
 #[tonic::async_trait]
 impl v1::worker_server::Worker for Worker {
+    async fn set_duty(&self, _: Request<v1::SetDutyRequest>) -> Result<Response<v1::SetDutyResponse>, Status> {
+        Err(Status::unimplemented("a stand-in is what it is"))
+    }
+
     async fn status(&self, _: Request<v1::StatusRequest>) -> Result<Response<v1::StatusResponse>, Status> {
         Ok(Response::new(v1::StatusResponse {
             blocks: Some(v1::BlockCounts { total: 8, free: 5, cached: 2, in_use: 1 }),
@@ -71,6 +75,7 @@ fn decode(id: &str, grpc: &str, admin: &str) -> Member {
         segment: None,
         store: None,
         draining: false,
+        duty: kvasir_cluster::Duty::default(),
     }
 }
 

@@ -29,6 +29,7 @@ fn member(role: Role, id: &str) -> Member {
         segment: None,
         store: None,
         draining: false,
+        duty: kvasir_cluster::Duty::default(),
     }
 }
 
@@ -56,6 +57,8 @@ fn answered(member: &Member) -> MemberReport {
     };
     MemberReport {
         role: member.role,
+        works_as: member.works_as(),
+        pinned: member.duty.pinned,
         id: member.id.to_string(),
         state: State::Ready,
         reason: String::new(),
@@ -218,6 +221,8 @@ fn json_holds_everything_under_names_that_stay() {
       "members": [
         {
           "role": "decode",
+          "works_as": "decode",
+          "pinned": false,
           "id": "decode-0",
           "state": "ready",
           "reason": "",
@@ -246,6 +251,8 @@ fn json_holds_everything_under_names_that_stay() {
         },
         {
           "role": "kv-store",
+          "works_as": "kv-store",
+          "pinned": false,
           "id": "kv-store-0",
           "state": "ready",
           "reason": "",

@@ -46,6 +46,10 @@ impl Serve for Scripted {
         Err(Status::unimplemented("nobody asks"))
     }
 
+    async fn set_duty(&self, _: Request<v1::SetDutyRequest>) -> Result<Response<v1::SetDutyResponse>, Status> {
+        Err(Status::unimplemented("nobody asks"))
+    }
+
     type WatchStream = ReceiverStream<Result<v1::WatchEvent, Status>>;
 
     async fn watch(&self, _: Request<v1::WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
@@ -97,6 +101,7 @@ impl Rig {
             segment: None,
             store: None,
             draining: false,
+            duty: kvasir_cluster::Duty::default(),
         };
         let mut rig = Self { context, index, feeds, fleet: Fleet::default(), member };
         rig.members(&[rig.member.clone()]);

@@ -323,7 +323,7 @@ impl Fleet {
         for model in models {
             let mut of_role = |role| {
                 let mut fitting = Vec::new();
-                for member in view.role(role).filter(|member| serves(member, model) && !member.draining) {
+                for member in view.working_as(role).filter(|member| serves(member, model) && !member.draining) {
                     match fits(member, model) {
                         Ok(()) => fitting.push(worker(member)),
                         Err(why) => {

@@ -128,6 +128,7 @@ fn member(grpc: String) -> Member {
         segment: None,
         store: None,
         draining: false,
+        duty: kvasir_cluster::Duty::default(),
     }
 }
 
