@@ -163,10 +163,10 @@ impl Front {
         let ask = Ask {
             prompt_tokens: blocks.tokens() as usize,
             token_bytes: self.token_bytes,
-            stored_tokens: 0,
             session: Some(session),
             ticket: request as u64,
             dice: mix(mix(self.seed).wrapping_add(request as u64)),
+            ..Ask::default()
         };
         let decision = self.policy.decide(&ask, &self.pool)?;
         let left = blocks.tokens() - u64::from(decision.cached_tokens(&ask, &self.pool));
@@ -194,7 +194,7 @@ impl Front {
                 room_tokens: Some(known.told().room),
                 local_tokens: self.local_tokens,
                 speed: known.told().speed,
-                pairing: 0,
+                ..DecodeOption::default()
             }
         }));
         pool.prefill.clear();
