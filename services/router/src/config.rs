@@ -8,7 +8,12 @@ use kvasir_types::Deadline;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    access::AccessConfig, admission::AdmissionConfig, http::TlsConfig, retry::RetryConfig, route::PolicyName,
+    access::AccessConfig,
+    admission::AdmissionConfig,
+    external::{ExternalConfig, ExternalError},
+    http::TlsConfig,
+    retry::RetryConfig,
+    route::PolicyName,
     upstream::Patience,
 };
 
@@ -49,6 +54,8 @@ pub struct Config {
     pub access: AccessConfig,
     /// How many requests workers get, and who waits.
     pub admission: AdmissionConfig,
+    /// Engines of others (vLLM, SGLang) that are used as workers.
+    pub external: ExternalConfig,
 }
 
 /// A model served.
@@ -168,6 +175,7 @@ impl Default for Config {
             tls: TlsConfig::default(),
             access: AccessConfig::default(),
             admission: AdmissionConfig::default(),
+            external: ExternalConfig::default(),
         }
     }
 }
@@ -207,6 +215,9 @@ pub enum Error {
     /// A limit of zero.
     #[error("{0}: must be at least 1")]
     Zero(&'static str),
+    /// An engine of others that can't be used.
+    #[error(transparent)]
+    External(#[from] ExternalError),
 }
 
 impl Config {
@@ -223,6 +234,7 @@ impl Config {
                 return Err(Error::Twice(model.name.clone()));
             }
         }
+        self.external.check(self.models.iter().map(|model| model.name.as_str()))?;
         let admission = &self.admission;
         for (name, value) in [
             ("admission.per_worker", admission.per_worker),
