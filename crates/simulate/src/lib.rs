@@ -7,6 +7,7 @@
 //! What is modelled and what is not: docs/simulator.md.
 #![forbid(unsafe_code)]
 
+pub mod tides;
 pub mod workload;
 
 pub mod profile;
@@ -16,6 +17,7 @@ pub mod worker;
 pub mod front;
 pub mod known;
 pub mod run;
+pub mod steer;
 
 pub mod figures;
 pub mod plot;
@@ -24,4 +26,5 @@ pub mod report;
 pub use kvasir_router::route::PolicyName;
 pub use profile::Profile;
 pub use run::{Fate, Outcome, Plan, run};
+pub use steer::Steering;
 pub use workload::{Shape, Workload};

@@ -19,6 +19,7 @@ use crate::{
     known::{Lease, Told},
     profile::Profile,
     room::{Hold, Room},
+    steer::{Move, Steer, Steering},
     worker::{Done, Prompt, Totals, Worker},
     workload::{Ns, Workload, nanos, seconds},
 };
@@ -41,6 +42,8 @@ pub struct Plan {
     pub load_interval_ms: u64,
     /// Tokens that the KV store has room for; 0: there is none.
     pub store_tokens: u64,
+    /// The router's planner changes what workers are there for.
+    pub steering: Option<Steering>,
 }
 
 /// A plan that can't be simulated.
@@ -59,6 +62,9 @@ pub enum Error {
     /// Longer than the simulation's clock.
     #[error("{0} ms between what happens and what is known of it: at most an hour")]
     Delay(u64),
+    /// Targets or times of the planner that make no sense.
+    #[error("the planner's targets and times: {0} s must be between 0.000001 and 3600")]
+    Steering(f64),
 }
 
 /// What became of a request. All zero: it was refused, as no worker has room for it.
@@ -91,6 +97,8 @@ pub struct Outcome {
     pub events: u64,
     /// Decisions, and how long they took in reality.
     pub decisions: (u64, Duration),
+    /// Workers that changed.
+    pub moves: Vec<Move>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -107,6 +115,8 @@ enum Event {
     First(u32),
     /// All of a prompt is at the decode worker.
     Landed(u32),
+    /// A worker is what it was told to become.
+    Changed(u32),
 }
 
 /// A request under way.
@@ -142,6 +152,13 @@ pub fn run(
     if let Some(&ms) = [index_delay_ms, load_interval_ms].iter().find(|&&ms| ms > 3_600_000) {
         return Err(Error::Delay(ms));
     }
+    if let Some(steering) = &plan.steering {
+        let Steering { ttft_seconds, tpot_seconds, look_seconds, switch_seconds } = *steering;
+        let times = [ttft_seconds, tpot_seconds, look_seconds, switch_seconds];
+        if let Some(&wrong) = times.iter().find(|seconds| !(1e-6..=3600.0).contains(*seconds)) {
+            return Err(Error::Steering(wrong));
+        }
+    }
     let mut run = Run::new(workload, plan, policy);
     run.all(progress);
     Ok(run.outcome())
@@ -158,6 +175,10 @@ struct Run<'a> {
     scheduled: u64,
     workers: Vec<Worker>,
     roles: Vec<Role>,
+    /// Those that are about to be what their roles say.
+    changing: Vec<bool>,
+    steer: Option<Steer>,
+    moves: Vec<Move>,
     front: Front,
     store: Room,
     flights: Vec<Flight>,
@@ -194,6 +215,9 @@ impl<'a> Run<'a> {
             scheduled: 0,
             workers: (0..count).map(|_| Worker::new(profile.kv.room_tokens)).collect(),
             roles,
+            changing: vec![false; count],
+            steer: plan.steering.map(|steering| Steer::new(steering, count)),
+            moves: Vec::new(),
             front,
             store: Room::new(plan.store_tokens),
             flights: vec![Flight::default(); workload.len()],
@@ -207,6 +231,13 @@ impl<'a> Run<'a> {
         let mut next = 0;
         loop {
             let event = self.events.peek().map(|Reverse((at, ..))| *at);
+            let arrival = (next < self.workload.len()).then(|| self.workload.at(next));
+            let Some(soonest) = event.into_iter().chain(arrival).min() else { break };
+            if let Some(look) = self.steer.as_ref().map(|steer| steer.next).filter(|&look| look < soonest) {
+                self.now = look;
+                self.steer();
+                continue;
+            }
             if next < self.workload.len() && event.is_none_or(|at| self.workload.at(next) <= at) {
                 if next.is_multiple_of(PROGRESS_EVERY) {
                     progress(next);
@@ -230,6 +261,7 @@ impl<'a> Run<'a> {
             end: self.end,
             events: self.happened,
             decisions: (self.front.decisions, self.front.took),
+            moves: self.moves,
         }
     }
 
@@ -268,6 +300,30 @@ impl<'a> Run<'a> {
                 }
             }
             Event::Landed(request) => self.landed(request),
+            Event::Changed(worker) => {
+                self.hear(worker);
+                self.changing[worker as usize] = false;
+                self.front.members(chosen(&self.roles, &self.changing).into_iter());
+            }
+        }
+    }
+
+    /// The planner observes, and perhaps somebody changes. What a worker has begun, it goes on with.
+    fn steer(&mut self) {
+        let roles = chosen(&self.roles, &self.changing);
+        let (Some(steer), Some(steering)) = (&mut self.steer, self.plan.steering) else { return };
+        let room = self.profile.kv.room_tokens;
+        let Some(verdict) = steer.observe(self.now, &self.workers, &roles, room) else { return };
+        for &at in &verdict.moves {
+            let worker = at as u32;
+            self.hear(worker);
+            let to = if self.roles[at] == Role::Prefill { Role::Decode } else { Role::Prefill };
+            (self.roles[at], self.changing[at]) = (to, true);
+            self.moves.push(Move { at_seconds: seconds(self.now), worker, to, why: verdict.why.clone() });
+            self.at(self.now + nanos(steering.switch_seconds), Event::Changed(worker));
+        }
+        if !verdict.moves.is_empty() {
+            self.front.members(chosen(&self.roles, &self.changing).into_iter());
         }
     }
 
@@ -536,4 +592,9 @@ impl<'a> Run<'a> {
         self.fates[at].end = end;
         self.end = self.end.max(end);
     }
+}
+
+/// What workers may be chosen as.
+fn chosen(roles: &[Role], changing: &[bool]) -> Vec<Option<Role>> {
+    roles.iter().zip(changing).map(|(&role, &changing)| (!changing).then_some(role)).collect()
 }
