@@ -16,6 +16,7 @@ pub mod worker;
 
 pub mod front;
 pub mod known;
+pub mod plan;
 pub mod run;
 pub mod steer;
 
@@ -24,7 +25,8 @@ pub mod plot;
 pub mod report;
 
 pub use kvasir_router::route::PolicyName;
+pub use plan::{Fate, Outcome, Plan};
 pub use profile::Profile;
-pub use run::{Fate, Outcome, Plan, run};
+pub use run::run;
 pub use steer::Steering;
 pub use workload::{Shape, Workload};

@@ -160,7 +160,10 @@ impl Steer {
                 per_answer: step(|step| step.per_answer),
                 per_context_token: step(|step| step.per_context_token),
             },
-            prompt: Prompt { per_token: prompt(|prompt| prompt.per_token), per_place: prompt(|prompt| prompt.per_place) },
+            prompt: Prompt {
+                per_token: prompt(|prompt| prompt.per_token),
+                per_place: prompt(|prompt| prompt.per_place),
+            },
             room_tokens,
         })
     }
