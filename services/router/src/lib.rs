@@ -42,7 +42,7 @@ mod upstream;
 
 pub use access::{AccessConfig, KeyConfig, KeysError, TenantConfig};
 pub use admission::AdmissionConfig;
-pub use config::{Config, Limits, ModelConfig};
+pub use config::{Config, Limits, ModelConfig, Slo};
 pub use http::{TlsConfig, TlsError};
 pub use retry::RetryConfig;
 pub use service::{run, run_with_etcd};
