@@ -29,6 +29,7 @@ pub mod node;
 pub mod openai;
 pub mod process;
 pub mod settings;
+pub mod stand_in;
 pub mod wait;
 pub mod workspace;
 
@@ -37,3 +38,4 @@ pub use etcd::Etcd;
 pub use node::{Addresses, Node, Service};
 pub use openai::{Client, Reply};
 pub use process::Process;
+pub use stand_in::StandIn;

@@ -8,8 +8,14 @@ use kvasir_types::Deadline;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    access::AccessConfig, admission::AdmissionConfig, http::TlsConfig, planner::PlannerConfig, retry::RetryConfig,
-    route::PolicyName, upstream::Patience,
+    access::AccessConfig,
+    admission::AdmissionConfig,
+    external::{ExternalConfig, ExternalError},
+    http::TlsConfig,
+    planner::PlannerConfig,
+    retry::RetryConfig,
+    route::PolicyName,
+    upstream::Patience,
 };
 
 /// A router.
@@ -51,6 +57,8 @@ pub struct Config {
     pub admission: AdmissionConfig,
     /// Which workers read prompts and which write answers.
     pub planner: PlannerConfig,
+    /// Engines of others (vLLM, SGLang) that are used as workers.
+    pub external: ExternalConfig,
 }
 
 /// A model served.
@@ -191,6 +199,7 @@ impl Default for Config {
             access: AccessConfig::default(),
             admission: AdmissionConfig::default(),
             planner: PlannerConfig::default(),
+            external: ExternalConfig::default(),
         }
     }
 }
@@ -233,6 +242,9 @@ pub enum Error {
     /// A limit of zero.
     #[error("{0}: must be at least 1")]
     Zero(&'static str),
+    /// An engine of others that can't be used.
+    #[error(transparent)]
+    External(#[from] ExternalError),
 }
 
 impl Config {
@@ -254,6 +266,7 @@ impl Config {
                 return Err(Error::Twice(model.name.clone()));
             }
         }
+        self.external.check(self.models.iter().map(|model| model.name.as_str()))?;
         let admission = &self.admission;
         for (name, value) in [
             ("admission.per_worker", admission.per_worker),

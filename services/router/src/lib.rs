@@ -22,6 +22,7 @@
 //! | `fleet` | members → workers that may be chosen, their loads and connections |
 //! | `health`, `retry` | which workers are left alone for a while, how many second tries there are |
 //! | `upstream` | the stream from a decode worker |
+//! | `external` | engines of others (vLLM, SGLang) as workers |
 #![forbid(unsafe_code)]
 
 pub mod cache;
@@ -31,6 +32,7 @@ pub mod route;
 
 mod access;
 mod admission;
+mod external;
 mod fleet;
 mod health;
 mod http;
@@ -43,6 +45,7 @@ mod upstream;
 pub use access::{AccessConfig, KeyConfig, KeysError, TenantConfig};
 pub use admission::AdmissionConfig;
 pub use config::{Config, Limits, ModelConfig, Slo};
+pub use external::{EngineConfig, EngineKind, EngineRole, ExternalConfig, ExternalError};
 pub use http::{TlsConfig, TlsError};
 pub use retry::RetryConfig;
 pub use service::{run, run_with_etcd};

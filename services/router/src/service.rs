@@ -14,6 +14,7 @@ use crate::{
     admission::{Gate, Gates},
     cache::{Feeds, Index},
     config::Config,
+    external::{Directory, Engines},
     fleet::{Crew, Fleet, Misfit},
     http::{self, App, Server},
     metrics::{CacheMetrics, Metrics, PlannerMetrics},
@@ -71,7 +72,10 @@ pub async fn run(config: Config, context: Context, registry: Arc<dyn Registry>) 
     let index = Arc::new(Index::default());
     let feeds = Feeds::new(Arc::clone(&index), context.tasks.clone(), CacheMetrics::new(&context.metrics, &index));
     let followers = Followers { gates: Arc::clone(&gates), feeds };
-    let (fleet, watcher) = watch_members(registry.view(), models.clone(), followers, metrics.clone(), context.clone());
+    let contexts = models.iter().map(|model| (model.name().to_owned(), model.context_len())).collect();
+    let directory = Directory::new(config.external.clone(), contexts, context.tasks.clone());
+    let (fleet, watcher) =
+        watch_members(registry.view(), directory, models.clone(), followers, metrics.clone(), context.clone());
     context.tasks.spawn(Kind::Critical, "members", watcher);
     let board = Arc::new(Board::new(config.planner.mode));
     let lead = Lead::new(planner::Parts {
@@ -172,14 +176,15 @@ impl Followers {
 /// Keeps the fleet what the members are. The first fleet is there on return; the future keeps it so.
 fn watch_members(
     mut view: watch::Receiver<Arc<View>>,
+    mut directory: Directory,
     models: Vec<Arc<Model>>,
     mut followers: Followers,
     metrics: Metrics,
     context: Context,
 ) -> (watch::Receiver<Arc<Fleet>>, impl Future<Output = anyhow::Result<()>>) {
     let mut told: HashSet<Misfit> = HashSet::new();
-    let mut build = move |view: &View, previous: &Fleet| {
-        let (fleet, misfits) = Fleet::build(view, &models, previous);
+    let mut build = move |view: &View, engines: &Engines, previous: &Fleet| {
+        let (fleet, misfits) = Fleet::build(view, engines, &models, previous);
         // Once for each life of a worker, however often the members change.
         for misfit in misfits.iter().filter(|misfit| !told.contains(*misfit)) {
             warn!(worker = %misfit.id, why = misfit.why, "a worker is not used");
@@ -194,13 +199,25 @@ fn watch_members(
         }
         Arc::new(fleet)
     };
+    let mut known = directory.known();
     let now = Arc::clone(&view.borrow_and_update());
-    let (sender, receiver) = watch::channel(build(&now, &Fleet::default()));
+    directory.follow(std::iter::empty());
+    let (sender, receiver) = watch::channel(build(&now, &Engines::default(), &Fleet::default()));
     let watching = async move {
-        while view.changed().await.is_ok() {
+        loop {
+            // Whether either has changed loses nothing when the other has.
+            let changed = tokio::select! {
+                changed = view.changed() => changed,
+                changed = known.changed() => changed,
+            };
+            if changed.is_err() {
+                break;
+            }
             let now = Arc::clone(&view.borrow_and_update());
+            directory.follow(std::iter::empty());
+            let engines = Arc::clone(&known.borrow_and_update());
             let previous = Arc::clone(&sender.borrow());
-            sender.send_replace(build(&now, &previous));
+            sender.send_replace(build(&now, &engines, &previous));
         }
         // The registry is gone, and with it the process's end is near: until then the last known members are used.
         std::future::pending().await

@@ -60,6 +60,8 @@ pub(crate) enum Field {
     MaxTokens,
     /// Hold the prompt.
     Prompt,
+    /// This field of the request, in whatever API.
+    Named(&'static str),
 }
 
 impl Field {
@@ -123,6 +125,20 @@ impl Error {
             | Self::Stalled { .. }
             | Self::Refused { field: Some(Field::MaxTokens | Field::Prompt), .. } => Retry::Elsewhere,
             Self::Refused { .. } | Self::Deadline { .. } => Retry::Never,
+        }
+    }
+
+    /// Which worker it is about.
+    pub(crate) fn worker(&self) -> &MemberId {
+        match self {
+            Self::Busy { worker, .. }
+            | Self::Unavailable { worker, .. }
+            | Self::Broken { worker, .. }
+            | Self::Refused { worker, .. }
+            | Self::Failed { worker, .. }
+            | Self::Protocol { worker, .. }
+            | Self::Stalled { worker, .. }
+            | Self::Deadline { worker } => worker,
         }
     }
 

@@ -11,6 +11,7 @@ mod cache;
 mod choices;
 mod ctl;
 mod duty;
+mod engines;
 mod faults;
 mod front;
 mod golden;

@@ -23,6 +23,7 @@ use super::{
     index::{Index, Number, SHARDS},
 };
 use crate::{
+    external,
     fleet::{Fleet, Worker},
     metrics::CacheMetrics,
     upstream,
@@ -109,10 +110,13 @@ impl Feed {
             return;
         };
         self.worker.pulse.set_number(Some(number));
-        // Losing the first loses nothing that is not forgotten right after.
-        tokio::select! {
-            () = self.keep_on(number) => {}
-            _ = stopped => {}
+        match &self.worker.engine {
+            Some(engine) => external::feed(&self.worker, engine, number, stopped).await,
+            // Losing the first loses nothing that is not forgotten right after.
+            None => tokio::select! {
+                () = self.keep_on(number) => {}
+                _ = stopped => {}
+            },
         }
         self.worker.pulse.set_number(None);
         self.forget(number).await;

@@ -25,6 +25,7 @@ use tonic::{Request, Response, Status};
 
 use super::*;
 use crate::{
+    external::Engines,
     fleet::{Crew, Desk, Fleet},
     metrics::CacheMetrics,
     text::demo,
@@ -110,7 +111,7 @@ impl Rig {
 
     fn members(&mut self, members: &[Member]) {
         let view = View { members: members.to_vec(), ..View::default() };
-        let (fleet, misfits) = Fleet::build(&view, &[demo()], &self.fleet);
+        let (fleet, misfits) = Fleet::build(&view, &Engines::default(), &[demo()], &self.fleet);
         assert!(misfits.is_empty());
         self.fleet = fleet;
         self.feeds.follow(&self.fleet);

@@ -21,6 +21,7 @@ use tonic::transport::Channel;
 
 use crate::{
     cache::Lookup,
+    external::{Engine, Engines},
     health::Health,
     route::{DecodeOption, Pool, PrefillOption},
     text::Model,
@@ -44,6 +45,8 @@ pub(crate) struct Worker {
     pub(crate) member: Member,
     /// Its load.
     pub(crate) pulse: Pulse,
+    /// What it is if it is an engine of somebody else's.
+    pub(crate) engine: Option<Arc<Engine>>,
     key: u64,
     channel: OnceLock<Channel>,
     /// Written by requests that have something to say of it, read by all; held for a copy.
@@ -53,16 +56,20 @@ pub(crate) struct Worker {
 }
 
 impl Worker {
-    fn new(member: Member) -> Arc<Self> {
+    fn new(member: Member, engine: Option<Arc<Engine>>) -> Arc<Self> {
         let key = key_of(member.id.as_str());
-        Arc::new(Self {
-            member,
-            pulse: Pulse::default(),
-            key,
-            channel: OnceLock::new(),
-            health: Mutex::default(),
-            told: Mutex::default(),
-        })
+        let (pulse, channel, health) = (Pulse::default(), OnceLock::new(), Mutex::default());
+        let told = Mutex::default();
+        Arc::new(Self { member, pulse, engine, key, channel, health, told })
+    }
+
+    /// Whether this decode worker may be fed by that prefill worker.
+    fn pairs_with(&self, prefill: &Self) -> bool {
+        match (&self.engine, &prefill.engine) {
+            (None, None) => self.member.compatible(&prefill.member).is_ok(),
+            (Some(ours), Some(theirs)) => ours.pairs_with(theirs),
+            _ => false,
+        }
     }
 
     /// The connection to it, made when first needed.
@@ -311,15 +318,17 @@ impl Roster {
                 namings.push(naming);
             }
         }
-        let decode = decode.into_iter().map(|worker| {
+        let decode = decode.into_iter().filter_map(|worker| {
             let pairs = prefill.iter().enumerate();
-            let pairs = pairs.filter(|(_, prefill)| worker.member.compatible(&prefill.member).is_ok());
-            let pairs: Vec<usize> = pairs.map(|(at, _)| at).collect();
+            let pairs: Vec<usize> = pairs.filter(|(_, prefill)| worker.pairs_with(prefill)).map(|(at, _)| at).collect();
+            if pairs.is_empty() && worker.engine.as_ref().is_some_and(|engine| engine.needs_a_partner()) {
+                return None; // until one comes
+            }
             let pairing = pairings.iter().position(|known| *known == pairs).unwrap_or_else(|| {
                 pairings.push(pairs);
                 pairings.len() - 1
             });
-            DecodeWorker { worker, pairing }
+            Some(DecodeWorker { worker, pairing })
         });
         let decode = decode.collect();
         Self { decode, prefill, pairings: pairings.into(), namings }
@@ -345,26 +354,33 @@ pub(crate) struct Misfit {
 
 impl Fleet {
     /// Sorts the members; workers that are in `previous` too stay the same. Also returns those that don't fit.
-    pub(crate) fn build(view: &View, models: &[Arc<Model>], previous: &Self) -> (Self, Vec<Misfit>) {
+    pub(crate) fn build(view: &View, engines: &Engines, models: &[Arc<Model>], previous: &Self) -> (Self, Vec<Misfit>) {
         let known: HashMap<(Role, &MemberId, Incarnation), &Arc<Worker>> =
             previous.workers().map(|w| ((w.member.role, &w.member.id, w.member.incarnation), w)).collect();
         let worker = |member: &Member| match known.get(&(member.role, &member.id, member.incarnation)) {
             // The record of a life changes only in `draining`, and then the worker is not in the fleet.
             Some(worker) if same_place(&worker.member, member) => Arc::clone(worker),
-            _ => Worker::new(member.clone()),
+            _ => {
+                let engine = engines.get(&(member.role, member.id.clone())).map(|known| Arc::clone(&known.engine));
+                Worker::new(member.clone(), engine)
+            }
         };
         let (mut crews, mut misfits) = (HashMap::new(), Vec::new());
         for model in models {
             let mut of_role = |role| {
                 let mut fitting = Vec::new();
                 for member in view.working_as(role).filter(|member| serves(member, model) && !member.draining) {
-                    match fits(member, model) {
+                    let taken = engines.contains_key(&(member.role, member.id.clone()));
+                    let alone = || if taken { Err("an engine has its name".to_owned()) } else { Ok(()) };
+                    match fits(member, model).and_then(|()| alone()) {
                         Ok(()) => fitting.push(worker(member)),
                         Err(why) => {
                             misfits.push(Misfit { id: member.id.clone(), incarnation: member.incarnation, why });
                         }
                     }
                 }
+                let engines = engines.values().map(|known| &known.member);
+                fitting.extend(engines.filter(|member| member.role == role && serves(member, model)).map(&worker));
                 fitting
             };
             let roster = Roster::new(of_role(Role::Prefill), of_role(Role::Decode));

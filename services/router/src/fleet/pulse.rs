@@ -131,6 +131,14 @@ impl Pulse {
         }
     }
 
+    /// How many requests are there, of one that tells no more than that.
+    pub(crate) fn told_requests(&self, requests: u64) {
+        self.told.store(self.told.load(Relaxed).wrapping_add(1).max(1), Relaxed);
+        self.since_requests.store(0, Relaxed);
+        self.since_work.store(0, Relaxed);
+        self.told_requests.store(requests, Relaxed);
+    }
+
     /// Nothing is told any more: what was told of the load is void; the speeds are the last that are known.
     pub(crate) fn silent(&self) {
         self.told.store(0, Relaxed);

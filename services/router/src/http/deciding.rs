@@ -18,12 +18,13 @@ use std::{
     time::Instant,
 };
 
-use kvasir_types::{BlockHash, TokenId};
+use kvasir_types::{BlockHash, KvLayout, ModelFingerprint, TokenId};
 use serde::Serialize;
 use tracing::{Level, debug};
 
 use super::app::App;
 use crate::{
+    cache::Index,
     fleet::{Crew, Desk, Worker},
     route::{Ask, Decision, Policy, PolicyName, candidates},
 };
@@ -171,17 +172,29 @@ pub(crate) fn explain(app: &App, ask: Ask, prompt: &Prompt<'_>, crew: &Crew) -> 
     })
 }
 
+/// A prompt was sent to an engine that does not tell what it holds.
+pub(crate) fn remember(index: &Index, worker: &Worker, prompt: &Prompt<'_>) {
+    let (Some(engine), Some(info)) = (&worker.engine, &worker.member.model) else { return };
+    if engine.remembered.remembers() {
+        engine.remembered.sent(index, chain(info.fingerprint, &info.layout, prompt));
+    }
+}
+
+/// The names of a prompt's blocks, as they are asked for.
+fn chain(fingerprint: ModelFingerprint, layout: &KvLayout, prompt: &Prompt<'_>) -> impl Iterator<Item = BlockHash> {
+    let block_size = layout.block_size.max(1) as usize;
+    let mut parent = BlockHash::root(fingerprint, layout, prompt.salt);
+    prompt.tokens.chunks_exact(block_size).take(MAX_BLOCKS).map(move |block| {
+        parent = parent.extend(block);
+        parent
+    })
+}
+
 fn lay_out(app: &App, cache: bool, ask: Ask, prompt: &Prompt<'_>, crew: &Crew, desk: &mut Desk) -> Ask {
     desk.lookup.clear();
     for (fingerprint, layout) in crew.namings().iter().filter(|_| cache) {
-        let block_size = layout.block_size.max(1) as usize;
-        if prompt.tokens.len() >= block_size {
-            let mut parent = BlockHash::root(*fingerprint, layout, prompt.salt);
-            let chain = prompt.tokens.chunks_exact(block_size).take(MAX_BLOCKS).map(|block| {
-                parent = parent.extend(block);
-                parent
-            });
-            app.index.lookup(chain, &mut desk.lookup);
+        if prompt.tokens.len() >= layout.block_size.max(1) as usize {
+            app.index.lookup(chain(*fingerprint, layout, prompt), &mut desk.lookup);
         }
     }
     crew.lay_out(desk);

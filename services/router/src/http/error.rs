@@ -244,6 +244,7 @@ impl Error {
             Field::Form => (params.form, "invalid_value", "can't be followed"),
             Field::MaxTokens => (params.max_tokens, "above_max_value", "is more than this server can hold"),
             Field::Prompt => (Some(params.prompt), "context_length_exceeded", "is more than this server can hold"),
+            Field::Named(name) => (Some(name), "unsupported_value", "can't be followed"),
         };
         match param {
             Some(param) => BadParam::new(param, code, format!("'{param}' {what}: {message}")).into(),

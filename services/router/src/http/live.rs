@@ -135,6 +135,7 @@ impl Live {
             id: id.clone(),
             model: Arc::clone(&model),
             prompt,
+            seed_asked: common.seed.is_some(),
             sampling: Sampling { seed: common.seed.unwrap_or_else(random_u64), ..common.sampling },
             salt,
             session: common.session.as_deref().map(key_of),

@@ -4,7 +4,9 @@
 //! What no worker could do is refused here, before any is asked.
 
 use std::{
+    cell::Cell,
     sync::Arc,
+    task::{Context, Poll},
     time::{Duration, Instant},
 };
 
@@ -19,10 +21,11 @@ use super::{
     error::{BadParam, Error},
 };
 use crate::{
+    external::{self, Answers, Asked, Engine, Way},
     fleet::{Crew, Lease, Worker},
     route::Ask,
     text::Model,
-    upstream::{self, Events},
+    upstream::{self, Event, Events, Patience},
 };
 
 /// Before all workers are asked again whether one goes on with an answer …
@@ -92,6 +95,8 @@ pub(crate) struct Call {
     pub(crate) model: Arc<Model>,
     pub(crate) prompt: Vec<TokenId>,
     pub(crate) sampling: Sampling,
+    /// The client wants a seed, and this one.
+    pub(crate) seed_asked: bool,
     pub(crate) salt: String,
     /// A number for the session that it belongs to.
     pub(crate) session: Option<u64>,
@@ -113,7 +118,26 @@ struct Part<'a> {
 pub(crate) struct Placed {
     pub(crate) worker: Arc<Worker>,
     pub(crate) lease: Lease,
-    pub(crate) events: Events,
+    pub(crate) events: Source,
+}
+
+/// Where events come from.
+#[expect(clippy::large_enum_variant, reason = "the large one is the usual one, and looked at for every token")]
+pub(crate) enum Source {
+    /// A worker of ours.
+    Worker(Events),
+    /// An engine of somebody else's.
+    Engine(Answers),
+}
+
+impl Source {
+    /// The next event. After the end of the last choice or an error there is none: don't ask.
+    pub(crate) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<Event, upstream::Error>> {
+        match self {
+            Self::Worker(events) => events.poll(cx),
+            Self::Engine(answers) => answers.poll(cx),
+        }
+    }
 }
 
 impl Call {
@@ -121,7 +145,7 @@ impl Call {
     pub(crate) async fn begin(&self, crew: Crew) -> Result<Placed, Error> {
         let part = Part { prompt: &self.prompt, sampling: &self.sampling, choices: self.choices };
         let ask = self.app.ask(part.prompt.len());
-        let mut crew = crew;
+        let mut crew = self.able(crew)?;
         let mut last: Option<upstream::Error> = None;
         for again in 0..=self.app.retry.begin {
             let Some(chosen) = self.choose(&part, ask, &crew.rested(Instant::now())) else { break };
@@ -217,8 +241,14 @@ impl Call {
         let _prefill_lease = prefill.first().map(|first| first.lease(part.prompt.len(), left));
         worker.asked();
         let patience = self.app.limits.patience(self.deadline);
-        let request = self.request(part, &worker, &prefill, patience.heartbeat_ms());
-        match Events::open(&worker, request, self.model.vocab_size(), patience).await {
+        let opened = match &worker.engine {
+            None => {
+                let request = self.request(part, &worker, &prefill, patience.heartbeat_ms());
+                Events::open(&worker, request, self.model.vocab_size(), patience).await.map(Source::Worker)
+            }
+            Some(engine) => self.ask(part, &worker, engine, &prefill, patience).await.map(Source::Engine),
+        };
+        match opened {
             Ok(events) => {
                 worker.answered();
                 self.app.metrics.predicted(cached);
@@ -226,10 +256,68 @@ impl Call {
             }
             Err(error) => {
                 self.app.metrics.upstream_error(error.kind());
-                worker.failed(&error, self.app.limits.worker_rest());
+                // It may be a prefill server's failure, which has been dealt with.
+                if error.worker() == &worker.member.id {
+                    worker.failed(&error, self.app.limits.worker_rest());
+                }
                 Err(error)
             }
         }
+    }
+
+    /// Has an engine of somebody else's begin.
+    async fn ask(
+        &self,
+        part: &Part<'_>,
+        worker: &Arc<Worker>,
+        engine: &Engine,
+        prefill: &[Arc<Worker>],
+        patience: Patience,
+    ) -> Result<Answers, upstream::Error> {
+        let sampling = part.sampling;
+        let max_tokens = self.room(worker).min(self.max_tokens).saturating_sub(sampling.continued).max(1);
+        let (prompt, salt, vocab) = (part.prompt, self.salt.as_str(), self.model.vocab_size());
+        let asked = Asked { prompt, sampling, seed: sampling.seed, max_tokens, salt, vocab };
+        let rest = self.app.limits.worker_rest();
+        let way = Way { worker, prefill, id: &self.id, patience, rest, tasks: &self.app.context.tasks };
+        let (answers, computed) = Answers::open(&way, asked, part.choices).await?;
+        // Whoever has had the prompt is thought to hold it from now on. SGLang's decode servers keep nothing of what was
+        // handed to them.
+        let prompt = &Prompt { tokens: prompt, salt };
+        if let Some(prefill) = &computed {
+            deciding::remember(&self.app.index, prefill, prompt);
+        }
+        if !engine.needs_a_partner() {
+            deciding::remember(&self.app.index, worker, prompt);
+        }
+        Ok(answers)
+    }
+
+    /// Those workers that can do what is asked, and else why none can.
+    fn able(&self, crew: Crew) -> Result<Crew, Error> {
+        let refusal = Cell::new(None);
+        let able = crew.filter(|worker| {
+            let engine = worker.engine.as_ref();
+            let Some(Err(no)) = engine.map(|engine| external::carries(engine, &self.sampling, self.seed_asked)) else {
+                return true;
+            };
+            refusal.set(Some(upstream::Error::Refused {
+                worker: worker.member.id.clone(),
+                message: no.why.to_owned(),
+                field: Some(no.field),
+            }));
+            false
+        });
+        match refusal.take() {
+            Some(refusal) if able.is_empty() => Err(refusal.into()),
+            _ => Ok(able),
+        }
+    }
+
+    /// Whether another worker of its kind could go on with an answer of so many tokens that `lost` wrote.
+    pub(crate) fn may_go_on(&self, lost: &Worker, said: usize) -> bool {
+        let sampling = || Sampling { continued: said as u32, ..self.sampling.clone() };
+        lost.engine.as_ref().is_none_or(|engine| external::carries(engine, &sampling(), self.seed_asked).is_ok())
     }
 
     fn told(&self, error: &upstream::Error, again: bool, what: &str) {

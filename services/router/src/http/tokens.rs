@@ -172,7 +172,8 @@ impl Tokens {
         if rest.is_empty() {
             return Ok(());
         }
-        let go_on = error.retry() == Retry::Elsewhere && self.moves_left > 0 && app.may_try_again();
+        let able = rest.iter().all(|&ours| self.call.may_go_on(&lost, self.choices[ours].said.len()));
+        let go_on = able && error.retry() == Retry::Elsewhere && self.moves_left > 0 && app.may_try_again();
         warn!(worker = %lost.member.id, error = chain(&error), go_on, "an answer broke off");
         if !go_on {
             return Err(error.into());
