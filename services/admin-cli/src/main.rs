@@ -13,6 +13,7 @@ mod cli;
 mod gather;
 mod judge;
 mod kv;
+mod planner;
 mod probe;
 mod render;
 mod report;
@@ -61,6 +62,12 @@ fn answer(cli: &Cli, etcd: kvasir_cluster::EtcdConfig) -> anyhow::Result<String>
             route::run(command, &view, cli.timeout(), cli.output).await
         });
     }
+    if let Command::Planner = &cli.command {
+        return runtime.block_on(async {
+            let view = gather::view(etcd).await?;
+            planner::run(&view, cli.timeout(), cli.output).await
+        });
+    }
     if let Command::Worker(command) = &cli.command {
         return runtime.block_on(async {
             let view = gather::view(etcd).await?;
@@ -77,6 +84,8 @@ fn answer(cli: &Cli, etcd: kvasir_cluster::EtcdConfig) -> anyhow::Result<String>
         (Output::Json, Command::Status) => render::json(&report),
         (Output::Json, Command::Workers) => render::json(&report.workers()),
         (Output::Json, Command::Models) => render::json(&report.models),
-        (_, Command::Kv(_) | Command::Route(_) | Command::Worker(_)) => unreachable!("answered above"),
+        (_, Command::Kv(_) | Command::Route(_) | Command::Worker(_) | Command::Planner) => {
+            unreachable!("answered above")
+        }
     })
 }
