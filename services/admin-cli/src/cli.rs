@@ -51,6 +51,8 @@ pub(crate) enum Command {
     /// What a worker works as: moving it between prefill and decode while it runs, pinning it
     #[command(subcommand)]
     Worker(WorkerCommand),
+    /// Whether there are enough prefill and decode workers for what is asked, and what the routers' planner does about it
+    Planner,
     /// How routers choose workers: by which policy, and why a request goes where it goes
     #[command(subcommand)]
     Route(RouteCommand),
@@ -113,6 +115,7 @@ const EXAMPLES: &str = "Examples:
   kvasirctl kv evict --tenant acme
   kvasirctl route explain --chat request.json        where that request would go, and why
   kvasirctl route policy least-loaded
+  kvasirctl planner                                  what TTFT and TPOT are expected, and with which split
   kvasirctl worker role decode-3 prefill --pin       it reads prompts from now on, and no planner changes that
   KVASIR_ETCD=10.0.0.5:2379 kvasirctl status --timeout 500
 

@@ -13,6 +13,7 @@ mod cli;
 mod gather;
 mod judge;
 mod kv;
+mod planner;
 mod probe;
 mod render;
 mod report;
@@ -71,6 +72,12 @@ fn answer(cli: &Cli, etcd: kvasir_cluster::EtcdConfig, rpc: &kvasir_rpc::Config)
             route::run(command, &view, cli.timeout(), cli.output).await
         });
     }
+    if let Command::Planner = &cli.command {
+        return runtime.block_on(async {
+            let view = gather::view(etcd).await?;
+            planner::run(&view, cli.timeout(), cli.output).await
+        });
+    }
     if let Command::Worker(command) = &cli.command {
         return runtime.block_on(async {
             let view = gather::view(etcd).await?;
@@ -87,6 +94,8 @@ fn answer(cli: &Cli, etcd: kvasir_cluster::EtcdConfig, rpc: &kvasir_rpc::Config)
         (Output::Json, Command::Status) => render::json(&report),
         (Output::Json, Command::Workers) => render::json(&report.workers()),
         (Output::Json, Command::Models) => render::json(&report.models),
-        (_, Command::Kv(_) | Command::Route(_) | Command::Worker(_)) => unreachable!("answered above"),
+        (_, Command::Kv(_) | Command::Route(_) | Command::Worker(_) | Command::Planner) => {
+            unreachable!("answered above")
+        }
     })
 }

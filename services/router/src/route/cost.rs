@@ -8,13 +8,22 @@
 //!             (and, should it have no room, what a place takes to become free)
 //! ```
 //!
-//! A speed that was not measured yet is taken to be the mean of those that were, or else a guess. The decode worker may also
-//! compute the rest itself ([`Cost::local`]): then nothing is moved, and all that run there wait meanwhile.
+//! What would miss the model's targets (`slo`) costs more: every second after the time for the first token counts as
+//! [`LATE`], and so does what an answer of 128 tokens takes longer than it should.
+//!
+//! A speed that was not measured yet is taken to be the mean of those that were, or else a guess; prompts' speeds that are not
+//! far from the mean are, too. The decode worker may also compute the rest itself ([`Cost::local`]): then nothing is moved,
+//! and all that run there wait meanwhile.
 
 use super::{Ask, Decision, DecodeOption, Pool, PrefillOption};
 
 /// Prompt tokens in a second, before any worker has measured it: as the workers' own guess has it.
 const GUESSED_PREFILL: f32 = 2000.0;
+/// Prefill workers whose speeds are within this factor of the mean are taken to be equally fast: what a worker measured lately
+/// depends on its last few prompts (of a long one each token takes longer) more than on the worker. Taken at its word, a
+/// worker that happened to have short prompts looks worth waiting for, and the mean time to the first token is a tenth longer
+/// (the recorded conversations in kvasir-simulate, 16 + 16 equal workers).
+const ALIKE: f32 = 1.5;
 /// From one token of an answer to its next, before any worker has measured it.
 const GUESSED_STEP: f32 = 0.02;
 /// Bytes handed over in a second, before any worker has measured it.
@@ -24,6 +33,10 @@ const GUESSED_HANDOFF: f32 = 1e9;
 const STEPS_PER_REQUEST: f32 = 8.0;
 /// For room to become free at a decode worker that has none, in steps: half an answer of 128 tokens.
 const STEPS_WITHOUT_ROOM: f32 = 64.0;
+/// Seconds too late, beside others.
+const LATE: f32 = 3.0;
+/// Tokens of an answer.
+const ANSWER: f32 = 128.0;
 /// Handing a prompt over at all: two calls and a grant.
 const HANDOFF_SECONDS: f32 = 0.001;
 /// A decode worker that has part of a prompt may be asked to compute up to so many tokens of the rest, though it would
@@ -39,16 +52,25 @@ pub struct Cost {
     pub wait: f32,
     /// Moving blocks.
     pub transfer: f32,
-    /// The decode worker's load.
+    /// The decode worker's load, and what its answers would be late.
     pub decode: f32,
+    /// What the first token would be late.
+    pub late: f32,
     /// The decode worker computes the rest itself.
     pub local: bool,
 }
 
 impl Cost {
+    /// With what it would be late.
+    fn judged(self, ask: &Ask) -> Self {
+        let first = self.compute + self.wait + self.transfer;
+        let late = if ask.ttft > 0.0 { (first - ask.ttft).max(0.0) * LATE } else { 0.0 };
+        Self { late, ..self }
+    }
+
     /// All of it.
     pub fn total(&self) -> f32 {
-        self.compute + self.wait + self.transfer + self.decode
+        self.compute + self.wait + self.transfer + self.decode + self.late
     }
 }
 
@@ -104,17 +126,24 @@ fn or(measured: f32, default: f32) -> f32 {
     if measured > 0.0 && measured.is_finite() { measured } else { default }
 }
 
+/// The same; what is near the default is the default.
+fn alike(measured: f32, default: f32) -> f32 {
+    let speed = or(measured, default);
+    if speed <= default * ALIKE && speed * ALIKE >= default { default } else { speed }
+}
+
 /// The decode worker's part, whoever computes the prompt.
 pub(super) fn decode_seconds(ask: &Ask, option: &DecodeOption, defaults: &Defaults) -> f32 {
     let step = or(option.speed.step_seconds, defaults.step);
     let lacking = (ask.prompt_tokens as u64).saturating_sub(option.cached_tokens.into());
     let full = option.room_tokens.is_some_and(|room| room < lacking);
-    step * (option.load.requests as f32 * STEPS_PER_REQUEST + if full { STEPS_WITHOUT_ROOM } else { 0.0 })
+    let slow = if ask.tpot > 0.0 { (option.next_step - ask.tpot).max(0.0) * ANSWER * LATE } else { 0.0 };
+    slow + step * (option.load.requests as f32 * STEPS_PER_REQUEST + if full { STEPS_WITHOUT_ROOM } else { 0.0 })
 }
 
 /// What comes before answering if this prefill worker is proposed to a decode worker that has `there` tokens.
 pub(super) fn remote(ask: &Ask, prefill: &PrefillOption, there: u32, defaults: &Defaults) -> Cost {
-    let speed = or(prefill.speed.prefill_tokens_per_second, defaults.prefill);
+    let speed = alike(prefill.speed.prefill_tokens_per_second, defaults.prefill);
     let bandwidth = or(prefill.speed.handoff_bytes_per_second, defaults.handoff);
     let prompt = ask.prompt_tokens as f32;
     let (here, there) = (usable(ask, prefill.cached_tokens), usable(ask, there));
@@ -125,9 +154,9 @@ pub(super) fn remote(ask: &Ask, prefill: &PrefillOption, there: u32, defaults: &
         compute: (prompt - (had + stored) as f32) / speed,
         wait: prefill.load.tokens as f32 / speed,
         transfer: HANDOFF_SECONDS + moved * ask.token_bytes as f32 / bandwidth,
-        decode: 0.0,
-        local: false,
+        ..Cost::default()
     }
+    .judged(ask)
 }
 
 /// The same if the decode worker computes the rest itself, and whether it may be asked to: it has little left, or nobody
@@ -141,14 +170,10 @@ pub(super) fn local(ask: &Ask, option: &DecodeOption, paired: bool, defaults: &D
     }
     let speed = or(option.speed.prefill_tokens_per_second, defaults.prefill);
     let compute = left as f32 / speed;
-    Some(Cost {
-        // Those that are answered there wait as long.
-        compute: compute * (1.0 + option.load.requests as f32),
-        wait: option.prefilling_tokens as f32 / speed,
-        transfer: 0.0,
-        decode: 0.0,
-        local: true,
-    })
+    let wait = option.prefilling_tokens as f32 / speed;
+    let alone = Cost { compute, wait, local: true, ..Cost::default() }.judged(ask);
+    // Those that are answered there wait as long.
+    Some(Cost { compute: compute * (1.0 + option.load.requests as f32), ..alone })
 }
 
 /// The chosen pair, then the cheapest other ones, at most `limit` in all: the best of each decode worker. For people: it looks

@@ -18,8 +18,16 @@ fn pools() -> impl Strategy<Value = Pool> {
     let pairings = prop::collection::vec(prop::collection::vec(any::<bool>(), 6), 3);
     (prefill, decode, pairings).prop_map(|(prefill, decode, pairings)| {
         let option = |(key, (tokens, cached_tokens, speed, pairing)): (usize, (u64, u32, Speed, usize))| {
-            let key = key as u64;
-            DecodeOption { key, load: load(tokens), cached_tokens, speed, pairing, ..DecodeOption::default() }
+            let (key, next_step) = (key as u64, (tokens % 7) as f32 / 50.0);
+            DecodeOption {
+                key,
+                load: load(tokens),
+                cached_tokens,
+                speed,
+                pairing,
+                next_step,
+                ..DecodeOption::default()
+            }
         };
         let pairings = pairings.into_iter().map(|fits| (0..prefill.len()).filter(|&at| fits[at]).collect());
         Pool {
@@ -102,7 +110,7 @@ proptest! {
 
     #[test]
     fn kv_aware_takes_no_pair_that_costs_noticeably_more_than_another(pool in pools(), ticket: u64, prompt in 1usize..3000) {
-        let ask = ask(prompt, ticket);
+        let ask = Ask { ttft: 0.05, tpot: 0.06, ..ask(prompt, ticket) };
         let Some(decision) = KvAware.decide(&ask, &pool) else { return Ok(()) };
         // Every pair, one by one.
         let all = candidates(&ask, &pool, &decision, usize::MAX);
@@ -210,6 +218,29 @@ fn what_is_stored_is_cheaper_than_what_is_computed() {
     };
     assert!(cost(1600).total() < cost(0).total() / 3.0);
     assert!(cost(1600).transfer > cost(0).transfer);
+}
+
+#[test]
+fn targets_weigh_more_than_caches() {
+    let mut pool = even(1, 2);
+    pool.decode[0].cached_tokens = 64;
+    pool.decode[0].next_step = 0.08;
+    pool.decode[1].next_step = 0.02;
+    let ask = ask(128, 0);
+    let goes = |ask: &Ask, pool: &Pool| KvAware.decide(ask, pool).unwrap();
+    assert_eq!(goes(&ask, &pool).decode, 0, "it has half of the prompt");
+    assert_eq!(goes(&Ask { tpot: 0.1, ..ask }, &pool).decode, 0, "and is fast enough");
+    assert_eq!(goes(&Ask { tpot: 0.05, ..ask }, &pool).decode, 1, "it is not");
+    // A prefill worker that holds the prompt, but would have the first token late.
+    let mut pool = even(2, 1);
+    pool.prefill[0] =
+        PrefillOption { cached_tokens: 2000, load: Load { tokens: 1500, requests: 1 }, ..pool.prefill[0] };
+    let ask = Ask { prompt_tokens: 2400, ..ask };
+    assert_eq!(goes(&ask, &pool).prefill[0], 0);
+    let tight = Ask { ttft: 0.5, ..ask };
+    let late = candidates(&tight, &pool, &goes(&tight, &pool), 1)[0].cost.late;
+    assert!(late > 0.0, "both would be late, the first one by less");
+    assert_eq!(goes(&tight, &pool).prefill[0], 0);
 }
 
 #[test]
@@ -374,4 +405,23 @@ fn one_hot_prompt_is_not_sent_to_one_worker_only() {
         cluster.send(&KvAware, 0.0, 7, 2001, ticket);
     }
     assert!(cluster.sent.iter().all(|&sent| (30..90).contains(&sent)), "{:?}", cluster.sent);
+}
+
+#[test]
+fn who_only_looks_faster_is_not_waited_for_and_who_is_faster_by_far_is() {
+    // The first computes a long prompt; its last few prompts went somewhat faster than the others'.
+    let pool = |speeds: [u32; 4]| {
+        let mut pool = even(4, 1);
+        for (option, tokens_per_second) in pool.prefill.iter_mut().zip(speeds) {
+            option.speed = speed((tokens_per_second, 20, 1000));
+        }
+        pool.prefill[0].load = Load { requests: 1, tokens: 2000 };
+        pool
+    };
+    let first = |speeds| KvAware.decide(&ask(20_000, 0), &pool(speeds)).unwrap().prefill[0];
+    assert_ne!(first([5000, 4000, 4000, 4000]), 0);
+    assert_eq!(first([16_000, 4000, 4000, 4000]), 0);
+    // One that is slower by far is left alone though it has nothing to do.
+    let slow = KvAware.decide(&ask(20_000, 0), &pool([4000, 500, 500, 4000])).unwrap().prefill;
+    assert_eq!(slow[0], 3);
 }
