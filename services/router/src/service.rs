@@ -131,6 +131,7 @@ fn member(id: MemberId, http: String, admin: String) -> Member {
         model: None,
         segment: None,
         store: None,
+        engine: None,
         draining: false,
         duty: kvasir_cluster::Duty::default(),
     }
@@ -179,7 +180,7 @@ fn watch_members(
     };
     let mut known = directory.known();
     let now = Arc::clone(&view.borrow_and_update());
-    directory.follow(std::iter::empty());
+    directory.follow(&now);
     let (sender, receiver) = watch::channel(build(&now, &Engines::default(), &Fleet::default()));
     let watching = async move {
         loop {
@@ -192,7 +193,7 @@ fn watch_members(
                 break;
             }
             let now = Arc::clone(&view.borrow_and_update());
-            directory.follow(std::iter::empty());
+            directory.follow(&now);
             let engines = Arc::clone(&known.borrow_and_update());
             let previous = Arc::clone(&sender.borrow());
             sender.send_replace(build(&now, &engines, &previous));

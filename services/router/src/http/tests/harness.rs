@@ -290,6 +290,7 @@ impl Cluster {
             }),
             segment: None,
             store: None,
+            engine: None,
             draining: false,
             duty: kvasir_cluster::Duty::default(),
         }
