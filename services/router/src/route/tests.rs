@@ -375,3 +375,22 @@ fn one_hot_prompt_is_not_sent_to_one_worker_only() {
     }
     assert!(cluster.sent.iter().all(|&sent| (30..90).contains(&sent)), "{:?}", cluster.sent);
 }
+
+#[test]
+fn who_only_looks_faster_is_not_waited_for_and_who_is_faster_by_far_is() {
+    // The first computes a long prompt; its last few prompts went somewhat faster than the others'.
+    let pool = |speeds: [u32; 4]| {
+        let mut pool = even(4, 1);
+        for (option, tokens_per_second) in pool.prefill.iter_mut().zip(speeds) {
+            option.speed = speed((tokens_per_second, 20, 1000));
+        }
+        pool.prefill[0].load = Load { requests: 1, tokens: 2000 };
+        pool
+    };
+    let first = |speeds| KvAware.decide(&ask(20_000, 0), &pool(speeds)).unwrap().prefill[0];
+    assert_ne!(first([5000, 4000, 4000, 4000]), 0);
+    assert_eq!(first([16_000, 4000, 4000, 4000]), 0);
+    // One that is slower by far is left alone though it has nothing to do.
+    let slow = KvAware.decide(&ask(20_000, 0), &pool([4000, 500, 500, 4000])).unwrap().prefill;
+    assert_eq!(slow[0], 3);
+}

@@ -8,13 +8,14 @@
 //! ours, in front of its own simulated worker.
 //!
 //! More rows: a [`Load`](plan::Load) for what all routers are given, with its row in [`goals`]; or a function beside
-//! [`hold::run`] for what only ours does.
+//! [`hold::run`] for what only ours does. How good our choices of workers are, [`simulated`] tells, without a clock.
 
 mod goals;
 mod hold;
 mod load;
 mod plan;
 mod sides;
+mod simulated;
 pub mod worker;
 
 use std::{
@@ -86,6 +87,7 @@ pub async fn run(options: &Options) -> Result<Report> {
     goals::rows(&found).into_iter().for_each(|row| report.push(row));
     let held = hold::run(&routers[&Side::Ours], options.smoke).await?;
     held.into_iter().for_each(|row| report.push(row));
+    simulated::rows()?.into_iter().for_each(|row| report.push(row));
     println!("{:>4} s  done", started.elapsed().as_secs());
     Ok(report)
 }
