@@ -14,6 +14,7 @@ mod engine;
 mod gather;
 mod judge;
 mod kv;
+mod planner;
 mod probe;
 mod render;
 mod report;
@@ -62,6 +63,12 @@ fn answer(cli: &Cli, etcd: kvasir_cluster::EtcdConfig) -> anyhow::Result<String>
             route::run(command, &view, cli.timeout(), cli.output).await
         });
     }
+    if let Command::Planner = &cli.command {
+        return runtime.block_on(async {
+            let view = gather::view(etcd).await?;
+            planner::run(&view, cli.timeout(), cli.output).await
+        });
+    }
     if let Command::Worker(command) = &cli.command {
         return runtime.block_on(async {
             let view = gather::view(etcd).await?;
@@ -81,7 +88,7 @@ fn answer(cli: &Cli, etcd: kvasir_cluster::EtcdConfig) -> anyhow::Result<String>
         (Output::Json, Command::Status) => render::json(&report),
         (Output::Json, Command::Workers) => render::json(&report.workers()),
         (Output::Json, Command::Models) => render::json(&report.models),
-        (_, Command::Kv(_) | Command::Engine(_) | Command::Route(_) | Command::Worker(_)) => {
+        (_, Command::Kv(_) | Command::Engine(_) | Command::Route(_) | Command::Worker(_) | Command::Planner) => {
             unreachable!("answered above")
         }
     })

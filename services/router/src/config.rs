@@ -12,6 +12,7 @@ use crate::{
     admission::AdmissionConfig,
     external::{ExternalConfig, ExternalError},
     http::TlsConfig,
+    planner::PlannerConfig,
     retry::RetryConfig,
     route::PolicyName,
     upstream::Patience,
@@ -54,6 +55,8 @@ pub struct Config {
     pub access: AccessConfig,
     /// How many requests workers get, and who waits.
     pub admission: AdmissionConfig,
+    /// Which workers read prompts and which write answers.
+    pub planner: PlannerConfig,
     /// Engines of others (vLLM, SGLang) that are used as workers.
     pub external: ExternalConfig,
 }
@@ -75,6 +78,25 @@ pub struct ModelConfig {
     /// `</think>`), `none`.
     #[serde(default)]
     pub reasoning_parser: ReasoningParser,
+    /// How fast its clients should be answered.
+    #[serde(default)]
+    pub slo: Slo,
+}
+
+/// How fast clients should be answered: what requests are placed, and workers are moved, to keep.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Slo {
+    /// To the first token, in milliseconds. Default 2000.
+    pub ttft_ms: f64,
+    /// From one token to the next, in milliseconds. Default 100.
+    pub tpot_ms: f64,
+}
+
+impl Default for Slo {
+    fn default() -> Self {
+        Self { ttft_ms: 2_000.0, tpot_ms: 100.0 }
+    }
 }
 
 /// How a model writes tool calls.
@@ -116,6 +138,7 @@ impl ModelConfig {
             path: path.into(),
             tool_parser: ToolParser::default(),
             reasoning_parser: ReasoningParser::default(),
+            slo: Slo::default(),
         }
     }
 }
@@ -175,6 +198,7 @@ impl Default for Config {
             tls: TlsConfig::default(),
             access: AccessConfig::default(),
             admission: AdmissionConfig::default(),
+            planner: PlannerConfig::default(),
             external: ExternalConfig::default(),
         }
     }
@@ -212,6 +236,9 @@ pub enum Error {
     /// Two models of one name.
     #[error("models: two are named {0:?}")]
     Twice(String),
+    /// A target that nobody can meet.
+    #[error("models[{0}].slo.{1}: must be above 0")]
+    Slo(usize, &'static str),
     /// A limit of zero.
     #[error("{0}: must be at least 1")]
     Zero(&'static str),
@@ -230,6 +257,11 @@ impl Config {
             if model.name.is_empty() {
                 return Err(Error::Unnamed(at));
             }
+            for (name, value) in [("ttft_ms", model.slo.ttft_ms), ("tpot_ms", model.slo.tpot_ms)] {
+                if !(value.is_finite() && value > 0.0) {
+                    return Err(Error::Slo(at, name));
+                }
+            }
             if self.models[..at].iter().any(|other| other.name == model.name) {
                 return Err(Error::Twice(model.name.clone()));
             }
@@ -240,6 +272,10 @@ impl Config {
             ("admission.per_worker", admission.per_worker),
             ("admission.offline_percent", admission.offline_percent),
             ("admission.max_wait_ms", admission.max_wait_ms as usize),
+            ("planner.look_ms", self.planner.look_ms as usize),
+            ("planner.votes", self.planner.votes as usize),
+            ("planner.min_prefill", self.planner.min_prefill),
+            ("planner.min_decode", self.planner.min_decode),
         ] {
             if value == 0 {
                 return Err(Error::Zero(name));

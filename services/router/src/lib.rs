@@ -44,7 +44,7 @@ mod upstream;
 
 pub use access::{AccessConfig, KeyConfig, KeysError, TenantConfig};
 pub use admission::AdmissionConfig;
-pub use config::{Config, Limits, ModelConfig};
+pub use config::{Config, Limits, ModelConfig, Slo};
 pub use external::{EngineConfig, EngineKind, EngineRole, ExternalConfig, ExternalError};
 pub use http::{TlsConfig, TlsError};
 pub use retry::RetryConfig;

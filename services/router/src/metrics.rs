@@ -20,6 +20,9 @@
 //! | `kvasir_router_decisions_total` | `policy`, `reason` | requests that were given a worker, second tries too, and what decided |
 //! | `kvasir_router_decision_seconds` | | for one decision, finding out who holds what included |
 //! | `kvasir_router_predicted_cached_tokens_total` | | tokens of prompts that the chosen workers were thought to hold; beside `…_cached_tokens_total` |
+//! | `kvasir_router_slo_total` | `target`, `met` | answers whose first token (`ttft`), whose tokens on average (`tpot`) came in time, `yes` or `no` |
+//! | `kvasir_router_plans` | | 1 while this router is the one that plans |
+//! | `kvasir_router_worker_moves_total` | `to` | workers that it moved |
 //! | `kvasir_router_indexed_blocks`, `…_indexed_holdings` | | blocks that some worker is known to hold; the same, once for each worker |
 //! | `kvasir_router_feeds_connected` | | workers that tell what they hold |
 //! | `kvasir_router_feed_resyncs_total` | `cause` | times a worker's cache was learned anew: `gap` (changes were lost), `reconnect` |
@@ -30,11 +33,13 @@ use std::{
 };
 
 use kvasir_runtime::metrics::{Counter, Family, Gauge, Histogram, LATENCY_SECONDS, Metrics as Page};
+use kvasir_types::Role;
 
 use crate::{
     access::Unknown,
     admission::Gates,
     cache::Index,
+    config::Slo,
     route::{PolicyName, Reason},
 };
 
@@ -96,6 +101,39 @@ impl Drop for Connected {
     }
 }
 
+/// What the planner counts. Cheap to clone.
+#[derive(Clone)]
+pub(crate) struct PlannerMetrics {
+    leads: Gauge,
+    moves: Family<[(&'static str, &'static str); 1], Counter>,
+}
+
+impl PlannerMetrics {
+    /// Registers them.
+    pub(crate) fn new(page: &Page) -> Self {
+        let metrics = Self {
+            leads: page.gauge("kvasir_router_plans", "1 while this router is the one that plans"),
+            moves: page
+                .counters("kvasir_router_worker_moves", "Workers that this router moved, by what they work as since"),
+        };
+        for to in ["prefill", "decode"] {
+            metrics.moves.get_or_create(&[("to", to)]).inc_by(0);
+        }
+        metrics
+    }
+
+    /// Whether this router plans.
+    pub(crate) fn leads(&self, leads: bool) {
+        self.leads.set(i64::from(leads));
+    }
+
+    /// It moved a worker.
+    pub(crate) fn moved(&self, to: Role) {
+        let to = if to == Role::Prefill { "prefill" } else { "decode" };
+        self.moves.get_or_create(&[("to", to)]).inc();
+    }
+}
+
 /// The router's metrics. Cheap to clone.
 #[derive(Clone)]
 pub(crate) struct Metrics {
@@ -117,6 +155,7 @@ pub(crate) struct Metrics {
     prompt_tokens: Counter,
     cached_tokens: Counter,
     output_tokens: Counter,
+    slo: Family<[(&'static str, &'static str); 2], Counter>,
     /// Set by the task that watches the members.
     pub(crate) decode_workers: Gauge,
 }
@@ -154,6 +193,7 @@ impl Metrics {
             prompt_tokens: page.counter("kvasir_router_prompt_tokens", "Tokens of prompts"),
             cached_tokens: page.counter("kvasir_router_cached_tokens", "Tokens of prompts that were not computed"),
             output_tokens: page.counter("kvasir_router_output_tokens", "Tokens of answers"),
+            slo: page.counters("kvasir_router_slo", "Answers that kept a target, or did not"),
             decode_workers: page.gauge("kvasir_router_decode_workers", "Decode workers that may be chosen"),
         }
     }
@@ -223,6 +263,10 @@ impl Metrics {
         self.second_tries.get_or_create(&[("allowed", if allowed { "yes" } else { "no" })]).inc();
     }
 
+    fn in_time(&self, target: &'static str, met: bool) {
+        self.slo.get_or_create(&[("target", target), ("met", if met { "yes" } else { "no" })]).inc();
+    }
+
     /// An answer went on elsewhere, so long after its worker failed.
     pub(crate) fn moved(&self, pause: Duration) {
         self.moved.observe(pause.as_secs_f64());
@@ -243,11 +287,14 @@ pub(crate) struct Inflight {
 
 impl Inflight {
     /// Its answer, of so many choices, has begun: the first token is here.
-    pub(crate) fn begun(self, prompt_tokens: usize, choices: usize) -> Progress {
+    pub(crate) fn begun(self, prompt_tokens: usize, choices: usize, slo: Slo) -> Progress {
         let now = Instant::now();
-        self.metrics.ttft.observe((now - self.start).as_secs_f64());
+        let ttft = (now - self.start).as_secs_f64();
+        self.metrics.ttft.observe(ttft);
+        self.metrics.in_time("ttft", ttft * 1e3 <= slo.ttft_ms);
         self.metrics.prompt_tokens.inc_by(prompt_tokens as u64);
-        Progress { inflight: self, last: vec![None; choices], outcome: "cancelled" }
+        let tpot = TokenTime { target: Duration::from_secs_f64(slo.tpot_ms / 1e3), ..TokenTime::default() };
+        Progress { inflight: self, last: vec![None; choices], tpot, outcome: "cancelled" }
     }
 }
 
@@ -262,7 +309,16 @@ pub(crate) struct Progress {
     inflight: Inflight,
     /// When each choice had its last token.
     last: Vec<Option<Instant>>,
+    tpot: TokenTime,
     outcome: &'static str,
+}
+
+/// How long an answer's tokens took, all choices together.
+#[derive(Default)]
+struct TokenTime {
+    target: Duration,
+    gaps: u32,
+    time: Duration,
 }
 
 impl Progress {
@@ -271,6 +327,8 @@ impl Progress {
         let (now, metrics) = (Instant::now(), &self.inflight.metrics);
         if let Some(last) = self.last[choice].replace(now) {
             metrics.inter_token.observe((now - last).as_secs_f64());
+            self.tpot.gaps += 1;
+            self.tpot.time += now - last;
         }
         metrics.output_tokens.inc();
     }
@@ -291,6 +349,10 @@ impl Drop for Progress {
     fn drop(&mut self) {
         let metrics = &self.inflight.metrics;
         metrics.request.observe(self.inflight.start.elapsed().as_secs_f64());
+        let TokenTime { target, gaps, time } = self.tpot;
+        if gaps > 0 {
+            metrics.in_time("tpot", time <= target * gaps);
+        }
         metrics.answers.get_or_create(&[("outcome", self.outcome)]).inc();
     }
 }

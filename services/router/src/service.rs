@@ -17,7 +17,8 @@ use crate::{
     external::{Directory, Engines},
     fleet::{Crew, Fleet, Misfit},
     http::{self, App, Server},
-    metrics::{CacheMetrics, Metrics},
+    metrics::{CacheMetrics, Metrics, PlannerMetrics},
+    planner::{self, Board, Lead},
     text::Model,
 };
 
@@ -76,7 +77,18 @@ pub async fn run(config: Config, context: Context, registry: Arc<dyn Registry>) 
     let (fleet, watcher) =
         watch_members(registry.view(), directory, models.clone(), followers, metrics.clone(), context.clone());
     context.tasks.spawn(Kind::Critical, "members", watcher);
-    let parts = http::Parts { models, fleet, index, keys: keyring, gates, metrics, context: context.clone() };
+    let board = Arc::new(Board::new(config.planner.mode));
+    let lead = Lead::new(planner::Parts {
+        id: id.clone(),
+        config: config.planner.clone(),
+        targets: config.models.iter().map(|model| (model.name.clone(), model.slo)).collect(),
+        registry: Arc::clone(&registry),
+        fleet: fleet.clone(),
+        gates: Arc::clone(&gates),
+        board: Arc::clone(&board),
+        metrics: PlannerMetrics::new(&context.metrics),
+    });
+    let parts = http::Parts { models, fleet, index, keys: keyring, gates, board, metrics, context: context.clone() };
     let app = Arc::new(App::new(&config, parts));
     operators.open(Arc::clone(&app));
     let http = listening.advertised;
@@ -84,6 +96,16 @@ pub async fn run(config: Config, context: Context, registry: Arc<dyn Registry>) 
 
     let member = member(id, http, admin);
     registry.register(member.clone()).await.context("registration")?;
+    context.tasks.spawn(Kind::Critical, "planner", {
+        let leaving = context.shutdown.clone();
+        async move {
+            tokio::select! {
+                () = lead.run() => {}
+                () = leaving.wait() => {}
+            }
+            Ok(())
+        }
+    });
     let grace = Duration::from_millis(config.shutdown.grace_ms);
     if let Some(path) = &config.port_file {
         // Connections are accepted from here on: the listener has its queue.

@@ -15,7 +15,7 @@ use kvasir_tests::{
     workspace,
 };
 use kvasir_types::PROTOCOL_VERSION;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::{
     ctl::ctl,
@@ -196,6 +196,101 @@ async fn a_change_while_etcd_is_away_is_known_once_it_is_back_and_a_restart_brin
             cluster.node_mut(Service::Decode, 1).process.kill();
             cluster.restart(Service::Decode, 1).await?;
             goes(&client, &model, &["decode-1"], &["prefill-0"]).await
+        })
+        .await
+}
+
+/// How many workers write answers.
+async fn writers(cluster: &Cluster) -> Result<usize> {
+    let workers = cluster.nodes().iter().filter(|node| node.service.is_worker());
+    let statuses = future::try_join_all(workers.map(|node| node.status())).await?;
+    Ok(statuses.iter().filter(|status| status.works_as == "decode").count())
+}
+
+/// Asks, at `STREAMS` a time, until so many workers write; every answer must come.
+async fn until_writers(cluster: &Cluster, wanted: usize, question: impl Fn(usize) -> Value) -> Result<()> {
+    let client = cluster.client();
+    let (over, asked) = (AtomicBool::new(false), AtomicUsize::new(0));
+    let load = stream::iter(0..STREAMS).map(async |_| {
+        while !over.load(Relaxed) {
+            client.chat(&question(asked.fetch_add(1, Relaxed))).await?;
+        }
+        anyhow::Ok(())
+    });
+    let load = load.buffer_unordered(STREAMS).collect::<Vec<_>>();
+    let there = async {
+        let there = wait::until("the planner moves workers", 2 * SOON, async || {
+            (writers(cluster).await.ok()? == wanted).then_some(())
+        });
+        let there = there.await;
+        over.store(true, Relaxed);
+        there
+    };
+    let (answers, there) = future::join(load, there).await;
+    answers.into_iter().collect::<Result<Vec<_>>>()?;
+    let page = cluster.node(Service::Router, 0).admin_page("/planner").await?.1;
+    there.with_context(|| format!("{} write, not {wanted}: {page}", asked.load(Relaxed)))
+}
+
+#[tokio::test]
+async fn the_planner_follows_the_mix_and_another_router_plans_when_it_is_killed() -> Result<()> {
+    Cluster::builder()
+        .routers(2)
+        .decode(3)
+        .kv_store(0)
+        .worker("engine.threads", 1)
+        .set(Service::Prefill, "pinned", true)
+        .set(Service::Decode, "decode.local_prefill_tokens", 0)
+        .set(Service::Router, "registry.etcd.lease_ttl_s", 2)
+        .set(Service::Router, "planner.mode", "act")
+        .set(Service::Router, "planner.look_ms", 500)
+        .set(Service::Router, "planner.votes", 2)
+        .set(Service::Router, "planner.pause_ms", 2_000)
+        .set(Service::Router, "planner.strained_percent", 20)
+        .set(
+            Service::Router,
+            "models",
+            json!([{"name": "demo", "path": workspace::demo_model(), "slo": {"ttft_ms": 20.0, "tpot_ms": 4.0}}]),
+        )
+        .run(async |cluster| {
+            let model = cluster.model().to_owned();
+            // Long prompts, each another one, and next to no answers.
+            let reading = |at: usize| {
+                let mut body = chat(&model, &format!("{at} {}", long(500)));
+                body["max_tokens"] = 2.into();
+                body
+            };
+            until_writers(cluster, 1, reading).await?;
+            let told = ctl(cluster, &["planner"])?;
+            ensure!(told.contains("mode act") && told.contains("moved decode-"), "{told}");
+
+            // Short prompts, long answers.
+            let writing = |at: usize| {
+                let mut body = chat(&model, &format!("{at}"));
+                body["max_tokens"] = 200.into();
+                body["ignore_eos"] = true.into();
+                body
+            };
+            until_writers(cluster, 3, writing).await?;
+            ensure!(cluster.node(Service::Prefill, 0).status().await?.works_as == "prefill", "it is pinned");
+
+            // The planner dies: another router plans, in a later term.
+            let page: Value = serde_json::from_str(&ctl(cluster, &["planner", "--output", "json"])?)?;
+            let (leader, term) =
+                (page["leader"]["router"].as_str().context("a leader")?.to_owned(), page["leader"]["term"].as_u64());
+            let first = usize::from(leader != "router-0");
+            ensure!(cluster.node(Service::Router, first).id() == leader, "{page}");
+            cluster.node_mut(Service::Router, first).process.kill();
+            let other = cluster.node(Service::Router, 1 - first);
+            wait::until("the other router plans", SOON, async || {
+                let page: Value = serde_json::from_str(&other.admin_page("/planner").await.ok()?.1).ok()?;
+                let plans = page["leader"]["here"] == true && page["leader"]["term"].as_u64() > term;
+                plans.then_some(())
+            })
+            .await?;
+            let moved = other.metrics().await?.sum("kvasir_router_plans");
+            ensure!(moved == 1.0, "it says so in its metrics, too");
+            cluster.restart(Service::Router, first).await
         })
         .await
 }

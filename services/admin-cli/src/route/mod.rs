@@ -84,6 +84,8 @@ pub(crate) struct Candidate {
     pub(crate) wait_ms: f32,
     pub(crate) transfer_ms: f32,
     pub(crate) decode_ms: f32,
+    #[serde(default)]
+    pub(crate) late_ms: f32,
 }
 
 /// A router and its policy, or why it did not say.

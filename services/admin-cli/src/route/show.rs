@@ -31,9 +31,10 @@ pub(crate) fn explanation(told: &Explanation) -> String {
             ms(one.wait_ms),
             ms(one.transfer_ms),
             ms(one.decode_ms),
+            ms(one.late_ms),
         ]
     });
-    let columns = ["DECODE", "PREFILL", "CACHED", "TOTAL ms", "COMPUTE", "WAIT", "TRANSFER", "LOAD"];
+    let columns = ["DECODE", "PREFILL", "CACHED", "TOTAL ms", "COMPUTE", "WAIT", "TRANSFER", "LOAD", "LATE"];
     text + &table(&columns, rows)
 }
 
@@ -70,6 +71,7 @@ mod tests {
             wait_ms: total_ms / 4.0,
             transfer_ms: total_ms / 4.0,
             decode_ms: 0.0,
+            late_ms: 0.0,
         };
         let told = Explanation {
             router: "router-0".into(),
@@ -88,9 +90,9 @@ mod tests {
         router-0 chooses by kv-aware: decode decode-1, prefill prefill-1, then prefill-0
         because of cache: 1600 of 2000 prompt tokens are held there
 
-        DECODE    PREFILL    CACHED  TOTAL ms  COMPUTE  WAIT    TRANSFER  LOAD
-        decode-1  prefill-1  1600    52.000    26.000   13.000  13.000    0.000
-        decode-0  itself     0       208.250   104.125  52.062  52.062    0.000
+        DECODE    PREFILL    CACHED  TOTAL ms  COMPUTE  WAIT    TRANSFER  LOAD   LATE
+        decode-1  prefill-1  1600    52.000    26.000   13.000  13.000    0.000  0.000
+        decode-0  itself     0       208.250   104.125  52.062  52.062    0.000  0.000
         ");
     }
 

@@ -128,7 +128,7 @@ impl Feed {
         loop {
             let began = Instant::now();
             let Err(error) = self.one_stream(number).await;
-            self.worker.pulse.silent();
+            self.worker.silent();
             self.forget(number).await;
             let worker = &self.worker.member.id;
             if let Error::Status(status) = &error
@@ -164,7 +164,7 @@ impl Feed {
             let message = heard.map_err(Box::new)?.ok_or(Error::Ended)?;
             let again = follow != Follow::default();
             match follow.hear(message)? {
-                Step::Load(load) => self.worker.pulse.told(&load, self.worker.block_tokens()),
+                Step::Load(load) => self.worker.hears(load),
                 Step::Anew(holds) => {
                     if again {
                         self.metrics.resync("gap");

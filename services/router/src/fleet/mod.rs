@@ -15,6 +15,7 @@ use std::{
 };
 
 use kvasir_cluster::{Member, View};
+use kvasir_proto::v1;
 use kvasir_types::{Incarnation, KvLayout, MemberId, ModelFingerprint, PROTOCOL_VERSION, Role};
 use tonic::transport::Channel;
 
@@ -50,13 +51,16 @@ pub(crate) struct Worker {
     channel: OnceLock<Channel>,
     /// Written by requests that have something to say of it, read by all; held for a copy.
     health: Mutex<Health>,
+    /// What it told last. Written by its feed, read by the planner; held for a copy.
+    told: Mutex<Option<v1::WorkerLoad>>,
 }
 
 impl Worker {
     fn new(member: Member, engine: Option<Arc<Engine>>) -> Arc<Self> {
         let key = key_of(member.id.as_str());
         let (pulse, channel, health) = (Pulse::default(), OnceLock::new(), Mutex::default());
-        Arc::new(Self { member, pulse, engine, key, channel, health })
+        let told = Mutex::default();
+        Arc::new(Self { member, pulse, engine, key, channel, health, told })
     }
 
     /// Whether this decode worker may be fed by that prefill worker.
@@ -75,6 +79,23 @@ impl Worker {
         }
         let fresh = upstream::connect(&self.member)?;
         Ok(self.channel.get_or_init(|| fresh).clone())
+    }
+
+    /// It told how busy it is.
+    pub(crate) fn hears(&self, load: v1::WorkerLoad) {
+        self.pulse.told(&load, self.block_tokens());
+        *self.told.lock().unwrap_or_else(PoisonError::into_inner) = Some(load);
+    }
+
+    /// It tells nothing any more.
+    pub(crate) fn silent(&self) {
+        self.pulse.silent();
+        *self.told.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
+    /// What it told last, if it still tells.
+    pub(crate) fn load(&self) -> Option<v1::WorkerLoad> {
+        *self.told.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// It failed: others are preferred to it for a while.
@@ -233,6 +254,12 @@ impl Crew {
         self.roster.prefill.get(at)
     }
 
+    /// All of the model's workers, and what they work as.
+    pub(crate) fn everybody(&self) -> impl Iterator<Item = (&Arc<Worker>, Role)> {
+        let prefill = self.roster.prefill.iter().map(|worker| (worker, Role::Prefill));
+        prefill.chain(self.roster.decode.iter().map(|decode| (&decode.worker, Role::Decode)))
+    }
+
     /// What names of blocks begin with on its workers.
     pub(crate) fn namings(&self) -> &[Naming] {
         &self.roster.namings
@@ -266,6 +293,7 @@ impl Crew {
                 cached_tokens: worker.cached_tokens(blocks),
                 room_tokens: pulse.room_tokens(),
                 local_tokens: pulse.local_tokens(),
+                next_step: pulse.next_step(),
                 speed: pulse.speed(),
                 pairing: *pairing,
             }

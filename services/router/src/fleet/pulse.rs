@@ -52,6 +52,9 @@ pub(crate) struct Pulse {
     prefill_speed: AtomicU32,
     step_seconds: AtomicU32,
     handoff_speed: AtomicU32,
+    /// What a step is predicted to take: so much, and so much for each answer.
+    step_base: AtomicU32,
+    step_each: AtomicU32,
     number: AtomicU32,
 }
 
@@ -72,6 +75,8 @@ impl Default for Pulse {
             prefill_speed: AtomicU32::new(0),
             step_seconds: AtomicU32::new(0),
             handoff_speed: AtomicU32::new(0),
+            step_base: AtomicU32::new(0),
+            step_each: AtomicU32::new(0),
             number: AtomicU32::new(NOBODY),
         }
     }
@@ -194,6 +199,18 @@ impl Pulse {
             step_seconds: read(&self.step_seconds),
             handoff_bytes_per_second: read(&self.handoff_speed),
         }
+    }
+
+    /// What its steps will take, in seconds: so much, and so much for each answer.
+    pub(crate) fn predict(&self, base: f32, each: f32) {
+        self.step_base.store(base.to_bits(), Relaxed);
+        self.step_each.store(each.to_bits(), Relaxed);
+    }
+
+    /// What its steps will take with one answer more, in seconds; 0: not known.
+    pub(super) fn next_step(&self) -> f32 {
+        let [base, each] = [&self.step_base, &self.step_each].map(|place| f32::from_bits(place.load(Relaxed)));
+        if base + each > 0.0 { base + each * (self.decode_load().requests + 1) as f32 } else { 0.0 }
     }
 
     /// Others are preferred to it until then.

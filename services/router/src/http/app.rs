@@ -24,6 +24,7 @@ use crate::{
     config::{Config, Limits},
     fleet::Fleet,
     metrics::{Inflight, Metrics},
+    planner::Board,
     retry::{Purse, RetryConfig},
     route::Ask,
     text::Model,
@@ -55,6 +56,8 @@ pub(crate) struct App {
     pub(crate) keys: watch::Receiver<Arc<Keyring>>,
     /// Where requests wait for their turn, by model.
     gates: Gates,
+    /// What the planner knows.
+    pub(crate) board: Arc<Board>,
     /// How failures are dealt with.
     pub(crate) retry: RetryConfig,
     /// Leaf lock, held for a sum.
@@ -71,6 +74,7 @@ pub(crate) struct Parts {
     pub(crate) index: Arc<Index>,
     pub(crate) keys: watch::Receiver<Arc<Keyring>>,
     pub(crate) gates: Gates,
+    pub(crate) board: Arc<Board>,
     pub(crate) metrics: Metrics,
     pub(crate) context: Context,
 }
@@ -90,7 +94,7 @@ pub(crate) struct Admitted {
 impl App {
     /// All of it.
     pub(crate) fn new(config: &Config, parts: Parts) -> Self {
-        let Parts { models, fleet, index, keys, gates, metrics, context } = parts;
+        let Parts { models, fleet, index, keys, gates, board, metrics, context } = parts;
         let (limits, retry) = (config.limits.clone(), config.retry.clone());
         Self {
             inflight: Arc::new(Semaphore::new(limits.max_inflight)),
@@ -100,6 +104,7 @@ impl App {
             retry,
             keys,
             gates,
+            board,
             models,
             fleet,
             policies: Policies::new(config.policy),

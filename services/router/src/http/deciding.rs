@@ -113,6 +113,7 @@ struct Priced {
     wait_ms: f32,
     transfer_ms: f32,
     decode_ms: f32,
+    late_ms: f32,
 }
 
 thread_local! {
@@ -220,6 +221,7 @@ fn explanation(
             wait_ms: ms(cost.wait),
             transfer_ms: ms(cost.transfer),
             decode_ms: ms(cost.decode),
+            late_ms: ms(cost.late),
         }
     });
     Explanation {

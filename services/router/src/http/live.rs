@@ -170,7 +170,7 @@ impl Live {
             service_tier: common.service_tier,
             prompt_tokens: prompt_tokens as u32,
             cached_tokens: None,
-            progress: inflight.begun(prompt_tokens, common.choices as usize),
+            progress: inflight.begun(prompt_tokens, common.choices as usize, call.model.slo()),
             span,
             meter,
             place,

@@ -329,7 +329,7 @@ impl Call {
     }
 
     fn choose(&self, part: &Part<'_>, ask: Ask, crew: &Crew) -> Option<Chosen> {
-        let ask = Ask { session: self.session, ..ask };
+        let ask = Ask { session: self.session, ..ask.within(self.model.slo()) };
         deciding::decide(&self.app, ask, &Prompt { tokens: part.prompt, salt: &self.salt }, crew)
     }
 

@@ -4,6 +4,7 @@
 //! | --- | --- |
 //! | `GET /route/policy` | `{"policy": "kv-aware", "policies": [...]}` |
 //! | `POST /route/policy` | `{"policy": "least-loaded"}`: from the next request on, until the router ends |
+//! | `GET /planner` | who plans, what is expected of every model's workers and of others, and what was done |
 //! | `POST /route/explain` | where a request would go now and why, without sending it: `{"model", "salt", "session"}` and one of `tokens` (ids), `text`, `chat` (a chat request's body) |
 
 use std::sync::{Arc, OnceLock};
@@ -28,6 +29,7 @@ use super::{
 };
 use crate::{
     fleet::{Crew, key_of},
+    planner::Content,
     route::PolicyName,
 };
 
@@ -54,6 +56,7 @@ pub(crate) fn admin(operators: Operators) -> Router {
     Router::new()
         .route("/route/policy", get(policy).post(set_policy))
         .route("/route/explain", post(explain))
+        .route("/planner", get(planner))
         .layer(DefaultBodyLimit::max(MAX_BODY_BYTES))
         .with_state(operators)
 }
@@ -83,6 +86,10 @@ fn shown(app: &App) -> Json<Value> {
 
 async fn policy(State(operators): State<Operators>) -> Result<Json<Value>, Refusal> {
     Ok(shown(operators.app()?))
+}
+
+async fn planner(State(operators): State<Operators>) -> Result<Json<Content>, Refusal> {
+    Ok(Json(operators.app()?.board.read()))
 }
 
 #[derive(Deserialize)]
@@ -148,7 +155,10 @@ fn answer(app: &App, asked: Explain) -> Result<Json<Value>, Refusal> {
     }
     let fleet = Arc::clone(&app.fleet.borrow());
     let crew = fleet.crew(model.name()).cloned().unwrap_or_else(Crew::default).longer_than(tokens.len());
-    let ask = crate::route::Ask { session: asked.session.as_deref().map(key_of), ..app.ask_for_show(tokens.len()) };
+    let ask = crate::route::Ask {
+        session: asked.session.as_deref().map(key_of),
+        ..app.ask_for_show(tokens.len()).within(model.slo())
+    };
     let prompt = Prompt { tokens: &tokens, salt: &asked.salt };
     let explanation = deciding::explain(app, ask, &prompt, &crew.rested(std::time::Instant::now()));
     let nobody = || Refusal(StatusCode::SERVICE_UNAVAILABLE, "no worker can take this request".to_owned());

@@ -13,5 +13,14 @@ pub mod forecast;
 pub mod plan;
 pub mod speeds;
 
+mod board;
+mod config;
+mod lead;
+mod meter;
+
+pub(crate) use board::{Board, Content};
+pub use config::{PlannerConfig, PlannerMode};
+pub(crate) use lead::{Lead, Parts};
+
 #[cfg(test)]
 mod plan_tests;

@@ -38,6 +38,23 @@ pub struct Totals {
     pub plain_context: u64,
 }
 
+impl From<&kvasir_proto::v1::WorkerTotals> for Totals {
+    fn from(told: &kvasir_proto::v1::WorkerTotals) -> Self {
+        Self {
+            prefilled_tokens: told.prefilled_tokens,
+            prefilled_prompts: told.prefilled_prompts,
+            timed_tokens: told.timed_tokens,
+            timed_positions: told.timed_positions,
+            timed_seconds: told.timed_seconds,
+            sampled_tokens: told.sampled_tokens,
+            plain_steps: told.plain_steps,
+            plain_seconds: told.plain_seconds,
+            plain_answers: told.plain_answers,
+            plain_context: told.plain_context,
+        }
+    }
+}
+
 impl Totals {
     /// What was done between then and now; `None` if now is another life.
     pub fn since(&self, then: &Self) -> Option<Self> {

@@ -8,6 +8,9 @@
 //!             (and, should it have no room, what a place takes to become free)
 //! ```
 //!
+//! What would miss the model's targets (`slo`) costs more: every second after the time for the first token counts as
+//! [`LATE`], and so does what an answer of 128 tokens takes longer than it should.
+//!
 //! A speed that was not measured yet is taken to be the mean of those that were, or else a guess; prompts' speeds that are not
 //! far from the mean are, too. The decode worker may also compute the rest itself ([`Cost::local`]): then nothing is moved,
 //! and all that run there wait meanwhile.
@@ -30,6 +33,10 @@ const GUESSED_HANDOFF: f32 = 1e9;
 const STEPS_PER_REQUEST: f32 = 8.0;
 /// For room to become free at a decode worker that has none, in steps: half an answer of 128 tokens.
 const STEPS_WITHOUT_ROOM: f32 = 64.0;
+/// Seconds too late, beside others.
+const LATE: f32 = 3.0;
+/// Tokens of an answer.
+const ANSWER: f32 = 128.0;
 /// Handing a prompt over at all: two calls and a grant.
 const HANDOFF_SECONDS: f32 = 0.001;
 /// A decode worker that has part of a prompt may be asked to compute up to so many tokens of the rest, though it would
@@ -45,16 +52,25 @@ pub struct Cost {
     pub wait: f32,
     /// Moving blocks.
     pub transfer: f32,
-    /// The decode worker's load.
+    /// The decode worker's load, and what its answers would be late.
     pub decode: f32,
+    /// What the first token would be late.
+    pub late: f32,
     /// The decode worker computes the rest itself.
     pub local: bool,
 }
 
 impl Cost {
+    /// With what it would be late.
+    fn judged(self, ask: &Ask) -> Self {
+        let first = self.compute + self.wait + self.transfer;
+        let late = if ask.ttft > 0.0 { (first - ask.ttft).max(0.0) * LATE } else { 0.0 };
+        Self { late, ..self }
+    }
+
     /// All of it.
     pub fn total(&self) -> f32 {
-        self.compute + self.wait + self.transfer + self.decode
+        self.compute + self.wait + self.transfer + self.decode + self.late
     }
 }
 
@@ -121,7 +137,8 @@ pub(super) fn decode_seconds(ask: &Ask, option: &DecodeOption, defaults: &Defaul
     let step = or(option.speed.step_seconds, defaults.step);
     let lacking = (ask.prompt_tokens as u64).saturating_sub(option.cached_tokens.into());
     let full = option.room_tokens.is_some_and(|room| room < lacking);
-    step * (option.load.requests as f32 * STEPS_PER_REQUEST + if full { STEPS_WITHOUT_ROOM } else { 0.0 })
+    let slow = if ask.tpot > 0.0 { (option.next_step - ask.tpot).max(0.0) * ANSWER * LATE } else { 0.0 };
+    slow + step * (option.load.requests as f32 * STEPS_PER_REQUEST + if full { STEPS_WITHOUT_ROOM } else { 0.0 })
 }
 
 /// What comes before answering if this prefill worker is proposed to a decode worker that has `there` tokens.
@@ -137,9 +154,9 @@ pub(super) fn remote(ask: &Ask, prefill: &PrefillOption, there: u32, defaults: &
         compute: (prompt - (had + stored) as f32) / speed,
         wait: prefill.load.tokens as f32 / speed,
         transfer: HANDOFF_SECONDS + moved * ask.token_bytes as f32 / bandwidth,
-        decode: 0.0,
-        local: false,
+        ..Cost::default()
     }
+    .judged(ask)
 }
 
 /// The same if the decode worker computes the rest itself, and whether it may be asked to: it has little left, or nobody
@@ -153,14 +170,10 @@ pub(super) fn local(ask: &Ask, option: &DecodeOption, paired: bool, defaults: &D
     }
     let speed = or(option.speed.prefill_tokens_per_second, defaults.prefill);
     let compute = left as f32 / speed;
-    Some(Cost {
-        // Those that are answered there wait as long.
-        compute: compute * (1.0 + option.load.requests as f32),
-        wait: option.prefilling_tokens as f32 / speed,
-        transfer: 0.0,
-        decode: 0.0,
-        local: true,
-    })
+    let wait = option.prefilling_tokens as f32 / speed;
+    let alone = Cost { compute, wait, local: true, ..Cost::default() }.judged(ask);
+    // Those that are answered there wait as long.
+    Some(Cost { compute: compute * (1.0 + option.load.requests as f32), ..alone })
 }
 
 /// The chosen pair, then the cheapest other ones, at most `limit` in all: the best of each decode worker. For people: it looks

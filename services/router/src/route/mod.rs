@@ -30,6 +30,8 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
+use crate::config::Slo;
+
 /// Most prefill workers proposed for one request: the decode worker tries them in order, then itself.
 pub const MAX_PREFILL: usize = 4;
 
@@ -79,6 +81,8 @@ pub struct DecodeOption {
     pub room_tokens: Option<u64>,
     /// It computes up to so many tokens itself, whoever is proposed.
     pub local_tokens: u32,
+    /// What its steps are predicted to take with one answer more, in seconds; 0: not known.
+    pub next_step: f32,
     /// How fast it is.
     pub speed: Speed,
     /// The prefill workers that can feed it: an index into [`Pool::pairings`].
@@ -126,12 +130,23 @@ pub struct Ask {
     pub token_bytes: u32,
     /// Tokens at the prompt's beginning that the KV store is known to have: they are read rather than computed.
     pub stored_tokens: u32,
+    /// When the first token should be there, in seconds; 0: there is no target.
+    pub ttft: f32,
+    /// What a token after the first should take, in seconds; 0: there is no target.
+    pub tpot: f32,
     /// A number for the conversation that the request belongs to, if the client says so.
     pub session: Option<u64>,
     /// The request's number at this router: 0, 1, 2, …
     pub ticket: u64,
     /// A random number, another one for each request.
     pub dice: u64,
+}
+
+impl Ask {
+    /// The same with the targets of its model.
+    pub(crate) fn within(self, slo: Slo) -> Self {
+        Self { ttft: (slo.ttft_ms / 1e3) as f32, tpot: (slo.tpot_ms / 1e3) as f32, ..self }
+    }
 }
 
 /// Where a request goes.

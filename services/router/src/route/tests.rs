@@ -18,8 +18,16 @@ fn pools() -> impl Strategy<Value = Pool> {
     let pairings = prop::collection::vec(prop::collection::vec(any::<bool>(), 6), 3);
     (prefill, decode, pairings).prop_map(|(prefill, decode, pairings)| {
         let option = |(key, (tokens, cached_tokens, speed, pairing)): (usize, (u64, u32, Speed, usize))| {
-            let key = key as u64;
-            DecodeOption { key, load: load(tokens), cached_tokens, speed, pairing, ..DecodeOption::default() }
+            let (key, next_step) = (key as u64, (tokens % 7) as f32 / 50.0);
+            DecodeOption {
+                key,
+                load: load(tokens),
+                cached_tokens,
+                speed,
+                pairing,
+                next_step,
+                ..DecodeOption::default()
+            }
         };
         let pairings = pairings.into_iter().map(|fits| (0..prefill.len()).filter(|&at| fits[at]).collect());
         Pool {
@@ -102,7 +110,7 @@ proptest! {
 
     #[test]
     fn kv_aware_takes_no_pair_that_costs_noticeably_more_than_another(pool in pools(), ticket: u64, prompt in 1usize..3000) {
-        let ask = ask(prompt, ticket);
+        let ask = Ask { ttft: 0.05, tpot: 0.06, ..ask(prompt, ticket) };
         let Some(decision) = KvAware.decide(&ask, &pool) else { return Ok(()) };
         // Every pair, one by one.
         let all = candidates(&ask, &pool, &decision, usize::MAX);
@@ -210,6 +218,29 @@ fn what_is_stored_is_cheaper_than_what_is_computed() {
     };
     assert!(cost(1600).total() < cost(0).total() / 3.0);
     assert!(cost(1600).transfer > cost(0).transfer);
+}
+
+#[test]
+fn targets_weigh_more_than_caches() {
+    let mut pool = even(1, 2);
+    pool.decode[0].cached_tokens = 64;
+    pool.decode[0].next_step = 0.08;
+    pool.decode[1].next_step = 0.02;
+    let ask = ask(128, 0);
+    let goes = |ask: &Ask, pool: &Pool| KvAware.decide(ask, pool).unwrap();
+    assert_eq!(goes(&ask, &pool).decode, 0, "it has half of the prompt");
+    assert_eq!(goes(&Ask { tpot: 0.1, ..ask }, &pool).decode, 0, "and is fast enough");
+    assert_eq!(goes(&Ask { tpot: 0.05, ..ask }, &pool).decode, 1, "it is not");
+    // A prefill worker that holds the prompt, but would have the first token late.
+    let mut pool = even(2, 1);
+    pool.prefill[0] =
+        PrefillOption { cached_tokens: 2000, load: Load { tokens: 1500, requests: 1 }, ..pool.prefill[0] };
+    let ask = Ask { prompt_tokens: 2400, ..ask };
+    assert_eq!(goes(&ask, &pool).prefill[0], 0);
+    let tight = Ask { ttft: 0.5, ..ask };
+    let late = candidates(&tight, &pool, &goes(&tight, &pool), 1)[0].cost.late;
+    assert!(late > 0.0, "both would be late, the first one by less");
+    assert_eq!(goes(&tight, &pool).prefill[0], 0);
 }
 
 #[test]

@@ -7,7 +7,7 @@
 //! | `tokenizer_config.json` | `bos_token` and the like, for the template |
 //! | `generation_config.json`, `config.json` | end tokens, context length, vocabulary size |
 //!
-//! Weights are not touched: those are the workers'.
+//! Weights are not touched: those are the workers'. Beside that it says how fast its clients should be answered.
 
 use std::{
     collections::{BTreeSet, HashSet},
@@ -23,7 +23,7 @@ use super::{
     Conversation, Error, Template, Vocab,
     parse::{Dialect, MARKERS},
 };
-use crate::config::ModelConfig;
+use crate::config::{ModelConfig, Slo};
 
 /// Tokenizer, template and limits of one model.
 pub(crate) struct Model {
@@ -37,12 +37,14 @@ pub(crate) struct Model {
     context_len: Option<u32>,
     dialect: Dialect,
     markers: Arc<HashSet<TokenId>>,
+    slo: Slo,
 }
 
 impl Model {
     /// Reads a model's folder.
     pub(crate) fn load(config: &ModelConfig) -> Result<Self, Error> {
-        let ModelConfig { name, path: folder, tool_parser, reasoning_parser } = config;
+        let ModelConfig { name, path: folder, tool_parser, reasoning_parser, slo } = config;
+        let slo = *slo;
         let path = folder.join("tokenizer.json");
         let bytes = std::fs::read(&path).map_err(|source| Error::Read { path: path.clone(), source })?;
         let tokenizer = parse_tokenizer(&bytes).map_err(|why| Error::Broken { path, why })?;
@@ -77,7 +79,13 @@ impl Model {
             context_len: number("max_position_embeddings"),
             dialect,
             markers: Arc::new(markers),
+            slo,
         })
+    }
+
+    /// How fast its clients should be answered.
+    pub(crate) fn slo(&self) -> Slo {
+        self.slo
     }
 
     /// What clients call it.
