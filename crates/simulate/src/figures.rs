@@ -3,7 +3,8 @@
 use serde::Serialize;
 
 use crate::{
-    run::{Outcome, Plan},
+    plan::{Outcome, Plan},
+    steer::Move,
     workload::{Ns, Workload, seconds},
 };
 
@@ -98,7 +99,7 @@ pub struct Figures {
     pub of_bound: f64,
     /// Share of prompt tokens that were read from the KV store.
     pub stored_rate: f64,
-    /// Prompt tokens computed, over the prefill workers.
+    /// Prompt tokens computed, over the prefill workers (those that began as such).
     pub prefill: Balance,
     /// Tokens of answers, over the decode workers.
     pub decode: Balance,
@@ -106,6 +107,8 @@ pub struct Figures {
     pub end_seconds: f64,
     /// Simulated events.
     pub events: u64,
+    /// Workers that changed between prefill and decode.
+    pub moves: Vec<Move>,
     /// For the plot.
     #[serde(skip)]
     pub curves: Curves,
@@ -172,6 +175,7 @@ impl Figures {
             decode: Balance::of(&shares(decode, |all| all.answer_tokens), decode.iter().map(|all| all.busy), end),
             end_seconds: seconds(end),
             events: outcome.events,
+            moves: outcome.moves.clone(),
             curves: Curves::of(&ttft, workload, outcome),
         }
     }

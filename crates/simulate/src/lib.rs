@@ -7,6 +7,7 @@
 //! What is modelled and what is not: docs/simulator.md.
 #![forbid(unsafe_code)]
 
+pub mod tides;
 pub mod workload;
 
 pub mod profile;
@@ -15,13 +16,17 @@ pub mod worker;
 
 pub mod front;
 pub mod known;
+pub mod plan;
 pub mod run;
+pub mod steer;
 
 pub mod figures;
 pub mod plot;
 pub mod report;
 
 pub use kvasir_router::route::PolicyName;
+pub use plan::{Fate, Outcome, Plan};
 pub use profile::Profile;
-pub use run::{Fate, Outcome, Plan, run};
+pub use run::run;
+pub use steer::Steering;
 pub use workload::{Shape, Workload};

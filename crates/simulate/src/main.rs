@@ -15,11 +15,11 @@ use clap::Parser;
 use kvasir_replay::{CONVERSATION, generate, trace::Trace};
 use kvasir_router::route::PolicyName;
 use kvasir_simulate::{
-    Plan, Profile, Shape, Workload,
+    Plan, Profile, Shape, Steering, Workload,
     figures::{Figures, Slo},
     plot, profile,
     report::{Real, Report, Sent},
-    run,
+    run, tides,
 };
 
 /// Runs the router's own policies against modelled workers on a virtual clock, and tells what each would have done with the
@@ -27,7 +27,7 @@ use kvasir_simulate::{
 ///
 /// A trace is a file in Mooncake's format (JSON lines with timestamp, input_length, output_length and hash_ids, one id for
 /// each block of the prompt; equal ids mean equal prefixes), or the name of one that comes with the program: conversation
-/// (one hour of an online service, recorded), chat, agents, documents, batch, shift (made up from --seed).
+/// (one hour of an online service, recorded), chat, agents, documents, batch, shift, tides (made up from --seed).
 ///
 /// Same trace, arguments and seed: same figures. Only decisions/s and what is said of the run's own speed differ.
 #[derive(Debug, Parser)]
@@ -54,6 +54,9 @@ Examples:
   # other workers: a profile with some values changed, or a file (--print-profile shows one to begin with)
   kvasir-simulate chat --profile h100-llama-8b --set kv.room_tokens=200000 --set decode.max_running=64
   kvasir-simulate my.jsonl --profile my.yaml --json out.json
+
+  # what moving workers between prefill and decode gains where the mix changes
+  kvasir-simulate tides --prefill 8 --decode 8 --policy kv-aware --planner
 
 Exit status: 0 simulated; 1 not; 2 wrong usage"
 )]
@@ -130,6 +133,19 @@ struct Args {
     #[arg(long, value_name = "MS", default_value_t = 50.0)]
     tpot_slo_ms: f64,
 
+    /// Run each policy a second time with the router's planner, which moves workers between prefill and decode so that the
+    /// objectives are kept.
+    #[arg(long)]
+    planner: bool,
+
+    /// Between two looks of the planner.
+    #[arg(long, value_name = "MS", default_value_t = 2000)]
+    planner_look_ms: u64,
+
+    /// A worker that is moved gets nothing new for so many milliseconds; what it has, it goes on with.
+    #[arg(long, value_name = "MS", default_value_t = 500)]
+    switch_ms: u64,
+
     /// For all chance, and for made-up traces.
     #[arg(long, default_value_t = 1)]
     seed: u64,
@@ -181,17 +197,28 @@ fn simulate(args: &Args) -> anyhow::Result<()> {
         index_delay_ms: args.index_delay_ms,
         load_interval_ms: args.load_interval_ms,
         store_tokens: args.store_tokens,
+        steering: None,
     };
+    let steering = args.planner.then_some(Steering {
+        ttft_seconds: slo.ttft_ms / 1e3,
+        tpot_seconds: slo.tpot_ms / 1e3,
+        look_seconds: args.planner_look_ms as f64 / 1e3,
+        switch_seconds: args.switch_ms as f64 / 1e3,
+    });
+    Plan { steering, ..plan.clone() }.check()?;
     // Before the runs, which may take long: a file that can't be written is said at once.
     let json = args.json.as_deref().map(create).transpose()?;
     let svg = args.svg.as_deref().map(create).transpose()?;
     let trace = name.rsplit('/').next().unwrap_or(name).to_owned();
     let sent = Sent::of(&workload);
-    let mut report = Report { trace, shape, sent, plan, slo, rows: Vec::new(), real: Vec::new() };
+    let mut report = Report { trace, shape, sent, plan, slo, steering, rows: Vec::new(), real: Vec::new() };
     for policy in policies {
-        let (row, real) = one(&workload, &report, policy)?;
-        report.rows.push(row);
-        report.real.push(real);
+        for steering in [None].into_iter().chain(steering.map(Some)) {
+            let plan = Plan { steering, ..report.plan.clone() };
+            let (row, real) = one(&workload, &plan, slo, policy)?;
+            report.rows.push(row);
+            report.real.push(real);
+        }
     }
     print!("{}\n{}\n{}", report.head(), report.table(), report.foot());
     if let Some((path, file)) = json {
@@ -205,10 +232,11 @@ fn simulate(args: &Args) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn one(workload: &Workload, report: &Report, policy: PolicyName) -> anyhow::Result<(Figures, Real)> {
-    let (name, began) = (policy.as_str(), Instant::now());
+fn one(workload: &Workload, plan: &Plan, slo: Slo, policy: PolicyName) -> anyhow::Result<(Figures, Real)> {
+    let name = format!("{}{}", policy.as_str(), if plan.steering.is_some() { "+planner" } else { "" });
+    let began = Instant::now();
     let on_terminal = std::io::stderr().is_terminal();
-    let outcome = run(workload, &report.plan, policy, |came| {
+    let outcome = run(workload, plan, policy, |came| {
         if on_terminal {
             let seconds = began.elapsed().as_secs();
             eprint!("\r\x1b[K{name}: {:>3} % of requests came, {seconds} s", came * 100 / workload.len());
@@ -218,10 +246,10 @@ fn one(workload: &Workload, report: &Report, policy: PolicyName) -> anyhow::Resu
         eprint!("\r\x1b[K");
     }
     let took = began.elapsed().as_secs_f64();
-    let figures = Figures::of(name, workload, &report.plan, report.slo, &outcome);
+    let figures = Figures::of(&name, workload, plan, slo, &outcome);
     let (decisions, deciding) = outcome.decisions;
     let real = Real {
-        policy: name.to_owned(),
+        policy: name,
         seconds: took,
         decisions_per_second: decisions as f64 / deciding.as_secs_f64().max(1e-9),
         speed: figures.end_seconds / took.max(1e-9),
@@ -272,6 +300,9 @@ fn read_small(path: &Path) -> anyhow::Result<String> {
 fn load_trace(name: &str, seed: u64) -> anyhow::Result<Trace> {
     if name == "conversation" {
         return Ok(Trace::read(CONVERSATION.as_bytes())?);
+    }
+    if name == tides::NAME {
+        return Ok(tides::tides(seed));
     }
     if let Some(trace) = generate::generate(name, seed) {
         return Ok(trace);

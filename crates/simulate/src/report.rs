@@ -4,7 +4,8 @@ use serde::Serialize;
 
 use crate::{
     figures::{Figures, Slo},
-    run::Plan,
+    plan::Plan,
+    steer::Steering,
     workload::{Shape, Workload, seconds},
 };
 
@@ -21,7 +22,9 @@ pub struct Report {
     pub plan: Plan,
     /// What requests had to keep.
     pub slo: Slo,
-    /// One for each policy.
+    /// How the planner was told to move workers, in those rows that have it.
+    pub steering: Option<Steering>,
+    /// One for each policy, and one with the planner.
     pub rows: Vec<Figures>,
     /// How long that took in reality: not the same from run to run, unlike everything else here.
     pub real: Vec<Real>,
@@ -158,6 +161,13 @@ impl Report {
                 text += &format!(
                     "{}: {} requests are longer than a worker's room and were refused\n",
                     row.policy, row.refused
+                );
+            }
+            if let Some(first) = row.moves.first() {
+                let count = row.moves.len();
+                text += &format!(
+                    "{}: {count} moves, the first after {:.0} s: {}\n",
+                    row.policy, first.at_seconds, first.why
                 );
             }
             text += &format!(

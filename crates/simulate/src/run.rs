@@ -10,88 +10,23 @@
 //! Same workload, plan and seed: same outcome. Nothing here reads a clock but to tell how long decisions took in reality,
 //! which decides nothing.
 
-use std::{cmp::Reverse, collections::BinaryHeap, time::Duration};
+use std::{cmp::Reverse, collections::BinaryHeap};
 
 use kvasir_router::route::{PolicyName, Speed};
 
 use crate::{
-    front::{Front, MOST_WORKERS, Role, Setting},
+    front::{Front, Role, Setting},
     known::{Lease, Told},
+    plan::{Error, Fate, Outcome, Plan},
     profile::Profile,
     room::{Hold, Room},
-    worker::{Done, Prompt, Totals, Worker},
+    steer::{Move, Steer},
+    worker::{Done, Prompt, Worker},
     workload::{Ns, Workload, nanos, seconds},
 };
 
 /// How often `progress` hears, in requests.
 const PROGRESS_EVERY: usize = 1000;
-
-/// What is simulated.
-#[derive(Clone, Debug, PartialEq, serde::Serialize)]
-pub struct Plan {
-    /// Workers that compute prompts.
-    pub prefill: usize,
-    /// Workers that write answers.
-    pub decode: usize,
-    /// All of them alike.
-    pub profile: Profile,
-    /// A router knows what a worker holds so many milliseconds later.
-    pub index_delay_ms: u64,
-    /// Workers tell their loads every so many milliseconds.
-    pub load_interval_ms: u64,
-    /// Tokens that the KV store has room for; 0: there is none.
-    pub store_tokens: u64,
-}
-
-/// A plan that can't be simulated.
-#[derive(Debug, thiserror::Error, PartialEq)]
-pub enum Error {
-    /// Nobody, or more than a router tells apart.
-    #[error(
-        "{prefill} prefill and {decode} decode workers: there must be one decode worker, and at most {MOST_WORKERS} in all"
-    )]
-    Workers {
-        /// As asked for.
-        prefill: usize,
-        /// As asked for.
-        decode: usize,
-    },
-    /// Longer than the simulation's clock.
-    #[error("{0} ms between what happens and what is known of it: at most an hour")]
-    Delay(u64),
-}
-
-/// What became of a request. All zero: it was refused, as no worker has room for it.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Fate {
-    /// When the client had the first token.
-    pub first: Ns,
-    /// And the last one.
-    pub end: Ns,
-    /// Tokens of the prompt that workers had.
-    pub found: u32,
-    /// And those that the KV store had beside them.
-    pub stored: u32,
-    /// Who computed the prompt; the decode worker, if it did.
-    pub prefill: u32,
-    /// Who wrote the answer.
-    pub decode: u32,
-}
-
-/// What came of a run.
-#[derive(Clone, Debug)]
-pub struct Outcome {
-    /// Of each request.
-    pub fates: Vec<Fate>,
-    /// Of each worker.
-    pub totals: Vec<Totals>,
-    /// When the last answer ended.
-    pub end: Ns,
-    /// Events that happened.
-    pub events: u64,
-    /// Decisions, and how long they took in reality.
-    pub decisions: (u64, Duration),
-}
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Event {
@@ -107,6 +42,8 @@ enum Event {
     First(u32),
     /// All of a prompt is at the decode worker.
     Landed(u32),
+    /// A worker is what it was told to become.
+    Changed(u32),
 }
 
 /// A request under way.
@@ -135,13 +72,7 @@ pub fn run(
     policy: PolicyName,
     progress: impl FnMut(usize),
 ) -> Result<Outcome, Error> {
-    let &Plan { prefill, decode, index_delay_ms, load_interval_ms, .. } = plan;
-    if decode == 0 || prefill.saturating_add(decode) > MOST_WORKERS {
-        return Err(Error::Workers { prefill, decode });
-    }
-    if let Some(&ms) = [index_delay_ms, load_interval_ms].iter().find(|&&ms| ms > 3_600_000) {
-        return Err(Error::Delay(ms));
-    }
+    plan.check()?;
     let mut run = Run::new(workload, plan, policy);
     run.all(progress);
     Ok(run.outcome())
@@ -158,6 +89,10 @@ struct Run<'a> {
     scheduled: u64,
     workers: Vec<Worker>,
     roles: Vec<Role>,
+    /// Those that are about to be what their roles say.
+    changing: Vec<bool>,
+    steer: Option<Steer>,
+    moves: Vec<Move>,
     front: Front,
     store: Room,
     flights: Vec<Flight>,
@@ -194,6 +129,9 @@ impl<'a> Run<'a> {
             scheduled: 0,
             workers: (0..count).map(|_| Worker::new(profile.kv.room_tokens)).collect(),
             roles,
+            changing: vec![false; count],
+            steer: plan.steering.map(|steering| Steer::new(steering, count)),
+            moves: Vec::new(),
             front,
             store: Room::new(plan.store_tokens),
             flights: vec![Flight::default(); workload.len()],
@@ -207,6 +145,13 @@ impl<'a> Run<'a> {
         let mut next = 0;
         loop {
             let event = self.events.peek().map(|Reverse((at, ..))| *at);
+            let arrival = (next < self.workload.len()).then(|| self.workload.at(next));
+            let Some(soonest) = event.into_iter().chain(arrival).min() else { break };
+            if let Some(look) = self.steer.as_ref().map(|steer| steer.next).filter(|&look| look < soonest) {
+                self.now = look;
+                self.steer();
+                continue;
+            }
             if next < self.workload.len() && event.is_none_or(|at| self.workload.at(next) <= at) {
                 if next.is_multiple_of(PROGRESS_EVERY) {
                     progress(next);
@@ -230,6 +175,7 @@ impl<'a> Run<'a> {
             end: self.end,
             events: self.happened,
             decisions: (self.front.decisions, self.front.took),
+            moves: self.moves,
         }
     }
 
@@ -268,6 +214,30 @@ impl<'a> Run<'a> {
                 }
             }
             Event::Landed(request) => self.landed(request),
+            Event::Changed(worker) => {
+                self.hear(worker);
+                self.changing[worker as usize] = false;
+                self.front.members(chosen(&self.roles, &self.changing).into_iter());
+            }
+        }
+    }
+
+    /// The planner observes, and perhaps somebody changes. What a worker has begun, it goes on with.
+    fn steer(&mut self) {
+        let roles = chosen(&self.roles, &self.changing);
+        let (Some(steer), Some(steering)) = (&mut self.steer, self.plan.steering) else { return };
+        let room = self.profile.kv.room_tokens;
+        let Some(verdict) = steer.observe(self.now, &self.workers, &roles, room) else { return };
+        for &at in &verdict.moves {
+            let worker = at as u32;
+            self.hear(worker);
+            let to = if self.roles[at] == Role::Prefill { Role::Decode } else { Role::Prefill };
+            (self.roles[at], self.changing[at]) = (to, true);
+            self.moves.push(Move { at_seconds: seconds(self.now), worker, to, why: verdict.why.clone() });
+            self.at(self.now + nanos(steering.switch_seconds), Event::Changed(worker));
+        }
+        if !verdict.moves.is_empty() {
+            self.front.members(chosen(&self.roles, &self.changing).into_iter());
         }
     }
 
@@ -536,4 +506,9 @@ impl<'a> Run<'a> {
         self.fates[at].end = end;
         self.end = self.end.max(end);
     }
+}
+
+/// What workers may be chosen as.
+fn chosen(roles: &[Role], changing: &[bool]) -> Vec<Option<Role>> {
+    roles.iter().zip(changing).map(|(&role, &changing)| (!changing).then_some(role)).collect()
 }

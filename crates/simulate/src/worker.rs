@@ -127,6 +127,17 @@ pub struct Totals {
     pub plain_context: f64,
 }
 
+impl Totals {
+    /// So many more steps with so many answers, which had `context` tokens before them at first.
+    fn plain(&mut self, steps: u64, answers: u64, context: u64, seconds: f64) {
+        let count = steps as f64;
+        self.plain_steps += steps;
+        self.plain_seconds += seconds;
+        self.plain_answers += answers * steps;
+        self.plain_context += count * context as f64 + answers as f64 * count * (count - 1.0) / 2.0;
+    }
+}
+
 /// See the module's page.
 #[derive(Debug)]
 pub struct Worker {
@@ -287,11 +298,7 @@ impl Worker {
         let Some(step) = self.step.take() else { return };
         let (took, answers) = (now - step.began, self.answers.len() as u64);
         if answers > 0 && step.chunk.is_empty() {
-            let (steps, all) = (step.steps as f64, &mut self.totals);
-            all.plain_steps += step.steps;
-            all.plain_seconds += seconds(took);
-            all.plain_answers += answers * step.steps;
-            all.plain_context += steps * self.context as f64 + answers as f64 * steps * (steps - 1.0) / 2.0;
+            self.totals.plain(step.steps, answers, self.context, seconds(took));
         }
         self.steps += step.steps;
         self.context += answers * step.steps;
@@ -330,14 +337,21 @@ impl Worker {
         }
     }
 
-    /// Whether nothing is left to do.
-    pub fn is_idle(&self) -> bool {
-        self.step.is_none() && self.holding == 0 && self.waiting.is_empty()
-    }
-
-    /// Answers that it is writing.
-    pub fn answers(&self) -> usize {
-        self.answers.len() + self.joining.len()
+    /// What it has done until now, with those steps that are over of many that were taken as one.
+    pub fn done(&self, now: Ns) -> Totals {
+        let mut all = self.totals;
+        if let Some(step) = self.step.as_ref().filter(|step| step.chunk.is_empty()) {
+            let mut steps = guess(step, now);
+            while steps > 0 && step.end_of(steps) > now {
+                steps -= 1;
+            }
+            if steps > 0 {
+                let answers = self.answers.len() as u64;
+                all.plain(steps, answers, self.context, seconds(step.end_of(steps) - step.began));
+                all.answer_tokens += answers * steps;
+            }
+        }
+        all
     }
 }
 
@@ -432,7 +446,7 @@ mod tests {
                 // A nanosecond is lost where one run of steps ends and another begins.
                 prop_assert!((seconds(*at) - expected).abs() < 1e-8, "{} is not {}", seconds(*at), expected);
             }
-            prop_assert_eq!((worker.context, worker.answers()), (0, 0));
+            prop_assert_eq!((worker.context, worker.answers.len()), (0, 0));
         }
     }
 

@@ -16,6 +16,7 @@ mod faults;
 mod front;
 mod golden;
 mod http_errors;
+mod load;
 mod moves;
 mod openai_client;
 mod pairing;

@@ -3,9 +3,9 @@
 use kvasir_replay::{CONVERSATION, trace::Trace};
 use kvasir_router::route::PolicyName;
 use kvasir_simulate::{
-    Outcome, Plan, Profile, Shape, Workload,
+    Outcome, Plan, Profile, Shape, Steering, Workload,
     figures::{Figures, Slo},
-    profile, run,
+    profile, run, tides,
 };
 use proptest::prelude::*;
 
@@ -14,7 +14,7 @@ const SLO: Slo = Slo { ttft_ms: 5000.0, tpot_ms: 50.0 };
 fn plan(prefill: usize, decode: usize) -> Plan {
     let text = Profile::named(profile::DEFAULT).expect("it comes with the program");
     let profile = Profile::read(text, &[]).expect("it can be used");
-    Plan { prefill, decode, profile, index_delay_ms: 20, load_interval_ms: 100, store_tokens: 0 }
+    Plan { prefill, decode, profile, index_delay_ms: 20, load_interval_ms: 100, store_tokens: 0, steering: None }
 }
 
 fn conversation(shape: Shape) -> Workload {
@@ -44,7 +44,9 @@ fn check(workload: &Workload, plan: &Plan, outcome: &Outcome) {
         assert!(workload.at(at) < fate.first && fate.first <= fate.end, "{at}: {fate:?}");
         assert!(fate.found + fate.stored < workload.prompt(at), "{at}: {fate:?}");
         let workers = (plan.prefill + plan.decode) as u32;
-        assert!((plan.prefill as u32..workers).contains(&fate.decode) && fate.prefill < workers, "{at}: {fate:?}");
+        assert!(fate.decode < workers && fate.prefill < workers, "{at}: {fate:?}");
+        // Whoever is never moved does one thing only.
+        assert!(plan.steering.is_some() || fate.decode >= plan.prefill as u32, "{at}: {fate:?}");
         computed += u64::from(workload.prompt(at) - fate.found - fate.stored);
         // The first token is the prompt's.
         answered += u64::from(workload.answer(at) - 1);
@@ -133,6 +135,21 @@ fn a_request_alone_takes_as_long_as_its_parts() {
     let answer = 100.0 * (decode.step_seconds + decode.sequence_seconds) + context;
     let end = first - 2.0 * hop_seconds + last + hop_seconds + answer + hop_seconds;
     assert!((fate.end as f64 / 1e9 - end).abs() < 1e-6, "{fate:?}, expected {end}");
+}
+
+#[test]
+fn moving_workers_pays_where_the_mix_changes_and_nobody_is_lost() {
+    let workload = Workload::new(tides::tides(1), Shape { limit: Some(14_000), ..Shape::default() }).unwrap();
+    let (still, fixed) = figures(&workload, &plan(8, 8), PolicyName::KvAware);
+    check(&workload, &plan(8, 8), &still);
+    let steering = Steering { ttft_seconds: 5.0, tpot_seconds: 0.05, look_seconds: 2.0, switch_seconds: 0.5 };
+    let steered = Plan { steering: Some(steering), ..plan(8, 8) };
+    let (moved, ours) = figures(&workload, &steered, PolicyName::KvAware);
+    check(&workload, &steered, &moved);
+    assert_eq!(run(&workload, &steered, PolicyName::KvAware, |_| {}).unwrap().fates, moved.fates);
+    assert!(!moved.moves.is_empty() && ours.good > fixed.good, "{} beside {}", ours.good, fixed.good);
+    let back_and_forth = moved.moves.windows(2).filter(|pair| pair[0].to != pair[1].to).count();
+    assert!(back_and_forth <= 4, "{:?}", moved.moves);
 }
 
 #[test]

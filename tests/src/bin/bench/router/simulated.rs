@@ -62,6 +62,7 @@ fn figures(workload: &Workload, policy: PolicyName, settings: &[&str]) -> Result
         index_delay_ms: 20,
         load_interval_ms: 100,
         store_tokens: 0,
+        steering: None,
     };
     Ok(Figures::of(policy.as_str(), workload, &plan, SLO, &run(workload, &plan, policy, |_| {})?))
 }
