@@ -15,6 +15,7 @@
 
 mod call;
 mod claim;
+mod engines;
 mod follow;
 mod keep;
 mod office;
@@ -34,6 +35,7 @@ use async_trait::async_trait;
 use kvasir_types::{MemberId, Role};
 use tokio::sync::{Notify, watch};
 
+pub use self::engines::{add_engine, remove_engine};
 use self::{
     call::Etcd,
     table::{Name, Table},

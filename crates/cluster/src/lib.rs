@@ -21,8 +21,8 @@ mod view;
 
 pub use config::{EtcdConfig, RegistryConfig};
 pub use error::Error;
-pub use etcd::connect as connect_etcd;
-pub use member::{Duty, Member, Mismatch, ModelInfo, StoreInfo};
+pub use etcd::{add_engine, connect as connect_etcd, remove_engine};
+pub use member::{Duty, EngineInfo, Member, Mismatch, ModelInfo, StoreInfo};
 pub use memory::MemoryHub;
 pub use office::Office;
 pub use registry::Registry;

@@ -47,6 +47,10 @@ pub struct Member {
     /// What clients of a store node must know to use it; none for others.
     #[serde(default)]
     pub store: Option<StoreInfo>,
+    /// What must be known of an engine of somebody else's; none for all others, which have a model and an address for gRPC
+    /// instead. Such a record has no lease: routers find out by themselves whether the engine lives.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub engine: Option<EngineInfo>,
     /// Takes no new work: it is about to leave.
     #[serde(default)]
     pub draining: bool,
@@ -130,6 +134,36 @@ impl Default for StoreInfo {
     }
 }
 
+/// An engine of somebody else's that routers may use as a worker (`docs/external-engines.md`).
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct EngineInfo {
+    /// Which protocol it speaks: `vllm`, `sglang`. A text, so that older processes read records of kinds they don't know.
+    pub kind: String,
+    /// It needs no partner for prompts, and takes none.
+    pub alone: bool,
+    /// `http://host:port`.
+    pub url: String,
+    /// Which of the routers' models it serves.
+    pub model: String,
+    /// What it calls that model; empty: the same.
+    pub served_name: String,
+    /// Engines of one kind and group go together and have the same weights.
+    pub group: String,
+    /// Where an SGLang prefill server waits for decode servers.
+    pub bootstrap_port: Option<u16>,
+    /// Most tokens of prompt and answer together; none: the model's.
+    pub max_model_len: Option<u32>,
+    /// It follows seeds though engines of its kind do not unless told to.
+    pub deterministic: bool,
+}
+
+impl EngineInfo {
+    fn texts(&self) -> [&str; 5] {
+        [&self.kind, &self.url, &self.model, &self.served_name, &self.group]
+    }
+}
+
 /// Why two members must not exchange blocks: the first thing that differs.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{what} differs: {ours} here, {theirs} there")]
@@ -205,6 +239,11 @@ impl Member {
         if !matches!(member.duty.moved_to, None | Some(Role::Prefill | Role::Decode)) {
             return Err("duty.moved_to: allowed are prefill and decode".to_owned());
         }
+        if let Some(engine) = &member.engine
+            && engine.texts().iter().any(|text| text.len() > MAX_TEXT || text.chars().any(char::is_control))
+        {
+            return Err(format!("engine: a text over {MAX_TEXT} bytes or with control characters"));
+        }
         if let Some(store) = &member.store {
             store.check().map_err(|error| format!("store.{error}"))?;
         }
@@ -255,6 +294,7 @@ pub(crate) mod tests {
                 transports: vec![TransportAddress { kind: TransportKind::Tcp, address: "127.0.0.1:3".into() }],
             }),
             store: (role == Role::KvStore).then(StoreInfo::default),
+            engine: None,
             draining: false,
             duty: Duty::default(),
         }
@@ -276,6 +316,18 @@ pub(crate) mod tests {
         let record = br#"{"id":"kv-0","incarnation":1,"role":"kv-store","protocol":1,"store":{"zone":"a"}}"#;
         let zone = Some(StoreInfo { zone: "a".into(), ..StoreInfo::default() });
         assert_eq!(Member::parse(record).unwrap().store, zone);
+    }
+
+    #[test]
+    fn an_engine_is_read_as_it_was_written_with_what_is_not_said_left_empty() {
+        let mut ours = member(Role::Decode, "d", 1);
+        ours.engine = Some(EngineInfo { kind: "vllm".into(), url: "http://a:1".into(), ..EngineInfo::default() });
+        assert_eq!(Member::parse(ours.record().as_bytes()), Ok(ours.clone()));
+        let record =
+            br#"{"id":"d","incarnation":1,"role":"decode","protocol":1,"engine":{"kind":"of tomorrow","x":1}}"#;
+        assert_eq!(Member::parse(record).unwrap().engine.unwrap().kind, "of tomorrow");
+        ours.engine.as_mut().unwrap().group = "\u{1b}".into();
+        assert!(Member::parse(ours.record().as_bytes()).unwrap_err().starts_with("engine"));
     }
 
     #[test]

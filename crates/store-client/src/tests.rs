@@ -126,6 +126,7 @@ async fn world_with(liar: Liar, config: Config) -> World {
         model: None,
         segment: None,
         store: None,
+        engine: None,
         draining: false,
         duty: kvasir_cluster::Duty::default(),
     };

@@ -62,6 +62,7 @@ mod tests {
             model: None,
             segment: Some(first.descriptor()),
             store: None,
+            engine: None,
             draining: false,
             duty: kvasir_cluster::Duty::default(),
         };

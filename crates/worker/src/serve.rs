@@ -146,6 +146,7 @@ fn member(host: &Host, incarnation: Incarnation, grpc: String, admin: String) ->
         model: Some(host.model.clone()),
         segment: Some(host.transfer.descriptor()),
         store: None,
+        engine: None,
         draining: false,
         duty: kvasir_cluster::Duty { moved_to: None, pinned: host.duty.pinned() },
     }

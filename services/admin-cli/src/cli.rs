@@ -5,7 +5,7 @@ use std::time::Duration;
 use clap::{Parser, Subcommand, ValueEnum};
 use kvasir_cluster::EtcdConfig;
 
-use crate::{kv::KvCommand, route::RouteCommand, worker::WorkerCommand};
+use crate::{engine::EngineCommand, kv::KvCommand, route::RouteCommand, worker::WorkerCommand};
 
 /// Where etcd listens unless somebody says otherwise.
 const DEFAULT_ETCD: &str = "127.0.0.1:2379";
@@ -51,6 +51,9 @@ pub(crate) enum Command {
     /// What a worker works as: moving it between prefill and decode while it runs, pinning it
     #[command(subcommand)]
     Worker(WorkerCommand),
+    /// Engines of others (vLLM, SGLang) that routers use as workers: naming them, and taking them out
+    #[command(subcommand)]
+    Engine(EngineCommand),
     /// Whether there are enough prefill and decode workers for what is asked, and what the routers' planner does about it
     Planner,
     /// How routers choose workers: by which policy, and why a request goes where it goes
@@ -115,6 +118,7 @@ const EXAMPLES: &str = "Examples:
   kvasirctl kv evict --tenant acme
   kvasirctl route explain --chat request.json        where that request would go, and why
   kvasirctl route policy least-loaded
+  kvasirctl engine add vllm-d0 --kind vllm --role decode --url http://10.0.0.2:8200 --model qwen
   kvasirctl planner                                  what TTFT and TPOT are expected, and with which split
   kvasirctl worker role decode-3 prefill --pin       it reads prompts from now on, and no planner changes that
   KVASIR_ETCD=10.0.0.5:2379 kvasirctl status --timeout 500

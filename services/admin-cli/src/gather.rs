@@ -1,7 +1,9 @@
 //! Asking: etcd who is there, then every member how it is.
 
+use std::time::Duration;
+
 use futures_util::{StreamExt, stream};
-use kvasir_cluster::{EtcdConfig, Member, View};
+use kvasir_cluster::{EngineInfo, EtcdConfig, Member, View};
 use kvasir_types::Role;
 
 use crate::{
@@ -34,6 +36,9 @@ pub(crate) async fn ask_all(view: &View, way: &Way) -> Report {
 }
 
 async fn ask(member: &Member, way: &Way) -> MemberReport {
+    if let Some(engine) = &member.engine {
+        return of_engine(member, engine, way.limit).await;
+    }
     let live = async {
         match member.role {
             Role::Router => None,
@@ -58,6 +63,32 @@ async fn ask(member: &Member, way: &Way) -> MemberReport {
         admin: member.admin.clone(),
         model: member.model.as_ref().map(|model| model.name.clone()),
         live: live.and_then(|answer| answer.ok().map(|answer| answer.live)),
+    }
+}
+
+/// An engine of somebody else's says only whether it is well.
+async fn of_engine(member: &Member, engine: &EngineInfo, limit: Duration) -> MemberReport {
+    let address = engine.url.trim_start_matches("http://").trim_end_matches('/');
+    let (state, reason) = match probe::health(address, limit).await {
+        Readiness::Ready => (State::Ready, String::new()),
+        Readiness::NotReady(why) => (State::NotReady, why),
+        Readiness::Unknown(why) => (State::Unreachable, format!("http {address}: {why}")),
+    };
+    MemberReport {
+        role: member.role,
+        works_as: member.role,
+        pinned: false,
+        id: member.id.to_string(),
+        state,
+        reason,
+        version: member.version.clone(),
+        protocol: member.protocol,
+        incarnation: member.incarnation.to_string(),
+        grpc: String::new(),
+        http: engine.url.clone(),
+        admin: String::new(),
+        model: Some(engine.model.clone()),
+        live: None,
     }
 }
 

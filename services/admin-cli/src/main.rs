@@ -4,12 +4,13 @@
 //!   arguments ─▶ etcd: who is there ─▶ every member: how are you (in parallel, each with a time limit) ─▶ table or JSON
 //! ```
 //!
-//! It only reads, but for `kv pin`, `kv unpin`, `kv evict`, `kv drain`, `route policy NAME` and `worker`. Exit status: 0 the question was answered (members that could
+//! It only reads, but for `engine`, `kv pin`, `kv unpin`, `kv evict`, `kv drain`, `route policy NAME` and `worker`. Exit status: 0 the question was answered (members that could
 //! not be reached are shown as such), 1 the cluster's metadata could not be read or what was to be done was not, 2 wrong
 //! usage.
 #![forbid(unsafe_code)]
 
 mod cli;
+mod engine;
 mod gather;
 mod judge;
 mod kv;
@@ -84,6 +85,9 @@ fn answer(cli: &Cli, etcd: kvasir_cluster::EtcdConfig, rpc: &kvasir_rpc::Config)
             worker::run(command, &view, &way, cli.output).await
         });
     }
+    if let Command::Engine(command) = &cli.command {
+        return runtime.block_on(engine::run(command, etcd, cli.output));
+    }
     let report = runtime.block_on(gather::gather(etcd, &way))?;
     Ok(match (&cli.output, &cli.command) {
         (Output::Table, Command::Status) => render::status(&report),
@@ -94,7 +98,7 @@ fn answer(cli: &Cli, etcd: kvasir_cluster::EtcdConfig, rpc: &kvasir_rpc::Config)
         (Output::Json, Command::Status) => render::json(&report),
         (Output::Json, Command::Workers) => render::json(&report.workers()),
         (Output::Json, Command::Models) => render::json(&report.models),
-        (_, Command::Kv(_) | Command::Route(_) | Command::Worker(_) | Command::Planner) => {
+        (_, Command::Kv(_) | Command::Engine(_) | Command::Route(_) | Command::Worker(_) | Command::Planner) => {
             unreachable!("answered above")
         }
     })

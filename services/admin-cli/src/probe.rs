@@ -163,6 +163,19 @@ pub(crate) async fn ready(address: &str, limit: Duration) -> Readiness {
     page.map_or_else(Readiness::Unknown, |page| readiness(&page))
 }
 
+/// `GET /health` of an engine of somebody else's: what it says is in the status.
+pub(crate) async fn health(address: &str, limit: Duration) -> Readiness {
+    let request = format!("GET /health HTTP/1.1\r\nhost: {address}\r\nconnection: close\r\n\r\n");
+    match within(limit, page(address, request, MAX_PAGE_BYTES)).await {
+        Err(why) => Readiness::Unknown(why),
+        Ok(page) => match page.split(' ').nth(1).unwrap_or_default() {
+            "200" => Readiness::Ready,
+            status if page.starts_with("HTTP/1.") => Readiness::NotReady(format!("/health says {}", printable(status))),
+            _ => Readiness::Unknown("not a health page".to_owned()),
+        },
+    }
+}
+
 fn readiness(page: &str) -> Readiness {
     let status = page.split(' ').nth(1).unwrap_or_default();
     let body = page.split_once("\r\n\r\n").map_or("", |(_, body)| body);

@@ -232,6 +232,7 @@ fn member(id: &MemberId, engine: &TransferEngine, store: StoreInfo, grpc: String
         model: None,
         segment: Some(segment),
         store: Some(store),
+        engine: None,
         draining: false,
         duty: kvasir_cluster::Duty::default(),
     }

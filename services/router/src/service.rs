@@ -160,6 +160,7 @@ fn member(id: MemberId, http: String, admin: String) -> Member {
         model: None,
         segment: None,
         store: None,
+        engine: None,
         draining: false,
         duty: kvasir_cluster::Duty::default(),
     }
@@ -209,7 +210,7 @@ fn watch_members(
     };
     let mut known = directory.known();
     let now = Arc::clone(&view.borrow_and_update());
-    directory.follow(std::iter::empty());
+    directory.follow(&now);
     let (sender, receiver) = watch::channel(build(&now, &Engines::default(), &nobody));
     let watching = async move {
         loop {
@@ -222,7 +223,7 @@ fn watch_members(
                 break;
             }
             let now = Arc::clone(&view.borrow_and_update());
-            directory.follow(std::iter::empty());
+            directory.follow(&now);
             let engines = Arc::clone(&known.borrow_and_update());
             let previous = Arc::clone(&sender.borrow());
             sender.send_replace(build(&now, &engines, &previous));

@@ -9,8 +9,7 @@ use anyhow::{Context, Result, ensure};
 use futures_util::{StreamExt, future, stream};
 use kvasir_proto::v1::{Pin, SetDutyRequest, SetDutyResponse, worker_client::WorkerClient};
 use kvasir_tests::{
-    Client, Cluster, Node, Service, golden,
-    golden::MARGIN,
+    Client, Cluster, Node, Service,
     wait::{self, SOON},
     workspace,
 };
@@ -19,7 +18,7 @@ use serde_json::{Value, json};
 
 use crate::{
     ctl::ctl,
-    moves::ask,
+    load::Load,
     prompts::{chat, long},
 };
 
@@ -65,25 +64,10 @@ async fn workers_change_roles_under_load_and_every_answer_is_the_golden_one() ->
         .set(Service::Decode, "decode.local_prefill_tokens", 16)
         .set(Service::Prefill, "decode.local_prefill_tokens", 16)
         .run(async |cluster| {
-            let lines: Vec<_> =
-                golden::load(&workspace::demo_model())?.into_iter().filter(|line| line.margin >= MARGIN).collect();
+            let load = Load::new(cluster, STREAMS)?;
             let (client, model) = (cluster.client(), cluster.model().to_owned());
-            let (over, answered) = (AtomicBool::new(false), AtomicUsize::new(0));
-            let load = stream::iter(0..STREAMS).map(async |first| {
-                let mut next = first;
-                while !over.load(Relaxed) {
-                    ask(&client, &model, &lines[next % lines.len()]).await?;
-                    answered.fetch_add(1, Relaxed);
-                    next += 7;
-                }
-                anyhow::Ok(())
-            });
-            let load = load.buffer_unordered(STREAMS).collect::<Vec<_>>();
-            let moves = async {
-                let more = async || {
-                    let goal = answered.load(Relaxed) + 2 * STREAMS;
-                    wait::until("the load goes on", SOON, async || (answered.load(Relaxed) >= goal).then_some(())).await
-                };
+            let more = async || load.more("the load goes on", 2 * STREAMS).await;
+            load.run(async {
                 more().await?;
                 // One after the other changes sides, until all have.
                 ctl(cluster, &["worker", "role", "decode-1", "prefill"])?;
@@ -104,15 +88,8 @@ async fn workers_change_roles_under_load_and_every_answer_is_the_golden_one() ->
                     more().await?;
                 }
                 goes(&client, &model, &prefill, &decode).await
-            };
-            let moves = async {
-                let result = moves.await;
-                over.store(true, Relaxed);
-                result
-            };
-            let (answers, moved) = future::join(load, moves).await;
-            answers.into_iter().collect::<Result<Vec<_>>>()?;
-            moved?;
+            })
+            .await?;
             let router = cluster.node(Service::Router, 0).metrics().await?;
             ensure!(router.sum("kvasir_router_upstream_errors_total") == 0.0, "nobody failed");
             ensure!(router.sum("kvasir_router_move_seconds_count") == 0.0, "no answer had to be moved");

@@ -1,6 +1,7 @@
 //! Engines of others behind the router: stand-ins that speak vLLM's and SGLang's protocols (`kvasir_tests::stand_in`), each a
 //! process. They go on from what they were handed, so a wrong pairing says the wrong tokens or nothing.
 
+mod discovery;
 mod faults;
 
 use std::path::Path;

@@ -17,6 +17,7 @@ mod faults;
 mod front;
 mod golden;
 mod http_errors;
+mod load;
 mod moves;
 mod openai_client;
 mod pairing;

@@ -1,23 +1,19 @@
 //! Nothing is lost when workers die: what was begun is ended elsewhere, in the same stream, with the same tokens.
 
-use std::{
-    cell::Cell,
-    sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed},
-    time::Duration,
-};
+use std::{cell::Cell, time::Duration};
 
 use anyhow::{Context, Result, ensure};
-use futures_util::{StreamExt, future, stream};
 use kvasir_tests::{
-    Builder, Client, Cluster, Service,
-    golden::{self, Line, MARGIN},
+    Builder, Cluster, Service,
     openai::text_of,
     wait::{self, SOON},
-    workspace,
 };
 use serde_json::{Value, json};
 
-use crate::prompts::{COUNT, streamed};
+use crate::{
+    load::Load,
+    prompts::{COUNT, streamed},
+};
 
 /// Streams at the same time.
 const STREAMS: usize = 50;
@@ -48,44 +44,14 @@ fn pairs() -> Builder {
         .set(Service::Router, "retry.moves", 20)
 }
 
-/// Asks for a golden answer as a stream, and compares.
-pub(crate) async fn ask(client: &Client, model: &str, line: &Line) -> Result<()> {
-    let body = json!({
-        "model": model, "messages": line.messages, "temperature": 0, "max_tokens": line.output_ids.len(), "stream": true,
-        "stream_options": {"include_usage": true},
-    });
-    let chunks = client.stream("/v1/chat/completions", &body).await?.chunks().await?;
-    let text = text_of(&chunks);
-    ensure!(text == line.text, "expected {:?}, got {text:?}", line.text);
-    let usage = &chunks.last().context("chunks")?["usage"]["completion_tokens"];
-    ensure!(*usage == line.output_ids.len(), "{usage} tokens of {}", line.output_ids.len());
-    Ok(())
-}
-
 #[tokio::test]
 async fn every_stream_of_fifty_completes_with_the_golden_tokens_whichever_service_is_killed() -> Result<()> {
     pairs()
         .run(async |cluster| {
             announce(cluster);
-            let lines: Vec<_> =
-                golden::load(&workspace::demo_model())?.into_iter().filter(|line| line.margin >= MARGIN).collect();
-            let (client, model) = (cluster.client(), cluster.model().to_owned());
-            let (over, answered) = (AtomicBool::new(false), AtomicUsize::new(0));
-            let load = stream::iter(0..STREAMS).map(async |first| {
-                let mut next = first;
-                while !over.load(Relaxed) {
-                    ask(&client, &model, &lines[next % lines.len()]).await?;
-                    answered.fetch_add(1, Relaxed);
-                    next += 7;
-                }
-                anyhow::Ok(())
-            });
-            let load = load.buffer_unordered(STREAMS).collect::<Vec<_>>();
-            let kills = async {
-                let more = async |what: &str| {
-                    let goal = answered.load(Relaxed) + STREAMS;
-                    wait::until(what, SOON, async || (answered.load(Relaxed) >= goal).then_some(())).await
-                };
+            let load = Load::new(cluster, STREAMS)?;
+            let more = async |what: &str| load.more(what, STREAMS).await;
+            load.run(async {
                 more("the load runs").await?;
                 for (service, index) in [
                     (Service::Decode, 0),
@@ -100,16 +66,9 @@ async fn every_stream_of_fifty_completes_with_the_golden_tokens_whichever_servic
                     cluster.restart(service, index).await?;
                     more("the new one is taken in").await?;
                 }
-                anyhow::Ok(())
-            };
-            let kills = async {
-                let result = kills.await;
-                over.store(true, Relaxed);
-                result
-            };
-            let (answers, killed) = future::join(load, kills).await;
-            answers.into_iter().collect::<Result<Vec<_>>>()?;
-            killed?;
+                Ok(())
+            })
+            .await?;
             let metrics = cluster.node(Service::Router, 0).metrics().await?;
             let moved = metrics.sum_where("kvasir_router_move_seconds_count", &[]);
             ensure!(moved > 0.0, "somebody must have been in the middle of an answer");

@@ -155,6 +155,17 @@ impl Etcd {
         Ok(ours)
     }
 
+    /// Removes a key if its last change was at `expected`; whether it did.
+    pub(super) async fn delete(&self, key: &str, expected: i64) -> Result<bool, Error> {
+        let done = self
+            .ask("a removal", self.limit, |mut client| async move {
+                let unchanged = Compare::mod_revision(key, CompareOp::Equal, expected);
+                client.txn(Txn::new().when([unchanged]).and_then([TxnOp::delete(key, None)])).await
+            })
+            .await?;
+        Ok(done.succeeded())
+    }
+
     async fn ask<T, F>(&self, what: &'static str, limit: Duration, call: impl Fn(Client) -> F) -> Result<T, Error>
     where
         F: Future<Output = Result<T, EtcdError>>,

@@ -84,6 +84,7 @@ pub(crate) fn member(id: &str, incarnation: u64) -> Member {
         }),
         segment: None,
         store: None,
+        engine: None,
         draining: false,
         duty: kvasir_cluster::Duty::default(),
     }

@@ -106,6 +106,7 @@ async fn world() -> World {
         model: None,
         segment: None,
         store: None,
+        engine: None,
         draining: false,
         duty: kvasir_cluster::Duty::default(),
     };

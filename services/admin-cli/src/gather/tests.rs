@@ -78,6 +78,7 @@ fn decode(id: &str, grpc: &str, admin: &str) -> Member {
         model: None,
         segment: None,
         store: None,
+        engine: None,
         draining: false,
         duty: kvasir_cluster::Duty::default(),
     }

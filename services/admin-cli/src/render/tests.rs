@@ -28,6 +28,7 @@ fn member(role: Role, id: &str) -> Member {
         }),
         segment: None,
         store: None,
+        engine: None,
         draining: false,
         duty: kvasir_cluster::Duty::default(),
     }

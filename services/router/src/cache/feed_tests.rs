@@ -101,6 +101,7 @@ impl Rig {
             }),
             segment: None,
             store: None,
+            engine: None,
             draining: false,
             duty: kvasir_cluster::Duty::default(),
         };

@@ -2,7 +2,8 @@
 
 use std::path::PathBuf;
 
-use kvasir_types::MemberId;
+use kvasir_cluster::Member;
+use kvasir_types::{MemberId, Role};
 use serde::{Deserialize, Serialize};
 
 /// Engines of others: those listed here, and those in etcd (`kvasirctl engine add`).
@@ -127,6 +128,38 @@ pub enum ExternalError {
     /// A limit of zero.
     #[error("external.{0}: must be at least 1")]
     Zero(&'static str),
+}
+
+impl EngineConfig {
+    /// That of a record in etcd; the error says what can't be used.
+    pub(crate) fn of(member: &Member) -> Option<Result<Self, String>> {
+        let info = member.engine.as_ref()?;
+        let Some(kind) = EngineKind::named(&info.kind) else {
+            return Some(Err(format!("an engine of kind {:?}, which this router does not know", info.kind)));
+        };
+        if let Err(why) = authority(&info.url) {
+            return Some(Err(why));
+        }
+        let role = match member.role {
+            Role::Prefill => EngineRole::Prefill,
+            Role::Decode if info.alone => EngineRole::Both,
+            Role::Decode => EngineRole::Decode,
+            Role::Router | Role::KvStore => return Some(Err(format!("an engine as {}", member.role))),
+        };
+        Some(Ok(Self {
+            id: member.id.clone(),
+            kind,
+            role,
+            url: info.url.clone(),
+            model: info.model.clone(),
+            served_name: Some(info.served_name.clone()).filter(|name| !name.is_empty()),
+            group: info.group.clone(),
+            bootstrap_port: info.bootstrap_port,
+            max_model_len: info.max_model_len,
+            deterministic: info.deterministic,
+            key_file: None,
+        }))
+    }
 }
 
 impl ExternalConfig {

@@ -14,8 +14,9 @@ use std::{
     time::Duration,
 };
 
+use kvasir_cluster::View;
 use kvasir_runtime::{Kind, Tasks, random_u64};
-use kvasir_types::Incarnation;
+use kvasir_types::{Incarnation, MemberId};
 use tokio::{
     sync::{oneshot, watch},
     time::Instant,
@@ -46,13 +47,23 @@ pub(crate) struct Directory {
     known: watch::Sender<Engines>,
     /// Dropping the sender ends the probe.
     running: HashMap<Name, (EngineConfig, oneshot::Sender<()>)>,
+    /// Records that can't be used, and why: told once.
+    unfit: HashMap<MemberId, String>,
 }
 
 impl Directory {
     /// Of no engine yet; `contexts`: the router's models, and how many tokens they were made for.
     pub(crate) fn new(config: ExternalConfig, contexts: HashMap<String, Option<u32>>, tasks: Tasks) -> Self {
         let (config, http) = (Arc::new(config), Http::default());
-        Self { config, contexts, http, tasks, known: watch::Sender::default(), running: HashMap::new() }
+        Self {
+            config,
+            contexts,
+            http,
+            tasks,
+            known: watch::Sender::default(),
+            running: HashMap::new(),
+            unfit: HashMap::new(),
+        }
     }
 
     /// The engines that answer, now and whenever that changes.
@@ -60,9 +71,24 @@ impl Directory {
         self.known.subscribe()
     }
 
-    /// Follows those of the configuration and these, which have been checked, and no others. The configuration's word counts.
-    pub(crate) fn follow(&mut self, found: impl Iterator<Item = EngineConfig>) {
+    /// Follows those of the configuration and those in the cluster's metadata, and no others. The configuration's word counts.
+    pub(crate) fn follow(&mut self, view: &View) {
         let ours = self.config.engines.clone();
+        let mut found = Vec::new();
+        let mut unfit = HashMap::new();
+        for member in &view.members {
+            match EngineConfig::of(member) {
+                None => {}
+                Some(Ok(engine)) => found.push(engine),
+                Some(Err(why)) => {
+                    if self.unfit.get(&member.id) != Some(&why) {
+                        warn!(worker = %member.id, why, "an engine is not used");
+                    }
+                    unfit.insert(member.id.clone(), why);
+                }
+            }
+        }
+        self.unfit = unfit;
         let mut named: HashMap<Name, EngineConfig> = HashMap::new();
         for engine in ours.into_iter().chain(found).filter(|engine| self.contexts.contains_key(&engine.model)) {
             named.entry((engine::role(&engine), engine.id.clone())).or_insert(engine);

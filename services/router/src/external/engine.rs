@@ -112,6 +112,7 @@ pub(crate) fn member(config: &EngineConfig, incarnation: Incarnation, context: u
         }),
         segment: None,
         store: None,
+        engine: None,
         draining: false,
         duty: Duty::default(),
     }

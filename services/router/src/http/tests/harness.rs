@@ -291,6 +291,7 @@ impl Cluster {
             }),
             segment: None,
             store: None,
+            engine: None,
             draining: false,
             duty: kvasir_cluster::Duty::default(),
         }

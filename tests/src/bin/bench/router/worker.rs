@@ -127,6 +127,7 @@ fn member(grpc: String) -> Member {
         }),
         segment: None,
         store: None,
+        engine: None,
         draining: false,
         duty: kvasir_cluster::Duty::default(),
     }
