@@ -130,7 +130,7 @@ impl<'a> Run<'a> {
             workers: (0..count).map(|_| Worker::new(profile.kv.room_tokens)).collect(),
             roles,
             changing: vec![false; count],
-            steer: plan.steering.map(|steering| Steer::new(steering, count)),
+            steer: plan.steering.map(Steer::new),
             moves: Vec::new(),
             front,
             store: Room::new(plan.store_tokens),

@@ -57,12 +57,15 @@ pub(crate) struct Parts {
 /// What is known of a model from one look to the next.
 struct Ledger {
     targets: Targets,
-    meter: Meter,
+    meter: Meter<Life>,
     planner: Planner,
     /// What every worker worked as when it was last looked at.
-    worked_as: HashMap<(MemberId, Incarnation), Role>,
+    worked_as: HashMap<Life, Role>,
     advised: String,
 }
+
+/// One life of one worker.
+type Life = (MemberId, Incarnation);
 
 /// The task.
 pub(crate) struct Lead {
@@ -103,16 +106,16 @@ impl Lead {
     }
 
     /// Learns from what workers tell, and lets decisions know what steps will take.
-    fn observe(&mut self, fleet: &Fleet, seconds: f64) -> BTreeMap<String, Vec<Told>> {
+    fn observe(&mut self, fleet: &Fleet, seconds: f64) -> BTreeMap<String, Vec<Told<Life>>> {
         let mut all = BTreeMap::new();
         for (model, ledger) in &mut self.ledgers {
             let crew = fleet.crew(model);
             let workers = || crew.into_iter().flat_map(|crew| crew.everybody());
-            let told: Vec<Told> = workers().filter_map(|(worker, role)| told(worker, role)).collect();
+            let told: Vec<Told<Life>> = workers().filter_map(|(worker, role)| told(worker, role)).collect();
             ledger.meter.observe(seconds, &told);
             let context = ledger.meter.context();
             for (worker, _) in workers() {
-                if let Some(step) = ledger.meter.speeds(&worker.member.id, worker.member.incarnation).step {
+                if let Some(step) = ledger.meter.speeds(&life(&worker.member)).step {
                     worker.pulse.predict(step.base as f32, step.each(context) as f32);
                 }
             }
@@ -122,7 +125,7 @@ impl Lead {
     }
 
     /// Holds the office, if nobody else does, and does what the plan says.
-    async fn look(&mut self, fleet: &Fleet, told: &BTreeMap<String, Vec<Told>>) {
+    async fn look(&mut self, fleet: &Fleet, told: &BTreeMap<String, Vec<Told<Life>>>) {
         if self.parts.config.mode == PlannerMode::Off || !self.leads().await {
             return;
         }
@@ -190,21 +193,20 @@ impl Lead {
         (1.0 + waiting as f64 / (placed.max(1)) as f64).min(MOST_CROWD)
     }
 
-    async fn act(&mut self, model: &str, fleet: &Fleet, told: &[Told], verdict: &Verdict) {
+    async fn act(&mut self, model: &str, fleet: &Fleet, told: &[Told<Life>], verdict: &Verdict) {
         let (board, metrics) = (&self.parts.board, &self.parts.metrics);
         for worker in verdict.moves.iter().filter_map(|&at| told.get(at)) {
             let to = if worker.reads { Role::Decode } else { Role::Prefill };
             let request = v1::SetDutyRequest {
                 protocol_version: PROTOCOL_VERSION,
-                incarnation: worker.incarnation.0,
+                incarnation: worker.worker.1.0,
                 role: to.to_string(),
                 pin: v1::Pin::Unspecified.into(),
                 term: self.term.unwrap_or(0).max(1),
                 reason: verdict.why.clone(),
             };
-            let name = worker.id.as_str();
-            let found =
-                fleet.workers().find(|one| one.member.id == worker.id && one.member.incarnation == worker.incarnation);
+            let name = worker.worker.0.as_str();
+            let found = fleet.workers().find(|one| is(&one.member, &worker.worker));
             let Some(found) = found else { continue };
             match set_duty(found, request).await {
                 Ok(()) => {
@@ -220,15 +222,15 @@ impl Lead {
         }
     }
 
-    fn advise(&mut self, model: &str, told: &[Told], verdict: &Verdict) {
+    fn advise(&mut self, model: &str, told: &[Told<Life>], verdict: &Verdict) {
         let Some(ledger) = self.ledgers.get_mut(model) else { return };
         for worker in verdict.moves.iter().filter_map(|&at| told.get(at)) {
             let to = if worker.reads { Role::Decode } else { Role::Prefill };
-            let advice = format!("{} {to}", worker.id);
+            let advice = format!("{} {to}", worker.worker.0);
             // The same advice every pause would be noise.
             if ledger.advised != advice {
-                info!(model, worker = %worker.id, to = %to, why = verdict.why, "a worker would be better as something else");
-                self.parts.board.tell("advised", model, worker.id.as_str(), &to.to_string(), &verdict.why);
+                info!(model, worker = %worker.worker.0, to = %to, why = verdict.why, "a worker would be better as something else");
+                self.parts.board.tell("advised", model, worker.worker.0.as_str(), &to.to_string(), &verdict.why);
                 ledger.advised = advice;
             }
         }
@@ -238,11 +240,8 @@ impl Lead {
 impl Ledger {
     /// Somebody else may have moved workers: then what was thought before is void.
     fn notice(&mut self, records: &[Option<&Member>], now: f64) {
-        let works_as: HashMap<_, _> = records
-            .iter()
-            .flatten()
-            .map(|member| ((member.id.clone(), member.incarnation), member.works_as()))
-            .collect();
+        let works_as: HashMap<_, _> =
+            records.iter().flatten().map(|member| (life(member), member.works_as())).collect();
         let moved = works_as.iter().any(|(name, role)| self.worked_as.get(name).is_some_and(|before| before != role));
         if moved {
             self.planner.disturbed(now);
@@ -250,11 +249,11 @@ impl Ledger {
         self.worked_as = works_as;
     }
 
-    fn situation(&self, told: &[Told], records: &[Option<&Member>], crowd: f64) -> Situation {
+    fn situation(&self, told: &[Told<Life>], records: &[Option<&Member>], crowd: f64) -> Situation {
         let candidates = told.iter().zip(records).map(|(worker, record)| Candidate {
             decodes: !worker.reads,
             movable: record.is_some_and(|member| !member.duty.pinned && !member.draining),
-            work: if worker.reads { worker.waiting_tokens as f64 } else { f64::from(worker.requests) },
+            work: worker.work(),
         });
         Situation {
             demand: self.meter.demand(told, crowd),
@@ -265,17 +264,24 @@ impl Ledger {
     }
 }
 
-fn record<'a>(view: &'a View, worker: &Told) -> Option<&'a Member> {
-    view.members.iter().find(|member| member.id == worker.id && member.incarnation == worker.incarnation)
+fn record<'a>(view: &'a View, worker: &Told<Life>) -> Option<&'a Member> {
+    view.members.iter().find(|member| is(member, &worker.worker))
+}
+
+fn life(member: &Member) -> Life {
+    (member.id.clone(), member.incarnation)
+}
+
+fn is(member: &Member, life: &Life) -> bool {
+    member.id == life.0 && member.incarnation == life.1
 }
 
 /// What a worker tells, if it tells what is needed (older ones don't).
-fn told(worker: &Worker, role: Role) -> Option<Told> {
+fn told(worker: &Worker, role: Role) -> Option<Told<Life>> {
     let load = worker.load()?;
     let totals = load.totals?;
     Some(Told {
-        id: worker.member.id.clone(),
-        incarnation: worker.member.incarnation,
+        worker: life(&worker.member),
         totals: (&totals).into(),
         reads: role == Role::Prefill,
         waiting_tokens: load.waiting_tokens.min(1 << 40),

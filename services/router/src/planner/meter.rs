@@ -1,8 +1,6 @@
 //! What is asked of a model's workers, and how fast they are: from what each of them tells, twice a second.
 
-use std::collections::HashMap;
-
-use kvasir_types::{Incarnation, MemberId};
+use std::{collections::HashMap, hash::Hash};
 
 use super::{
     forecast::{Demand, Fleet},
@@ -12,27 +10,35 @@ use super::{
 /// What was asked so long ago counts half, in seconds.
 const HALF_LIFE: f64 = 10.0;
 
-/// A worker, as it tells.
+/// A worker, as it tells. `W` names one life of one worker.
 #[derive(Clone, Debug)]
-pub(crate) struct Told {
-    pub(crate) id: MemberId,
-    pub(crate) incarnation: Incarnation,
-    pub(crate) totals: Totals,
+pub struct Told<W> {
+    /// Which.
+    pub worker: W,
+    /// What it has done since it started.
+    pub totals: Totals,
     /// It reads prompts (else it writes answers).
-    pub(crate) reads: bool,
+    pub reads: bool,
     /// Prompt tokens that wait there.
-    pub(crate) waiting_tokens: u64,
+    pub waiting_tokens: u64,
     /// Tokens that it has blocks for.
-    pub(crate) room_tokens: u64,
+    pub room_tokens: u64,
     /// Requests there.
-    pub(crate) requests: u32,
+    pub requests: u32,
+}
+
+impl<W> Told<W> {
+    /// What it has to do, as a plan weighs it.
+    pub fn work(&self) -> f64 {
+        if self.reads { self.waiting_tokens as f64 } else { f64::from(self.requests) }
+    }
 }
 
 /// Of one model's workers.
-#[derive(Debug, Default)]
-pub(crate) struct Meter {
+#[derive(Debug)]
+pub struct Meter<W> {
     all: Learned,
-    workers: HashMap<(MemberId, Incarnation), Known>,
+    workers: HashMap<W, Known>,
     /// Seconds, and what was done in them; what is long ago counts less.
     seconds: f64,
     prompt_tokens: f64,
@@ -48,9 +54,24 @@ struct Known {
     learned: Learned,
 }
 
-impl Meter {
+impl<W> Default for Meter<W> {
+    fn default() -> Self {
+        Self {
+            all: Learned::default(),
+            workers: HashMap::new(),
+            seconds: 0.0,
+            prompt_tokens: 0.0,
+            prompts: 0.0,
+            answer_tokens: 0.0,
+            answers: 0.0,
+            context: 0.0,
+        }
+    }
+}
+
+impl<W: Clone + Eq + Hash> Meter<W> {
     /// What all workers tell now, `seconds` after the last time.
-    pub(crate) fn observe(&mut self, seconds: f64, told: &[Told]) {
+    pub fn observe(&mut self, seconds: f64, told: &[Told<W>]) {
         let fade = (-seconds / HALF_LIFE).exp2();
         for sum in [
             &mut self.seconds,
@@ -65,8 +86,7 @@ impl Meter {
         self.seconds += seconds;
         let before = std::mem::take(&mut self.workers);
         for worker in told {
-            let name = (worker.id.clone(), worker.incarnation);
-            let known = before.get(&name);
+            let known = before.get(&worker.worker);
             let mut learned = known.map_or_else(Learned::default, |known| known.learned);
             // Of one that is new, what it did before is not known to have been now.
             let done = known.and_then(|known| worker.totals.since(&known.totals));
@@ -79,12 +99,12 @@ impl Meter {
                 self.answers += done.plain_answers as f64;
                 self.context += done.plain_context as f64;
             }
-            self.workers.insert(name, Known { totals: worker.totals, learned });
+            self.workers.insert(worker.worker.clone(), Known { totals: worker.totals, learned });
         }
     }
 
     /// What is asked; `crowd` is how many times more would be, if all that wait were let in.
-    pub(crate) fn demand(&self, told: &[Told], crowd: f64) -> Demand {
+    pub fn demand(&self, told: &[Told<W>], crowd: f64) -> Demand {
         let per = |amount: f64, each: f64| if each > 0.0 { amount / each } else { 0.0 };
         Demand {
             prompt_tokens_per_second: per(self.prompt_tokens, self.seconds) * crowd,
@@ -96,36 +116,38 @@ impl Meter {
     }
 
     /// How fast this worker is; what it has not shown yet, it does like the others.
-    pub(crate) fn speeds(&self, id: &MemberId, incarnation: Incarnation) -> Speeds {
-        let known = self.workers.get(&(id.clone(), incarnation));
+    pub fn speeds(&self, worker: &W) -> Speeds {
+        let known = self.workers.get(worker);
         known.map_or_else(|| self.all.speeds(None), |known| known.learned.speeds(Some(&self.all)))
     }
 
     /// How fast all of them are, on average; `None` as long as nobody has shown it.
-    pub(crate) fn fleet(&self, told: &[Told]) -> Option<Fleet> {
-        let speeds: Vec<Speeds> = told.iter().map(|worker| self.speeds(&worker.id, worker.incarnation)).collect();
+    pub fn fleet(&self, told: &[Told<W>]) -> Option<Fleet> {
+        let speeds: Vec<Speeds> = told.iter().map(|worker| self.speeds(&worker.worker)).collect();
         let steps: Vec<Step> = speeds.iter().filter_map(|speeds| speeds.step).collect();
         let prompts: Vec<Prompt> = speeds.iter().filter_map(|speeds| speeds.prompt).collect();
         if steps.is_empty() || prompts.is_empty() {
             return None;
         }
-        let mean = |values: &mut dyn Iterator<Item = f64>, count: usize| values.sum::<f64>() / count as f64;
+        let step = |pick: fn(&Step) -> f64| steps.iter().map(pick).sum::<f64>() / steps.len() as f64;
+        let prompt = |pick: fn(&Prompt) -> f64| prompts.iter().map(pick).sum::<f64>() / prompts.len() as f64;
+        let room = told.iter().map(|worker| worker.room_tokens as f64).sum::<f64>();
         Some(Fleet {
             step: Step {
-                base: mean(&mut steps.iter().map(|step| step.base), steps.len()),
-                per_answer: mean(&mut steps.iter().map(|step| step.per_answer), steps.len()),
-                per_context_token: mean(&mut steps.iter().map(|step| step.per_context_token), steps.len()),
+                base: step(|step| step.base),
+                per_answer: step(|step| step.per_answer),
+                per_context_token: step(|step| step.per_context_token),
             },
             prompt: Prompt {
-                per_token: mean(&mut prompts.iter().map(|prompt| prompt.per_token), prompts.len()),
-                per_place: mean(&mut prompts.iter().map(|prompt| prompt.per_place), prompts.len()),
+                per_token: prompt(|prompt| prompt.per_token),
+                per_place: prompt(|prompt| prompt.per_place),
             },
-            room_tokens: mean(&mut told.iter().map(|worker| worker.room_tokens as f64), told.len()),
+            room_tokens: room / told.len() as f64,
         })
     }
 
     /// Tokens that an answer looks back at.
-    pub(crate) fn context(&self) -> f64 {
+    pub fn context(&self) -> f64 {
         if self.answers > 0.0 { self.context / self.answers } else { 0.0 }
     }
 }
@@ -134,12 +156,11 @@ impl Meter {
 mod tests {
     use super::*;
 
-    fn told(id: &str, totals: Totals) -> Told {
+    fn told(worker: &str, totals: Totals) -> Told<String> {
         Told {
-            id: id.parse().unwrap(),
-            incarnation: Incarnation(1),
+            worker: worker.to_owned(),
             totals,
-            reads: id.starts_with('p'),
+            reads: worker.starts_with('p'),
             waiting_tokens: 100,
             room_tokens: 5000,
             requests: 0,
@@ -148,7 +169,7 @@ mod tests {
 
     #[test]
     fn what_is_asked_is_what_was_done_lately_and_a_worker_that_is_new_brings_nothing_along() {
-        let mut meter = Meter::default();
+        let mut meter = Meter::<String>::default();
         let long_ago = Totals { prefilled_tokens: 1 << 40, sampled_tokens: 1 << 40, ..Totals::default() };
         assert_eq!(meter.fleet(&[]), None);
         let (mut reader, mut writer) = (long_ago, Totals::default());
@@ -181,8 +202,8 @@ mod tests {
         (0..200).for_each(|_| meter.observe(0.5, &all));
         assert!(meter.demand(&all, 1.0).prompt_tokens_per_second < 5.0);
         // Another life begins at nothing, and is as fast as was known of the others.
-        let reborn = Told { incarnation: Incarnation(2), ..told("d", Totals::default()) };
+        let reborn = told("d, again", Totals::default());
         meter.observe(0.5, std::slice::from_ref(&reborn));
-        assert!(meter.speeds(&reborn.id, reborn.incarnation).step.is_some());
+        assert!(meter.speeds(&reborn.worker).step.is_some());
     }
 }
