@@ -161,7 +161,14 @@ impl Call {
             if !(others.is_empty() && matches!(error, upstream::Error::Broken { .. })) {
                 crew = others;
             }
-            last = Some(error);
+            // The only one, asked again, is gone: that it broke off in the middle is what the client should hear.
+            let gone = matches!((&last, &error), (
+                Some(upstream::Error::Broken { worker: broke, .. }),
+                upstream::Error::Unavailable { worker, .. },
+            ) if broke == worker);
+            if !gone {
+                last = Some(error);
+            }
             if !again {
                 break;
             }
