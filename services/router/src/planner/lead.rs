@@ -126,9 +126,10 @@ impl Lead {
 
     /// Holds the office, if nobody else does, and does what the plan says.
     async fn look(&mut self, fleet: &Fleet, told: &BTreeMap<String, Vec<Told<Life>>>) {
-        if self.parts.config.mode == PlannerMode::Off || !self.leads().await {
+        if self.parts.config.mode == PlannerMode::Off {
             return;
         }
+        let Some(term) = self.leads().await else { return };
         let now = self.began.elapsed().as_secs_f64();
         let view = Arc::clone(&self.parts.registry.view().borrow());
         let models: Vec<String> = self.ledgers.keys().cloned().collect();
@@ -142,15 +143,15 @@ impl Lead {
             let verdict = ledger.planner.look(now, &situation);
             self.parts.board.looked(&model, &situation, &verdict);
             if self.parts.config.mode == PlannerMode::Act {
-                self.act(&model, fleet, told, &verdict).await;
+                self.act(&model, term, fleet, told, &verdict).await;
             } else {
                 self.advise(&model, told, &verdict);
             }
         }
     }
 
-    /// Whether this router plans.
-    async fn leads(&mut self) -> bool {
+    /// The term of office, if this router plans.
+    async fn leads(&mut self) -> Option<u64> {
         let office: MemberId = OFFICE.parse().expect("a name");
         let asked = self.parts.registry.claim_office(&office, &self.parts.id, Role::Router).await;
         let held = match asked {
@@ -159,14 +160,14 @@ impl Lead {
             Err(_) => {
                 self.lost();
                 self.parts.board.leader(None);
-                return false;
+                return None;
             }
         };
         let Office { holder, term, ours } = held;
         self.parts.board.leader(Some(Leader { router: holder.to_string(), term, here: ours }));
         if !ours {
             self.lost();
-            return false;
+            return None;
         }
         if self.term.replace(term) != Some(term) {
             info!(term, "this router plans");
@@ -176,7 +177,7 @@ impl Lead {
             let now = self.began.elapsed().as_secs_f64();
             self.ledgers.values_mut().for_each(|ledger| ledger.planner.disturbed(now));
         }
-        true
+        Some(term)
     }
 
     fn lost(&mut self) {
@@ -193,7 +194,7 @@ impl Lead {
         (1.0 + waiting as f64 / (placed.max(1)) as f64).min(MOST_CROWD)
     }
 
-    async fn act(&mut self, model: &str, fleet: &Fleet, told: &[Told<Life>], verdict: &Verdict) {
+    async fn act(&self, model: &str, term: u64, fleet: &Fleet, told: &[Told<Life>], verdict: &Verdict) {
         let (board, metrics) = (&self.parts.board, &self.parts.metrics);
         for worker in verdict.moves.iter().filter_map(|&at| told.get(at)) {
             let to = if worker.reads { Role::Decode } else { Role::Prefill };
@@ -202,7 +203,7 @@ impl Lead {
                 incarnation: worker.worker.1.0,
                 role: to.to_string(),
                 pin: v1::Pin::Unspecified.into(),
-                term: self.term.unwrap_or(0).max(1),
+                term,
                 reason: verdict.why.clone(),
             };
             let name = worker.worker.0.as_str();
