@@ -19,6 +19,7 @@
 #![forbid(unsafe_code)]
 
 pub mod cluster;
+pub mod collector;
 pub mod etcd;
 pub mod golden;
 pub mod logs;

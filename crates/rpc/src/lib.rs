@@ -11,12 +11,15 @@
 //! | frames for calls given up and forgotten; 50 are remembered, for a second | 1024 in the connection's **life** | every answer given up had tokens under way | not counted; [`GIVEN_UP`] remembered |
 //! | small frames that nobody has read yet | half the connection's window, at 256 bytes each | the tokens of a hundred clients that read slowly | [`ANSWERS`], [`QUESTIONS`] |
 //!
+//! What belongs to one request is told by headers ([`trace`]).
+//!
 //! What is left to bound memory is what bounds it anyway: each stream's own window, and how many calls a service admits.
 #![forbid(unsafe_code)]
 
 mod connection;
 pub mod files;
 mod tls;
+pub mod trace;
 
 use std::{fmt, future::Future, sync::Arc, time::Duration};
 

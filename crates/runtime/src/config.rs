@@ -20,13 +20,13 @@ use std::path::PathBuf;
 
 pub use layers::{Layers, Loaded};
 pub(crate) use layers::{flattened, section};
-pub use sections::{AdminConfig, LogConfig, LogFormat, ShutdownConfig};
+pub use sections::{AdminConfig, LogConfig, LogFormat, ShutdownConfig, TraceConfig};
 use serde::{Serialize, de::DeserializeOwned};
 
 /// A service's configuration: a struct with `serde(default, deny_unknown_fields)`, every field public and documented.
 ///
-/// Three keys mean the same in every service and are read by [`crate::main`]: `log` ([`LogConfig`]), `shutdown`
-/// ([`ShutdownConfig`]) and `threads` (of the async runtime; absent or null: one for every core).
+/// Four keys mean the same in every service and are read by [`crate::main`]: `log` ([`LogConfig`]), `trace` ([`TraceConfig`]),
+/// `shutdown` ([`ShutdownConfig`]) and `threads` (of the async runtime; absent or null: one for every core).
 pub trait Config: Default + Serialize + DeserializeOwned + Send + 'static {}
 impl<C: Default + Serialize + DeserializeOwned + Send + 'static> Config for C {}
 

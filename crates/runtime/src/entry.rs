@@ -13,7 +13,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::{
     Context, Health, Metrics, Shutdown, Tasks, chain,
-    config::{Config, Layers, Loaded, LogConfig, ShutdownConfig, flattened, section},
+    config::{Config, Layers, Loaded, LogConfig, ShutdownConfig, TraceConfig, flattened, section},
     telemetry,
 };
 
@@ -51,7 +51,10 @@ where
         Err(done) => return done.tell(),
     };
     let Loaded { config, tree } = loaded;
-    telemetry::start(&section::<LogConfig>(&tree, "log"));
+    let spans = match telemetry::start(&service, &section::<LogConfig>(&tree, "log"), &section::<TraceConfig>(&tree, "trace")) {
+        Ok(spans) => spans,
+        Err(error) => return Done::Refuse(format!("error: {}", chain(error.as_ref()))).tell(),
+    };
     let grace = Duration::from_millis(section::<ShutdownConfig>(&tree, "shutdown").grace_ms);
 
     let mut builder = tokio::runtime::Builder::new_multi_thread();
@@ -67,6 +70,7 @@ where
         }
         Err(error) => Err(anyhow::Error::new(error).context("cannot start threads")),
     };
+    drop(spans); // the last ones are sent
     match end {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

@@ -33,10 +33,11 @@ mod listen;
 pub mod metrics;
 mod misc;
 mod shutdown;
+mod spans;
 mod tasks;
 mod telemetry;
 
-pub use config::{AdminConfig, Config, LogConfig, LogFormat, ShutdownConfig};
+pub use config::{AdminConfig, Config, LogConfig, LogFormat, ShutdownConfig, TraceConfig};
 pub use context::Context;
 pub use entry::{Service, main};
 pub use health::Health;

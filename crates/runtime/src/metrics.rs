@@ -145,6 +145,11 @@ impl Metrics {
         self.register(name, help, FloatGauge::default())
     }
 
+    /// Real numbers that go up and down, by label.
+    pub fn float_gauges<L: Labels>(&self, name: &str, help: &str) -> Family<L, FloatGauge> {
+        self.register(name, help, Family::default())
+    }
+
     /// A distribution, counted into `buckets` by upper bound.
     pub fn histogram(&self, name: &str, help: &str, buckets: &'static [f64]) -> Histogram {
         self.register(name, help, Buckets(buckets).new_metric())

@@ -1,24 +1,35 @@
-//! Logs: lines for people or JSON for machines, on standard error; panics are log lines too.
+//! Logs: lines for people or JSON for machines, on standard error; panics are log lines too. And spans, sent to a collector
+//! if one is named ([`crate::spans`]).
 //!
 //! Request ids come from spans (`request_id` is a field of the span around a request), so that every line of a request
 //! carries it without anybody passing it along.
 
 use std::{backtrace::Backtrace, io::IsTerminal, panic};
 
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::{EnvFilter, Layer, layer::SubscriberExt, util::SubscriberInitExt};
 
-use crate::{LogConfig, LogFormat};
+use crate::{LogConfig, LogFormat, TraceConfig, entry::Service, spans::Spans};
 
-/// Starts logging for the whole process.
-pub(crate) fn start(config: &LogConfig) {
-    let filter = EnvFilter::try_new(&config.filter).unwrap_or_else(|_| EnvFilter::new("info"));
-    let lines = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
-    // An error means that somebody started logging before (a test in this process): theirs stays.
-    let _ = match config.format {
-        LogFormat::Human => lines.with_ansi(std::io::stderr().is_terminal()).try_init(),
-        LogFormat::Json => lines.json().try_init(),
+/// Starts logging for the whole process, and sending its spans as long as what is returned is kept.
+///
+/// # Errors
+/// The collector's address is none.
+pub(crate) fn start(service: &Service, log: &LogConfig, trace: &TraceConfig) -> anyhow::Result<Option<Spans>> {
+    let filter = EnvFilter::try_new(&log.filter).unwrap_or_else(|_| EnvFilter::new("info"));
+    let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
+    let lines = match log.format {
+        LogFormat::Human => lines.with_ansi(std::io::stderr().is_terminal()).boxed(),
+        LogFormat::Json => lines.json().boxed(),
     };
     panic::set_hook(Box::new(log_panic));
+    let mut layers = vec![lines.with_filter(filter).boxed()];
+    let spans = Spans::start(service, trace)?.map(|(spans, layer)| {
+        layers.push(layer);
+        spans
+    });
+    // An error means that somebody started logging before (a test in this process): theirs stays.
+    let _ = tracing_subscriber::registry().with(layers).try_init();
+    Ok(spans)
 }
 
 /// Whether a filter can be used; the error says what is wrong with it.

@@ -20,7 +20,9 @@ use std::{ops::Range, sync::Arc, time::Instant};
 
 use futures_util::{StreamExt, stream};
 use kvasir_proto::{convert, v1};
+use kvasir_rpc::trace;
 use kvasir_types::{BlockHash, Deadline, Epoch, GrantKey, MemberId, PROTOCOL_VERSION, RequestId, SegmentDescriptor};
+use tonic::Request;
 
 use crate::{
     Error, Inner, MAX_CALLS, MAX_HASHES, glance,
@@ -220,7 +222,7 @@ impl Search<'_> {
             epoch: epoch.0,
         };
         let (again, mut asked) = (message.clone(), Instant::now());
-        let call = async |mut client: Client| client.lookup(message).await;
+        let call = async |mut client: Client| client.lookup(trace::carry(Request::new(message))).await;
         let peers = &self.inner.peers;
         let mut response = peers.call_within(peers.lookup_timeout, &share.node, self.deadline, call).await?;
         let at_once = response.offsets.len();
@@ -228,7 +230,7 @@ impl Search<'_> {
             let (wait_ms, ended, now) =
                 (self.disk_wait(), Vec::from_iter(Some(response.lease).filter(|&lease| lease != 0)), Instant::now());
             let again = v1::LookupRequest { wait_ms, ended, ..again };
-            let call = async |mut client: Client| client.lookup(again).await;
+            let call = async |mut client: Client| client.lookup(trace::carry(Request::new(again))).await;
             // Without an answer, the first one stands.
             if let Ok(more) = peers.call(&share.node, self.deadline, call).await {
                 (response, asked) = (more, now);

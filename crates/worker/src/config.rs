@@ -4,7 +4,7 @@ use std::{net::SocketAddr, path::PathBuf};
 
 use kvasir_cluster::RegistryConfig;
 use kvasir_model::cpu::Compute;
-use kvasir_runtime::{AdminConfig, LogConfig, ShutdownConfig};
+use kvasir_runtime::{AdminConfig, LogConfig, ShutdownConfig, TraceConfig};
 use kvasir_types::{KvDtype, Transports};
 use serde::{Deserialize, Serialize};
 
@@ -26,6 +26,8 @@ pub struct Config {
     pub admin: AdminConfig,
     /// Logging.
     pub log: LogConfig,
+    /// Spans of requests, for OpenTelemetry.
+    pub trace: TraceConfig,
     /// Shutdown.
     pub shutdown: ShutdownConfig,
     /// Where the cluster's metadata is.
@@ -261,6 +263,7 @@ impl Default for Config {
             threads: Some(2),
             admin: AdminConfig::default(),
             log: LogConfig::default(),
+            trace: TraceConfig::default(),
             shutdown: ShutdownConfig::default(),
             registry: RegistryConfig::default(),
             rpc: kvasir_rpc::Config::default(),

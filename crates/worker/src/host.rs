@@ -137,7 +137,7 @@ impl Host {
             on_evict: (config.store.write_back.policy == WriteBackPolicy::OnEvict).then(|| evictions.hook()),
         };
         let (engine, _thread) = kvasir_engine::spawn(engine_config(&config), layout, blocks as usize, parts);
-        let metrics = Metrics::new(&context.metrics, engine.clone(), transfer.clone());
+        let metrics = Metrics::new(&context.metrics, engine.clone(), transfer.clone(), &model, blocks as usize);
         metrics.works_as(role);
         let store = client.map(|client| {
             let (config, model, blocks, engine) = (&config, &model, blocks as usize, engine.clone());

@@ -2,7 +2,9 @@
 
 mod store;
 mod transfer;
+mod vllm;
 
+use kvasir_cluster::ModelInfo;
 use kvasir_engine::Handle;
 use kvasir_runtime::metrics::{
     Counter, EncodeLabelSet, EncodeLabelValue, Family, Gauge, Histogram, LATENCY_SECONDS, set_total,
@@ -97,7 +99,13 @@ pub(crate) struct Metrics {
 }
 
 impl Metrics {
-    pub(crate) fn new(page: &kvasir_runtime::Metrics, engine: Handle, transfer: TransferEngine) -> Self {
+    pub(crate) fn new(
+        page: &kvasir_runtime::Metrics,
+        engine: Handle,
+        transfer: TransferEngine,
+        model: &ModelInfo,
+        blocks: usize,
+    ) -> Self {
         let metrics = Self {
             requests: page.counters("kvasir_worker_requests", "Requests by how they ended"),
             prompt_tokens: page.counters("kvasir_worker_prompt_tokens", "Prompt tokens by where their KV came from"),
@@ -129,6 +137,7 @@ impl Metrics {
         for source in Source::ALL {
             metrics.prompt_tokens(source, 0);
         }
+        vllm::register(page, engine.clone(), model, blocks);
         EnginePage::register(page, engine);
         transfer::TransferPage::register(page, transfer);
         metrics

@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, time::Duration}
 
 use anyhow::{Context as _, anyhow, ensure};
 use kvasir_cluster::{RegistryConfig, StoreInfo};
-use kvasir_runtime::{AdminConfig, LogConfig, ShutdownConfig};
+use kvasir_runtime::{AdminConfig, LogConfig, ShutdownConfig, TraceConfig};
 use kvasir_types::{MemberId, Role};
 use serde::{Deserialize, Serialize};
 
@@ -32,6 +32,8 @@ pub struct Config {
     pub admin: AdminConfig,
     /// Logging.
     pub log: LogConfig,
+    /// Spans of requests, for OpenTelemetry.
+    pub trace: TraceConfig,
     /// Shutdown.
     pub shutdown: ShutdownConfig,
     /// Where the cluster's metadata is.
@@ -173,6 +175,7 @@ impl Default for Config {
             threads: Some(2),
             admin: AdminConfig::default(),
             log: LogConfig::default(),
+            trace: TraceConfig::default(),
             shutdown: ShutdownConfig::default(),
             registry: RegistryConfig::default(),
             rpc: kvasir_rpc::Config::default(),

@@ -13,10 +13,12 @@ use std::{
 use kvasir_cluster::{Member, Registry};
 use kvasir_kv_cache::Ask;
 use kvasir_proto::{check_protocol, convert, v1};
+use kvasir_rpc::trace;
 use kvasir_runtime::{Kind, Tasks};
 use kvasir_types::{BlockHash, Epoch, MemberId};
 use tokio::sync::oneshot;
 use tonic::{Request, Response, Status};
+use tracing::{Instrument, debug_span};
 
 use crate::{
     error::Error,
@@ -77,7 +79,9 @@ type Answer<T> = Result<Response<T>, Status>;
 impl v1::store_server::Store for StoreService {
     async fn lookup(&self, request: Request<v1::LookupRequest>) -> Answer<v1::LookupResponse> {
         let _timer = self.metrics.time(Call::Lookup);
-        Ok(Response::new(self.look_up(request.get_ref()).await?))
+        let span = debug_span!("lookup", blocks = request.get_ref().hashes.len() / size_of::<BlockHash>());
+        trace::adopt(&span, request.metadata());
+        Ok(Response::new(self.look_up(request.get_ref()).instrument(span).await?))
     }
 
     async fn release(&self, request: Request<v1::ReleaseRequest>) -> Answer<v1::ReleaseResponse> {

@@ -57,6 +57,7 @@ fn main() {
         bytes as f64 / known as f64
     );
 
+    let mut runs = Vec::new();
     for writers in [false, true] {
         let (stop, written) = (Arc::new(AtomicBool::new(!writers)), Arc::new(AtomicU64::new(0)));
         let feed = {
@@ -76,7 +77,12 @@ fn main() {
             at(&lookup),
             at(&rest),
         );
+        runs.push(serde_json::json!({
+            "changes_per_second": rate, "p50_us": part(&whole, 0.5), "p99_us": part(&whole, 0.99),
+        }));
     }
+    // For programs.
+    println!("{}", serde_json::json!({"bytes_per_block": bytes as f64 / known as f64, "runs": runs}));
 }
 
 /// Tokens that differ between seeds.
@@ -192,6 +198,9 @@ fn lay_out(pool: &mut Pool, cached: &[u32], ticket: u64) {
 }
 
 fn at(sorted: &[f64]) -> String {
-    let at = |part: f64| sorted.get((sorted.len() as f64 * part) as usize).copied().unwrap_or(f64::NAN);
-    format!("{:.1} {:.1} {:.1}", at(0.5), at(0.99), at(0.999))
+    format!("{:.1} {:.1} {:.1}", part(sorted, 0.5), part(sorted, 0.99), part(sorted, 0.999))
+}
+
+fn part(sorted: &[f64], part: f64) -> f64 {
+    sorted.get((sorted.len() as f64 * part) as usize).copied().unwrap_or(f64::NAN)
 }

@@ -3,7 +3,7 @@
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use kvasir_cluster::RegistryConfig;
-use kvasir_runtime::{AdminConfig, LogConfig, ShutdownConfig};
+use kvasir_runtime::{AdminConfig, LogConfig, ShutdownConfig, TraceConfig};
 use kvasir_types::Deadline;
 use serde::{Deserialize, Serialize};
 
@@ -39,6 +39,8 @@ pub struct Config {
     pub public_metrics: bool,
     /// Logging.
     pub log: LogConfig,
+    /// Spans of requests, for OpenTelemetry.
+    pub trace: TraceConfig,
     /// Shutdown.
     pub shutdown: ShutdownConfig,
     /// Where the cluster's metadata is.
@@ -198,6 +200,7 @@ impl Default for Config {
             admin: AdminConfig::default(),
             public_metrics: false,
             log: LogConfig::default(),
+            trace: TraceConfig::default(),
             shutdown: ShutdownConfig::default(),
             registry: RegistryConfig::default(),
             rpc: kvasir_rpc::Config::default(),

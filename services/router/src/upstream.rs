@@ -33,10 +33,10 @@ use kvasir_proto::{
     FIELD_METADATA, GRAMMAR_FIELD, HEARTBEAT_METADATA, MAX_MESSAGE_BYTES, MAX_TOKENS_FIELD, PROMPT_FIELD,
     v1::{self, decode_client::DecodeClient, generate_event},
 };
-use kvasir_rpc::Rpc;
+use kvasir_rpc::{Rpc, trace};
 use kvasir_types::{Deadline, FinishReason, MemberId, Retry, Sampled, Usage};
 use tokio::time::{Instant, Sleep};
-use tonic::{Code, Status, Streaming, transport::Channel};
+use tonic::{Code, IntoRequest, Status, Streaming, transport::Channel};
 
 use crate::fleet::Worker;
 
@@ -253,7 +253,7 @@ impl Events {
         let choices = request.choices.max(1);
         let Patience { silence, idle, deadline } = patience;
         let limit = silence.min(deadline.remaining());
-        let response = match tokio::time::timeout(limit, client.generate(request)).await {
+        let response = match tokio::time::timeout(limit, client.generate(trace::carry(request.into_request()))).await {
             Ok(response) => response.map_err(|status| Error::of(&id, status))?,
             Err(_) if deadline.passed() => return Err(Error::Deadline { worker: id }),
             Err(_) => return Err(Error::Stalled { worker: id, idle: silence }),

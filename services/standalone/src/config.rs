@@ -2,7 +2,7 @@
 
 use std::{net::SocketAddr, path::PathBuf};
 
-use kvasir_runtime::{AdminConfig, LogConfig, ShutdownConfig};
+use kvasir_runtime::{AdminConfig, LogConfig, ShutdownConfig, TraceConfig};
 use kvasir_worker::{DecodeConfig, EngineConfig, KvConfig, ModelConfig, PrefillConfig};
 use serde::{Deserialize, Serialize};
 
@@ -20,6 +20,8 @@ pub(crate) struct Config {
     pub admin: AdminConfig,
     /// Logging.
     pub log: LogConfig,
+    /// Spans of requests, for OpenTelemetry.
+    pub trace: TraceConfig,
     /// Shutdown.
     pub shutdown: ShutdownConfig,
     /// Prefill workers to start. 0: decode workers compute prompts themselves. Default 1.
@@ -66,6 +68,7 @@ impl Default for Config {
             threads: None,
             admin: AdminConfig::default(),
             log: LogConfig::default(),
+            trace: TraceConfig::default(),
             shutdown: ShutdownConfig::default(),
             prefill_workers: 1,
             decode_workers: 1,

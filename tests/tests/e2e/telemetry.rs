@@ -1,5 +1,7 @@
 //! One request can be followed through every process by its id, and every service shows its numbers.
 
+use std::collections::HashMap;
+
 use anyhow::{Result, ensure};
 use kvasir_tests::{
     Cluster, Service,
@@ -77,6 +79,73 @@ async fn health_and_readiness_are_said_apart() -> Result<()> {
             }
             let (status, page) = cluster.node(Service::Router, 0).admin_page("/metrics").await?;
             ensure!(status == 200 && page.contains("kvasir_router_"), "HTTP {status} {page}");
+            Ok(())
+        })
+        .await
+}
+
+/// Set to write docs/metrics.md anew.
+const BLESS: &str = "KVASIR_BLESS";
+
+/// What docs/metrics.md says of one service's page: a row for each name.
+fn described(page: &str) -> Vec<String> {
+    let mut kinds = HashMap::new();
+    let mut texts = HashMap::new();
+    for line in page.lines() {
+        if let Some((name, text)) = line.strip_prefix("# HELP ").and_then(|rest| rest.split_once(' ')) {
+            texts.insert(name, text.replace('|', "\\|"));
+        } else if let Some((name, kind)) = line.strip_prefix("# TYPE ").and_then(|rest| rest.split_once(' ')) {
+            kinds.insert(name, kind);
+        }
+    }
+    let row = |(name, kind): (&str, &str)| {
+        let suffix = if kind == "counter" { "_total" } else { "" };
+        format!("| `{name}{suffix}` | {kind} | {} |", texts.get(name).map_or("", String::as_str))
+    };
+    let mut rows: Vec<_> = kinds.into_iter().map(row).collect();
+    rows.sort();
+    rows
+}
+
+#[tokio::test]
+async fn every_number_is_documented() -> Result<()> {
+    Cluster::builder()
+        .run(async |cluster| {
+            let mut text = String::from(
+                "# Metrics\n\nWhat `GET /metrics` shows on the admin port of each service. This page is made from those pages \
+                 (`KVASIR_BLESS=1 cargo nextest\nrun -p kvasir-tests --test e2e -E 'test(every_number_is_documented)'`), and a \
+                 test compares them. What they are good for:\n[observability.md](observability.md).\n",
+            );
+            let mut shared: Option<Vec<String>> = None;
+            let mut pages = Vec::new();
+            for service in [Service::Router, Service::Decode, Service::KvStore] {
+                let (_, page) = cluster.node(service, 0).admin_page("/metrics").await?;
+                let rows = described(&page);
+                ensure!(!rows.is_empty(), "{page}");
+                match &mut shared {
+                    Some(shared) => shared.retain(|row| rows.contains(row)),
+                    None => shared = Some(rows.clone()),
+                }
+                pages.push((service, rows));
+            }
+            let shared = shared.unwrap_or_default();
+            for (title, rows) in [("Every service", shared.clone())].into_iter().chain(pages.into_iter().map(|(service, rows)| {
+                let title = match service {
+                    Service::Router => "Routers",
+                    Service::KvStore => "Store nodes",
+                    _ => "Workers, prefill and decode",
+                };
+                (title, rows.into_iter().filter(|row| !shared.contains(row)).collect())
+            })) {
+                text += &format!("\n## {title}\n\n| name | kind | what |\n| --- | --- | --- |\n{}\n", rows.join("\n"));
+            }
+            let file = kvasir_tests::workspace::root().join("docs/metrics.md");
+            if std::env::var_os(BLESS).is_some() {
+                std::fs::write(&file, &text)?;
+            }
+            let found = std::fs::read_to_string(&file).unwrap_or_default();
+            let missing: Vec<_> = text.lines().filter(|line| !found.lines().any(|row| row == *line)).collect();
+            ensure!(found == text, "docs/metrics.md is not true any more; run this test with {BLESS}=1. It lacks: {missing:#?}");
             Ok(())
         })
         .await

@@ -28,6 +28,17 @@ pub enum LogFormat {
     Json,
 }
 
+/// Where spans go: the way of each request through this process, for OpenTelemetry.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct TraceConfig {
+    /// `http://host:port` of a collector that takes OTLP over gRPC. Default none: spans are not sent.
+    pub otlp: Option<String>,
+    /// Of requests whose client has not decided (by W3C's `traceparent`), this share is traced, 0 to 1. Default 1.
+    #[serde(deserialize_with = "share")]
+    pub sample: f64,
+}
+
 /// Health, readiness and metrics over HTTP.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -50,6 +61,12 @@ impl Default for LogConfig {
     }
 }
 
+impl Default for TraceConfig {
+    fn default() -> Self {
+        Self { otlp: None, sample: 1.0 }
+    }
+}
+
 impl Default for AdminConfig {
     fn default() -> Self {
         Self { listen: SocketAddr::from(([127, 0, 0, 1], 0)) }
@@ -60,6 +77,11 @@ impl Default for ShutdownConfig {
     fn default() -> Self {
         Self { grace_ms: 30_000 }
     }
+}
+
+fn share<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error> {
+    let share = f64::deserialize(deserializer)?;
+    if (0.0..=1.0).contains(&share) { Ok(share) } else { Err(de::Error::custom(format!("{share}, allowed is 0 to 1"))) }
 }
 
 fn filter<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {

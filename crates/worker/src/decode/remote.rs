@@ -11,10 +11,12 @@ use kvasir_proto::{
     HEARTBEAT_METADATA,
     v1::{self, prefill_event::Event},
 };
+use kvasir_rpc::trace;
 use kvasir_transfer::Revoke;
 use kvasir_types::{GrantKey, PROTOCOL_VERSION, Sampled, TokenId};
 use tokio::time::timeout;
-use tonic::Status;
+use tonic::{Request, Status};
+use tracing::{Instrument, debug_span};
 
 use super::{answer::Answer, service::Checked};
 use crate::{error::Error, handoff::Landing, host::Host, peers::Peers};
@@ -46,7 +48,8 @@ pub(super) struct Landed {
 /// Runs the attempt to its end; the landing blocks are this worker's alone again when it returns.
 pub(super) async fn attempt(attempt: Attempt<'_>, answer: &mut Answer) -> Result<Landed, Error> {
     let grant = attempt.host.transfer.grant(attempt.landing.ranges.clone())?;
-    let result = attempt.exchange(grant.key(), answer).await;
+    let span = debug_span!("handoff", prefill = %attempt.candidate.member, blocks = attempt.landing.ranges.len());
+    let result = attempt.exchange(grant.key(), answer).instrument(span).await;
     let mut fence = grant.revoke();
     match timeout(FENCE_LIMIT, &mut fence).await {
         Ok(()) => result,
@@ -62,7 +65,7 @@ impl Attempt<'_> {
     async fn exchange(&self, grant: GrantKey, answer: &mut Answer) -> Result<Landed, Error> {
         let mut client =
             self.peers.prefill(&self.candidate.address).map_err(|e| self.failed(Status::from_error(e.into())))?;
-        let call = client.prefill(self.message(grant));
+        let call = client.prefill(trace::carry(Request::new(self.message(grant))));
         let silence = Duration::from_millis(self.host.config.decode.prefill_silence_ms);
         let response =
             answer.caller().while_waiting(timeout(silence, call)).await?.map_err(|_| self.silent(silence))?;

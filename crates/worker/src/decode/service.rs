@@ -4,9 +4,10 @@ use std::{sync::Arc, time::Duration};
 
 use kvasir_engine::Mode;
 use kvasir_proto::{check_protocol, convert, v1};
+use kvasir_rpc::trace;
 use kvasir_runtime::Kind;
 use kvasir_types::{Deadline, Priority, RequestId, Sampling, TokenId};
-use tonic::{Request, Response, Status};
+use tonic::{Request, Response, Status, metadata::MetadataMap};
 
 use super::{answer::Answer, request};
 use crate::{
@@ -66,7 +67,7 @@ impl DecodeService {
         Ok(Checked { id, prompt, salt, tenant, sampling, priority, choices, candidates, deadline })
     }
 
-    async fn start(&self, wire: v1::GenerateRequest) -> Result<Events<v1::GenerateEvent>, Error> {
+    async fn start(&self, wire: v1::GenerateRequest, metadata: &MetadataMap) -> Result<Events<v1::GenerateEvent>, Error> {
         if self.host.draining() {
             return Err(Error::Draining);
         }
@@ -88,6 +89,7 @@ impl DecodeService {
             worker = %self.host.id,
             tokens = checked.prompt.len()
         );
+        trace::adopt(&span, metadata);
         let answer = Answer::new(caller, self.host.clone(), checked.choices);
         let work = request::run(self.host.clone(), self.peers.clone(), checked, sequence, answer);
         self.host.tasks.spawn_in(Kind::Request, "decode", span, async move {
@@ -103,9 +105,9 @@ impl v1::decode_server::Decode for DecodeService {
     type GenerateStream = Beating<v1::GenerateEvent>;
 
     async fn generate(&self, request: Request<v1::GenerateRequest>) -> Result<Response<Self::GenerateStream>, Status> {
-        let request = request.into_inner();
+        let (metadata, _, request) = request.into_parts();
         let every_ms = request.heartbeat_ms;
-        let events = self.start(request).await.map_err(|error| self.host.refuse(&error))?;
+        let events = self.start(request, &metadata).await.map_err(|error| self.host.refuse(&error))?;
         Ok(self.host.pulse.answer(events, every_ms))
     }
 }

@@ -5,9 +5,10 @@ use std::{sync::Arc, time::Duration};
 use kvasir_engine::Mode;
 use kvasir_kv_cache::Geometry;
 use kvasir_proto::{check_protocol, convert, v1};
+use kvasir_rpc::trace;
 use kvasir_runtime::Kind;
 use kvasir_types::{Deadline, GrantKey, KvGroups, KvLayout, RequestId, SegmentDescriptor, TokenId};
-use tonic::{Request, Response, Status};
+use tonic::{Request, Response, Status, metadata::MetadataMap};
 
 use super::job;
 use crate::{
@@ -54,7 +55,7 @@ impl PrefillService {
         Self { host }
     }
 
-    async fn start(&self, wire: v1::PrefillRequest) -> Result<Events<v1::PrefillEvent>, Error> {
+    async fn start(&self, wire: v1::PrefillRequest, metadata: &MetadataMap) -> Result<Events<v1::PrefillEvent>, Error> {
         if self.host.draining() {
             return Err(Error::Draining);
         }
@@ -82,6 +83,7 @@ impl PrefillService {
         let sequence = Sequence::admit(&self.host, admitted, Mode::PrefillOnly).await?;
         let (caller, events) = Caller::new(4, deadline); // first token, done, an error, one to spare
         let span = tracing::info_span!("prefill", request_id = %id, worker = %self.host.id, tokens = prompt.len());
+        trace::adopt(&span, metadata);
         let checked = Checked { id, tenant, prompt, destination, deadline };
         let work = job::run(self.host.clone(), checked, sequence, caller);
         self.host.tasks.spawn_in(Kind::Request, "prefill", span, async move {
@@ -145,9 +147,9 @@ impl v1::prefill_server::Prefill for PrefillService {
     type PrefillStream = Beating<v1::PrefillEvent>;
 
     async fn prefill(&self, request: Request<v1::PrefillRequest>) -> Result<Response<Self::PrefillStream>, Status> {
-        let request = request.into_inner();
+        let (metadata, _, request) = request.into_parts();
         let every_ms = request.heartbeat_ms;
-        let events = self.start(request).await.map_err(|error| self.host.refuse(&error))?;
+        let events = self.start(request, &metadata).await.map_err(|error| self.host.refuse(&error))?;
         Ok(self.host.pulse.answer(events, every_ms))
     }
 }

@@ -18,6 +18,7 @@ use std::{
 use kvasir_engine::Admission;
 use kvasir_store_client::Found;
 use kvasir_types::{Deadline, RequestId};
+use tracing::{Instrument, debug_span, field};
 
 use super::{
     Store,
@@ -67,7 +68,8 @@ impl Store {
         deadline: Deadline,
         meanwhile: &mut impl Meanwhile,
     ) -> Fetched {
-        let plan = self.find(request, admission, wanted.clone(), deadline).await;
+        let span = debug_span!("find", blocks = wanted.len());
+        let plan = self.find(request, admission, wanted.clone(), deadline).instrument(span).await;
         let Some(Plan { mut found, head, deadline: until }) = plan else { return Fetched::default() };
         let start = wanted.start + head;
         let computed = || self.engine.stats().prefill.tokens;
@@ -83,7 +85,9 @@ impl Store {
             meanwhile.arrived(end..start + blocks);
             end = start + blocks;
         };
-        let report = self.client.fetch(&found, until, arrived).await;
+        let span = debug_span!("read", blocks = found.blocks(), bytes = field::Empty);
+        let report = self.client.fetch(&found, until, arrived).instrument(span.clone()).await;
+        span.record("bytes", report.bytes);
         let took = started.elapsed();
         lock(&self.costs).read(report.bytes, took, Instant::now());
         self.metrics.read.observe(took.as_secs_f64());

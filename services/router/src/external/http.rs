@@ -113,6 +113,7 @@ impl Ask<'_> {
         if let Some(id) = id.and_then(|id| HeaderValue::try_from(id).ok()) {
             request.headers_mut().insert("x-request-id", id);
         }
+        kvasir_rpc::trace::carry_http(request.headers_mut());
         if let Some(json) = json {
             *request.method_mut() = Method::POST;
             request.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));

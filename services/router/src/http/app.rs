@@ -15,6 +15,7 @@ use http::{Request, header};
 use kvasir_runtime::{Context, random_u64};
 use kvasir_types::Deadline;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tracing::{Instrument, debug_span};
 
 use super::{deciding::Policies, error::Error};
 use crate::{
@@ -195,8 +196,9 @@ impl App {
         deadline: Deadline,
         work: impl FnOnce() -> Result<T, crate::text::Error> + Send + 'static,
     ) -> Result<Result<T, crate::text::Error>, Error> {
+        let span = debug_span!("text", bytes);
         if bytes <= INLINE_BYTES {
-            return Ok(work());
+            return Ok(span.in_scope(work));
         }
         let elsewhere = async {
             let permit = Arc::clone(&self.text).acquire_owned().await.expect("the semaphore is never closed");
@@ -207,7 +209,7 @@ impl App {
             });
             joined.await
         };
-        match tokio::time::timeout_at(deadline.instant().into(), elsewhere).await {
+        match tokio::time::timeout_at(deadline.instant().into(), elsewhere.instrument(span)).await {
             Err(_) => Err(Error::Deadline),
             Ok(Ok(done)) => Ok(done),
             Ok(Err(error)) => match error.try_into_panic() {

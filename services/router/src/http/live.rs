@@ -12,7 +12,7 @@ use std::{collections::HashSet, sync::Arc, time::Instant};
 use kvasir_runtime::random_u64;
 use kvasir_types::{FinishReason, Priority, RequestId, Sampling, TokenId, Usage};
 use tokio::sync::OwnedSemaphorePermit;
-use tracing::{Span, info};
+use tracing::{Instrument, Span, debug_span, info};
 
 use super::{
     app::{Admitted, App},
@@ -124,7 +124,8 @@ impl Live {
         let answer_tokens = u64::from(max_tokens).saturating_mul(common.choices.into());
         let entrant = Entrant { tenant: &tenant, priority, prompt_tokens, answer_tokens, deadline };
         let arrived = Instant::now();
-        let mut place = app.gate(model.name())?.enter(entrant).await.map_err(|refused| app.refused(refused))?;
+        let queued = app.gate(model.name())?.enter(entrant).instrument(debug_span!("queue"));
+        let mut place = queued.await.map_err(|refused| app.refused(refused))?;
         app.metrics.waited(arrived.elapsed());
         place.spent(prompt_tokens as u64);
         // Who is there may have changed meanwhile.
@@ -147,7 +148,7 @@ impl Live {
         };
         let asked = common.max_tokens.map(|(param, _)| param);
         let params = Params { form: common.form_param, max_tokens: asked, prompt: param };
-        let placed = call.begin(crew).await.map_err(|error| error.naming(params))?;
+        let placed = call.begin(crew).instrument(debug_span!("begin")).await.map_err(|error| error.naming(params))?;
         let span = Span::current();
         span.record("worker", placed.worker.member.id.as_str());
 

@@ -43,6 +43,7 @@ use axum::{
     routing::{MethodRouter, get, post},
 };
 use http::{HeaderName, HeaderValue, Method, Uri, header};
+use kvasir_rpc::trace;
 use kvasir_runtime::{
     admin::{HEALTH, READY},
     random_u64,
@@ -121,6 +122,7 @@ async fn identify(State(app): State<Arc<App>>, mut request: Request, next: Next)
         model = tracing::field::Empty,
         worker = tracing::field::Empty
     );
+    trace::adopt_http(&span, request.headers());
     request.extensions_mut().insert(id.clone());
     let asked = request.headers().get(EXPLAIN).is_some_and(|value| value == "1");
     let (mut response, told) = deciding::explaining(asked, next.run(request).instrument(span)).await;

@@ -5,6 +5,7 @@
 
 #![forbid(unsafe_code)]
 
+mod apart;
 mod child;
 mod engine;
 mod first_light;
@@ -52,6 +53,12 @@ async fn run() -> Result<()> {
         _ => bail!("usage: bench NAME [--quick | --smoke | --record]"),
     };
     let options = Options { repetitions, smoke: repetitions == 1 };
+    if name == "router" {
+        router::install();
+        if !apart::entered()? {
+            return Ok(());
+        }
+    }
     let report: Report = match name {
         "engine" => engine::run(&options)?,
         "first-light" => first_light::run(&options).await?,

@@ -8,11 +8,16 @@
 //! ours, in front of its own simulated worker.
 //!
 //! More rows: a [`Load`](plan::Load) for what all routers are given, with its row in [`goals`]; or a function beside
-//! [`hold::run`] for what only ours does. How good our choices of workers are, [`simulated`] tells, without a clock.
+//! [`hold::run`] for what only ours does: [`moved`] kills workers, [`alone`] runs parts of ours by themselves. How good our choices of
+//! workers are, [`simulated`] tells, without a clock.
+//!
+//! All of it runs in a network namespace of its own where one can be had: a part of Dynamo listens on every address.
 
+mod alone;
 mod goals;
 mod hold;
 mod load;
+mod moved;
 mod plan;
 mod sides;
 mod simulated;
@@ -42,6 +47,11 @@ use crate::{Options, child::Child, report::Report};
 const REPETITIONS: usize = 5;
 /// How often the tokenizer library goes over all texts.
 const TOKENIZER_ROUNDS: usize = 20;
+
+/// Installs the rivals, as far as they can be: there is no network where they are measured.
+pub fn install() {
+    Side::ALL.into_iter().filter(|side| *side != Side::Ours).for_each(|side| drop(sides::python(side)));
+}
 
 /// Measures, and says how far it is: a run takes minutes.
 pub async fn run(options: &Options) -> Result<Report> {
@@ -87,7 +97,10 @@ pub async fn run(options: &Options) -> Result<Report> {
     goals::rows(&found).into_iter().for_each(|row| report.push(row));
     let held = hold::run(&routers[&Side::Ours], options.smoke).await?;
     held.into_iter().for_each(|row| report.push(row));
-    simulated::rows()?.into_iter().for_each(|row| report.push(row));
+    drop(routers);
+    for rows in [moved::rows(repetitions).await?, alone::rows()?, simulated::rows()?] {
+        rows.into_iter().for_each(|row| report.push(row));
+    }
     println!("{:>4} s  done", started.elapsed().as_secs());
     Ok(report)
 }

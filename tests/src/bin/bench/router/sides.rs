@@ -2,7 +2,7 @@
 
 use std::{
     net::{Ipv4Addr, TcpStream},
-    path::Path,
+    path::{Path, PathBuf},
     process::Command,
     time::Duration,
 };
@@ -87,7 +87,7 @@ async fn ours(dir: &Path) -> Result<Router> {
 }
 
 async fn passing(side: Side, dir: &Path) -> Result<Router> {
-    let python = rivals::python(side.name(), side == Side::SglangRouter)?;
+    let python = python(side)?;
     let name = side.name();
     let (worker, url) = worker(&format!("worker-{name}"), &["http"], dir)?;
     let url = format!("http://{url}");
@@ -107,7 +107,7 @@ async fn passing(side: Side, dir: &Path) -> Result<Router> {
 }
 
 async fn dynamo(dir: &Path) -> Result<Router> {
-    let python = rivals::python("dynamo", true)?;
+    let python = python(Side::Dynamo)?;
     let files = dir.join("dynamo");
     std::fs::create_dir_all(&files)?;
     let start = |name: &str, arguments: &[&str]| {
@@ -133,6 +133,14 @@ async fn dynamo(dir: &Path) -> Result<Router> {
     let frontend =
         start("frontend", &["--http-host", "127.0.0.1", "--http-port", &port, "--router-mode", "round-robin"])?;
     serving(Side::Dynamo, frontend, port, vec![mocker]).await
+}
+
+/// The Python that has a rival.
+pub fn python(side: Side) -> Result<PathBuf> {
+    match side {
+        Side::Dynamo => rivals::python("dynamo", true),
+        _ => rivals::python(side.name(), side == Side::SglangRouter),
+    }
 }
 
 /// Waits until a rival answers a request.
