@@ -97,7 +97,7 @@ pub async fn run(config: Config, context: Context, registry: Arc<dyn Registry>) 
     });
     let parts = http::Parts { models, fleet, index, keys: keyring, gates, board, metrics, context: context.clone() };
     let app = Arc::new(App::new(&config, parts));
-    operators.open(Arc::clone(&app));
+    operators.open(Arc::clone(&app), http::Surroundings { id: id.clone(), members: registry.view() });
     let http = listening.advertised;
     let server = Server { listener: listening.listener, routes: http::routes(app), limits: config.limits.clone(), tls };
 

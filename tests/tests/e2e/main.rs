@@ -10,6 +10,7 @@ mod away;
 mod bad_start;
 mod cache;
 mod choices;
+mod console;
 mod ctl;
 mod duty;
 mod engines;

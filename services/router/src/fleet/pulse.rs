@@ -8,7 +8,7 @@ use std::{
         LazyLock,
         atomic::{AtomicU32, AtomicU64, Ordering::Relaxed},
     },
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use kvasir_proto::v1;
@@ -216,6 +216,16 @@ impl Pulse {
     /// Others are preferred to it until then.
     pub(super) fn rest(&self, until: Option<Instant>) {
         self.rests_until.store(until.map_or(0, since_start), Relaxed);
+    }
+
+    /// For how long others are preferred to it.
+    pub(crate) fn rests_for(&self, now: Instant) -> Duration {
+        Duration::from_millis(self.rests_until.load(Relaxed).saturating_sub(since_start(now)))
+    }
+
+    /// This router's requests there.
+    pub(crate) fn requests(&self) -> u64 {
+        self.requests.load(Relaxed)
     }
 
     /// Whether others are preferred to it.

@@ -233,6 +233,11 @@ async fn read(body: Body, limit_bytes: usize) -> Result<Bytes, Error> {
     Ok(whole.freeze())
 }
 
+/// Milliseconds since 1970.
+pub(crate) fn unix_now_ms() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)
+}
+
 /// Seconds since 1970.
 pub(crate) fn unix_now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())

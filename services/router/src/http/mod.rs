@@ -12,6 +12,7 @@ mod app;
 mod chat;
 mod choosing;
 mod completions;
+mod console;
 mod deciding;
 mod error;
 mod fields;
@@ -53,6 +54,7 @@ use serde_json::json;
 use tracing::{Instrument, info_span};
 
 pub(crate) use app::{App, Parts};
+pub(crate) use console::Surroundings;
 pub(crate) use routing::{Operators, admin};
 pub(crate) use server::Server;
 pub(crate) use tls::acceptor;

@@ -4,6 +4,7 @@
 //! | --- | --- |
 //! | `GET /route/policy` | `{"policy": "kv-aware", "policies": [...]}` |
 //! | `POST /route/policy` | `{"policy": "least-loaded"}`: from the next request on, until the router ends |
+//! | `GET /console` | a page that shows the cluster live ([`console`]) |
 //! | `GET /planner` | who plans, what is expected of every model's workers and of others, and what was done |
 //! | `POST /route/explain` | where a request would go now and why, without sending it: `{"model", "salt", "session"}` and one of `tokens` (ids), `text`, `chat` (a chat request's body) |
 
@@ -24,6 +25,7 @@ use tracing::info;
 
 use super::{
     app::{App, unix_now},
+    console::{self, Surroundings},
     deciding::{self, Prompt},
     types::ChatRequest,
 };
@@ -38,16 +40,21 @@ const MAX_BODY_BYTES: usize = 16 << 20;
 
 /// Where operators are served, once the router is built: the admin port is open before.
 #[derive(Clone, Default)]
-pub(crate) struct Operators(Arc<OnceLock<Arc<App>>>);
+pub(crate) struct Operators(Arc<OnceLock<(Arc<App>, Surroundings)>>);
 
 impl Operators {
     /// From here on.
-    pub(crate) fn open(&self, app: Arc<App>) {
-        let _only_once = self.0.set(app);
+    pub(crate) fn open(&self, app: Arc<App>, around: Surroundings) {
+        let _only_once = self.0.set((app, around));
     }
 
     fn app(&self) -> Result<&Arc<App>, Refusal> {
-        self.0.get().ok_or_else(|| Refusal(StatusCode::SERVICE_UNAVAILABLE, "the router is starting".to_owned()))
+        Ok(self.opened()?.0)
+    }
+
+    pub(super) fn opened(&self) -> Result<(&Arc<App>, &Surroundings), Refusal> {
+        let starting = || Refusal(StatusCode::SERVICE_UNAVAILABLE, "the router is starting".to_owned());
+        self.0.get().map(|(app, around)| (app, around)).ok_or_else(starting)
     }
 }
 
@@ -57,12 +64,13 @@ pub(crate) fn admin(operators: Operators) -> Router {
         .route("/route/policy", get(policy).post(set_policy))
         .route("/route/explain", post(explain))
         .route("/planner", get(planner))
+        .merge(console::routes())
         .layer(DefaultBodyLimit::max(MAX_BODY_BYTES))
         .with_state(operators)
 }
 
 /// What can't be done, and why.
-struct Refusal(StatusCode, String);
+pub(super) struct Refusal(StatusCode, String);
 
 impl Refusal {
     fn bad(why: impl std::fmt::Display) -> Self {
