@@ -51,7 +51,11 @@ where
         Err(done) => return done.tell(),
     };
     let Loaded { config, tree } = loaded;
-    let spans = match telemetry::start(&service, &section::<LogConfig>(&tree, "log"), &section::<TraceConfig>(&tree, "trace")) {
+    let spans = match telemetry::start(
+        &service,
+        &section::<LogConfig>(&tree, "log"),
+        &section::<TraceConfig>(&tree, "trace"),
+    ) {
         Ok(spans) => spans,
         Err(error) => return Done::Refuse(format!("error: {}", chain(error.as_ref()))).tell(),
     };

@@ -48,8 +48,10 @@ impl Spans {
             .build()
             .context("cannot start threads")?;
         let _inside = runtime.enter();
-        let exporter = SpanExporter::builder().with_tonic().with_endpoint(endpoint.as_str()).with_timeout(PATIENCE).build();
-        let exporter = exporter.with_context(|| format!("trace.otlp: {endpoint:?} can't be used, expected http://host:port"))?;
+        let exporter =
+            SpanExporter::builder().with_tonic().with_endpoint(endpoint.as_str()).with_timeout(PATIENCE).build();
+        let exporter =
+            exporter.with_context(|| format!("trace.otlp: {endpoint:?} can't be used, expected http://host:port"))?;
         let provider = SdkTracerProvider::builder()
             .with_batch_exporter(exporter)
             // Whoever began the request has decided, if anybody has.

@@ -39,7 +39,12 @@ async fn the_console_is_one_page_and_shows_the_cluster() -> Result<()> {
             })
             .await?;
             let ids = |of: &str| -> Vec<String> {
-                told[of].as_array().into_iter().flatten().map(|one| one["id"].as_str().unwrap_or_default().to_owned()).collect()
+                told[of]
+                    .as_array()
+                    .into_iter()
+                    .flatten()
+                    .map(|one| one["id"].as_str().unwrap_or_default().to_owned())
+                    .collect()
             };
             ensure!(ids("workers") == ["decode-0", "decode-1", "prefill-0", "prefill-1"], "{told:#}");
             for id in ["router-0", "kv-store-0", "decode-1", "prefill-1"] {
@@ -67,7 +72,10 @@ async fn the_console_says_what_is_wrong() -> Result<()> {
             wait::until("the console misses the decode worker", SOON, async || {
                 let state = state(cluster).await.ok()?;
                 let wrong = state["wrong"].as_array()?;
-                wrong.iter().any(|what| what.as_str().is_some_and(|what| what.contains("no decode worker"))).then_some(())
+                wrong
+                    .iter()
+                    .any(|what| what.as_str().is_some_and(|what| what.contains("no decode worker")))
+                    .then_some(())
             })
             .await?;
             cluster.restart(Service::Decode, 0).await

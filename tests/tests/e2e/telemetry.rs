@@ -85,7 +85,7 @@ async fn health_and_readiness_are_said_apart() -> Result<()> {
 }
 
 /// Set to write docs/metrics.md anew.
-const BLESS: &str = "KVASIR_BLESS";
+const BLESS: &str = "BLESS";
 
 /// What docs/metrics.md says of one service's page: a row for each name.
 fn described(page: &str) -> Vec<String> {
@@ -113,7 +113,7 @@ async fn every_number_is_documented() -> Result<()> {
         .run(async |cluster| {
             let mut text = String::from(
                 "# Metrics\n\nWhat `GET /metrics` shows on the admin port of each service. This page is made from those pages \
-                 (`KVASIR_BLESS=1 cargo nextest\nrun -p kvasir-tests --test e2e -E 'test(every_number_is_documented)'`), and a \
+                 (`BLESS=1 cargo nextest\nrun -p kvasir-tests --test e2e -E 'test(every_number_is_documented)'`), and a \
                  test compares them. What they are good for:\n[observability.md](observability.md).\n",
             );
             let mut shared: Option<Vec<String>> = None;

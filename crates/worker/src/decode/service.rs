@@ -67,7 +67,11 @@ impl DecodeService {
         Ok(Checked { id, prompt, salt, tenant, sampling, priority, choices, candidates, deadline })
     }
 
-    async fn start(&self, wire: v1::GenerateRequest, metadata: &MetadataMap) -> Result<Events<v1::GenerateEvent>, Error> {
+    async fn start(
+        &self,
+        wire: v1::GenerateRequest,
+        metadata: &MetadataMap,
+    ) -> Result<Events<v1::GenerateEvent>, Error> {
         if self.host.draining() {
             return Err(Error::Draining);
         }

@@ -16,8 +16,8 @@ pub(super) fn register(page: &kvasir_runtime::Metrics, engine: Handle, model: &M
     let used: Family<ByModel, FloatGauge> =
         page.float_gauges("vllm:kv_cache_usage_perc", "KV blocks in use of all blocks, 0 to 1, for gateways");
     let used = used.get_or_create(&model).clone();
-    let config: Family<[(&'static str, String); 2], Gauge> =
-        page.gauges("vllm:cache_config_info", "Always 1: tokens of a KV block and how many blocks there are, for gateways");
+    let config: Family<[(&'static str, String); 2], Gauge> = page
+        .gauges("vllm:cache_config_info", "Always 1: tokens of a KV block and how many blocks there are, for gateways");
     config.get_or_create(&[("block_size", block_size.to_string()), ("num_gpu_blocks", blocks.to_string())]).set(1);
     page.on_scrape(move || {
         let stats = engine.stats();

@@ -27,10 +27,18 @@ pub fn rows() -> Result<Vec<Row>> {
         Row::new(what("index at rest", "p99"), of(0, "p99_us")?, "µs").under(DECISION_US),
         Row::new(what("100,000 changes a second", "p99"), of(1, "p99_us")?, "µs").under(DECISION_US),
         Row::new(what("100,000 changes a second", "p50"), of(1, "p50_us")?, "µs"),
-        Row::new("index of 10 million blocks: memory", decisions["bytes_per_block"].as_f64().unwrap_or(f64::NAN), "B/block"),
-        Row::new(format!("next turn of a conversation of {} tokens: tokenizing", turn("tokens")?), turn("next_us")?, "µs")
-            .beside("the library, whole", turn("whole_us")?)
-            .at_most((TURN * 1000.0).round() / 1000.0),
+        Row::new(
+            "index of 10 million blocks: memory",
+            decisions["bytes_per_block"].as_f64().unwrap_or(f64::NAN),
+            "B/block",
+        ),
+        Row::new(
+            format!("next turn of a conversation of {} tokens: tokenizing", turn("tokens")?),
+            turn("next_us")?,
+            "µs",
+        )
+        .beside("the library, whole", turn("whole_us")?)
+        .at_most((TURN * 1000.0).round() / 1000.0),
     ])
 }
 
