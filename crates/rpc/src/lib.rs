@@ -16,6 +16,7 @@
 
 mod connection;
 pub mod files;
+pub mod operator;
 mod tls;
 
 use std::{fmt, future::Future, sync::Arc, time::Duration};

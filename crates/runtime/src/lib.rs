@@ -33,6 +33,7 @@ mod listen;
 pub mod metrics;
 mod misc;
 mod shutdown;
+pub mod story;
 mod tasks;
 mod telemetry;
 
