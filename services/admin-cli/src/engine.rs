@@ -2,12 +2,12 @@
 //! taken out; each router finds out by itself whether an engine answers.
 
 use clap::{Args, Subcommand, ValueEnum};
-use kvasir_cluster::{Duty, EngineInfo, EtcdConfig, Member};
+use kvasir_cluster::{Duty, EngineInfo, Member};
 use kvasir_runtime::random_u64;
 use kvasir_types::{Incarnation, MemberId, PROTOCOL_VERSION, Role};
 use serde_json::json;
 
-use crate::{cli::Output, render};
+use crate::{output::Answer, session::Session};
 
 /// What is done with engines of others.
 #[derive(Clone, Debug, Subcommand)]
@@ -79,8 +79,9 @@ fn url(text: &str) -> Result<String, String> {
 }
 
 /// Does it, and says so.
-pub(crate) async fn run(command: &EngineCommand, etcd: EtcdConfig, output: Output) -> anyhow::Result<String> {
-    let (done, id, text) = match command {
+pub(crate) async fn run(command: EngineCommand, session: &Session) -> anyhow::Result<Answer> {
+    let etcd = session.etcd()?;
+    let (done, id, text) = match &command {
         EngineCommand::Add(args) => {
             let member = member(args);
             let text = format!("{} is {} {} at {}\n", args.id, kind(args.kind), member.role, args.url);
@@ -92,10 +93,7 @@ pub(crate) async fn run(command: &EngineCommand, etcd: EtcdConfig, output: Outpu
             ("removed", id, format!("{id} is out\n"))
         }
     };
-    Ok(match output {
-        Output::Table => text,
-        Output::Json => render::json(&json!({ done: id.as_str() })),
-    })
+    Ok(session.output().show(&json!({ done: id.as_str() }), || text).into())
 }
 
 fn kind(kind: Kind) -> &'static str {

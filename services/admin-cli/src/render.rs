@@ -5,17 +5,9 @@ mod table;
 mod tests;
 
 use kvasir_types::Role;
-use serde::Serialize;
 
 pub(crate) use self::table::Table;
 use crate::report::{Live, MemberReport, Report, RoleTotals, State, TransferReport};
-
-/// The answer as JSON.
-pub(crate) fn json(answer: &impl Serialize) -> String {
-    let mut text = serde_json::to_string_pretty(answer).expect("a report has no map with keys that are not text");
-    text.push('\n');
-    text
-}
 
 /// `status`: every member in a line, sums, warnings.
 pub(crate) fn status(report: &Report) -> String {

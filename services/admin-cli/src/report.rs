@@ -123,6 +123,11 @@ pub(crate) struct ModelReport {
 }
 
 impl Report {
+    /// Whether everybody is ready and nothing is to be said.
+    pub(crate) fn is_well(&self) -> bool {
+        self.warnings.is_empty() && self.members.iter().all(|member| member.state == State::Ready)
+    }
+
     /// What `workers` tells: members with a gRPC server.
     pub(crate) fn workers(&self) -> Vec<&MemberReport> {
         self.members.iter().filter(|member| member.role != Role::Router).collect()

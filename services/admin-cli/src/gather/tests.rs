@@ -66,14 +66,14 @@ impl Servers {
 }
 
 fn within(limit: Duration) -> Way {
-    Way { rpc: kvasir_rpc::Rpc::default(), limit }
+    Way { rpc: kvasir_rpc::Rpc::default(), limit, token: None }
 }
 
 async fn admin(context: &Context) -> String {
     kvasir_runtime::admin::start(&AdminConfig::default(), context).await.unwrap().to_string()
 }
 
-fn decode(id: &str, grpc: &str, admin: &str) -> Member {
+pub(crate) fn decode(id: &str, grpc: &str, admin: &str) -> Member {
     Member {
         id: id.parse().unwrap(),
         incarnation: Incarnation(1),

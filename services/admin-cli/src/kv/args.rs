@@ -73,9 +73,6 @@ pub(crate) struct EvictArgs {
     /// Everything
     #[arg(long)]
     pub(crate) all: bool,
-    /// Don't ask
-    #[arg(long, short)]
-    pub(crate) yes: bool,
 }
 
 /// A prompt, or the beginning of one.
