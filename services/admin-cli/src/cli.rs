@@ -5,8 +5,9 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 
 use crate::{
-    context::ContextCommand, engine::EngineCommand, kv::KvCommand, output::Output, route::RouteCommand,
-    status::StatusArgs, via::Via, worker::WorkerCommand, workers::WorkersArgs,
+    context::ContextCommand, engine::EngineCommand, events::EventsArgs, kv::KvCommand, output::Output,
+    requests::RequestsCommand, route::RouteCommand, status::StatusArgs, trace::TraceArgs, via::Via,
+    worker::WorkerCommand, workers::WorkersArgs,
 };
 
 /// Shows what a Kvasir cluster is doing, and changes it.
@@ -80,6 +81,13 @@ pub(crate) enum Command {
     Engine(EngineCommand),
     /// Whether there are enough prefill and decode workers for what is asked, and what the routers' planner does about it
     Planner,
+    /// Requests under way: whose, how far, on which workers; and an end to one
+    #[command(subcommand)]
+    Requests(RequestsCommand),
+    /// The way of one request through the services, with times: also for a while after its end
+    Trace(TraceArgs),
+    /// What happened in the cluster: who came and went, what was moved, drained, changed, and by whom
+    Events(EventsArgs),
     /// How routers choose workers: by which policy, and why a request goes where it goes
     #[command(subcommand)]
     Route(RouteCommand),
@@ -100,6 +108,10 @@ const EXAMPLES: &str = "Examples:
   kvasirctl route policy least-loaded
   kvasirctl engine add vllm-d0 --kind vllm --role decode --url http://10.0.0.2:8200 --model qwen
   kvasirctl planner                                  what TTFT and TPOT are expected, and with which split
+  kvasirctl workers drain decode-3                   out of service, until it is safe to delete
+  kvasirctl requests list --state queued             who waits
+  kvasirctl trace 5e1c0c9f                           the way of that request (its x-request-id)
+  kvasirctl events --since 2h --kind role,stage
   kvasirctl workers role decode-3 prefill --pin      it reads prompts from now on, and no planner changes that
   KVASIR_ETCD=10.0.0.5:2379 kvasirctl status --timeout 500
 

@@ -2,7 +2,7 @@
 //! taken out; each router finds out by itself whether an engine answers.
 
 use clap::{Args, Subcommand, ValueEnum};
-use kvasir_cluster::{Duty, EngineInfo, Member};
+use kvasir_cluster::{Duty, EngineInfo, Event, EventKind, Member};
 use kvasir_runtime::random_u64;
 use kvasir_types::{Incarnation, MemberId, PROTOCOL_VERSION, Role};
 use serde_json::json;
@@ -93,6 +93,13 @@ pub(crate) async fn run(command: EngineCommand, session: &Session) -> anyhow::Re
             ("removed", id, format!("{id} is out\n"))
         }
     };
+    // It was done in etcd alone, so nobody else puts it on record.
+    let who = session.variable("USER").map_or_else(|| "somebody".to_owned(), |user| format!("{user} (says kvasirctl)"));
+    let here = "kvasirctl".parse().expect("a name");
+    let event = Event::now(EventKind::Audit, &here, id.as_str(), format!("engine {done}")).by(who);
+    if let Err(error) = kvasir_cluster::note_event(&etcd, Event { result: "done".to_owned(), ..event }).await {
+        eprintln!("not in the cluster's events: {}", kvasir_runtime::chain(&error));
+    }
     Ok(session.output().show(&json!({ done: id.as_str() }), || text).into())
 }
 

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use futures_util::{StreamExt, stream};
 use kvasir_cluster::{EngineInfo, Member, View};
-use kvasir_types::Role;
+use kvasir_types::{Role, Stage};
 
 use crate::{
     judge,
@@ -92,6 +92,8 @@ fn state(member: &Member, live: Option<&Result<probe::Answer, String>>, readines
     match (live, readiness) {
         (Some(Err(why)), _) => (State::Unreachable, format!("grpc {}: {why}", member.grpc)),
         (_, Readiness::Unknown(why)) => (State::Unreachable, format!("admin {}: {why}", member.admin)),
+        _ if member.duty.stage == Stage::Cordoned => (State::Cordoned, "is given no new requests".to_owned()),
+        _ if member.duty.stage == Stage::Drained => (State::Drained, "safe to delete".to_owned()),
         _ if draining => (State::Draining, "takes no new work".to_owned()),
         (_, Readiness::NotReady(why)) => (State::NotReady, why),
         (_, Readiness::Ready) => (State::Ready, String::new()),

@@ -13,6 +13,7 @@
 mod cli;
 mod context;
 mod engine;
+mod events;
 mod gather;
 mod judge;
 mod kv;
@@ -21,9 +22,12 @@ mod planner;
 mod probe;
 mod render;
 mod report;
+mod requests;
 mod route;
 mod session;
+mod stage;
 mod status;
+mod trace;
 mod via;
 mod worker;
 mod workers;
@@ -78,6 +82,9 @@ async fn answer(command: Command, session: &Session) -> anyhow::Result<Answer> {
         Command::Worker(command) => worker::run(command, session).await,
         Command::Engine(command) => engine::run(command, session).await,
         Command::Planner => planner::run(session).await,
+        Command::Requests(command) => requests::run(command, session).await,
+        Command::Trace(args) => trace::run(args, session).await,
+        Command::Events(args) => events::run(args, session).await,
         Command::Route(command) => route::run(command, session).await,
         Command::Context(command) => context::run(command, session),
     }

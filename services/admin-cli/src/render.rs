@@ -212,7 +212,9 @@ fn state(state: State) -> &'static str {
     match state {
         State::Ready => "ready",
         State::NotReady => "not ready",
+        State::Cordoned => "cordoned",
         State::Draining => "draining",
+        State::Drained => "drained",
         State::Unreachable => "unreachable",
     }
 }
@@ -222,7 +224,7 @@ fn or_dash(text: &str) -> String {
 }
 
 /// The two largest units.
-fn duration(ms: u64) -> String {
+pub(crate) fn duration(ms: u64) -> String {
     let seconds = ms / 1000;
     match (seconds / 86_400, seconds / 3_600 % 24, seconds / 60 % 60, seconds % 60) {
         (0, 0, 0, s) => format!("{s}s"),

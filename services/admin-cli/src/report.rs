@@ -48,7 +48,9 @@ pub(crate) struct MemberReport {
 pub(crate) enum State {
     Ready,
     NotReady,
+    Cordoned,
     Draining,
+    Drained,
     Unreachable,
 }
 

@@ -102,7 +102,8 @@ pub(crate) async fn run(command: WorkerCommand, session: &Session) -> anyhow::Re
     Ok(session.output().show(&became, table).into())
 }
 
-fn find<'a>(view: &'a View, name: &str) -> anyhow::Result<&'a Member> {
+/// The worker of that name.
+pub(crate) fn find<'a>(view: &'a View, name: &str) -> anyhow::Result<&'a Member> {
     let workers = || view.members.iter().filter(|member| matches!(member.role, Role::Prefill | Role::Decode));
     let named: Vec<&Member> = workers().filter(|member| member.id.as_str() == name).collect();
     match named[..] {

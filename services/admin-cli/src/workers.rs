@@ -7,6 +7,7 @@ use crate::{
     output::Answer,
     render,
     session::Session,
+    stage::{self, StageCommand},
     worker::{self, WorkerCommand},
 };
 
@@ -23,6 +24,8 @@ pub(crate) enum WorkersCommand {
     /// All of them: addresses, blocks, work done
     List,
     #[command(flatten)]
+    Stage(StageCommand),
+    #[command(flatten)]
     Duty(WorkerCommand),
 }
 
@@ -33,6 +36,7 @@ pub(crate) async fn run(args: WorkersArgs, session: &Session) -> anyhow::Result<
             let report = gather::gather(session).await?;
             Ok(session.output().show(&report.workers(), || render::workers(&report)).into())
         }
+        WorkersCommand::Stage(command) => stage::run(command, session).await,
         WorkersCommand::Duty(command) => worker::run(command, session).await,
     }
 }

@@ -16,8 +16,8 @@ use kvasir_proto::{convert, v1};
 use kvasir_types::{BlockHash, PROTOCOL_VERSION, Role};
 use serde::Serialize;
 
-pub(crate) use args::KvCommand;
 use args::{EvictArgs, PromptArgs, Strength};
+pub(crate) use args::{KvCommand, time};
 use prompt::Prompt;
 pub(crate) use prompt::{content, numbers};
 
