@@ -24,6 +24,11 @@ pub struct EtcdConfig {
     pub connect_timeout_ms: u64,
     /// How long etcd may take to answer later on, in milliseconds. Default 2000.
     pub request_timeout_ms: u64,
+    /// How many events of the cluster's history are kept (2 KiB each at most, 300 bytes as a rule), up to 100000; 0: this
+    /// process writes none. Default 4096.
+    pub max_events: u32,
+    /// How long events are kept, in seconds. Default 86400.
+    pub events_ttl_s: u32,
 }
 
 impl Default for EtcdConfig {
@@ -34,6 +39,8 @@ impl Default for EtcdConfig {
             lease_ttl_s: 5,
             connect_timeout_ms: 5_000,
             request_timeout_ms: 2_000,
+            max_events: 4_096,
+            events_ttl_s: 86_400,
         }
     }
 }

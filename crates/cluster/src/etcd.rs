@@ -5,6 +5,8 @@
 //!   <prefix>/offices/<name>       =  JSON of who holds it      the same lease as that member's
 //!
 //!   register, update, deregister ──▶ Slot ◀── keep: keep-alive, claim again after a lost lease
+//!   <prefix>/events/<when>        =  JSON of what happened     a lease that nobody renews (events.rs)
+//!
 //!   view ◀── watch channel ◀── Table ◀─────── follow: read everything, then watch; again after every break
 //! ```
 //!
@@ -16,6 +18,7 @@
 mod call;
 mod claim;
 mod engines;
+mod events;
 mod follow;
 mod keep;
 mod office;
@@ -35,12 +38,16 @@ use async_trait::async_trait;
 use kvasir_types::{MemberId, Role};
 use tokio::sync::{Notify, watch};
 
-pub use self::engines::{add_engine, remove_engine};
 use self::{
     call::Etcd,
+    events::History,
     table::{Name, Table},
 };
-use crate::{Error, EtcdConfig, Member, Office, Registry, View, member::MAX_RECORD_BYTES};
+pub use self::{
+    engines::{add_engine, remove_engine},
+    events::note_event,
+};
+use crate::{Error, EtcdConfig, Event, Member, Noted, Office, Registry, View, member::MAX_RECORD_BYTES};
 
 /// Connects to etcd and reads the members.
 ///
@@ -62,12 +69,14 @@ pub async fn connect(
         view: watch::Sender::default(),
         slots: Mutex::default(),
         wake: Notify::new(),
+        history: History::new(&config),
     });
     let revision = follow::read(&shared, Duration::from_millis(config.connect_timeout_ms)).await?;
     let running = {
         let shared = shared.clone();
         async move {
-            futures_util::future::join(follow::run(&shared, revision), keep::run(&shared)).await;
+            let events = shared.history.run(&shared.etcd);
+            futures_util::future::join3(follow::run(&shared, revision), keep::run(&shared), events).await;
         }
     };
     Ok((Arc::new(EtcdRegistry { shared }), running))
@@ -86,6 +95,7 @@ struct Shared {
     slots: Mutex<BTreeMap<Name, Arc<Slot>>>,
     /// Has `keep` look at the slots now.
     wake: Notify,
+    history: History,
 }
 
 /// A member of this process.
@@ -205,6 +215,18 @@ impl Registry for EtcdRegistry {
     fn view(&self) -> watch::Receiver<Arc<View>> {
         self.shared.view.subscribe()
     }
+
+    fn note(&self, event: Event) {
+        self.shared.history.note(event);
+    }
+
+    async fn events(&self, after: &str) -> Result<Vec<Noted>, Error> {
+        self.shared.history.read(&self.shared.etcd, after).await
+    }
+
+    fn events_lost(&self) -> u64 {
+        self.shared.history.lost()
+    }
 }
 
 impl Drop for EtcdRegistry {
@@ -244,6 +266,12 @@ fn check(config: &EtcdConfig) -> Result<(), Error> {
     }
     if !(1..=3600).contains(&config.lease_ttl_s) {
         return wrong("registry.etcd.lease_ttl_s", "expected 1 to 3600 seconds");
+    }
+    if config.max_events > 100_000 {
+        return wrong("registry.etcd.max_events", "expected up to 100000");
+    }
+    if !(60..=31_536_000).contains(&config.events_ttl_s) {
+        return wrong("registry.etcd.events_ttl_s", "expected 60 to 31536000 seconds");
     }
     if config.connect_timeout_ms == 0 || config.request_timeout_ms == 0 {
         return wrong("registry.etcd.connect_timeout_ms, request_timeout_ms", "expected at least 1 millisecond");

@@ -13,6 +13,7 @@
 mod config;
 mod error;
 mod etcd;
+mod events;
 mod member;
 mod memory;
 mod office;
@@ -21,7 +22,8 @@ mod view;
 
 pub use config::{EtcdConfig, RegistryConfig};
 pub use error::Error;
-pub use etcd::{add_engine, connect as connect_etcd, remove_engine};
+pub use etcd::{add_engine, connect as connect_etcd, note_event, remove_engine};
+pub use events::{Audit, Event, EventKind, Noted, audit};
 pub use member::{Duty, EngineInfo, Member, Mismatch, ModelInfo, StoreInfo};
 pub use memory::MemoryHub;
 pub use office::Office;

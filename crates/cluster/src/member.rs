@@ -3,7 +3,9 @@
 //! Records are JSON. Unknown fields are skipped, so that an older process reads a newer one's record; fields that an
 //! older process did not write get their default. What is read has been checked: see [`Member::parse`].
 
-use kvasir_types::{Incarnation, KvLayout, MemberId, ModelFingerprint, PROTOCOL_VERSION, Role, SegmentDescriptor};
+use kvasir_types::{
+    Incarnation, KvLayout, MemberId, ModelFingerprint, PROTOCOL_VERSION, Role, SegmentDescriptor, Stage,
+};
 use serde::{Deserialize, Serialize};
 
 /// Most bytes of a record. A full one has some 700.
@@ -51,7 +53,7 @@ pub struct Member {
     /// instead. Such a record has no lease: routers find out by themselves whether the engine lives.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub engine: Option<EngineInfo>,
-    /// Takes no new work: it is about to leave.
+    /// Is given no new work: it is cordoned (see [`Duty::stage`]), or about to leave.
     #[serde(default)]
     pub draining: bool,
     /// What a worker is offered for at present.
@@ -68,6 +70,9 @@ pub struct Duty {
     pub moved_to: Option<Role>,
     /// Only a person may change that.
     pub pinned: bool,
+    /// How far it is on its way out of service; [`Member::draining`] unless it serves.
+    #[serde(skip_serializing_if = "Stage::serves")]
+    pub stage: Stage,
 }
 
 /// The model a worker serves.
@@ -368,7 +373,7 @@ pub(crate) mod tests {
     fn a_worker_that_was_moved_works_as_something_else_under_its_old_name() {
         let mut worker = member(Role::Decode, "d", 1);
         assert_eq!(worker.works_as(), Role::Decode);
-        worker.duty = Duty { moved_to: Some(Role::Prefill), pinned: true };
+        worker.duty = Duty { moved_to: Some(Role::Prefill), pinned: true, stage: Stage::Cordoned };
         assert_eq!((worker.role, worker.works_as()), (Role::Decode, Role::Prefill));
         assert_eq!(Member::parse(worker.record().as_bytes()), Ok(worker.clone()));
         let mut store = member(Role::KvStore, "kv", 1);

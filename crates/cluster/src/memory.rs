@@ -1,7 +1,7 @@
 //! Members of one process, in its memory: for standalone and for tests.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, VecDeque},
     sync::{Arc, Mutex},
 };
 
@@ -9,7 +9,10 @@ use async_trait::async_trait;
 use kvasir_types::{Epoch, Incarnation, MemberId, Role};
 use tokio::sync::watch;
 
-use crate::{Error, Member, Office, Registry, View};
+use crate::{Error, Event, Member, Noted, Office, Registry, View};
+
+/// Most events that are kept.
+const MAX_EVENTS: usize = 4096;
 
 type Members = BTreeMap<(Role, MemberId), Member>;
 
@@ -18,6 +21,13 @@ type Members = BTreeMap<(Role, MemberId), Member>;
 struct Offices {
     term: u64,
     held: BTreeMap<MemberId, (Role, MemberId, u64)>,
+}
+
+/// What happened, the latest of it.
+#[derive(Debug, Default)]
+struct History {
+    noted: u64,
+    events: VecDeque<Noted>,
 }
 
 /// The members that all registries of this hub share. Clones are the same hub.
@@ -29,6 +39,7 @@ pub struct MemoryHub(Arc<Hub>);
 struct Hub {
     members: Mutex<Members>,
     offices: Mutex<Offices>,
+    history: Mutex<History>,
     view: watch::Sender<Arc<View>>,
 }
 
@@ -122,6 +133,27 @@ impl Registry for MemoryRegistry {
 
     fn view(&self) -> watch::Receiver<Arc<View>> {
         self.hub.view.subscribe()
+    }
+
+    fn note(&self, event: Event) {
+        let mut history = self.hub.history.lock().expect(UNPOISONED);
+        history.noted += 1;
+        let key = format!("{:013}-{:08x}", event.at_ms, history.noted);
+        if history.events.len() >= MAX_EVENTS {
+            history.events.pop_front();
+        }
+        history.events.push_back(Noted { key, event: event.plain() });
+    }
+
+    async fn events(&self, after: &str) -> Result<Vec<Noted>, Error> {
+        let history = self.hub.history.lock().expect(UNPOISONED);
+        let mut noted: Vec<Noted> = history.events.iter().filter(|noted| *noted.key > *after).cloned().collect();
+        noted.sort_by(|one, other| one.key.cmp(&other.key));
+        Ok(noted)
+    }
+
+    fn events_lost(&self) -> u64 {
+        0
     }
 }
 

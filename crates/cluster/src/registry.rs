@@ -6,7 +6,7 @@ use async_trait::async_trait;
 use kvasir_types::{MemberId, Role};
 use tokio::sync::watch;
 
-use crate::{Error, Member, Office, View};
+use crate::{Error, Event, Member, Noted, Office, View};
 
 /// Registers this process's members and shows everybody's. One contract suite runs against every implementation.
 ///
@@ -44,4 +44,16 @@ pub trait Registry: Send + Sync {
 
     /// The members, now and whenever they change. Reading never waits.
     fn view(&self) -> watch::Receiver<Arc<View>>;
+
+    /// Something happened. Never waits: the cluster's history gets it a moment later, or it is counted as lost.
+    fn note(&self, event: Event);
+
+    /// What happened after the event of that key, oldest first; an empty key: all that is still known.
+    ///
+    /// # Errors
+    /// [`Error::Unreachable`] if nobody could be asked.
+    async fn events(&self, after: &str) -> Result<Vec<Noted>, Error>;
+
+    /// How many events this process did not get into the history.
+    fn events_lost(&self) -> u64;
 }

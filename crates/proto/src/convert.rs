@@ -7,7 +7,7 @@ use bytes::Bytes;
 use kvasir_types as types;
 use kvasir_types::{
     BadId, BadLayout, BlockHash, FinishReason, GrantKey, Incarnation, KvDtype, KvLayout, ModelFingerprint,
-    PROTOCOL_VERSION, Priority, Sampled, SegmentId, TokenId, TopLogprob, TransportKind,
+    PROTOCOL_VERSION, Priority, Sampled, SegmentId, Stage, TokenId, TopLogprob, TransportKind,
 };
 
 pub use crate::sampling::{MAX_BIASES, MAX_GRAMMAR_BYTES, MAX_LOGPROBS, MAX_STOP_TOKENS};
@@ -302,6 +302,27 @@ impl From<v1::TransferPeer> for types::PeerTraffic {
 /// A grant key from its wire form.
 pub fn grant_key(wire: u64) -> GrantKey {
     GrantKey(wire)
+}
+
+impl From<Stage> for v1::Stage {
+    fn from(stage: Stage) -> Self {
+        match stage {
+            Stage::Serving => Self::Serving,
+            Stage::Cordoned => Self::Cordoned,
+            Stage::Draining => Self::Draining,
+            Stage::Drained => Self::Drained,
+        }
+    }
+}
+
+/// A stage; one that nobody told is that of a worker which knows of none, and serves.
+pub fn stage(wire: i32) -> Stage {
+    match v1::Stage::try_from(wire) {
+        Ok(v1::Stage::Cordoned) => Stage::Cordoned,
+        Ok(v1::Stage::Draining) => Stage::Draining,
+        Ok(v1::Stage::Drained) => Stage::Drained,
+        Ok(v1::Stage::Serving | v1::Stage::Unspecified) | Err(_) => Stage::Serving,
+    }
 }
 
 impl From<Priority> for v1::Priority {

@@ -30,6 +30,9 @@ pub const MAX_MESSAGE_BYTES: usize = 16 << 20;
 pub const FIELD_METADATA: &str = "kvasir-field";
 /// Metadata with which an answer to `Generate` begins if signs of life are given as often as was asked for.
 pub const HEARTBEAT_METADATA: &str = "kvasir-heartbeat";
+/// Metadata of an UNAVAILABLE that says: this worker is on its way out, in good order; another one is to be asked, and there is
+/// nothing to worry about.
+pub const LEAVING_METADATA: &str = "kvasir-leaving";
 /// The field that says what form an answer must have, in [`FIELD_METADATA`].
 pub const GRAMMAR_FIELD: &str = "sampling.grammar";
 /// The field that asks for a longer answer than the worker's memory holds.

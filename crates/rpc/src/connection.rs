@@ -32,7 +32,10 @@ use tokio_rustls::{TlsAcceptor, TlsConnector, TlsStream};
 use tonic::transport::server::Connected;
 use tower::Service;
 
-use crate::tls::{Tls, explained};
+use crate::{
+    operator::Peer,
+    tls::{Tls, explained},
+};
 
 /// Handshakes at a time; who comes then waits to be accepted.
 const HANDSHAKES: usize = 256;
@@ -174,9 +177,15 @@ async fn use_tls(stream: &mut TcpStream) -> io::Result<()> {
 }
 
 impl Connected for Connection {
-    type ConnectInfo = ();
+    type ConnectInfo = Peer;
 
-    fn connect_info(&self) {}
+    fn connect_info(&self) -> Peer {
+        let address = match &self.0 {
+            Inner::Clear(stream) => stream.peer_addr(),
+            Inner::Secured(stream) => stream.get_ref().0.peer_addr(),
+        };
+        Peer(address.ok())
+    }
 }
 
 impl fmt::Debug for Connection {

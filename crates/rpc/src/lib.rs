@@ -18,6 +18,7 @@
 
 mod connection;
 pub mod files;
+pub mod operator;
 mod tls;
 pub mod trace;
 

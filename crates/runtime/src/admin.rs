@@ -38,7 +38,7 @@ pub async fn start(config: &AdminConfig, context: &Context) -> Result<SocketAddr
     start_with(config, context, Router::new()).await
 }
 
-/// The same with more routes, those of the service.
+/// The same with more routes, those of the service. Requests carry where they come from (`ConnectInfo<SocketAddr>`).
 pub async fn start_with(config: &AdminConfig, context: &Context, more: Router) -> Result<SocketAddr, Error> {
     let failed = |source| Error { address: config.listen, source };
     let listener = std::net::TcpListener::bind(config.listen).map_err(failed)?;
@@ -47,7 +47,10 @@ pub async fn start_with(config: &AdminConfig, context: &Context, more: Router) -
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(failed)?;
     let routes = router(context.clone()).merge(more);
     let serving = move || {
-        let served = runtime.block_on(async { axum::serve(TcpListener::from_std(listener)?, routes).await });
+        let served = runtime.block_on(async {
+            let routes = routes.into_make_service_with_connect_info::<SocketAddr>();
+            axum::serve(TcpListener::from_std(listener)?, routes).await
+        });
         if let Err(error) = served {
             tracing::error!(%error, "the admin page is gone");
         }

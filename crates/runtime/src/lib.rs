@@ -34,6 +34,7 @@ pub mod metrics;
 mod misc;
 mod shutdown;
 mod spans;
+pub mod story;
 mod tasks;
 mod telemetry;
 

@@ -16,6 +16,7 @@ mod memory;
 mod retry;
 mod sampling;
 mod segment;
+mod stage;
 
 pub use deadline::Deadline;
 pub use fingerprint::ModelFingerprint;
@@ -30,6 +31,7 @@ pub use segment::{
     GrantKey, PeerTraffic, RegionInfo, SegmentDescriptor, SegmentId, TransportAddress, TransportKind, Transports,
     UnknownTransport,
 };
+pub use stage::Stage;
 
 /// Version of everything that crosses a process boundary (gRPC messages, transfer frames, member records). Two
 /// processes with different numbers refuse one another before any byte of KV moves.

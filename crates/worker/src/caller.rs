@@ -1,7 +1,8 @@
-//! The other end of a streaming call: where events go, and the two reasons to stop working for it.
+//! The other end of a streaming call: where events go, and the reasons to stop working for it.
 
 use std::future::Future;
 
+use kvasir_runtime::Shutdown;
 use kvasir_types::Deadline;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -16,14 +17,16 @@ pub(crate) type Events<T> = ReceiverStream<Result<T, Status>>;
 pub(crate) struct Caller<T> {
     events: mpsc::Sender<Result<T, Status>>,
     deadline: Deadline,
+    /// Given when this worker is to have nothing to do any more: the request goes on elsewhere.
+    give_up: Shutdown,
 }
 
 impl<T> Caller<T> {
     /// A caller and the stream to hand to it. `capacity` must cover all events of the request, so that sending never
     /// waits: a slow reader costs memory that was counted when the request was admitted, not the engine's time.
-    pub(crate) fn new(capacity: usize, deadline: Deadline) -> (Self, Events<T>) {
+    pub(crate) fn new(capacity: usize, deadline: Deadline, give_up: Shutdown) -> (Self, Events<T>) {
         let (events, receiver) = mpsc::channel(capacity);
-        (Self { events, deadline }, ReceiverStream::new(receiver))
+        (Self { events, deadline, give_up }, ReceiverStream::new(receiver))
     }
 
     /// The moment after which nobody waits.
@@ -41,7 +44,7 @@ impl<T> Caller<T> {
         let _ = self.events.try_send(Err(error.to_status()));
     }
 
-    /// Runs `work` until it ends, the caller goes away or the deadline passes. `work` is dropped in the latter cases, so
+    /// Runs `work` until it ends, the caller goes away, the deadline passes or this worker gives up what it does. `work` is dropped in the latter cases, so
     /// it must be something whose cancellation loses nothing (a receive, a gRPC stream).
     pub(crate) async fn while_waiting<F: Future>(&self, work: F) -> Result<F::Output, Error> {
         tokio::select! {
@@ -49,6 +52,7 @@ impl<T> Caller<T> {
             output = work => Ok(output),
             () = self.events.closed() => Err(Error::CallerGone),
             () = tokio::time::sleep_until(self.deadline.instant().into()) => Err(Error::Deadline),
+            () = self.give_up.wait() => Err(Error::Draining),
         }
     }
 }

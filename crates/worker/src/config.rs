@@ -34,6 +34,8 @@ pub struct Config {
     pub registry: RegistryConfig,
     /// How processes call one another: certificates, if they are to prove who they are.
     pub rpc: kvasir_rpc::Config,
+    /// Who may change what this process does, while it runs.
+    pub operator: kvasir_rpc::operator::Config,
     /// Stays in its role whatever the routers' planner thinks (`planner` of a router's configuration). `kvasirctl worker`
     /// moves, pins and unpins workers while they run. Default false.
     pub pinned: bool,
@@ -267,6 +269,7 @@ impl Default for Config {
             shutdown: ShutdownConfig::default(),
             registry: RegistryConfig::default(),
             rpc: kvasir_rpc::Config::default(),
+            operator: kvasir_rpc::operator::Config::default(),
             pinned: false,
             model: ModelConfig::default(),
             engine: EngineConfig::default(),

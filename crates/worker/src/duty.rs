@@ -14,9 +14,10 @@ use std::sync::{
     atomic::{AtomicBool, Ordering::Relaxed},
 };
 
-use kvasir_cluster::{Member, Registry};
+use kvasir_cluster::{Event, EventKind, Member, Registry};
 use kvasir_proto::{check_protocol, v1};
-use kvasir_types::Role;
+use kvasir_rpc::operator::Operator;
+use kvasir_types::{Role, Stage};
 use tokio::sync::Mutex;
 use tonic::Status;
 
@@ -51,17 +52,37 @@ impl Duty {
 
 /// Changes what a worker works as.
 pub(crate) struct Duties {
-    host: Arc<Host>,
+    pub(crate) host: Arc<Host>,
     registry: Arc<dyn Registry>,
     /// Held while a change is published, so that two do not cross.
-    now: Mutex<Now>,
+    pub(crate) now: Mutex<Now>,
 }
 
-struct Now {
-    /// The record as it is published.
-    member: Member,
+/// What is published.
+pub(crate) struct Now {
+    /// The record.
+    pub(crate) member: Member,
     /// The latest planner's term of office that was heard of.
     term: u64,
+}
+
+impl Now {
+    /// Whether this life of the worker is meant; 0: any.
+    pub(crate) fn is_life(&self, incarnation: u64) -> Result<(), Status> {
+        let ours = self.member.incarnation;
+        if incarnation == 0 || incarnation == ours.0 {
+            return Ok(());
+        }
+        Err(Status::failed_precondition(format!("this is life {ours}, not {incarnation:016x}")))
+    }
+}
+
+/// Whether a reason can be logged.
+pub(crate) fn check_reason(reason: &str) -> Result<(), Status> {
+    if reason.len() <= MAX_REASON && !reason.chars().any(char::is_control) {
+        return Ok(());
+    }
+    Err(Status::invalid_argument(format!("reason: allowed are up to {MAX_REASON} bytes without control characters")))
 }
 
 /// A change that was asked for.
@@ -86,10 +107,7 @@ impl Wanted {
             Ok(v1::Pin::Clear) => Some(false),
             Err(_) => return Err(Status::invalid_argument("pin: not a value that this version knows")),
         };
-        if request.reason.len() > MAX_REASON || request.reason.chars().any(char::is_control) {
-            let why = format!("reason: allowed are up to {MAX_REASON} bytes without control characters");
-            return Err(Status::invalid_argument(why));
-        }
+        check_reason(&request.reason)?;
         if request.term > 0 && pinned.is_some() {
             return Err(Status::invalid_argument("pin: for people, not for planners (term is above 0)"));
         }
@@ -104,19 +122,19 @@ impl Duties {
     }
 
     /// Does what is asked, or says why not. Asking for what is so already is fine.
-    pub(crate) async fn set(&self, request: v1::SetDutyRequest) -> Result<v1::SetDutyResponse, Status> {
+    pub(crate) async fn set(&self, request: v1::SetDutyRequest, who: Operator) -> Result<v1::SetDutyResponse, Status> {
         check_protocol(request.protocol_version).map_err(|error| Error::from(error).to_status())?;
         let incarnation = request.incarnation;
         let wanted = Wanted::read(request)?;
         let mut now = self.now.lock().await;
-        if incarnation != 0 && incarnation != now.member.incarnation.0 {
-            return Err(Status::failed_precondition(format!(
-                "this is life {}, not {incarnation:016x}",
-                now.member.incarnation
-            )));
+        now.is_life(incarnation)?;
+        if self.host.ending() {
+            return Err(Status::failed_precondition("this worker's process is ending"));
         }
-        if self.host.draining() {
-            return Err(Status::failed_precondition("this worker is leaving"));
+        let stage = now.member.duty.stage;
+        let out_of_service = if wanted.term > 0 { !stage.serves() } else { stage >= Stage::Draining };
+        if out_of_service && (wanted.term > 0 || wanted.role.is_some()) {
+            return Err(Status::failed_precondition(format!("this worker is {stage}: undrain it first")));
         }
         if wanted.term > 0 && wanted.term < now.term {
             return Err(Status::failed_precondition(format!(
@@ -134,20 +152,20 @@ impl Duties {
         member.duty.moved_to = (to != member.role).then_some(to);
         member.duty.pinned = wanted.pinned.unwrap_or(member.duty.pinned);
         if member.duty != now.member.duty {
-            // If the metadata is away this is published once it is back, and until then others send what they sent before.
-            self.registry.update(member.clone()).await.map_err(|error| {
-                Status::unavailable(format!("this worker is not announced yet, try again: {error}"))
-            })?;
+            self.announce(&mut now, member).await?;
             tracing::info!(
-                worker = %member.id,
+                worker = %now.member.id,
                 works_as = %to,
                 before = %former,
-                pinned = member.duty.pinned,
+                pinned = now.member.duty.pinned,
                 term = wanted.term,
                 reason = wanted.reason,
                 "another duty"
             );
-            now.member = member;
+            let pinned = if now.member.duty.pinned { ", pinned" } else { "" };
+            let who = if wanted.term > 0 { format!("the planner, term {}", wanted.term) } else { who.to_string() };
+            let what = format!("works as {to}{pinned} (before: {former}): {}", wanted.reason);
+            self.note(EventKind::Role, what, who);
             let duty = &self.host.duty;
             duty.decode.store(to == Role::Decode, Relaxed);
             duty.pinned.store(now.member.duty.pinned, Relaxed);
@@ -161,5 +179,21 @@ impl Duties {
             pinned: now.member.duty.pinned,
             former_role: former.to_string(),
         })
+    }
+
+    /// Something happened to this worker.
+    pub(crate) fn note(&self, kind: EventKind, what: String, who: String) {
+        let id = &self.host.id;
+        self.registry.note(Event::now(kind, id, id.as_str(), what).by(who));
+    }
+
+    /// Publishes a record. If the metadata is away that is done once it is back, and until then others send what they sent
+    /// before.
+    pub(crate) async fn announce(&self, now: &mut Now, member: Member) -> Result<(), Status> {
+        let announced = self.registry.update(member.clone()).await;
+        announced
+            .map_err(|error| Status::unavailable(format!("this worker is not announced yet, try again: {error}")))?;
+        now.member = member;
+        Ok(())
     }
 }

@@ -1,7 +1,7 @@
 //! What can go wrong with a request on a worker, and what the caller is told.
 
 use kvasir_engine::Error as Refused;
-use kvasir_proto::{FIELD_METADATA, GRAMMAR_FIELD, MAX_TOKENS_FIELD, PROMPT_FIELD};
+use kvasir_proto::{FIELD_METADATA, GRAMMAR_FIELD, LEAVING_METADATA, MAX_TOKENS_FIELD, PROMPT_FIELD};
 use kvasir_transfer::Refusal;
 use kvasir_types::{KvLayout, ModelFingerprint, Retry, TokenId};
 use tonic::{Code, Status, metadata::MetadataValue};
@@ -73,6 +73,11 @@ impl From<kvasir_transfer::Error> for Error {
 }
 
 impl Error {
+    /// Whether it is another worker's word that it is leaving, in good order.
+    pub(crate) fn is_leave(&self) -> bool {
+        matches!(self, Self::Prefill { status, .. } if status.metadata().contains_key(LEAVING_METADATA))
+    }
+
     /// Whether another worker could do better.
     pub(crate) fn retry(&self) -> Retry {
         match self {
@@ -120,6 +125,11 @@ impl Error {
             Self::Rejected(Refused::Grammar(bad)) => (GRAMMAR_FIELD, bad.to_string()),
             Self::Rejected(error @ Refused::AnswerExceedsPool { .. }) => (MAX_TOKENS_FIELD, error.to_string()),
             Self::Rejected(error @ Refused::PromptExceedsPool { .. }) => (PROMPT_FIELD, error.to_string()),
+            Self::Draining => {
+                let mut status = Status::new(code, self.to_string());
+                status.metadata_mut().insert(LEAVING_METADATA, MetadataValue::from_static("1"));
+                return status;
+            }
             _ => return Status::new(code, kvasir_runtime::chain(self)),
         };
         let mut status = Status::new(code, message);

@@ -9,15 +9,16 @@ use std::{
 };
 
 use anyhow::{Context as _, ensure};
-use kvasir_cluster::{ModelInfo, Registry};
+use kvasir_cluster::{ModelInfo, Registry, View};
 use kvasir_engine::{Handle, ModelRunner, Parts, Spill};
 use kvasir_model::{Folder, cpu::CpuBackend};
 use kvasir_proto::convert;
 use kvasir_rpc::Rpc;
-use kvasir_runtime::{Context, Kind, Tasks, chain};
+use kvasir_runtime::{Context, Kind, Tasks, chain, story::Stories};
 use kvasir_store_client::StoreClient;
 use kvasir_transfer::{LocalNet, TransferEngine};
 use kvasir_types::{BlockHash, GroupKind, KvGroups, MemberId, Role, TokenId};
+use tokio::sync::watch;
 use tonic::Status;
 
 use crate::{
@@ -29,9 +30,13 @@ use crate::{
     parts,
     pulse::Pulse,
     spill::Spills,
+    stages::Stages,
     store::{self, Evictions, Store},
     watch::Rate,
 };
+
+/// Stories that are remembered.
+const STORIES: usize = 2048;
 
 /// One worker. Shared by all request tasks; everything in it is either immutable or its own lock.
 pub(crate) struct Host {
@@ -40,6 +45,9 @@ pub(crate) struct Host {
     pub(crate) role: Role,
     pub(crate) rpc: Rpc,
     pub(crate) duty: Duty,
+    pub(crate) stages: Stages,
+    /// What became of the last requests.
+    pub(crate) stories: Stories,
     pub(crate) config: Config,
     pub(crate) model: ModelInfo,
     pub(crate) groups: KvGroups,
@@ -56,7 +64,9 @@ pub(crate) struct Host {
     vocab: usize,
     /// How fast hand-overs went lately. Written by their jobs at the end of each; read for the load; held for a copy.
     pushes: Mutex<Rate>,
-    draining: AtomicBool,
+    /// The others, as they were announced.
+    members: watch::Receiver<Arc<View>>,
+    ending: AtomicBool,
 }
 
 impl Host {
@@ -158,6 +168,8 @@ impl Host {
             role,
             rpc,
             duty: Duty::new(role, config.pinned),
+            stages: Stages::new(),
+            stories: Stories::new(STORIES),
             model,
             groups,
             engine,
@@ -170,7 +182,8 @@ impl Host {
             started: Instant::now(),
             vocab,
             pushes: Mutex::default(),
-            draining: AtomicBool::new(false),
+            members: registry.view(),
+            ending: AtomicBool::new(false),
             config,
         })
     }
@@ -208,12 +221,24 @@ impl Host {
 
     /// Whether new work is refused.
     pub(crate) fn draining(&self) -> bool {
-        self.draining.load(Ordering::Relaxed)
+        self.ending() || self.stages.refuses()
     }
 
-    /// Refuses new work from now on.
-    pub(crate) fn drain(&self) {
-        self.draining.store(true, Ordering::Relaxed);
+    /// Whether the process is about to end.
+    pub(crate) fn ending(&self) -> bool {
+        self.ending.load(Ordering::Relaxed)
+    }
+
+    /// It is: new work is refused from now on.
+    pub(crate) fn end(&self) {
+        self.ending.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether a worker is to be passed by, as far as it was announced: it is cordoned, or drained.
+    pub(crate) fn passes_by(&self, member: &str) -> bool {
+        let members = self.members.borrow();
+        let mut named = members.members.iter().filter(|known| known.id.as_str() == member);
+        named.any(|known| known.draining)
     }
 
     /// Counts a refusal and turns it into the caller's status.

@@ -30,6 +30,7 @@ mod pulse;
 mod sequence;
 mod serve;
 mod spill;
+mod stages;
 mod status;
 mod store;
 mod watch;

@@ -190,7 +190,8 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn silence_is_broken_at_regular_times_only_while_the_engine_goes_on() {
         let pulse = Pulse::new();
-        let (caller, events) = Caller::new(8, Deadline::after(Duration::from_secs(600)));
+        let (caller, events) =
+            Caller::new(8, Deadline::after(Duration::from_secs(600)), kvasir_runtime::Shutdown::new());
         let mut beating = pulse.beating(events, Duration::from_millis(100));
         let is_alive = |event: Option<Result<GenerateEvent, Status>>| {
             matches!(event.unwrap().unwrap().event, Some(generate_event::Event::Alive(_)))

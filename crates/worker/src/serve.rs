@@ -3,11 +3,12 @@
 use std::{future::Future, sync::Arc, time::Duration};
 
 use anyhow::Context as _;
-use kvasir_cluster::{Member, Registry};
+use kvasir_cluster::{Audit, Member, Registry};
 use kvasir_proto::{
     MAX_MESSAGE_BYTES,
     v1::{decode_server::DecodeServer, prefill_server::PrefillServer, worker_server::WorkerServer},
 };
+use kvasir_rpc::operator::{Asked, Desk, Operators};
 use kvasir_runtime::{Context, Kind, Listening};
 use kvasir_transfer::LocalNet;
 use kvasir_types::{Deadline, Incarnation, MemberId, PROTOCOL_VERSION, Role};
@@ -53,10 +54,31 @@ pub async fn run(
     let incarnation = host.transfer.descriptor().incarnation;
     let hub = Hub::new(&host, context.shutdown.clone());
     let member = member(&host, incarnation, listening.advertised, admin);
+    let (operators, keeping) = Operators::open(&host.config.operator)?;
+    context.tasks.spawn(Kind::Background, "operators' tokens", async move {
+        keeping.await;
+        Ok(())
+    });
+    let lost =
+        context.metrics.counter("kvasir_cluster_events_lost", "Events that did not get into the cluster's history");
+    let counts = Arc::downgrade(&registry);
+    context.metrics.on_scrape(move || {
+        let counted = counts.upgrade().map_or(0, |registry| registry.events_lost());
+        kvasir_runtime::metrics::set_total(&lost, counted);
+    });
+    let desk = {
+        let (id, registry) = (host.id.clone(), Arc::downgrade(&registry));
+        Desk::new(operators, move |asked: &Asked<'_>| {
+            let Asked { who, what, on, result } = *asked;
+            if let Some(registry) = registry.upgrade() {
+                kvasir_cluster::audit(&*registry, &Audit { member: &id, who, what, on, result });
+            }
+        })
+    };
     let duties = Arc::new(Duties::new(host.clone(), member.clone(), registry.clone()));
     let server = {
         let closing = context.shutdown.clone();
-        let status = StatusService { host: host.clone(), incarnation, hub: hub.clone(), duties: duties.clone() };
+        let status = StatusService { host: host.clone(), incarnation, hub: hub.clone(), duties, desk };
         serve(host.clone(), status, listening.listener, async move { closing.wait().await })
     };
     let watched = host.clone();
@@ -77,7 +99,7 @@ pub async fn run(
 
     context.shutdown.wait().await;
     context.health.set_not_ready("draining");
-    host.drain();
+    host.end();
     // Out of the cluster first: routers stop choosing this worker while what it has taken goes on to its end.
     if let Err(error) = registry.deregister(&host.id, role).await {
         tracing::warn!(error = %error, "not deregistered, the lease will end by itself");
@@ -148,6 +170,6 @@ fn member(host: &Host, incarnation: Incarnation, grpc: String, admin: String) ->
         store: None,
         engine: None,
         draining: false,
-        duty: kvasir_cluster::Duty { moved_to: None, pinned: host.duty.pinned() },
+        duty: kvasir_cluster::Duty { pinned: host.duty.pinned(), ..kvasir_cluster::Duty::default() },
     }
 }

@@ -3,7 +3,11 @@
 use std::sync::Arc;
 
 use kvasir_proto::{check_protocol, convert, v1};
-use kvasir_runtime::Kind;
+use kvasir_rpc::operator::Desk;
+use kvasir_runtime::{
+    Kind,
+    story::{Fact, Step, Story},
+};
 use kvasir_types::{Incarnation, PROTOCOL_VERSION};
 use tonic::{Request, Response, Status};
 
@@ -14,12 +18,16 @@ use crate::{
     watch::{self, Hub, Watching},
 };
 
+/// Stories in one answer.
+const MAX_STORIES: usize = 64;
+
 /// The gRPC service of every worker.
 pub(crate) struct StatusService {
     pub(crate) host: Arc<Host>,
     pub(crate) incarnation: Incarnation,
     pub(crate) hub: Arc<Hub>,
     pub(crate) duties: Arc<Duties>,
+    pub(crate) desk: Desk,
 }
 
 #[tonic::async_trait]
@@ -50,11 +58,42 @@ impl v1::worker_server::Worker for StatusService {
             peers: host.transfer.peers().iter().map(|peer| (&peer.traffic()).into()).collect(),
             works_as: host.duty.role().to_string(),
             pinned: host.duty.pinned(),
+            lifecycle: Some(host.lifecycle()),
         }))
     }
 
     async fn set_duty(&self, request: Request<v1::SetDutyRequest>) -> Result<Response<v1::SetDutyResponse>, Status> {
-        self.duties.set(request.into_inner()).await.map(Response::new)
+        let what = |asked: &v1::SetDutyRequest| {
+            let as_planner =
+                if asked.term > 0 { format!(" (a planner of term {})", asked.term) } else { String::new() };
+            let role = if asked.role.is_empty() { String::new() } else { format!(" role {}", asked.role) };
+            let pin = match asked.pin() {
+                v1::Pin::Set => " pin",
+                v1::Pin::Clear => " unpin",
+                v1::Pin::Unspecified => "",
+            };
+            format!("set duty:{role}{pin}{as_planner}")
+        };
+        let act = |asked, who| self.duties.set(asked, who);
+        self.desk.call(request, self.host.id.as_str(), what, act).await
+    }
+
+    async fn set_stage(&self, request: Request<v1::SetStageRequest>) -> Result<Response<v1::SetStageResponse>, Status> {
+        let what = |asked: &v1::SetStageRequest| match asked.stage() {
+            v1::Stage::Serving => "serve again".to_owned(),
+            v1::Stage::Cordoned => "cordon".to_owned(),
+            v1::Stage::Drained => "drain".to_owned(),
+            other => format!("stage {}", other.as_str_name()),
+        };
+        let act = |asked, who| self.duties.set_stage(asked, who);
+        self.desk.call(request, self.host.id.as_str(), what, act).await
+    }
+
+    async fn trace(&self, request: Request<v1::TraceRequest>) -> Result<Response<v1::TraceResponse>, Status> {
+        let request = request.into_inner();
+        check_protocol(request.protocol_version).map_err(|error| Error::from(error).to_status())?;
+        let stories = self.host.stories.find(&request.request_id, MAX_STORIES);
+        Ok(Response::new(v1::TraceResponse { stories: stories.iter().map(|story| told(story)).collect() }))
     }
 
     type WatchStream = Watching;
@@ -69,5 +108,27 @@ impl v1::worker_server::Worker for StatusService {
             Ok(())
         });
         Ok(Response::new(watching))
+    }
+}
+
+fn told(story: &Story) -> v1::TraceStory {
+    let (steps, over) = story.read();
+    let fact = |(name, fact): (&str, Fact)| {
+        let value = match fact {
+            Fact::Text(text) => v1::trace_fact::Value::Text(text),
+            Fact::Number(number) => v1::trace_fact::Value::Number(number),
+        };
+        v1::TraceFact { name: name.to_owned(), value: Some(value) }
+    };
+    let step = |step: Step| v1::TraceStep {
+        at_us: step.at.as_micros() as u64,
+        step: step.name.to_owned(),
+        facts: step.facts.into_iter().map(fact).collect(),
+    };
+    v1::TraceStory {
+        part: story.part.to_owned(),
+        began_unix_us: story.began_unix_us,
+        over,
+        steps: steps.into_iter().map(step).collect(),
     }
 }

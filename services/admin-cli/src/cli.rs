@@ -1,26 +1,50 @@
 //! Arguments.
 
-use std::time::Duration;
+use std::path::PathBuf;
 
-use clap::{Parser, Subcommand, ValueEnum};
-use kvasir_cluster::EtcdConfig;
+use clap::{Args, Parser, Subcommand};
 
-use crate::{engine::EngineCommand, kv::KvCommand, route::RouteCommand, worker::WorkerCommand};
+use crate::{
+    context::ContextCommand, engine::EngineCommand, events::EventsArgs, kv::KvCommand, output::Output,
+    requests::RequestsCommand, route::RouteCommand, status::StatusArgs, trace::TraceArgs, via::Via,
+    worker::WorkerCommand, workers::WorkersArgs,
+};
 
-/// Where etcd listens unless somebody says otherwise.
-const DEFAULT_ETCD: &str = "127.0.0.1:2379";
-
-/// Shows what a Kvasir cluster is doing.
+/// Shows what a Kvasir cluster is doing, and changes it.
 #[derive(Debug, Parser)]
 #[command(name = "kvasirctl", version, after_help = EXAMPLES)]
 pub(crate) struct Cli {
-    /// etcd endpoints, with commas between them [default: $KVASIR_ETCD, else 127.0.0.1:2379]
-    #[arg(long, global = true, value_name = "HOST:PORT,…")]
-    etcd: Option<String>,
+    #[command(flatten)]
+    pub(crate) globals: Globals,
 
-    /// What the cluster's keys in etcd begin with
-    #[arg(long, global = true, value_name = "PREFIX", default_value = "/kvasir/v1")]
-    prefix: String,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// What all verbs take.
+#[derive(Clone, Debug, Args)]
+#[command(next_help_heading = "For all commands")]
+pub(crate) struct Globals {
+    /// Which cluster, of those that `kvasirctl context` knows [default: $KVASIR_CONTEXT, else the current one]
+    #[arg(long, global = true, value_name = "NAME")]
+    pub(crate) context: Option<String>,
+
+    /// etcd endpoints, with commas between them [default: $KVASIR_ETCD, else the context's, else 127.0.0.1:2379]
+    #[arg(long, global = true, value_name = "HOST:PORT,…")]
+    pub(crate) etcd: Option<String>,
+
+    /// What the cluster's keys in etcd begin with [default: the context's, else /kvasir/v1]
+    #[arg(long, global = true, value_name = "PREFIX")]
+    pub(crate) prefix: Option<String>,
+
+    /// Another way to members than the addresses they advertise, as for `kubectl port-forward`: NAME/grpc=HOST:PORT (or
+    /// /admin, /http), HOST:PORT=HOST:PORT or HOST=HOST; may be repeated
+    #[arg(long, global = true, value_name = "FROM=TO", value_delimiter = ',')]
+    pub(crate) via: Vec<Via>,
+
+    /// A file with the operator's token, where changes need one [default: $KVASIR_TOKEN, else the context's]
+    #[arg(long, global = true, value_name = "FILE")]
+    pub(crate) token_file: Option<PathBuf>,
 
     /// Form of the answer
     #[arg(long, short, global = true, value_enum, default_value_t = Output::Table)]
@@ -28,19 +52,20 @@ pub(crate) struct Cli {
 
     /// How long etcd, and then each member, may take to answer, in milliseconds
     #[arg(long, global = true, value_name = "MS", default_value_t = 3_000, value_parser = clap::value_parser!(u64).range(1..=600_000))]
-    timeout: u64,
+    pub(crate) timeout: u64,
 
-    #[command(subcommand)]
-    pub(crate) command: Command,
+    /// Don't ask before what can't be undone
+    #[arg(long, short, global = true)]
+    pub(crate) yes: bool,
 }
 
 /// What is asked.
 #[derive(Clone, Debug, Subcommand)]
 pub(crate) enum Command {
     /// All members: who is ready, what is loaded, what does not fit together
-    Status,
-    /// Workers and store nodes in detail: addresses, blocks, work done
-    Workers,
+    Status(StatusArgs),
+    /// Workers and store nodes in detail: addresses, blocks, work done; and what workers work as
+    Workers(WorkersArgs),
     /// Models: who serves them, and how their KV blocks are laid out
     Models,
     /// How KV blocks move: from and to whom, over which transport and why, how fast, what fails
@@ -56,62 +81,25 @@ pub(crate) enum Command {
     Engine(EngineCommand),
     /// Whether there are enough prefill and decode workers for what is asked, and what the routers' planner does about it
     Planner,
+    /// Requests under way: whose, how far, on which workers; and an end to one
+    #[command(subcommand)]
+    Requests(RequestsCommand),
+    /// The way of one request through the services, with times: also for a while after its end
+    Trace(TraceArgs),
+    /// What happened in the cluster: who came and went, what was moved, drained, changed, and by whom
+    Events(EventsArgs),
     /// How routers choose workers: by which policy, and why a request goes where it goes
     #[command(subcommand)]
     Route(RouteCommand),
-}
-
-/// Form of the answer.
-#[derive(Clone, Copy, Debug, ValueEnum)]
-pub(crate) enum Output {
-    /// For people.
-    Table,
-    /// For programs.
-    Json,
-}
-
-impl Cli {
-    /// Time limit of each step.
-    pub(crate) fn timeout(&self) -> Duration {
-        Duration::from_millis(self.timeout)
-    }
-
-    /// Where etcd is: the flag, else the variable, else the default.
-    pub(crate) fn etcd(&self, variable: Option<String>) -> Result<EtcdConfig, String> {
-        let (from, text) = match (&self.etcd, variable) {
-            (Some(flag), _) => ("--etcd", flag.clone()),
-            (None, Some(variable)) => ("KVASIR_ETCD", variable),
-            (None, None) => ("--etcd", DEFAULT_ETCD.to_owned()),
-        };
-        let endpoints: Vec<String> = text.split(',').map(|endpoint| endpoint.trim().to_owned()).collect();
-        if let Some(bad) = endpoints.iter().find(|endpoint| !is_endpoint(endpoint)) {
-            return Err(format!("{from}: {bad:?} is no endpoint, expected host:port"));
-        }
-        if !self.prefix.starts_with('/') {
-            return Err(format!("--prefix: {:?} does not begin with /", self.prefix));
-        }
-        Ok(EtcdConfig {
-            endpoints,
-            prefix: self.prefix.clone(),
-            connect_timeout_ms: self.timeout,
-            request_timeout_ms: self.timeout,
-            ..EtcdConfig::default()
-        })
-    }
-}
-
-fn is_endpoint(text: &str) -> bool {
-    let address = text.strip_prefix("http://").unwrap_or(text);
-    address.rsplit_once(':').is_some_and(|(host, port)| {
-        !host.is_empty()
-            && host.bytes().all(|byte| byte.is_ascii_graphic() && byte != b'/')
-            && port.parse::<u16>().is_ok()
-    })
+    /// Clusters by name: where their etcd is, and how they are reached
+    #[command(subcommand)]
+    Context(ContextCommand),
 }
 
 const EXAMPLES: &str = "Examples:
   kvasirctl status                                   who is there and ready
   kvasirctl --etcd 10.0.0.5:2379,10.0.0.6:2379 workers
+  kvasirctl context set prod --etcd 10.0.0.5:2379    `prod` is that cluster from now on
   kvasirctl models --output json | jq '.[].name'
   kvasirctl kv stats                                 how full the KV store is, and how often it had what was asked for
   kvasirctl kv lookup --text prompt.txt --tokenizer model/tokenizer.json
@@ -120,38 +108,27 @@ const EXAMPLES: &str = "Examples:
   kvasirctl route policy least-loaded
   kvasirctl engine add vllm-d0 --kind vllm --role decode --url http://10.0.0.2:8200 --model qwen
   kvasirctl planner                                  what TTFT and TPOT are expected, and with which split
-  kvasirctl worker role decode-3 prefill --pin       it reads prompts from now on, and no planner changes that
+  kvasirctl workers drain decode-3                   out of service, until it is safe to delete
+  kvasirctl requests list --state queued             who waits
+  kvasirctl trace 5e1c0c9f                           the way of that request (its x-request-id)
+  kvasirctl events --since 2h --kind role,stage
+  kvasirctl workers role decode-3 prefill --pin      it reads prompts from now on, and no planner changes that
   KVASIR_ETCD=10.0.0.5:2379 kvasirctl status --timeout 500
 
 Exit status:
   0  answered; members that could not be reached are shown as such
   1  etcd could not be reached, or what was to be done was not
-  2  wrong usage";
+  2  wrong usage
+  3  answered, and something is wrong (status --check)";
 
 #[cfg(test)]
 mod tests {
+    use clap::CommandFactory as _;
+
     use super::*;
 
-    fn cli(line: &str) -> Cli {
-        Cli::try_parse_from(line.split(' ')).unwrap()
-    }
-
     #[test]
-    fn a_flag_beats_the_variable_and_the_variable_the_default() {
-        let variable = || Some("b:2, http://c:3".to_owned());
-        let endpoints = |line: &str, variable| cli(line).etcd(variable).unwrap().endpoints;
-        assert_eq!(endpoints("kvasirctl status", None), ["127.0.0.1:2379"]);
-        assert_eq!(endpoints("kvasirctl status", variable()), ["b:2", "http://c:3"]);
-        assert_eq!(endpoints("kvasirctl status --etcd [::1]:1", variable()), ["[::1]:1"]);
-    }
-
-    #[test]
-    fn what_is_no_endpoint_is_blamed_on_its_origin() {
-        let line = cli("kvasirctl status").etcd(Some("a:1,b".to_owned())).unwrap_err();
-        assert_eq!(line, "KVASIR_ETCD: \"b\" is no endpoint, expected host:port");
-        for bad in ["", ":1", "a", "a:b", "a:70000", "https://a:1", "a/b:1"] {
-            assert!(Cli { etcd: Some(bad.to_owned()), ..cli("kvasirctl status") }.etcd(None).is_err(), "{bad:?}");
-        }
-        assert!(cli("kvasirctl status --prefix x").etcd(None).is_err());
+    fn arguments_do_not_contradict_one_another() {
+        Cli::command().debug_assert();
     }
 }

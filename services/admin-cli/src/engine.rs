@@ -2,12 +2,12 @@
 //! taken out; each router finds out by itself whether an engine answers.
 
 use clap::{Args, Subcommand, ValueEnum};
-use kvasir_cluster::{Duty, EngineInfo, EtcdConfig, Member};
+use kvasir_cluster::{Duty, EngineInfo, Event, EventKind, Member};
 use kvasir_runtime::random_u64;
 use kvasir_types::{Incarnation, MemberId, PROTOCOL_VERSION, Role};
 use serde_json::json;
 
-use crate::{cli::Output, render};
+use crate::{output::Answer, session::Session};
 
 /// What is done with engines of others.
 #[derive(Clone, Debug, Subcommand)]
@@ -79,8 +79,9 @@ fn url(text: &str) -> Result<String, String> {
 }
 
 /// Does it, and says so.
-pub(crate) async fn run(command: &EngineCommand, etcd: EtcdConfig, output: Output) -> anyhow::Result<String> {
-    let (done, id, text) = match command {
+pub(crate) async fn run(command: EngineCommand, session: &Session) -> anyhow::Result<Answer> {
+    let etcd = session.etcd()?;
+    let (done, id, text) = match &command {
         EngineCommand::Add(args) => {
             let member = member(args);
             let text = format!("{} is {} {} at {}\n", args.id, kind(args.kind), member.role, args.url);
@@ -92,10 +93,14 @@ pub(crate) async fn run(command: &EngineCommand, etcd: EtcdConfig, output: Outpu
             ("removed", id, format!("{id} is out\n"))
         }
     };
-    Ok(match output {
-        Output::Table => text,
-        Output::Json => render::json(&json!({ done: id.as_str() })),
-    })
+    // It was done in etcd alone, so nobody else puts it on record.
+    let who = session.variable("USER").map_or_else(|| "somebody".to_owned(), |user| format!("{user} (says kvasirctl)"));
+    let here = "kvasirctl".parse().expect("a name");
+    let event = Event::now(EventKind::Audit, &here, id.as_str(), format!("engine {done}")).by(who);
+    if let Err(error) = kvasir_cluster::note_event(&etcd, Event { result: "done".to_owned(), ..event }).await {
+        eprintln!("not in the cluster's events: {}", kvasir_runtime::chain(&error));
+    }
+    Ok(session.output().show(&json!({ done: id.as_str() }), || text).into())
 }
 
 fn kind(kind: Kind) -> &'static str {

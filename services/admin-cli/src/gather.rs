@@ -3,30 +3,24 @@
 use std::time::Duration;
 
 use futures_util::{StreamExt, stream};
-use kvasir_cluster::{EngineInfo, EtcdConfig, Member, View};
-use kvasir_types::Role;
+use kvasir_cluster::{EngineInfo, Member, View};
+use kvasir_types::{Role, Stage};
 
 use crate::{
     judge,
     probe::{self, Readiness, Way},
     report::{Live, MemberReport, Report, State},
+    session::Session,
 };
 
 /// Members asked at the same time.
 const AT_ONCE: usize = 64;
 
 /// Asks everybody. Fails only if etcd can't be read.
-pub(crate) async fn gather(etcd: EtcdConfig, way: &Way) -> anyhow::Result<Report> {
-    let view = view(etcd).await?;
-    Ok(ask_all(&view, way).await)
-}
-
-/// The members as the cluster's metadata has them now.
-pub(crate) async fn view(etcd: EtcdConfig) -> anyhow::Result<std::sync::Arc<View>> {
-    // Without its future the registry shows the members as they were just read, which is all that is needed.
-    let (registry, _) = kvasir_cluster::connect_etcd(etcd).await?;
-    let view = registry.view().borrow().clone();
-    Ok(view)
+pub(crate) async fn gather(session: &Session) -> anyhow::Result<Report> {
+    let way = session.way()?;
+    let view = session.view().await?;
+    Ok(ask_all(&view, &way).await)
 }
 
 /// Asks the members of a view.
@@ -98,6 +92,8 @@ fn state(member: &Member, live: Option<&Result<probe::Answer, String>>, readines
     match (live, readiness) {
         (Some(Err(why)), _) => (State::Unreachable, format!("grpc {}: {why}", member.grpc)),
         (_, Readiness::Unknown(why)) => (State::Unreachable, format!("admin {}: {why}", member.admin)),
+        _ if member.duty.stage == Stage::Cordoned => (State::Cordoned, "is given no new requests".to_owned()),
+        _ if member.duty.stage == Stage::Drained => (State::Drained, "safe to delete".to_owned()),
         _ if draining => (State::Draining, "takes no new work".to_owned()),
         (_, Readiness::NotReady(why)) => (State::NotReady, why),
         (_, Readiness::Ready) => (State::Ready, String::new()),
@@ -115,4 +111,4 @@ impl Live {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -1,27 +1,26 @@
 //! `kvasirctl planner`: which workers should read and which should write, by the router that plans.
 
-use std::time::Duration;
-
 use anyhow::{Context as _, bail};
-use kvasir_cluster::View;
 use kvasir_types::Role;
 use serde_json::Value;
 
 use crate::{
-    cli::Output,
+    output::Answer,
     probe::{self, printable},
-    render::{self, Table},
+    render::Table,
+    session::Session,
 };
 
 /// Events shown to people.
 const EVENTS: usize = 12;
 
 /// Asks the router that plans; if none does, any.
-pub(crate) async fn run(view: &View, limit: Duration, output: Output) -> anyhow::Result<String> {
+pub(crate) async fn run(session: &Session) -> anyhow::Result<Answer> {
+    let (way, view) = (session.way()?, session.view().await?);
     let mut last = None;
     let mut told = None;
     for router in view.role(Role::Router) {
-        match probe::admin(&router.admin, "/planner", None, limit).await {
+        match probe::admin(&router.admin, "/planner", None, &way).await {
             Ok(page) => {
                 let plans = page["leader"]["here"] == true;
                 if told.is_none() || plans {
@@ -37,10 +36,8 @@ pub(crate) async fn run(view: &View, limit: Duration, output: Output) -> anyhow:
     let Some((router, page)) = told else {
         bail!(last.unwrap_or_else(|| "no router is running (or --prefix names another cluster)".to_owned()));
     };
-    Ok(match output {
-        Output::Json => render::json(&page),
-        Output::Table => show(&router, &page).context("an answer that makes no sense")?,
-    })
+    let table = show(&router, &page).context("an answer that makes no sense")?;
+    Ok(session.output().show(&page, || table).into())
 }
 
 fn text(value: &Value) -> String {

@@ -2,7 +2,7 @@
 //!
 //! Whatever comes back is from outside: texts are cut and freed of control characters before a terminal sees them.
 
-use std::{error::Error, future::Future, time::Duration};
+use std::{error::Error, fmt, future::Future, time::Duration};
 
 use kvasir_proto::v1::{
     StatusRequest, StoreStatusRequest, TransferPeer, store_client::StoreClient, worker_client::WorkerClient,
@@ -47,6 +47,31 @@ pub(crate) enum Readiness {
 pub(crate) struct Way {
     pub(crate) rpc: Rpc,
     pub(crate) limit: Duration,
+    /// Goes with calls that change something, and with no others: who is only asked need not know it.
+    pub(crate) token: Option<Token>,
+}
+
+/// What an operator proves itself with.
+#[derive(Clone, PartialEq, Eq)]
+pub(crate) struct Token(pub(crate) String);
+
+impl fmt::Debug for Token {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Token")
+    }
+}
+
+impl Way {
+    /// A gRPC call that changes something: with the token, if there is one.
+    pub(crate) fn signed<T>(&self, message: T) -> tonic::Request<T> {
+        let mut request = tonic::Request::new(message);
+        if let Some(Token(token)) = &self.token
+            && let Ok(value) = format!("Bearer {token}").parse()
+        {
+            request.metadata_mut().insert("authorization", value);
+        }
+        request
+    }
 }
 
 /// `Worker.Status`.
@@ -121,20 +146,24 @@ pub(crate) async fn ask_store<T>(
     .await
 }
 
-/// A question to the admin page that is answered in JSON: `GET`, or `POST` if there is a body. What the page refuses, it
-/// says why.
+/// A question to the admin page that is answered in JSON: `GET`, or `POST` if there is a body, which takes the token along.
+/// What the page refuses, it says why.
 pub(crate) async fn admin(
     address: &str,
     path: &str,
     body: Option<&serde_json::Value>,
-    limit: Duration,
+    way: &Way,
 ) -> Result<serde_json::Value, String> {
     let (method, body) = body.map_or(("GET", String::new()), |body| ("POST", body.to_string()));
+    let signed = match &way.token {
+        Some(Token(token)) if method == "POST" => format!("authorization: Bearer {token}\r\n"),
+        _ => String::new(),
+    };
     let request = format!(
-        "{method} {path} HTTP/1.0\r\nhost: {address}\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n{body}",
+        "{method} {path} HTTP/1.0\r\nhost: {address}\r\n{signed}content-type: application/json\r\ncontent-length: {}\r\n\r\n{body}",
         body.len()
     );
-    let page = within(limit, page(address, request, MAX_ANSWER_BYTES)).await?;
+    let page = within(way.limit, page(address, request, MAX_ANSWER_BYTES)).await?;
     let status = page.split(' ').nth(1).unwrap_or_default();
     let body = page.split_once("\r\n\r\n").map_or("", |(_, body)| body);
     let answer: serde_json::Value =

@@ -5,17 +5,9 @@ mod table;
 mod tests;
 
 use kvasir_types::Role;
-use serde::Serialize;
 
 pub(crate) use self::table::Table;
 use crate::report::{Live, MemberReport, Report, RoleTotals, State, TransferReport};
-
-/// The answer as JSON.
-pub(crate) fn json(answer: &impl Serialize) -> String {
-    let mut text = serde_json::to_string_pretty(answer).expect("a report has no map with keys that are not text");
-    text.push('\n');
-    text
-}
 
 /// `status`: every member in a line, sums, warnings.
 pub(crate) fn status(report: &Report) -> String {
@@ -220,7 +212,9 @@ fn state(state: State) -> &'static str {
     match state {
         State::Ready => "ready",
         State::NotReady => "not ready",
+        State::Cordoned => "cordoned",
         State::Draining => "draining",
+        State::Drained => "drained",
         State::Unreachable => "unreachable",
     }
 }
@@ -230,7 +224,7 @@ fn or_dash(text: &str) -> String {
 }
 
 /// The two largest units.
-fn duration(ms: u64) -> String {
+pub(crate) fn duration(ms: u64) -> String {
     let seconds = ms / 1000;
     match (seconds / 86_400, seconds / 3_600 % 24, seconds / 60 % 60, seconds % 60) {
         (0, 0, 0, s) => format!("{s}s"),

@@ -48,7 +48,9 @@ pub(crate) struct MemberReport {
 pub(crate) enum State {
     Ready,
     NotReady,
+    Cordoned,
     Draining,
+    Drained,
     Unreachable,
 }
 
@@ -123,6 +125,11 @@ pub(crate) struct ModelReport {
 }
 
 impl Report {
+    /// Whether everybody is ready and nothing is to be said.
+    pub(crate) fn is_well(&self) -> bool {
+        self.warnings.is_empty() && self.members.iter().all(|member| member.state == State::Ready)
+    }
+
     /// What `workers` tells: members with a gRPC server.
     pub(crate) fn workers(&self) -> Vec<&MemberReport> {
         self.members.iter().filter(|member| member.role != Role::Router).collect()

@@ -7,11 +7,7 @@ use kvasir_proto::v1::{Pin, SetDutyRequest};
 use kvasir_types::{PROTOCOL_VERSION, Role};
 use serde::Serialize;
 
-use crate::{
-    cli::Output,
-    probe::{self, Way},
-    render,
-};
+use crate::{output::Answer, probe, session::Session};
 
 /// What is to become of a worker.
 #[derive(Clone, Debug, Subcommand)]
@@ -64,13 +60,14 @@ struct Became {
 }
 
 /// Does what is asked and says what came of it.
-pub(crate) async fn run(command: &WorkerCommand, view: &View, way: &Way, output: Output) -> anyhow::Result<String> {
-    let (name, role, pin) = match command {
+pub(crate) async fn run(command: WorkerCommand, session: &Session) -> anyhow::Result<Answer> {
+    let (way, view) = (session.way()?, session.view().await?);
+    let (name, role, pin) = match &command {
         WorkerCommand::Role(RoleArgs { name, role, pin }) => (name, Some(*role), pin.then_some(Pin::Set)),
         WorkerCommand::Pin { name } => (name, None, Some(Pin::Set)),
         WorkerCommand::Unpin { name } => (name, None, Some(Pin::Clear)),
     };
-    let member = find(view, name)?;
+    let member = find(&view, name)?;
     let role = match role {
         None => String::new(),
         Some(Wanted::Prefill) => Role::Prefill.to_string(),
@@ -78,7 +75,7 @@ pub(crate) async fn run(command: &WorkerCommand, view: &View, way: &Way, output:
         Some(Wanted::Home) => member.role.to_string(),
     };
     if !role.is_empty() {
-        keep_one(view, member, &role)?;
+        keep_one(&view, member, &role)?;
     }
     let request = SetDutyRequest {
         protocol_version: PROTOCOL_VERSION,
@@ -88,7 +85,8 @@ pub(crate) async fn run(command: &WorkerCommand, view: &View, way: &Way, output:
         term: 0,
         reason: "asked for with kvasirctl".to_owned(),
     };
-    let done = probe::ask_worker(&member.grpc, way, async |mut client| client.set_duty(request).await).await;
+    let done =
+        probe::ask_worker(&member.grpc, &way, async |mut client| client.set_duty(way.signed(request)).await).await;
     let done = done.map_err(|why| anyhow::anyhow!("{}: {why}", member.id))?;
     let became = Became {
         worker: member.id.to_string(),
@@ -96,17 +94,16 @@ pub(crate) async fn run(command: &WorkerCommand, view: &View, way: &Way, output:
         before: probe::printable(&done.former_role),
         pinned: done.pinned,
     };
-    Ok(match output {
-        Output::Json => render::json(&became),
-        Output::Table => {
-            let Became { worker, works_as, before, pinned } = became;
-            let changed = if works_as == before { "still works" } else { "now works" };
-            format!("{worker} {changed} as {works_as}{}\n", if pinned { ", pinned" } else { "" })
-        }
-    })
+    let table = || {
+        let Became { worker, works_as, before, pinned } = &became;
+        let changed = if works_as == before { "still works" } else { "now works" };
+        format!("{worker} {changed} as {works_as}{}\n", if *pinned { ", pinned" } else { "" })
+    };
+    Ok(session.output().show(&became, table).into())
 }
 
-fn find<'a>(view: &'a View, name: &str) -> anyhow::Result<&'a Member> {
+/// The worker of that name.
+pub(crate) fn find<'a>(view: &'a View, name: &str) -> anyhow::Result<&'a Member> {
     let workers = || view.members.iter().filter(|member| matches!(member.role, Role::Prefill | Role::Decode));
     let named: Vec<&Member> = workers().filter(|member| member.id.as_str() == name).collect();
     match named[..] {

@@ -40,6 +40,8 @@ pub struct Config {
     pub registry: RegistryConfig,
     /// How processes call one another: certificates, if they are to prove who they are.
     pub rpc: kvasir_rpc::Config,
+    /// Who may change what this process does, while it runs.
+    pub operator: kvasir_rpc::operator::Config,
     /// Memory for blocks, in bytes, taken at start. Rounded down to whole slabs. Default 268435456 (256 MiB).
     pub capacity_bytes: u64,
     /// Memory is given to block sizes in slabs of so many bytes, a multiple of 4096: the largest block that can be stored,
@@ -179,6 +181,7 @@ impl Default for Config {
             shutdown: ShutdownConfig::default(),
             registry: RegistryConfig::default(),
             rpc: kvasir_rpc::Config::default(),
+            operator: kvasir_rpc::operator::Config::default(),
             capacity_bytes: 256 << 20,
             slab_bytes: 16 << 20,
             weight: None,

@@ -6,9 +6,12 @@ use std::{
 };
 
 use anyhow::Context as _;
-use kvasir_cluster::{Member, Registry, StoreInfo};
+use kvasir_cluster::{Audit, Member, Registry, StoreInfo};
 use kvasir_proto::v1::store_server::StoreServer;
-use kvasir_rpc::{Incoming, Rpc};
+use kvasir_rpc::{
+    Incoming, Rpc,
+    operator::{Asked, Desk, Operators},
+};
 use kvasir_runtime::{Context, Kind, Listening};
 use kvasir_store_client::StoreClient;
 use kvasir_transfer::{LocalNet, TransferEngine};
@@ -86,6 +89,28 @@ pub(crate) async fn start(
         keeping.await;
         Ok(())
     });
+    let (operators, keeping) = Operators::open(&config.operator)?;
+    context.tasks.spawn(Kind::Background, "operators' tokens", async move {
+        keeping.await;
+        Ok(())
+    });
+    let lost =
+        context.metrics.counter("kvasir_cluster_events_lost", "Events that did not get into the cluster's history");
+    let counts = Arc::downgrade(registry);
+    context.metrics.on_scrape(move || {
+        let counted = counts.upgrade().map_or(0, |registry| registry.events_lost());
+        kvasir_runtime::metrics::set_total(&lost, counted);
+    });
+    let desk = {
+        // Not held, as in `Drain`.
+        let (id, registry) = (id.clone(), Arc::downgrade(registry));
+        Desk::new(operators, move |asked: &Asked<'_>| {
+            let Asked { who, what, on, result } = *asked;
+            if let Some(registry) = registry.upgrade() {
+                kvasir_cluster::audit(&*registry, &Audit { member: &id, who, what, on, result });
+            }
+        })
+    };
     let settings = config.settings(kvasir_runtime::random_u64())?;
     let info = config.store_info(settings.capacity_bytes)?;
     let listening = Listening::bind("listen", config.listen, config.advertise.as_deref()).await?;
@@ -131,6 +156,7 @@ pub(crate) async fn start(
         reservation,
         started: Instant::now(),
         hot: handover.hot.clone(),
+        desk,
         drain: Drain {
             registry: Arc::downgrade(registry),
             member: member.clone(),

@@ -10,10 +10,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-use kvasir_cluster::{Member, Registry};
+use kvasir_cluster::{Event, EventKind, Member, Registry};
 use kvasir_kv_cache::Ask;
 use kvasir_proto::{check_protocol, convert, v1};
-use kvasir_rpc::trace;
+use kvasir_rpc::{
+    operator::{Desk, Operator},
+    trace,
+};
 use kvasir_runtime::{Kind, Tasks};
 use kvasir_types::{BlockHash, Epoch, MemberId};
 use tokio::sync::oneshot;
@@ -50,6 +53,7 @@ pub(crate) struct StoreService {
     pub(crate) membership: Membership,
     pub(crate) hot: Arc<HotGroups>,
     pub(crate) drain: Drain,
+    pub(crate) desk: Desk,
 }
 
 /// How the node says that it is about to leave.
@@ -63,11 +67,13 @@ pub(crate) struct Drain {
 
 impl Drain {
     /// Takes no new blocks from here on. What is there is handed over once the node sees that others know.
-    async fn begin(&self) -> Result<(), Error> {
+    async fn begin(&self, who: &Operator) -> Result<(), Error> {
         let registry = self.registry.upgrade().ok_or(Error::Leaving)?;
         if self.progress.leaving() == Leaving::No {
             self.progress.set_leaving(Leaving::Draining);
             tracing::info!("draining");
+            let id = &self.member.id;
+            registry.note(Event::now(EventKind::Stage, id, id.as_str(), "is to be drained").by(who.to_string()));
         }
         registry.update(Member { draining: true, ..self.member.clone() }).await.map_err(Error::Registry)
     }
@@ -138,18 +144,34 @@ impl v1::store_server::Store for StoreService {
 
     async fn pin(&self, request: Request<v1::PinRequest>) -> Answer<v1::PinResponse> {
         let _timer = self.metrics.time(Call::Pin);
-        Ok(Response::new(self.keep(request.get_ref()).await?))
+        let what = |asked: &v1::PinRequest| {
+            let kept = if asked.keep() == v1::pin_request::Keep::Cached { "unpin" } else { "pin" };
+            format!("{kept} {} blocks", asked.hashes.len() / 16)
+        };
+        let act = |asked: v1::PinRequest, _| async move { Ok(self.keep(&asked).await?) };
+        self.desk.call(request, self.id.as_str(), what, act).await
     }
 
     async fn evict(&self, request: Request<v1::EvictRequest>) -> Answer<v1::EvictResponse> {
         let _timer = self.metrics.time(Call::Evict);
-        Ok(Response::new(self.give_up(request.get_ref()).await?))
+        let what = |asked: &v1::EvictRequest| match (&asked.tenant, asked.all) {
+            (_, true) => "evict all blocks".to_owned(),
+            (Some(tenant), _) => format!("evict the blocks of tenant {tenant:?}"),
+            _ if !asked.model.is_empty() => "evict the blocks of a model".to_owned(),
+            _ if !asked.after.is_empty() => format!("evict what follows {} blocks", asked.after.len()),
+            _ => format!("evict {} blocks", asked.hashes.len() / 16),
+        };
+        let act = |asked: v1::EvictRequest, _| async move { Ok(self.give_up(&asked).await?) };
+        self.desk.call(request, self.id.as_str(), what, act).await
     }
 
-    async fn drain(&self, _request: Request<v1::DrainRequest>) -> Answer<v1::DrainResponse> {
+    async fn drain(&self, request: Request<v1::DrainRequest>) -> Answer<v1::DrainResponse> {
         let _timer = self.metrics.time(Call::Drain);
-        self.drain.begin().await?;
-        Ok(Response::new(v1::DrainResponse {}))
+        let act = |_, who: Operator| async move {
+            self.drain.begin(&who).await?;
+            Ok(v1::DrainResponse {})
+        };
+        self.desk.call(request, self.id.as_str(), |_| "drain".to_owned(), act).await
     }
 
     async fn learned(&self, request: Request<v1::LearnedRequest>) -> Answer<v1::LearnedResponse> {

@@ -47,6 +47,8 @@ pub struct Config {
     pub registry: RegistryConfig,
     /// How processes call one another: certificates, if they are to prove who they are.
     pub rpc: kvasir_rpc::Config,
+    /// Who may change what this process does, while it runs.
+    pub operator: kvasir_rpc::operator::Config,
     /// The models served, at least one.
     pub models: Vec<ModelConfig>,
     /// How workers are chosen: `kv-aware` (default), `session-sticky`, `least-loaded`, `round-robin` or `random`. Can be
@@ -204,6 +206,7 @@ impl Default for Config {
             shutdown: ShutdownConfig::default(),
             registry: RegistryConfig::default(),
             rpc: kvasir_rpc::Config::default(),
+            operator: kvasir_rpc::operator::Config::default(),
             models: Vec::new(),
             policy: PolicyName::default(),
             limits: Limits::default(),

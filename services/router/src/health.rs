@@ -60,9 +60,11 @@ fn fault(error: &Error) -> Fault {
     match error {
         Error::Busy { .. } | Error::Refused { .. } | Error::Deadline { .. } => Fault::None,
         Error::Failed { .. } => Fault::Answered,
-        Error::Unavailable { .. } | Error::Broken { .. } | Error::Protocol { .. } | Error::Stalled { .. } => {
-            Fault::Gone
-        }
+        Error::Leaving { .. }
+        | Error::Unavailable { .. }
+        | Error::Broken { .. }
+        | Error::Protocol { .. }
+        | Error::Stalled { .. } => Fault::Gone,
     }
 }
 

@@ -22,6 +22,7 @@
 //! | `fleet` | members → workers that may be chosen, their loads and connections |
 //! | `health`, `retry` | which workers are left alone for a while, how many second tries there are |
 //! | `upstream` | the stream from a decode worker |
+//! | `witness` | which members come and go, for the cluster's history |
 //! | `external` | engines of others (vLLM, SGLang) as workers |
 #![forbid(unsafe_code)]
 
@@ -41,6 +42,7 @@ mod retry;
 mod service;
 mod text;
 mod upstream;
+mod witness;
 
 pub use access::{AccessConfig, KeyConfig, KeysError, TenantConfig};
 pub use admission::AdmissionConfig;

@@ -3,8 +3,11 @@
 use std::{collections::HashSet, sync::Arc, time::Duration};
 
 use anyhow::Context as _;
-use kvasir_cluster::{Member, Registry, View};
-use kvasir_rpc::Rpc;
+use kvasir_cluster::{Audit, Member, Registry, View};
+use kvasir_rpc::{
+    Rpc,
+    operator::{Asked, Desk, Operators},
+};
 use kvasir_runtime::{Context, Kind, Listening, random_u64};
 use kvasir_types::{Incarnation, MemberId, PROTOCOL_VERSION, Role};
 use tokio::sync::watch;
@@ -21,6 +24,7 @@ use crate::{
     metrics::{CacheMetrics, Metrics, PlannerMetrics},
     planner::{self, Board, Lead},
     text::Model,
+    witness,
 };
 
 /// Runs a router with the cluster's metadata in etcd until shutdown.
@@ -68,6 +72,28 @@ pub async fn run(config: Config, context: Context, registry: Arc<dyn Registry>) 
             Ok(())
         }
     });
+    let (operators_known, keeping) = Operators::open(&config.operator)?;
+    context.tasks.spawn(Kind::Background, "operators' tokens", async move {
+        keeping.await;
+        Ok(())
+    });
+    let lost =
+        context.metrics.counter("kvasir_cluster_events_lost", "Events that did not get into the cluster's history");
+    let counts = Arc::downgrade(&registry);
+    context.metrics.on_scrape(move || {
+        let counted = counts.upgrade().map_or(0, |registry| registry.events_lost());
+        kvasir_runtime::metrics::set_total(&lost, counted);
+    });
+    let desk = {
+        let (id, registry) = (id.clone(), Arc::downgrade(&registry));
+        Desk::new(operators_known, move |asked: &Asked<'_>| {
+            let Asked { who, what, on, result } = *asked;
+            if let Some(registry) = registry.upgrade() {
+                kvasir_cluster::audit(&*registry, &Audit { member: &id, who, what, on, result });
+            }
+        })
+    };
+    let token = config.operator.token_file.as_deref().map(kvasir_rpc::operator::token).transpose()?;
     let models = load(&config).await?;
 
     let metrics = Metrics::new(&context.metrics);
@@ -93,15 +119,33 @@ pub async fn run(config: Config, context: Context, registry: Arc<dyn Registry>) 
         fleet: fleet.clone(),
         gates: Arc::clone(&gates),
         board: Arc::clone(&board),
+        token,
         metrics: PlannerMetrics::new(&context.metrics),
     });
-    let parts = http::Parts { models, fleet, index, keys: keyring, gates, board, metrics, context: context.clone() };
+    let parts = http::Parts {
+        models,
+        fleet,
+        index,
+        keys: keyring,
+        gates,
+        board,
+        desk,
+        id: id.clone(),
+        registry: Arc::downgrade(&registry),
+        metrics,
+        context: context.clone(),
+    };
     let app = Arc::new(App::new(&config, parts));
     operators.open(Arc::clone(&app), http::Surroundings { id: id.clone(), members: registry.view() });
     let http = listening.advertised;
     let server = Server { listener: listening.listener, routes: http::routes(app), limits: config.limits.clone(), tls };
 
-    let member = member(id, http, admin);
+    let member = member(id.clone(), http, admin);
+    let witness = witness::watch(id, Arc::clone(&registry));
+    context.tasks.spawn(Kind::Background, "witness", async move {
+        witness.await;
+        Ok(())
+    });
     registry.register(member.clone()).await.context("registration")?;
     context.tasks.spawn(Kind::Critical, "planner", {
         let leaving = context.shutdown.clone();

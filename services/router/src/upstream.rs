@@ -10,7 +10,8 @@
 //! | what happens | error | elsewhere? |
 //! | --- | --- | --- |
 //! | it says RESOURCE_EXHAUSTED | `Busy` | yes |
-//! | it says UNAVAILABLE (draining), or can't be reached | `Unavailable` | yes |
+//! | it says UNAVAILABLE and `kvasir-leaving` (its process ends, or it is drained) | `Leaving` | yes, and that costs no second try |
+//! | it says UNAVAILABLE, or can't be reached | `Unavailable` | yes |
 //! | the connection breaks | `Broken` | yes |
 //! | it says FAILED_PRECONDITION (another model by now) | `Unavailable` | yes |
 //! | it says INVALID_ARGUMENT | `Refused` | where another's memory may be larger |
@@ -30,7 +31,8 @@ use std::{
 use futures_util::StreamExt;
 use kvasir_cluster::Member;
 use kvasir_proto::{
-    FIELD_METADATA, GRAMMAR_FIELD, HEARTBEAT_METADATA, MAX_MESSAGE_BYTES, MAX_TOKENS_FIELD, PROMPT_FIELD,
+    FIELD_METADATA, GRAMMAR_FIELD, HEARTBEAT_METADATA, LEAVING_METADATA, MAX_MESSAGE_BYTES, MAX_TOKENS_FIELD,
+    PROMPT_FIELD,
     v1::{self, decode_client::DecodeClient, generate_event},
 };
 use kvasir_rpc::{Rpc, trace};
@@ -85,6 +87,9 @@ pub(crate) enum Error {
     /// It takes no requests (now), or can't be reached.
     #[error("worker {worker} is unavailable: {message}")]
     Unavailable { worker: MemberId, message: String },
+    /// It is on its way out, in good order.
+    #[error("worker {worker} is leaving: {message}")]
+    Leaving { worker: MemberId, message: String },
     /// The connection broke.
     #[error("the connection to worker {worker} broke")]
     Broken {
@@ -120,6 +125,7 @@ impl Error {
         match self {
             Self::Busy { .. }
             | Self::Unavailable { .. }
+            | Self::Leaving { .. }
             | Self::Broken { .. }
             | Self::Failed { .. }
             | Self::Protocol { .. }
@@ -129,11 +135,17 @@ impl Error {
         }
     }
 
+    /// Whether it is a leave in good order: nothing failed, and what goes elsewhere comes no second time.
+    pub(crate) fn is_leave(&self) -> bool {
+        matches!(self, Self::Leaving { .. })
+    }
+
     /// Which worker it is about.
     pub(crate) fn worker(&self) -> &MemberId {
         match self {
             Self::Busy { worker, .. }
             | Self::Unavailable { worker, .. }
+            | Self::Leaving { worker, .. }
             | Self::Broken { worker, .. }
             | Self::Refused { worker, .. }
             | Self::Failed { worker, .. }
@@ -148,6 +160,7 @@ impl Error {
         match self {
             Self::Busy { .. } => "busy",
             Self::Unavailable { .. } => "unavailable",
+            Self::Leaving { .. } => "leaving",
             Self::Broken { .. } => "broken",
             Self::Refused { .. } => "refused",
             Self::Failed { .. } => "failed",
@@ -161,6 +174,7 @@ impl Error {
         let worker = worker.clone();
         let message = status.message().to_owned();
         match status.code() {
+            Code::Unavailable if status.metadata().contains_key(LEAVING_METADATA) => Self::Leaving { worker, message },
             // Can't be reached, or answers no ping, or says so itself.
             Code::Unavailable => Self::Unavailable { worker, message },
             // A status with a source was not sent by the worker: tonic made it of an error of the connection, and gave it a
@@ -375,6 +389,10 @@ mod tests {
         }
         let cut = Status::from_error(Box::new(std::io::Error::from(std::io::ErrorKind::ConnectionReset)));
         assert_eq!(Error::of(&worker, cut).kind(), "broken");
+        let mut leaves = Status::unavailable("draining");
+        leaves.metadata_mut().insert(LEAVING_METADATA, tonic::metadata::MetadataValue::from_static("1"));
+        let leaving = Error::of(&worker, leaves);
+        assert_eq!((leaving.kind(), leaving.retry(), leaving.is_leave()), ("leaving", Retry::Elsewhere, true));
         // What tonic makes of a connection that HTTP/2 itself ended: the code is the connection's, not the worker's.
         for code in [Code::ResourceExhausted, Code::Internal, Code::InvalidArgument, Code::DeadlineExceeded] {
             let mut ended = Status::new(code, "h2 protocol error");

@@ -21,6 +21,7 @@ mod http_errors;
 mod load;
 mod moves;
 mod openai_client;
+mod operate;
 mod pairing;
 mod priority;
 mod prompts;

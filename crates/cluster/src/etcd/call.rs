@@ -7,8 +7,8 @@
 use std::{future::Future, time::Duration};
 
 use etcd_client::{
-    Client, Compare, CompareOp, ConnectOptions, Error as EtcdError, GetOptions, GetResponse, PutOptions, Txn, TxnOp,
-    TxnOpResponse, WatchOptions, WatchStream,
+    Client, Compare, CompareOp, ConnectOptions, DeleteOptions, Error as EtcdError, GetOptions, GetResponse, PutOptions,
+    Txn, TxnOp, TxnOpResponse, WatchOptions, WatchStream,
 };
 use tokio::time::{Instant, sleep, timeout_at};
 
@@ -61,6 +61,40 @@ impl Etcd {
             client.get(prefix, Some(GetOptions::new().with_prefix().with_limit(MAX_READ))).await
         })
         .await
+    }
+
+    /// The keys with that beginning that come after `prefix` + `after`, in order.
+    pub(super) async fn read_after(&self, prefix: &str, after: &str) -> Result<GetResponse, Error> {
+        let (from, end) = (format!("{prefix}{after}\0"), end_of(prefix));
+        self.ask("a read of the events", self.limit, |mut client| {
+            let options = GetOptions::new().with_range(end.clone()).with_limit(MAX_READ);
+            let from = from.clone();
+            async move { client.get(from, Some(options)).await }
+        })
+        .await
+    }
+
+    /// Removes the first of the keys with that beginning, so that at most so many are left.
+    pub(super) async fn keep_newest(&self, prefix: &str, limit: i64) -> Result<(), Error> {
+        let counted = self.ask("a count of the events", self.limit, |mut client| async move {
+            client.get(prefix, Some(GetOptions::new().with_prefix().with_count_only())).await
+        });
+        let surplus = counted.await?.count() - limit;
+        if surplus <= 0 {
+            return Ok(());
+        }
+        let oldest = self.ask("a read of the events", self.limit, |mut client| async move {
+            let options = GetOptions::new().with_prefix().with_keys_only().with_limit(surplus);
+            client.get(prefix, Some(options)).await
+        });
+        let oldest = oldest.await?;
+        let Some(last) = oldest.kvs().last().map(|kv| [kv.key(), b"\0"].concat()) else { return Ok(()) };
+        self.ask("a removal of events", self.limit, |mut client| {
+            let options = DeleteOptions::new().with_range(last.clone());
+            async move { client.delete(prefix, Some(options)).await }
+        })
+        .await?;
+        Ok(())
     }
 
     /// One key.
@@ -204,6 +238,16 @@ fn brief(error: &EtcdError) -> String {
     .chars()
     .take(200)
     .collect()
+}
+
+/// The first key after all that begin so.
+fn end_of(prefix: &str) -> Vec<u8> {
+    let mut end = prefix.as_bytes().to_vec();
+    // A prefix is visible ASCII, and ends with a slash: there is room above its last byte.
+    if let Some(last) = end.last_mut() {
+        *last += 1;
+    }
+    end
 }
 
 fn lease_is_gone(error: &EtcdError) -> bool {

@@ -1,6 +1,6 @@
 //! What every registry promises, checked on each of them.
 
-use kvasir_cluster::{Error, EtcdConfig, MemoryHub, Office};
+use kvasir_cluster::{Audit, Error, EtcdConfig, Event, EventKind, MemoryHub, Office, audit};
 use kvasir_types::{Incarnation, MemberId, Role};
 
 use crate::{
@@ -56,7 +56,40 @@ laws!(
     a_view_that_did_not_change_is_not_announced,
     who_has_seen_the_same_change_has_the_same_epoch_and_it_grows,
     an_office_has_one_holder_and_a_later_one_has_a_greater_term,
+    events_are_read_by_all_in_order_and_outlive_whoever_noted_them,
 );
+
+async fn events_are_read_by_all_in_order_and_outlive_whoever_noted_them(world: World) {
+    let (one, two) = (world.process().await, world.process().await);
+    let me: MemberId = "router-0".parse().unwrap();
+    let event = |number: u64| {
+        let event = Event::now(EventKind::Role, &me, "decode-1", format!("{number}")).by("planner");
+        Event { at_ms: 1_000 + number, ..event }
+    };
+    for number in 0..5 {
+        one.registry.note(event(number));
+    }
+    let asked = Audit { member: &me, who: "alice", what: "drain\n", on: "decode-1", result: Err("it is the last") };
+    audit(&*one.registry, &asked);
+    let mut seen = Vec::new();
+    until("all are there", async || {
+        seen = two.registry.events("").await.unwrap();
+        seen.len() == 6
+    })
+    .await;
+    for (number, noted) in seen[..5].iter().enumerate() {
+        assert_eq!(noted.event, event(number as u64));
+    }
+    let last = &seen[5].event;
+    let texts = [&last.kind, &last.seen_by, &last.who, &last.what, &last.on, &last.result].map(String::as_str);
+    assert_eq!(texts, ["audit", "router-0", "alice", "drain", "decode-1", "it is the last"]);
+    assert_eq!(one.registry.events_lost(), 0);
+
+    drop(one);
+    assert_eq!(world.process().await.registry.events("").await.unwrap(), seen);
+    assert_eq!(two.registry.events(&seen[2].key).await.unwrap(), seen[3..]);
+    assert_eq!(two.registry.events(&seen[5].key).await.unwrap(), []);
+}
 
 async fn an_office_has_one_holder_and_a_later_one_has_a_greater_term(world: World) {
     let (one, two, three) = (world.process().await, world.process().await, world.process().await);

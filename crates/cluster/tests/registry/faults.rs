@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use kvasir_cluster::{Error, EtcdConfig};
+use kvasir_cluster::{Error, EtcdConfig, Event, EventKind};
 use rustix::process::Signal;
 
 use crate::{
@@ -47,11 +47,47 @@ async fn settings_that_cannot_be_used_are_named_by_their_key() {
         (EtcdConfig { endpoints: vec!["https://a:1".into()], ..fine.clone() }, "registry.etcd.endpoints"),
         (EtcdConfig { prefix: "kvasir".into(), ..fine.clone() }, "registry.etcd.prefix"),
         (EtcdConfig { lease_ttl_s: 0, ..fine.clone() }, "registry.etcd.lease_ttl_s"),
+        (EtcdConfig { max_events: 100_001, ..fine.clone() }, "registry.etcd.max_events"),
+        (EtcdConfig { events_ttl_s: 59, ..fine.clone() }, "registry.etcd.events_ttl_s"),
         (EtcdConfig { request_timeout_ms: 0, ..fine }, "request_timeout_ms"),
     ] {
         let error = Process::with_etcd(config).await.map(|_| ()).unwrap_err();
         assert!(matches!(error, Error::Config { .. }) && error.to_string().contains(key), "{error}");
     }
+}
+
+#[tokio::test]
+async fn the_history_keeps_the_newest_events_and_counts_those_that_etcd_was_not_there_for() {
+    let mut etcd = Etcd::start().await;
+    let process = Process::with_etcd(EtcdConfig { max_events: 10, ..etcd.config() }).await.unwrap();
+    let me = "a".parse().unwrap();
+    let note = |number: u64| {
+        let event = Event::now(EventKind::Member, &me, "b", format!("{number}"));
+        process.registry.note(Event { at_ms: number, ..event });
+    };
+    (0..100).for_each(note);
+    let mut seen = Vec::new();
+    until("all are written", async || {
+        seen = process.registry.events("").await.unwrap();
+        seen.last().is_some_and(|last| last.event.what == "99")
+    })
+    .await;
+    assert!((10..=10 + 32).contains(&seen.len()), "{} events", seen.len());
+    assert_eq!(seen.first().unwrap().event.at_ms, 100 - seen.len() as u64, "the oldest went");
+
+    etcd.kill();
+    note(100);
+    until("it is given up", async || process.registry.events_lost() == 1).await;
+    assert!(etcd.restart().await);
+    note(101);
+    until("and the next one is there", async || {
+        let events = process.registry.events("").await;
+        events.is_ok_and(|events| events.last().is_some_and(|last| last.event.what == "101"))
+    })
+    .await;
+
+    (0..1_000).for_each(note);
+    assert!(process.registry.events_lost() > 500, "more than a queue holds is dropped, not waited for");
 }
 
 #[tokio::test]

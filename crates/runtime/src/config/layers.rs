@@ -10,8 +10,8 @@ use super::{Config, Error};
 /// Variables that begin so are configuration.
 const PREFIX: &str = "KVASIR_";
 
-/// Ours, but for kvasirctl: it may well be set in a shell that starts services.
-const NOT_FOR_SERVICES: &[&str] = &["KVASIR_ETCD"];
+/// Ours, but for kvasirctl: they may well be set in a shell that starts services.
+const NOT_FOR_SERVICES: &[&str] = &["KVASIR_ETCD", "KVASIR_CONFIG", "KVASIR_CONTEXT", "KVASIR_TOKEN"];
 
 /// Files longer than this are no configuration.
 const MAX_FILE_BYTES: u64 = 1 << 20;

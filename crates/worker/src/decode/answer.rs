@@ -3,6 +3,7 @@
 use std::{sync::Arc, time::Instant};
 
 use kvasir_proto::v1::{Finished, GenerateEvent, finished::Reason, generate_event::Event};
+use kvasir_runtime::story::Story;
 use kvasir_types::{FinishReason, Sampled, TokenId};
 
 use crate::{caller::Caller, error::Error, host::Host, metrics::Outcome};
@@ -11,6 +12,7 @@ use crate::{caller::Caller, error::Error, host::Host, metrics::Outcome};
 pub(super) struct Answer {
     caller: Caller<GenerateEvent>,
     host: Arc<Host>,
+    story: Arc<Story>,
     started: Instant,
     choices: Vec<Choice>,
     /// The first choice's first token, once sent. A prefill that is repeated must not send another.
@@ -25,9 +27,9 @@ struct Choice {
 }
 
 impl Answer {
-    pub(super) fn new(caller: Caller<GenerateEvent>, host: Arc<Host>, choices: u32) -> Self {
+    pub(super) fn new(caller: Caller<GenerateEvent>, host: Arc<Host>, choices: u32, story: Arc<Story>) -> Self {
         let choices = vec![Choice::default(); choices as usize];
-        Self { caller, host, started: Instant::now(), choices, first: None }
+        Self { caller, host, story, started: Instant::now(), choices, first: None }
     }
 
     /// Who waits for it.
@@ -65,7 +67,10 @@ impl Answer {
         let choice = &mut self.choices[choice as usize];
         match choice.last.replace(now) {
             Some(last) => self.host.metrics.inter_token.observe((now - last).as_secs_f64()),
-            None if is_first => self.host.metrics.ttft.observe((now - self.started).as_secs_f64()),
+            None if is_first => {
+                self.host.metrics.ttft.observe((now - self.started).as_secs_f64());
+                self.story.tell("first token", []);
+            }
             None => {}
         }
         choice.tokens += 1;

@@ -11,6 +11,7 @@
 use std::{sync::Arc, time::Instant};
 
 use kvasir_engine::{Admission, Event};
+use kvasir_proto::v1;
 use kvasir_runtime::chain;
 use kvasir_transfer::Revoke;
 use kvasir_types::TokenId;
@@ -49,11 +50,20 @@ pub(super) async fn run(
                 prefill = end.member,
                 "finished"
             );
+            let told = [("output_tokens", end.output_tokens.into()), ("cached_tokens", end.cached_tokens.into())];
+            request.story.end("finished", told);
             answer.complete();
         }
         Err(error) => {
+            let how = match error {
+                Error::CallerGone => "cancelled",
+                Error::Draining => "goes on elsewhere",
+                _ => "failed",
+            };
+            request.story.end(how, [("why", chain(&error).into())]);
             match error {
                 Error::CallerGone => tracing::info!("cancelled"),
+                Error::Draining => tracing::info!("goes on elsewhere: this worker is drained"),
                 ref error => tracing::warn!(error = chain(error), "request failed"),
             }
             answer.fail(&error);
@@ -83,6 +93,7 @@ async fn live(
     open_fences: &mut Vec<Revoke>,
 ) -> Result<End, Error> {
     let admission = sequence.admitted(answer.caller()).await?;
+    request.story.tell("admitted", [("cached_tokens", admission.cached_tokens.into())]);
     let prefilled = prefill_elsewhere(host, peers, request, &admission, answer, open_fences).await?;
 
     // A first token that an attempt sent before it failed comes out of the engine once more and is compared, not sent.
@@ -100,6 +111,9 @@ async fn live(
             let read = fetch(host, request, &admission, sequence, answer).await;
             host.engine.compute(sequence.id(), None);
             let cached_tokens = admission.cached_tokens + read;
+            let computed = request.prompt.len() - cached_tokens;
+            let told = [("from_store_tokens", read.into()), ("computed_tokens", computed.into())];
+            request.story.tell("computes the prompt itself", told);
             host.metrics.prompt_tokens(Source::Cache, admission.cached_tokens);
             host.metrics.prompt_tokens(Source::Store, read);
             host.metrics.prompt_tokens(Source::Computed, request.prompt.len() - cached_tokens);
@@ -181,26 +195,61 @@ async fn prefill_elsewhere(
         return Ok(None);
     };
     let mut candidates: Vec<_> = request.candidates.iter().collect();
-    candidates.sort_by_cached_key(|candidate| peers.rests(&candidate.address)); // stable: else in the router's order
+    // Stable: else in the router's order. The router may not have heard yet that one is leaving.
+    candidates.sort_by_cached_key(|candidate| host.passes_by(&candidate.member) || peers.rests(&candidate.address));
     for (number, candidate) in candidates.into_iter().take(host.config.decode.max_prefill_attempts).enumerate() {
         let started = Instant::now();
+        request.story.tell("prefill asked", [("worker", candidate.member.as_str().into())]);
         let attempt = Attempt { host, peers, request, landing: &landing, candidate, open_fences };
         match remote::attempt(attempt, answer).await {
             Ok(landed) => {
                 host.metrics.handoff.observe(started.elapsed().as_secs_f64());
                 let computed = (landed.done.computed as usize).min(request.prompt.len());
+                let v1::PrefillDone { from_cache, from_peer, from_store, computed: of_prompt, bytes_written } =
+                    landed.done;
+                request.story.tell(
+                    "prefill landed",
+                    [
+                        ("worker", candidate.member.as_str().into()),
+                        ("its_cache_tokens", from_cache.into()),
+                        ("from_here_tokens", from_peer.into()),
+                        ("from_store_tokens", from_store.into()),
+                        ("computed_tokens", of_prompt.into()),
+                        ("bytes", bytes_written.into()),
+                        ("took_ms", started.elapsed().into()),
+                    ],
+                );
                 return Ok(Some(Prefilled {
                     first: landed.first,
                     cached_tokens: request.prompt.len() - computed,
                     member: candidate.member.clone(),
                 }));
             }
-            Err(error @ (Error::CallerGone | Error::Deadline | Error::Diverged { .. } | Error::Unfenced { .. })) => {
+            Err(
+                error @ (Error::CallerGone
+                | Error::Deadline
+                | Error::Draining
+                | Error::Diverged { .. }
+                | Error::Unfenced { .. }),
+            ) => {
                 return Err(error);
+            }
+            Err(error) if error.is_leave() => {
+                request
+                    .story
+                    .tell("prefill failed", [("worker", candidate.member.as_str().into()), ("why", "leaving".into())]);
+                peers.rest(&candidate.address);
+                tracing::info!(
+                    prefill = candidate.member,
+                    attempt = number,
+                    "a prefill worker is leaving, trying next"
+                );
             }
             Err(error) => {
                 peers.rest(&candidate.address);
                 host.metrics.failed_attempt();
+                let told = [("worker", candidate.member.as_str().into()), ("why", chain(&error).into())];
+                request.story.tell("prefill failed", told);
                 tracing::warn!(
                     prefill = candidate.member,
                     attempt = number,

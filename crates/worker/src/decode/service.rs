@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Duration};
 use kvasir_engine::Mode;
 use kvasir_proto::{check_protocol, convert, v1};
 use kvasir_rpc::trace;
-use kvasir_runtime::Kind;
+use kvasir_runtime::{Kind, story::Story};
 use kvasir_types::{Deadline, Priority, RequestId, Sampling, TokenId};
 use tonic::{Request, Response, Status, metadata::MetadataMap};
 
@@ -34,6 +34,8 @@ pub(super) struct Checked {
     pub(super) choices: u32,
     pub(super) candidates: Vec<v1::PrefillCandidate>,
     pub(super) deadline: Deadline,
+    /// What becomes of it.
+    pub(super) story: Arc<Story>,
 }
 
 /// The gRPC service of a decode worker.
@@ -52,7 +54,7 @@ impl DecodeService {
 
     fn check(&self, wire: v1::GenerateRequest) -> Result<Checked, Error> {
         check_protocol(wire.protocol_version)?;
-        let id = wire.request_id.parse().map_err(kvasir_proto::Error::from)?;
+        let id: RequestId = wire.request_id.parse().map_err(kvasir_proto::Error::from)?;
         self.host.check_model(&wire.fingerprint)?;
         let prompt = self.host.check_prompt(&wire.prompt)?;
         let salt = convert::salt(&wire.cache_salt)?.to_owned();
@@ -64,7 +66,9 @@ impl DecodeService {
         let priority = convert::priority(wire.priority);
         let deadline = Deadline::from_wire(wire.deadline_ms, limit);
         let choices = wire.choices.max(1); // an older router says nothing
-        Ok(Checked { id, prompt, salt, tenant, sampling, priority, choices, candidates, deadline })
+        let story = self.host.stories.begin(id.as_str(), "decode");
+        story.tell("received", [("prompt_tokens", prompt.len().into()), ("choices", choices.into())]);
+        Ok(Checked { id, prompt, salt, tenant, sampling, priority, choices, candidates, deadline, story })
     }
 
     async fn start(
@@ -84,9 +88,16 @@ impl DecodeService {
             priority: checked.priority,
             choices: checked.choices,
         };
-        let sequence = Sequence::admit(&self.host, prompt, Mode::Generate).await?;
+        let admitted = Sequence::admit(&self.host, prompt, Mode::Generate).await;
+        let sequence =
+            admitted.inspect_err(|error| checked.story.end("refused", [("why", error.to_string().into())]))?;
+        if self.host.draining() {
+            checked.story.end("refused", [("why", "draining".into())]);
+            return Err(Error::Draining); // by now
+        }
         let most_tokens = (checked.sampling.max_tokens as usize).min(self.host.max_len());
-        let (caller, events) = Caller::new(checked.choices as usize * (most_tokens + 1) + 4, checked.deadline);
+        let capacity = checked.choices as usize * (most_tokens + 1) + 4;
+        let (caller, events) = Caller::new(capacity, checked.deadline, self.host.stages.give_up());
         let span = tracing::info_span!(
             "decode",
             request_id = %checked.id,
@@ -94,7 +105,7 @@ impl DecodeService {
             tokens = checked.prompt.len()
         );
         trace::adopt(&span, metadata);
-        let answer = Answer::new(caller, self.host.clone(), checked.choices);
+        let answer = Answer::new(caller, self.host.clone(), checked.choices, checked.story.clone());
         let work = request::run(self.host.clone(), self.peers.clone(), checked, sequence, answer);
         self.host.tasks.spawn_in(Kind::Request, "decode", span, async move {
             work.await;

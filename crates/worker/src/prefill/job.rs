@@ -12,7 +12,7 @@ use std::{sync::Arc, time::Duration};
 
 use kvasir_engine::Admission;
 use kvasir_proto::v1::{PrefillDone, PrefillEvent, prefill_event::Event};
-use kvasir_runtime::chain;
+use kvasir_runtime::{chain, story::Story};
 use kvasir_transfer::{Batch, Op, Priority, Range};
 use kvasir_types::Deadline;
 
@@ -36,19 +36,28 @@ struct Sources {
 
 /// Runs a prompt to its end. Never cancelled: it ends by itself soon after the caller is gone.
 pub(super) async fn run(host: Arc<Host>, request: Checked, mut sequence: Sequence, caller: Caller<PrefillEvent>) {
-    let Checked { id, tenant, prompt, destination, deadline } = request;
+    let Checked { id, tenant, prompt, destination, deadline, story } = request;
     let writes = Writes::new(host.transfer.clone(), host.model.layout, host.groups.clone(), destination, deadline);
-    let job = Job { host: &host, id: &id, prompt_tokens: prompt.len(), writes: &writes, caller: &caller };
+    let job =
+        Job { host: &host, id: &id, prompt_tokens: prompt.len(), writes: &writes, caller: &caller, story: &story };
     match job.live(&mut sequence).await {
         Ok(admission) => {
             host.metrics.outcome(Outcome::Finished);
+            story.end("finished", []);
             return finished(&host, id, tenant, admission, sequence);
         }
         Err(error) => {
+            let how = match error {
+                Error::CallerGone | Error::Revoked => "cancelled",
+                Error::Draining => "goes on elsewhere",
+                _ => "failed",
+            };
+            story.end(how, [("why", chain(&error).into())]);
             writes.stop().await;
             // A caller that leaves revokes its grant, and a refused write may be how we hear of it first.
             match error {
                 Error::CallerGone | Error::Revoked => tracing::info!("cancelled"),
+                Error::Draining => tracing::info!("goes on elsewhere: this worker is drained"),
                 ref error => tracing::warn!(error = chain(error), "prefill failed"),
             }
             caller.fail(&error);
@@ -65,18 +74,31 @@ struct Job<'a> {
     prompt_tokens: usize,
     writes: &'a Writes,
     caller: &'a Caller<PrefillEvent>,
+    story: &'a Story,
 }
 
 impl Job<'_> {
     async fn live(&self, sequence: &mut Sequence) -> Result<Admission, Error> {
         let admission = sequence.admitted(self.caller).await?;
         let block_size = self.host.model.layout.block_size as usize;
+        self.story.tell("admitted", [("cached_tokens", admission.cached_tokens.into())]);
         let sources = self.fetch(&admission, sequence).await;
         let found = (sources.cache + sources.peer + sources.store) / block_size;
+        self.story.tell(
+            "computes the rest",
+            [
+                ("its_cache_tokens", sources.cache.into()),
+                ("from_decode_tokens", sources.peer.into()),
+                ("from_store_tokens", sources.store.into()),
+                ("computed_tokens", (self.prompt_tokens - found * block_size).into()),
+            ],
+        );
         let first = sequence.token(self.caller).await?;
         self.caller.send(PrefillEvent { event: Some(Event::FirstToken((&first).into())) })?;
+        self.story.tell("first token", []);
 
         let (bytes_written, took) = self.writes.finish().await?;
+        self.story.tell("written", [("bytes", bytes_written.into()), ("writes_took_ms", took.into())]);
         if bytes_written > 0 {
             self.host.pushed(bytes_written, took);
         }

@@ -6,7 +6,7 @@ use kvasir_engine::Mode;
 use kvasir_kv_cache::Geometry;
 use kvasir_proto::{check_protocol, convert, v1};
 use kvasir_rpc::trace;
-use kvasir_runtime::Kind;
+use kvasir_runtime::{Kind, story::Story};
 use kvasir_types::{Deadline, GrantKey, KvGroups, KvLayout, RequestId, SegmentDescriptor, TokenId};
 use tonic::{Request, Response, Status, metadata::MetadataMap};
 
@@ -43,6 +43,8 @@ pub(super) struct Checked {
     pub(super) prompt: Arc<[TokenId]>,
     pub(super) destination: Destination,
     pub(super) deadline: Deadline,
+    /// What becomes of it.
+    pub(super) story: Arc<Story>,
 }
 
 /// The gRPC service of a prefill worker.
@@ -80,11 +82,20 @@ impl PrefillService {
             priority: convert::priority(wire.priority),
             choices: 1, // the others' first tokens are drawn by the decode worker
         };
-        let sequence = Sequence::admit(&self.host, admitted, Mode::PrefillOnly).await?;
-        let (caller, events) = Caller::new(4, deadline); // first token, done, an error, one to spare
+        let story = self.host.stories.begin(id.as_str(), "prefill");
+        let present = destination.groups.first().map_or(0, |group| group.present);
+        let there = present * ours.block_size as usize;
+        story.tell("received", [("prompt_tokens", prompt.len().into()), ("there_already_tokens", there.into())]);
+        let admitted = Sequence::admit(&self.host, admitted, Mode::PrefillOnly).await;
+        let sequence = admitted.inspect_err(|error| story.end("refused", [("why", error.to_string().into())]))?;
+        if self.host.draining() {
+            story.end("refused", [("why", "draining".into())]);
+            return Err(Error::Draining); // by now
+        }
+        let (caller, events) = Caller::new(4, deadline, self.host.stages.give_up()); // first token, done, an error, one to spare
         let span = tracing::info_span!("prefill", request_id = %id, worker = %self.host.id, tokens = prompt.len());
         trace::adopt(&span, metadata);
-        let checked = Checked { id, tenant, prompt, destination, deadline };
+        let checked = Checked { id, tenant, prompt, destination, deadline, story };
         let work = job::run(self.host.clone(), checked, sequence, caller);
         self.host.tasks.spawn_in(Kind::Request, "prefill", span, async move {
             work.await;

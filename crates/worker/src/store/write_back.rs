@@ -262,6 +262,12 @@ impl WriteBack {
         shared.work.notify_one();
     }
 
+    /// Blocks that wait to be written, at least one while any is being written.
+    pub(crate) fn left(&self) -> usize {
+        let blocks = lock(&self.0.queue).blocks();
+        if blocks == 0 && !*self.0.idle.borrow() { 1 } else { blocks }
+    }
+
     /// Waits until everything is written that there is to write, but not longer than this.
     pub(crate) async fn drain(&self, limit: Duration) {
         let mut idle = self.0.idle.subscribe();

@@ -36,6 +36,14 @@ impl v1::worker_server::Worker for Worker {
         }))
     }
 
+    async fn trace(&self, _: Request<v1::TraceRequest>) -> Result<Response<v1::TraceResponse>, Status> {
+        Err(Status::unimplemented("a stand-in is what it is"))
+    }
+
+    async fn set_stage(&self, _: Request<v1::SetStageRequest>) -> Result<Response<v1::SetStageResponse>, Status> {
+        Err(Status::unimplemented("a stand-in is what it is"))
+    }
+
     type WatchStream = tokio_stream::Empty<Result<v1::WatchEvent, Status>>;
 
     async fn watch(&self, _: Request<v1::WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
@@ -58,14 +66,14 @@ impl Servers {
 }
 
 fn within(limit: Duration) -> Way {
-    Way { rpc: kvasir_rpc::Rpc::default(), limit }
+    Way { rpc: kvasir_rpc::Rpc::default(), limit, token: None }
 }
 
 async fn admin(context: &Context) -> String {
     kvasir_runtime::admin::start(&AdminConfig::default(), context).await.unwrap().to_string()
 }
 
-fn decode(id: &str, grpc: &str, admin: &str) -> Member {
+pub(crate) fn decode(id: &str, grpc: &str, admin: &str) -> Member {
     Member {
         id: id.parse().unwrap(),
         incarnation: Incarnation(1),

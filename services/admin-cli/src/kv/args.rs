@@ -73,9 +73,6 @@ pub(crate) struct EvictArgs {
     /// Everything
     #[arg(long)]
     pub(crate) all: bool,
-    /// Don't ask
-    #[arg(long, short)]
-    pub(crate) yes: bool,
 }
 
 /// A prompt, or the beginning of one.
@@ -111,7 +108,8 @@ pub(crate) enum Strength {
     Hard,
 }
 
-fn time(text: &str) -> Result<Duration, String> {
+/// A number and a unit.
+pub(crate) fn time(text: &str) -> Result<Duration, String> {
     let wrong = || format!("{text:?} is no time, expected a number and s, m, h or d");
     let (number, unit) = text.split_at_checked(text.len().saturating_sub(1)).ok_or_else(wrong)?;
     let seconds = match unit {

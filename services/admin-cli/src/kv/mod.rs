@@ -7,7 +7,7 @@ mod args;
 mod prompt;
 mod show;
 
-use std::{collections::HashMap, io::Write as _, time::Duration};
+use std::{collections::HashMap, time::Duration};
 
 use anyhow::{bail, ensure};
 use futures_util::future::join_all;
@@ -16,15 +16,15 @@ use kvasir_proto::{convert, v1};
 use kvasir_types::{BlockHash, PROTOCOL_VERSION, Role};
 use serde::Serialize;
 
-pub(crate) use args::KvCommand;
 use args::{EvictArgs, PromptArgs, Strength};
+pub(crate) use args::{KvCommand, time};
 use prompt::Prompt;
 pub(crate) use prompt::{content, numbers};
 
 use crate::{
-    cli::Output,
+    output::Answer,
     probe::{self, Way},
-    render,
+    session::Session,
 };
 
 /// Hashes in one call, as the protocol has it.
@@ -45,9 +45,10 @@ pub(crate) struct Told<T> {
 }
 
 /// The store's nodes, as the cluster's metadata names them.
-struct Nodes {
+struct Nodes<'a> {
     members: Vec<Member>,
     way: Way,
+    session: &'a Session,
 }
 
 /// Where a prompt's blocks are.
@@ -89,45 +90,42 @@ pub(crate) struct Silent {
 }
 
 /// Does what is asked and says what came of it.
-pub(crate) async fn run(command: &KvCommand, view: &View, way: Way, output: Output) -> anyhow::Result<String> {
+pub(crate) async fn run(command: KvCommand, session: &Session) -> anyhow::Result<Answer> {
+    let (way, view) = (session.way()?, session.view().await?);
+    let (view, output) = (&view, session.output());
     let members: Vec<Member> = view.role(Role::KvStore).cloned().collect();
     ensure!(!members.is_empty(), "no store node is running (or --prefix names another cluster)");
-    let nodes = Nodes { members, way };
-    match command {
+    let nodes = Nodes { members, way, session };
+    let text = match command {
         KvCommand::Stats => {
             let stats = nodes.all(async |mut client| client.store_status(v1::StoreStatusRequest {}).await).await;
             let names = view.members.iter().filter_map(|member| member.model.as_ref());
             let names: HashMap<Vec<u8>, String> =
                 names.map(|model| (model.fingerprint.0.to_vec(), model.name.clone())).collect();
             let stats = show::stats(stats, &names);
-            Ok(match output {
-                Output::Table => show::stats_table(&stats),
-                Output::Json => render::json(&stats),
-            })
+            Ok(output.show(&stats, || show::stats_table(&stats)))
         }
         KvCommand::Lookup { prompt } => {
-            let found = nodes.lookup(&prompt::read(prompt, view)?).await;
-            Ok(match output {
-                Output::Table => show::whereabouts(&found),
-                Output::Json => render::json(&found),
-            })
+            let found = nodes.lookup(&prompt::read(&prompt, view)?).await;
+            Ok(output.show(&found, || show::whereabouts(&found)))
         }
         KvCommand::Pin { prompt, keep, ttl } => {
             let keep = match keep {
                 Strength::Soft => v1::pin_request::Keep::Soft,
                 Strength::Hard => v1::pin_request::Keep::Hard,
             };
-            nodes.pin(&prompt::read(prompt, view)?, keep, *ttl, output).await
+            nodes.pin(&prompt::read(&prompt, view)?, keep, ttl).await
         }
         KvCommand::Unpin { prompt } => {
-            nodes.pin(&prompt::read(prompt, view)?, v1::pin_request::Keep::Cached, Duration::ZERO, output).await
+            nodes.pin(&prompt::read(&prompt, view)?, v1::pin_request::Keep::Cached, Duration::ZERO).await
         }
-        KvCommand::Evict(args) => nodes.evict(args, view, output).await,
-        KvCommand::Drain { node, patience, no_wait } => nodes.drain(node, *patience, *no_wait, output).await,
-    }
+        KvCommand::Evict(args) => nodes.evict(&args, view).await,
+        KvCommand::Drain { node, patience, no_wait } => nodes.drain(&node, patience, no_wait).await,
+    };
+    Ok(text?.into())
 }
 
-impl Nodes {
+impl Nodes<'_> {
     /// Makes one call to every node at the same time.
     async fn all<T>(&self, call: impl AsyncFn(Client) -> Result<tonic::Response<T>, tonic::Status>) -> Vec<Told<T>> {
         let one = async |member: &Member| {
@@ -173,13 +171,7 @@ impl Nodes {
         }
     }
 
-    async fn pin(
-        &self,
-        prompt: &Prompt,
-        keep: v1::pin_request::Keep,
-        ttl: Duration,
-        output: Output,
-    ) -> anyhow::Result<String> {
+    async fn pin(&self, prompt: &Prompt, keep: v1::pin_request::Keep, ttl: Duration) -> anyhow::Result<String> {
         let mut by_node: Vec<(String, u64)> = Vec::new();
         for part in prompt.hashes.chunks(MAX_HASHES) {
             let request = v1::PinRequest {
@@ -189,17 +181,19 @@ impl Nodes {
                 keep: keep.into(),
                 ttl_ms: u64::try_from(ttl.as_millis()).unwrap_or(u64::MAX),
             };
-            for (node, answer) in all_or_none(self.all(async |mut client| client.pin(request.clone()).await).await)? {
+            for (node, answer) in
+                all_or_none(self.all(async |mut client| client.pin(self.way.signed(request.clone())).await).await)?
+            {
                 match by_node.iter_mut().find(|(known, _)| *known == node) {
                     Some((_, blocks)) => *blocks += u64::from(answer.blocks),
                     None => by_node.push((node, answer.blocks.into())),
                 }
             }
         }
-        Ok(show::by_node(&by_node, prompt.hashes.len(), output))
+        Ok(show::by_node(&by_node, prompt.hashes.len(), self.session.output()))
     }
 
-    async fn evict(&self, args: &EvictArgs, view: &View, output: Output) -> anyhow::Result<String> {
+    async fn evict(&self, args: &EvictArgs, view: &View) -> anyhow::Result<String> {
         let request = v1::EvictRequest { protocol_version: PROTOCOL_VERSION, ..Default::default() };
         let (evicted, in_use) = if args.text.is_some() || args.tokens.is_some() {
             let prompt = PromptArgs {
@@ -217,10 +211,11 @@ impl Nodes {
                 prompt.tokens,
                 prompt.block_tokens
             );
-            confirm(args.yes, &format!("{} blocks of this prompt, and all that follow them", prompt.hashes.len()))?;
+            self.session
+                .confirm(&format!("give up {} blocks of this prompt, and all that follow them", prompt.hashes.len()))?;
             self.evict_prompt(&prompt, request).await?
         } else if args.all {
-            confirm(args.yes, "all blocks of all nodes")?;
+            self.session.confirm("give up all blocks of all nodes")?;
             self.evict_once(v1::EvictRequest { all: true, ..request }).await?.0
         } else {
             let model = args.model.as_deref().map(|name| prompt::fingerprint(view, name)).transpose()?;
@@ -230,21 +225,21 @@ impl Nodes {
                 (None, Some(tenant)) => format!("all blocks of tenant {tenant:?}"),
                 (None, None) => bail!("evict what? --tokens, --text, --model, --tenant or --all"),
             };
-            confirm(args.yes, &what)?;
+            self.session.confirm(&format!("give up {what}"))?;
             let model = model.map_or_else(Default::default, |model| convert::bytes16(&model.0));
             self.evict_once(v1::EvictRequest { model, tenant: args.tenant.clone(), ..request }).await?.0
         };
-        Ok(show::evicted(evicted, in_use, output))
+        Ok(show::evicted(evicted, in_use, self.session.output()))
     }
 
     /// Tells a node to leave and watches it until it has handed over what it had.
-    async fn drain(&self, node: &str, patience: Duration, no_wait: bool, output: Output) -> anyhow::Result<String> {
+    async fn drain(&self, node: &str, patience: Duration, no_wait: bool) -> anyhow::Result<String> {
         let names = || self.members.iter().map(|member| member.id.as_str()).collect::<Vec<_>>().join(", ");
         let Some(member) = self.members.iter().find(|member| member.id.as_str() == node) else {
             bail!("no store node is called {node:?}, there are: {}", names());
         };
         let wrong = |why: String| anyhow::anyhow!("store node {node}: {why}");
-        let begin = async |mut client: Client| client.drain(v1::DrainRequest {}).await;
+        let begin = async |mut client: Client| client.drain(self.way.signed(v1::DrainRequest {})).await;
         probe::ask_store(&member.grpc, &self.way, begin).await.map_err(wrong)?;
         let start = std::time::Instant::now();
         loop {
@@ -252,7 +247,7 @@ impl Nodes {
             let status = probe::ask_store(&member.grpc, &self.way, ask).await.map_err(wrong)?;
             let leaving = probe::printable(&status.leaving);
             if leaving == "drained" || no_wait {
-                return Ok(show::leaving(node, &leaving, &status, output));
+                return Ok(show::leaving(node, &leaving, &status, self.session.output()));
             }
             ensure!(
                 start.elapsed() < patience,
@@ -290,7 +285,8 @@ impl Nodes {
 
     /// One call to every node: how many are evicted, how many in use, and how the hashes of the evicted begin.
     async fn evict_once(&self, request: v1::EvictRequest) -> anyhow::Result<((u64, u64), Vec<u32>)> {
-        let answers = all_or_none(self.all(async |mut client| client.evict(request.clone()).await).await)?;
+        let answers =
+            all_or_none(self.all(async |mut client| client.evict(self.way.signed(request.clone())).await).await)?;
         let (mut counts, mut gone) = ((0, 0), Vec::new());
         for (_, answer) in answers {
             counts = (counts.0 + answer.evicted, counts.1 + answer.in_use);
@@ -327,21 +323,6 @@ fn stretches(places: &[Vec<Place>]) -> Vec<Stretch> {
 
 fn pack(hashes: &[BlockHash]) -> tonic::codegen::Bytes {
     convert::pack16(hashes.iter().map(|hash| &hash.0))
-}
-
-/// Asks a person; no terminal, no answer: then the flag is needed.
-fn confirm(yes: bool, what: &str) -> anyhow::Result<()> {
-    use std::io::IsTerminal as _;
-    if yes {
-        return Ok(());
-    }
-    ensure!(std::io::stdin().is_terminal(), "this gives up {what}: say --yes if that is meant");
-    eprint!("Give up {what}? [y/N] ");
-    std::io::stderr().flush()?;
-    let mut answer = String::new();
-    std::io::stdin().read_line(&mut answer)?;
-    ensure!(matches!(answer.trim(), "y" | "Y" | "yes"), "nothing was done");
-    Ok(())
 }
 
 #[cfg(test)]

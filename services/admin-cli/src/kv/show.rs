@@ -7,9 +7,9 @@ use serde::Serialize;
 
 use super::{Place, Silent, Told, Whereabouts};
 use crate::{
-    cli::Output,
+    output::Output,
     probe::printable,
-    render::{self, Table, bytes},
+    render::{Table, bytes},
 };
 
 /// What all nodes hold.
@@ -183,48 +183,44 @@ fn place(place: &Place) -> String {
 
 /// `kv pin`, `kv unpin`: how many blocks on which node.
 pub(crate) fn by_node(nodes: &[(String, u64)], blocks: usize, output: Output) -> String {
-    if matches!(output, Output::Json) {
-        let nodes: HashMap<_, _> = nodes.iter().map(|(node, blocks)| (node, blocks)).collect();
-        return render::json(&serde_json::json!({ "blocks": blocks, "nodes": nodes }));
-    }
-    let mut text = format!("{blocks} blocks in the prompt\n");
-    for (node, count) in nodes {
-        text.push_str(&format!("{node}: {count} blocks\n"));
-    }
-    text
+    let by_name: HashMap<_, _> = nodes.iter().map(|(node, blocks)| (node, blocks)).collect();
+    output.show(&serde_json::json!({ "blocks": blocks, "nodes": by_name }), || {
+        let lines: String = nodes.iter().map(|(node, count)| format!("{node}: {count} blocks\n")).collect();
+        format!("{blocks} blocks in the prompt\n{lines}")
+    })
 }
 
 /// `kv evict`.
 pub(crate) fn evicted(evicted: u64, in_use: u64, output: Output) -> String {
-    match output {
-        Output::Json => render::json(&serde_json::json!({ "evicted": evicted, "in_use": in_use })),
-        Output::Table if in_use == 0 => format!("{evicted} blocks given up\n"),
-        Output::Table => format!("{evicted} blocks given up, {in_use} in use and left as they are\n"),
-    }
+    output.show(&serde_json::json!({ "evicted": evicted, "in_use": in_use }), || match in_use {
+        0 => format!("{evicted} blocks given up\n"),
+        _ => format!("{evicted} blocks given up, {in_use} in use and left as they are\n"),
+    })
 }
 
 /// `kv drain`. What goes with the node is said before it goes.
 pub(crate) fn leaving(node: &str, leaving: &str, status: &v1::StoreStatusResponse, output: Output) -> String {
     let (given, kept) = (status.handed_over_blocks_total, status.not_handed_over_blocks);
     let disk_only = status.blocks.saturating_sub(status.memory_blocks);
-    if matches!(output, Output::Json) {
-        return render::json(&serde_json::json!({
-            "node": node,
-            "leaving": leaving,
-            "handed_over_blocks": given,
-            "not_handed_over_blocks": kept,
-            "disk_only_blocks": disk_only,
-        }));
-    }
-    let then = if leaving == "drained" { ", safe to delete" } else { "" };
-    let mut text = format!("{node}: {leaving}{then}\n  {given} blocks handed over to other nodes\n");
-    if kept > 0 {
-        text.push_str(&format!("  {kept} blocks in its memory were not taken by others and go with it\n"));
-    }
-    if disk_only > 0 {
-        text.push_str(&format!("  {disk_only} blocks on its disk only: found again if it is started with that disk\n"));
-    }
-    text
+    let answer = serde_json::json!({
+        "node": node,
+        "leaving": leaving,
+        "handed_over_blocks": given,
+        "not_handed_over_blocks": kept,
+        "disk_only_blocks": disk_only,
+    });
+    output.show(&answer, || {
+        let then = if leaving == "drained" { ", safe to delete" } else { "" };
+        let mut text = format!("{node}: {leaving}{then}\n  {given} blocks handed over to other nodes\n");
+        if kept > 0 {
+            text.push_str(&format!("  {kept} blocks in its memory were not taken by others and go with it\n"));
+        }
+        if disk_only > 0 {
+            let text_of_disk = "on its disk only: found again if it is started with that disk";
+            text.push_str(&format!("  {disk_only} blocks {text_of_disk}\n"));
+        }
+        text
+    })
 }
 
 fn silent(silent: &[Silent]) -> String {

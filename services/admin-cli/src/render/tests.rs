@@ -5,6 +5,7 @@ use kvasir_types::{Incarnation, KvDtype, KvLayout, ModelFingerprint, PROTOCOL_VE
 use super::*;
 use crate::{
     judge,
+    output::json,
     report::{Blocks, StoreNumbers, WorkerNumbers},
 };
 

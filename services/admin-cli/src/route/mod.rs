@@ -4,7 +4,7 @@
 
 mod show;
 
-use std::{path::PathBuf, time::Duration};
+use std::path::PathBuf;
 
 use anyhow::{Context as _, bail, ensure};
 use clap::{ArgGroup, Args, Subcommand};
@@ -14,9 +14,10 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::{
-    cli::Output,
     kv::{content, numbers},
-    probe, render,
+    output::Answer,
+    probe::{self, Way},
+    session::Session,
 };
 
 /// What is asked about routing.
@@ -99,36 +100,26 @@ pub(crate) struct Chooses {
 }
 
 /// Does what is asked and says what came of it.
-pub(crate) async fn run(
-    command: &RouteCommand,
-    view: &View,
-    limit: Duration,
-    output: Output,
-) -> anyhow::Result<String> {
-    match command {
+pub(crate) async fn run(command: RouteCommand, session: &Session) -> anyhow::Result<Answer> {
+    let (way, view) = (session.way()?, session.view().await?);
+    match &command {
         RouteCommand::Explain(args) => {
-            let routers = routers(view, args.router.as_deref())?;
+            let routers = routers(&view, args.router.as_deref())?;
             let router = routers.first().context("no router is running")?;
-            let explanation = explain(args, view, router, limit).await?;
-            Ok(match output {
-                Output::Table => show::explanation(&explanation),
-                Output::Json => render::json(&explanation),
-            })
+            let explanation = explain(args, &view, router, &way).await?;
+            Ok(session.output().show(&explanation, || show::explanation(&explanation)).into())
         }
         RouteCommand::Policy { name, router } => {
             let mut all = Vec::new();
-            for router in routers(view, router.as_deref())? {
-                all.push(policy(router, name.as_deref(), limit).await);
+            for router in routers(&view, router.as_deref())? {
+                all.push(policy(router, name.as_deref(), &way).await);
             }
             if name.is_some()
                 && let Some(failed) = all.iter().find_map(|one| Some((&one.router, one.error.as_ref()?)))
             {
                 bail!("{}: {}", failed.0, failed.1);
             }
-            Ok(match output {
-                Output::Table => show::policies(&all),
-                Output::Json => render::json(&all),
-            })
+            Ok(session.output().show(&all, || show::policies(&all)).into())
         }
     }
 }
@@ -143,9 +134,9 @@ fn routers<'a>(view: &'a View, name: Option<&str>) -> anyhow::Result<Vec<&'a Mem
     Ok(named)
 }
 
-async fn policy(router: &Member, name: Option<&str>, limit: Duration) -> Chooses {
+async fn policy(router: &Member, name: Option<&str>, way: &Way) -> Chooses {
     let body = name.map(|name| json!({ "policy": name }));
-    let told = probe::admin(&router.admin, "/route/policy", body.as_ref(), limit).await;
+    let told = probe::admin(&router.admin, "/route/policy", body.as_ref(), way).await;
     let told = told.and_then(|answer| match answer["policy"].as_str() {
         Some(policy) => Ok(probe::printable(policy)),
         None => Err("did not say its policy".to_owned()),
@@ -157,7 +148,7 @@ async fn policy(router: &Member, name: Option<&str>, limit: Duration) -> Chooses
     Chooses { router: router.id.to_string(), policy, error }
 }
 
-async fn explain(args: &ExplainArgs, view: &View, router: &Member, limit: Duration) -> anyhow::Result<Explanation> {
+async fn explain(args: &ExplainArgs, view: &View, router: &Member, way: &Way) -> anyhow::Result<Explanation> {
     let mut question = json!({ "salt": args.salt });
     let mut model = args.model.clone();
     if let Some(text) = &args.text {
@@ -178,7 +169,7 @@ async fn explain(args: &ExplainArgs, view: &View, router: &Member, limit: Durati
         Some(model) => model.into(),
         None => only_model(view)?.into(),
     };
-    let told = probe::admin(&router.admin, "/route/explain", Some(&question), limit).await;
+    let told = probe::admin(&router.admin, "/route/explain", Some(&question), way).await;
     let told = told.map_err(|why| anyhow::anyhow!("router {}: {why}", router.id))?;
     let mut explanation: Explanation = serde_json::from_value(told).context("an answer that makes no sense")?;
     explanation.router = router.id.to_string();

@@ -51,6 +51,14 @@ impl Serve for Scripted {
         Err(Status::unimplemented("nobody asks"))
     }
 
+    async fn trace(&self, _: Request<v1::TraceRequest>) -> Result<Response<v1::TraceResponse>, Status> {
+        Err(Status::unimplemented("nobody asks"))
+    }
+
+    async fn set_stage(&self, _: Request<v1::SetStageRequest>) -> Result<Response<v1::SetStageResponse>, Status> {
+        Err(Status::unimplemented("nobody asks"))
+    }
+
     type WatchStream = ReceiverStream<Result<v1::WatchEvent, Status>>;
 
     async fn watch(&self, _: Request<v1::WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {

@@ -100,9 +100,16 @@ impl Worker {
         *self.told.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// It failed: others are preferred to it for a while.
-    pub(crate) fn failed(&self, error: &upstream::Error, rest: Duration) {
-        self.change(|health| health.failed(error, rest, Instant::now()));
+    /// It failed: others are preferred to it for a while. Whether that is news.
+    pub(crate) fn failed(&self, error: &upstream::Error, rest: Duration) -> bool {
+        let mut news = false;
+        self.change(|health| {
+            let now = Instant::now();
+            let rested = health.rests(now);
+            health.failed(error, rest, now);
+            news = !rested && health.rests(now);
+        });
+        news
     }
 
     /// It answered.

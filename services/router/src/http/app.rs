@@ -2,7 +2,7 @@
 
 use std::{
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError, Weak,
         atomic::{AtomicU64, Ordering::Relaxed},
     },
     time::{Instant, SystemTime, UNIX_EPOCH},
@@ -12,23 +12,30 @@ use axum::body::Body;
 use bytes::{Bytes, BytesMut};
 use futures_util::StreamExt;
 use http::{Request, header};
-use kvasir_runtime::{Context, random_u64};
-use kvasir_types::Deadline;
+use kvasir_cluster::{Event, EventKind, Registry};
+use kvasir_rpc::operator::Desk;
+use kvasir_runtime::{Context, chain, random_u64};
+use kvasir_types::{Deadline, MemberId, RequestId, Retry};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tracing::{Instrument, debug_span};
 
-use super::{deciding::Policies, error::Error};
+use super::{
+    deciding::Policies,
+    error::Error,
+    requests::{Requests, Tracked},
+};
 use crate::{
     access::{Caller, Keyring},
     admission::{Gate, Gates},
     cache::Index,
     config::{Config, Limits},
-    fleet::Fleet,
+    fleet::{Fleet, Worker},
     metrics::{Inflight, Metrics},
     planner::Board,
     retry::{Purse, RetryConfig},
     route::Ask,
     text::Model,
+    upstream,
 };
 
 /// Bodies up to this long are worked on where they come in; longer ones go to threads of their own, so that streams keep
@@ -61,6 +68,14 @@ pub(crate) struct App {
     gates: Gates,
     /// What the planner knows.
     pub(crate) board: Arc<Board>,
+    /// The requests under way, and what became of the last ones.
+    pub(crate) requests: Requests,
+    /// Where operators ask for changes.
+    pub(crate) desk: Desk,
+    /// This router's name.
+    pub(crate) id: MemberId,
+    /// The cluster's history is there. Not held: the admin page outlives the service.
+    registry: Weak<dyn Registry>,
     /// How failures are dealt with.
     pub(crate) retry: RetryConfig,
     /// Leaf lock, held for a sum.
@@ -78,6 +93,9 @@ pub(crate) struct Parts {
     pub(crate) keys: watch::Receiver<Arc<Keyring>>,
     pub(crate) gates: Gates,
     pub(crate) board: Arc<Board>,
+    pub(crate) desk: Desk,
+    pub(crate) id: MemberId,
+    pub(crate) registry: Weak<dyn Registry>,
     pub(crate) metrics: Metrics,
     pub(crate) context: Context,
 }
@@ -92,12 +110,14 @@ pub(crate) struct Admitted {
     pub(crate) permit: OwnedSemaphorePermit,
     /// When nobody waits for it any more.
     pub(crate) deadline: Deadline,
+    /// Its place in the list of those under way.
+    pub(crate) tracked: Tracked,
 }
 
 impl App {
     /// All of it.
     pub(crate) fn new(config: &Config, parts: Parts) -> Self {
-        let Parts { models, fleet, index, keys, gates, board, metrics, context } = parts;
+        let Parts { models, fleet, index, keys, gates, board, desk, id, registry, metrics, context } = parts;
         let (limits, retry) = (config.limits.clone(), config.retry.clone());
         Self {
             inflight: Arc::new(Semaphore::new(limits.max_inflight)),
@@ -108,6 +128,10 @@ impl App {
             keys,
             gates,
             board,
+            requests: Requests::new(),
+            desk,
+            id,
+            registry,
             models,
             fleet,
             public_metrics: config.public_metrics,
@@ -128,7 +152,9 @@ impl App {
         let permit = permit.map_err(|_| Error::Full { limit: self.limits.max_inflight })?;
         let deadline = Deadline::after(self.limits.request_timeout());
         self.purse().request();
-        Ok(Admitted { caller, inflight: self.metrics.admitted(), permit, deadline })
+        let id = request.extensions().get::<RequestId>().cloned().unwrap_or_else(super::fresh_id);
+        let tracked = self.requests.begin(&id, &caller.tenant().name, request.uri().path());
+        Ok(Admitted { caller, inflight: self.metrics.admitted(), permit, deadline, tracked })
     }
 
     /// Where requests for a model wait for their turn.
@@ -148,8 +174,29 @@ impl App {
         error
     }
 
+    /// A worker failed: others are preferred to it for a while.
+    pub(crate) fn failed(&self, worker: &Worker, error: &upstream::Error) {
+        if worker.failed(error, self.limits.worker_rest()) && !error.is_leave() {
+            let what = format!("{} sends it nothing for a while: {}", self.id, chain(error));
+            self.note(EventKind::Ejection, worker.member.id.as_str(), what, "");
+        }
+    }
+
+    /// Something happened that the cluster's history should have.
+    pub(crate) fn note(&self, kind: EventKind, on: &str, what: String, who: &str) {
+        if let Some(registry) = self.registry.upgrade() {
+            registry.note(Event::now(kind, &self.id, on, what).by(who));
+        }
+    }
+
+    /// Whether what one worker did not do may be asked of another. One that leaves in good order costs no try: it does so
+    /// once, and whoever had it leave knows how much that moves.
+    pub(crate) fn may_go_elsewhere(&self, error: &upstream::Error) -> bool {
+        error.retry() == Retry::Elsewhere && (error.is_leave() || self.may_try_again())
+    }
+
     /// Whether a worker's failure may cost another try now.
-    pub(crate) fn may_try_again(&self) -> bool {
+    fn may_try_again(&self) -> bool {
         let may = self.purse().take(Instant::now());
         self.metrics.second_try(may);
         may

@@ -85,6 +85,8 @@ pub(crate) struct Chosen {
     pub(crate) cached: u32,
     /// Tokens that are to be computed then.
     pub(crate) left: usize,
+    /// Why these.
+    pub(crate) reason: &'static str,
 }
 
 /// A decision and what it was made of.
@@ -157,7 +159,8 @@ pub(crate) fn decide(app: &App, ask: Ask, prompt: &Prompt<'_>, crew: &Crew) -> O
         }
         let prefill = decision.prefill.iter().filter_map(|&at| crew.prefill(at)).cloned().collect();
         let worker = Arc::clone(crew.decode(decision.decode)?);
-        Some(Chosen { worker, prefill, cached, left: prompt.tokens.len().saturating_sub(cached as usize) })
+        let (left, reason) = (prompt.tokens.len().saturating_sub(cached as usize), decision.reason.as_str());
+        Some(Chosen { worker, prefill, cached, left, reason })
     })
 }
 

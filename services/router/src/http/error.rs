@@ -129,6 +129,9 @@ pub(crate) enum Error {
     /// The request's time is over before a worker had it.
     #[error("the request was not done within its time limit")]
     Deadline,
+    /// An operator ended it.
+    #[error("an operator has ended this request")]
+    Cancelled,
     /// A worker failed.
     #[error(transparent)]
     Upstream(#[from] upstream::Error),
@@ -150,10 +153,14 @@ impl Error {
             Self::Full { .. } | Self::Rate { .. } | Self::Queued { .. } => StatusCode::TOO_MANY_REQUESTS,
             Self::NoWorker(_) | Self::Late { .. } => StatusCode::SERVICE_UNAVAILABLE,
             Self::Deadline => StatusCode::GATEWAY_TIMEOUT,
+            // Not one that clients try again by themselves.
+            Self::Cancelled => StatusCode::FORBIDDEN,
             Self::Internal(_) => StatusCode::INTERNAL_SERVER_ERROR,
             Self::Upstream(error) => match error {
                 upstream::Error::Refused { .. } => StatusCode::BAD_REQUEST,
-                upstream::Error::Busy { .. } | upstream::Error::Unavailable { .. } => StatusCode::SERVICE_UNAVAILABLE,
+                upstream::Error::Busy { .. }
+                | upstream::Error::Unavailable { .. }
+                | upstream::Error::Leaving { .. } => StatusCode::SERVICE_UNAVAILABLE,
                 upstream::Error::Stalled { .. } | upstream::Error::Deadline { .. } => StatusCode::GATEWAY_TIMEOUT,
                 upstream::Error::Broken { .. } | upstream::Error::Failed { .. } | upstream::Error::Protocol { .. } => {
                     StatusCode::BAD_GATEWAY
@@ -163,7 +170,8 @@ impl Error {
     }
 
     /// What kind of mistake, for programs.
-    fn code(&self) -> Option<&'static str> {
+    /// OpenAI's word, or ours.
+    pub(crate) fn code(&self) -> Option<&'static str> {
         Some(match self {
             Self::Malformed(_) | Self::Body | Self::NoPath { .. } | Self::Method(_) | Self::NoKey => return None,
             Self::BadKey => "invalid_api_key",
@@ -175,11 +183,12 @@ impl Error {
             Self::Queued { .. } | Self::Late { .. } => "overloaded",
             Self::NoWorker(_) => "no_worker",
             Self::Deadline => "deadline_exceeded",
+            Self::Cancelled => "cancelled_by_operator",
             Self::Internal(_) => "internal_error",
             Self::Upstream(error) => match error {
                 upstream::Error::Refused { .. } => "invalid_value",
                 upstream::Error::Busy { .. } => "overloaded",
-                upstream::Error::Unavailable { .. } => "worker_unavailable",
+                upstream::Error::Unavailable { .. } | upstream::Error::Leaving { .. } => "worker_unavailable",
                 upstream::Error::Stalled { .. } => "worker_stalled",
                 upstream::Error::Deadline { .. } => "deadline_exceeded",
                 upstream::Error::Broken { .. } | upstream::Error::Failed { .. } | upstream::Error::Protocol { .. } => {
@@ -222,7 +231,7 @@ impl Error {
         match error {
             upstream::Error::Refused { message, .. } => message.clone(),
             upstream::Error::Busy { .. } => "the workers of this model are overloaded, try again later".to_owned(),
-            upstream::Error::Unavailable { .. } => {
+            upstream::Error::Unavailable { .. } | upstream::Error::Leaving { .. } => {
                 "no worker of this model could be reached, try again later".to_owned()
             }
             upstream::Error::Stalled { idle, .. } => {

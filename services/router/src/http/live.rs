@@ -7,7 +7,7 @@
 //!
 //! Dropping a [`Live`] cancels the request on every worker and gives its places back.
 
-use std::{collections::HashSet, sync::Arc, time::Instant};
+use std::{collections::HashSet, pin::Pin, sync::Arc, time::Instant};
 
 use kvasir_runtime::random_u64;
 use kvasir_types::{FinishReason, Priority, RequestId, Sampling, TokenId, Usage};
@@ -19,6 +19,7 @@ use super::{
     error::{Error, Params},
     guard::Meter,
     placing::{self, Call},
+    requests::Tracked,
     tokens::Tokens,
     types::{Common, ServiceTier},
 };
@@ -94,6 +95,9 @@ pub(crate) struct Live {
     span: Span,
     meter: Meter,
     place: Place,
+    tracked: Tracked,
+    /// An operator ends it. Made once: looked at where there is no token yet, not for every token.
+    cancelled: Pin<Box<dyn Future<Output = ()> + Send>>,
     _permit: OwnedSemaphorePermit,
 }
 
@@ -105,8 +109,23 @@ impl Live {
         common: Common,
         prepared: Prepared,
     ) -> Result<Self, Error> {
+        let entry = Arc::clone(admitted.tracked.entry());
+        entry.queued(prepared.model.name(), prepared.prompt.len());
+        // Dropping what has begun is what happens when a client leaves.
+        let started = tokio::select! {
+            biased;
+            () = entry.cancel.wait() => Err(Error::Cancelled),
+            started = Self::begin(app, admitted, common, prepared) => started,
+        };
+        if let Err(error) = &started {
+            entry.story.end("failed", [("why", error.code().unwrap_or("refused").into())]);
+        }
+        started
+    }
+
+    async fn begin(app: &Arc<App>, admitted: Admitted, common: Common, prepared: Prepared) -> Result<Self, Error> {
         let Prepared { id, model, prompt, param, markers } = prepared;
-        let Admitted { caller, inflight, permit, deadline } = admitted;
+        let Admitted { caller, inflight, permit, deadline, tracked } = admitted;
         if !caller.may_use(model.name()) {
             return Err(Error::NoModel(model.name().to_owned())); // as if it were not there
         }
@@ -127,6 +146,7 @@ impl Live {
         let queued = app.gate(model.name())?.enter(entrant).instrument(debug_span!("queue"));
         let mut place = queued.await.map_err(|refused| app.refused(refused))?;
         app.metrics.waited(arrived.elapsed());
+        tracked.story.tell("its turn", [("waited_ms", arrived.elapsed().into())]);
         place.spent(prompt_tokens as u64);
         // Who is there may have changed meanwhile.
         let fleet = Arc::clone(&app.fleet.borrow());
@@ -145,6 +165,7 @@ impl Live {
             choices: common.choices,
             max_tokens,
             deadline,
+            entry: Arc::clone(tracked.entry()),
         };
         let asked = common.max_tokens.map(|(param, _)| param);
         let params = Params { form: common.form_param, max_tokens: asked, prompt: param };
@@ -177,6 +198,11 @@ impl Live {
             place,
             tokens: Some(Tokens::new(call, placed, hidden.iter().copied().collect())),
             model,
+            cancelled: {
+                let cancel = tracked.cancel.clone();
+                Box::pin(async move { cancel.wait().await })
+            },
+            tracked,
             _permit: permit,
         })
     }
@@ -184,17 +210,25 @@ impl Live {
     /// What comes next: something to show, or the end, or both. `None` after the end.
     pub(crate) async fn next(&mut self) -> Result<Option<Delta>, Error> {
         while let Some(tokens) = &mut self.tokens {
-            let event = match tokens.next().await {
+            // Once it is cancelled no more is wanted, so dropping what was waited for loses nothing.
+            let next = tokio::select! {
+                biased;
+                next = tokens.next() => next,
+                () = &mut self.cancelled => Err(Error::Cancelled),
+            };
+            let event = match next {
                 Ok(event) => event,
                 Err(error) => {
                     self.tokens = None;
                     self.progress.failed();
+                    self.tracked.story.end("failed", [("why", error.code().unwrap_or("refused").into())]);
                     return Err(error);
                 }
             };
             let (at, piece, reason) = match event {
                 Event::Token(at, sampled) => {
                     self.progress.token(at);
+                    self.tracked.token();
                     self.meter.token();
                     self.place.spent(1);
                     let choice = &mut self.choices[at];
@@ -223,9 +257,11 @@ impl Live {
     /// All answers have ended. If a stop string ended the last, the worker is not asked any more.
     fn over(&mut self) -> Cost {
         self.tokens = None;
-        let output_tokens = self.choices.iter().map(|choice| choice.tokens).sum();
+        let output_tokens: u32 = self.choices.iter().map(|choice| choice.tokens).sum();
         let cached_tokens = self.cached_tokens.unwrap_or(0);
         self.progress.complete(cached_tokens);
+        let told = [("output_tokens", output_tokens.into()), ("cached_tokens", cached_tokens.into())];
+        self.tracked.story.end("answered", told);
         self.span.in_scope(|| info!(output_tokens, cached_tokens, "answered"));
         let usage = Usage { prompt: self.prompt_tokens, cached: cached_tokens, output: output_tokens };
         Cost { usage, cached_known: self.cached_tokens.is_some() }

@@ -22,6 +22,7 @@ mod messages;
 mod models;
 mod openapi;
 mod placing;
+mod requests;
 mod responses;
 mod routing;
 mod server;

@@ -12,13 +12,14 @@ use std::{
 
 use kvasir_proto::{convert, v1};
 use kvasir_runtime::chain;
-use kvasir_types::{Deadline, PROTOCOL_VERSION, Priority, RequestId, Retry, Sampling, TokenId, choice_seed};
+use kvasir_types::{Deadline, PROTOCOL_VERSION, Priority, RequestId, Sampling, TokenId, choice_seed};
 use tracing::{info, warn};
 
 use super::{
     app::App,
     deciding::{self, Chosen, Prompt},
     error::{BadParam, Error},
+    requests::Entry,
 };
 use crate::{
     external::{self, Answers, Asked, Engine, Way},
@@ -105,6 +106,8 @@ pub(crate) struct Call {
     pub(crate) choices: u32,
     pub(crate) max_tokens: u32,
     pub(crate) deadline: Deadline,
+    /// Its place in the list of those under way.
+    pub(crate) entry: Arc<Entry>,
 }
 
 /// What of a call a worker is asked for: all of it, or the rest of one of its answers.
@@ -154,7 +157,7 @@ impl Call {
                 Ok(placed) => return Ok(placed),
                 Err(error) => error,
             };
-            let again = again < self.app.retry.begin && error.retry() == Retry::Elsewhere && self.app.may_try_again();
+            let again = again < self.app.retry.begin && self.app.may_go_elsewhere(&error);
             self.told(&error, again, "a worker did not begin an answer");
             let others = crew.filter(|other| !std::ptr::eq(other, &*worker));
             // A connection that broke says little of the worker, and the next call makes a new one: rather it than nobody.
@@ -210,7 +213,7 @@ impl Call {
                     Ok(placed) => return Ok(placed),
                     Err(error) => error,
                 };
-                let again = error.retry() == Retry::Elsewhere && Instant::now() < until && self.app.may_try_again();
+                let again = Instant::now() < until && self.app.may_go_elsewhere(&error);
                 self.told(&error, again, "a worker did not go on with an answer");
                 if !again {
                     return Err(error);
@@ -242,7 +245,9 @@ impl Call {
     }
 
     async fn open(&self, part: &Part<'_>, chosen: Chosen) -> Result<Placed, upstream::Error> {
-        let Chosen { worker, prefill, cached, left } = chosen;
+        let Chosen { worker, prefill, cached, left, reason } = chosen;
+        let first = prefill.first().map_or("", |first| first.member.id.as_str());
+        self.entry.placed(worker.member.id.as_str(), first, reason, cached);
         let lease = worker.lease(part.prompt.len(), if prefill.is_empty() { left } else { 0 });
         // Only the first prefill worker is likely to be used; it is busy with this until the first token.
         let _prefill_lease = prefill.first().map(|first| first.lease(part.prompt.len(), left));
@@ -263,9 +268,11 @@ impl Call {
             }
             Err(error) => {
                 self.app.metrics.upstream_error(error.kind());
+                let told = [("worker", error.worker().as_str().into()), ("why", error.kind().into())];
+                self.entry.story.tell("not begun", told);
                 // It may be a prefill server's failure, which has been dealt with.
                 if error.worker() == &worker.member.id {
-                    worker.failed(&error, self.app.limits.worker_rest());
+                    self.app.failed(&worker, &error);
                 }
                 Err(error)
             }
@@ -331,6 +338,8 @@ impl Call {
         match error {
             // The client's mistake, and the client is told: nobody has to look.
             upstream::Error::Refused { .. } => info!(error = chain(error), again, "a worker refused a request"),
+            // It is meant to, and somebody else takes the request.
+            upstream::Error::Leaving { .. } if again => info!(error = chain(error), "a worker is leaving"),
             _ => warn!(error = chain(error), again, "{what}"),
         }
     }

@@ -6,19 +6,27 @@
 //! | `POST /route/policy` | `{"policy": "least-loaded"}`: from the next request on, until the router ends |
 //! | `GET /console` | a page that shows the cluster live ([`console`]) |
 //! | `GET /planner` | who plans, what is expected of every model's workers and of others, and what was done |
+//! | `GET /requests` | the requests under way, the oldest first, at most 2000: `{"requests": [...], "count"}` |
+//! | `POST /requests/show` | `{"id"}`: those of that name that are under way, and what became of it step by step, also after its end |
+//! | `POST /requests/cancel` | `{"id"}`: ends those of that name; their clients get an error |
 //! | `POST /route/explain` | where a request would go now and why, without sending it: `{"model", "salt", "session"}` and one of `tokens` (ids), `text`, `chat` (a chat request's body) |
 
-use std::sync::{Arc, OnceLock};
+use std::{
+    net::SocketAddr,
+    sync::{Arc, OnceLock},
+};
 
 use axum::{
     Json, Router,
     body::Bytes,
-    extract::{DefaultBodyLimit, State},
-    http::StatusCode,
+    extract::{ConnectInfo, DefaultBodyLimit, State},
+    http::{HeaderMap, StatusCode, header},
     response::{IntoResponse, Response},
     routing::{get, post},
 };
-use kvasir_types::TokenId;
+use kvasir_cluster::EventKind;
+use kvasir_rpc::operator::{Denied, Operator};
+use kvasir_types::{RequestId, TokenId};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tracing::info;
@@ -65,6 +73,9 @@ pub(crate) fn admin(operators: Operators) -> Router {
         .route("/route/explain", post(explain))
         .route("/planner", get(planner))
         .merge(console::routes())
+        .route("/requests", get(requests))
+        .route("/requests/show", post(show_request))
+        .route("/requests/cancel", post(cancel_request))
         .layer(DefaultBodyLimit::max(MAX_BODY_BYTES))
         .with_state(operators)
 }
@@ -100,23 +111,90 @@ async fn planner(State(operators): State<Operators>) -> Result<Json<Content>, Re
     Ok(Json(operators.app()?.board.read()))
 }
 
+/// Requests listed in one answer.
+const MAX_LISTED: usize = 2000;
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Named {
+    id: RequestId,
+}
+
+async fn requests(State(operators): State<Operators>) -> Result<Json<Value>, Refusal> {
+    let (requests, count) = operators.app()?.requests.list(MAX_LISTED);
+    Ok(Json(json!({ "requests": requests, "count": count })))
+}
+
+async fn show_request(State(operators): State<Operators>, body: Bytes) -> Result<Json<Value>, Refusal> {
+    let app = operators.app()?;
+    let Named { id } = serde_json::from_slice(&body).map_err(Refusal::bad)?;
+    let (live, stories) = (app.requests.find(id.as_str()), app.requests.stories(id.as_str()));
+    Ok(Json(json!({ "router": app.id.as_str(), "requests": live, "stories": stories })))
+}
+
+async fn cancel_request(
+    State(operators): State<Operators>,
+    ConnectInfo(peer): ConnectInfo<SocketAddr>,
+    headers: HeaderMap,
+    body: Bytes,
+) -> Result<Json<Value>, Refusal> {
+    let app = operators.app()?;
+    let Named { id } = serde_json::from_slice(&body).map_err(Refusal::bad)?;
+    changed(app, peer, &headers, id.as_str(), "cancel request", |who| {
+        let cancelled = app.requests.cancel(id.as_str());
+        info!(request_id = %id, cancelled, %who, "requests cancelled");
+        Ok(Json(json!({ "cancelled": cancelled })))
+    })
+}
+
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct SetPolicy {
     policy: String,
 }
 
-async fn set_policy(State(operators): State<Operators>, body: Bytes) -> Result<Json<Value>, Refusal> {
+async fn set_policy(
+    State(operators): State<Operators>,
+    ConnectInfo(peer): ConnectInfo<SocketAddr>,
+    headers: HeaderMap,
+    body: Bytes,
+) -> Result<Json<Value>, Refusal> {
     let app = operators.app()?;
     let wanted: SetPolicy = serde_json::from_slice(&body).map_err(Refusal::bad)?;
-    let Some(name) = PolicyName::named(&wanted.policy) else {
-        let called: String = wanted.policy.chars().take(60).collect();
-        return Err(Refusal::bad(format!("no policy is called {called:?}, there are: {}", names().join(", "))));
+    let called: String = wanted.policy.chars().take(60).collect();
+    changed(app, peer, &headers, app.id.as_str(), &format!("policy {called}"), |who| {
+        let unknown = || Refusal::bad(format!("no policy is called {called:?}, there are: {}", names().join(", ")));
+        let name = PolicyName::named(&wanted.policy).ok_or_else(unknown)?;
+        let before = app.policies.name();
+        app.policies.set(name);
+        info!(policy = name.as_str(), before = before.as_str(), "another policy");
+        if name != before {
+            let what = format!("chooses workers by {} (before: {})", name.as_str(), before.as_str());
+            app.note(EventKind::Policy, app.id.as_str(), what, &who.to_string());
+        }
+        Ok(shown(app))
+    })
+}
+
+/// Makes a change that an operator asks for; whoever else asks is told what is missing, and all of it is put on record.
+fn changed<T>(
+    app: &App,
+    peer: SocketAddr,
+    headers: &HeaderMap,
+    on: &str,
+    what: &str,
+    change: impl FnOnce(&Operator) -> Result<T, Refusal>,
+) -> Result<T, Refusal> {
+    let shown = headers.get(header::AUTHORIZATION).map(|value| value.as_bytes());
+    let operator = app.desk.check(shown, Some(peer));
+    let done = match &operator {
+        Ok(operator) => change(operator),
+        Err(Denied::NoToken) => Err(Refusal(StatusCode::UNAUTHORIZED, Denied::NoToken.to_string())),
+        Err(Denied::BadToken) => Err(Refusal(StatusCode::FORBIDDEN, Denied::BadToken.to_string())),
     };
-    let before = app.policies.name();
-    app.policies.set(name);
-    info!(policy = name.as_str(), before = before.as_str(), "another policy");
-    Ok(shown(app))
+    let result = done.as_ref().map(|_| ()).map_err(|Refusal(_, why)| why.as_str());
+    app.desk.tell(operator.as_ref().ok(), Some(peer), on, what, result);
+    done
 }
 
 #[derive(Deserialize)]

@@ -13,7 +13,7 @@
 use std::{collections::VecDeque, future::poll_fn, sync::Arc, task::Poll, time::Instant};
 
 use kvasir_runtime::chain;
-use kvasir_types::{FinishReason, Retry, TokenId, Usage};
+use kvasir_types::{FinishReason, TokenId, Usage};
 use tracing::{Instrument, Span, info, warn};
 
 use super::{
@@ -153,7 +153,7 @@ impl Tokens {
         drop((lease, events));
         let app = Arc::clone(&self.call.app);
         app.metrics.upstream_error(error.kind());
-        lost.failed(&error, app.limits.worker_rest());
+        app.failed(&lost, &error);
         let mut rest = Vec::new();
         for ours in choices {
             if self.choices[ours].over {
@@ -173,12 +173,19 @@ impl Tokens {
             return Ok(());
         }
         let able = rest.iter().all(|&ours| self.call.may_go_on(&lost, self.choices[ours].said.len()));
-        let go_on = able && error.retry() == Retry::Elsewhere && self.moves_left > 0 && app.may_try_again();
-        warn!(worker = %lost.member.id, error = chain(&error), go_on, "an answer broke off");
+        let go_on = able && self.moves_left > 0 && app.may_go_elsewhere(&error);
+        if go_on && error.is_leave() {
+            info!(worker = %lost.member.id, "an answer's worker is leaving");
+        } else {
+            warn!(worker = %lost.member.id, error = chain(&error), go_on, "an answer broke off");
+        }
         if !go_on {
             return Err(error.into());
         }
         self.moves_left -= 1;
+        let told =
+            [("worker", lost.member.id.as_str().into()), ("why", error.kind().into()), ("answers", rest.len().into())];
+        self.call.entry.story.tell("moves", told);
         self.waiting_since.get_or_insert_with(Instant::now);
         let moves = rest.iter().map(|&ours| self.call.go_on(ours as u32, &self.choices[ours].said, &lost));
         let placed = futures_util::future::try_join_all(moves).await?;

@@ -51,6 +51,8 @@ pub(crate) struct Parts {
     pub(crate) fleet: watch::Receiver<Arc<Fleet>>,
     pub(crate) gates: Gates,
     pub(crate) board: Arc<Board>,
+    /// What it shows to workers that move for operators only.
+    pub(crate) token: Option<String>,
     pub(crate) metrics: PlannerMetrics,
 }
 
@@ -209,7 +211,7 @@ impl Lead {
             let name = worker.worker.0.as_str();
             let found = fleet.workers().find(|one| is(&one.member, &worker.worker));
             let Some(found) = found else { continue };
-            match set_duty(found, request).await {
+            match set_duty(found, request, self.parts.token.as_deref()).await {
                 Ok(()) => {
                     info!(model, worker = name, to = %to, why = verdict.why, "a worker is moved");
                     board.tell("moved", model, name, &to.to_string(), &verdict.why);
@@ -291,10 +293,11 @@ fn told(worker: &Worker, role: Role) -> Option<Told<Life>> {
     })
 }
 
-async fn set_duty(worker: &Worker, request: v1::SetDutyRequest) -> Result<(), String> {
+async fn set_duty(worker: &Worker, request: v1::SetDutyRequest, token: Option<&str>) -> Result<(), String> {
     let channel = worker.channel().map_err(|error| chain(&error).to_string())?;
     let mut client = WorkerClient::new(channel);
-    match tokio::time::timeout(PATIENCE, client.set_duty(request)).await {
+    let call = kvasir_rpc::operator::with_token(request, token).map_err(|status| status.message().to_owned())?;
+    match tokio::time::timeout(PATIENCE, client.set_duty(call)).await {
         Err(_) => Err(format!("no answer within {} ms", PATIENCE.as_millis())),
         Ok(Err(status)) => Err(status.message().chars().filter(|c| !c.is_control()).take(400).collect()),
         Ok(Ok(_)) => Ok(()),

@@ -193,6 +193,9 @@ fn a_mistake_in_a_file_is_told_even_if_a_flag_would_hide_it() {
 fn variables_that_others_put_there_are_skipped_unless_they_name_a_key() {
     let config = given()
         .env("KVASIR_ETCD", "a:1")
+        .env("KVASIR_CONFIG", "contexts.yaml")
+        .env("KVASIR_CONTEXT", "prod")
+        .env("KVASIR_TOKEN", "secret")
         .env("KVASIR_ROUTER_SERVICE_HOST", "10.0.0.1")
         .env("KVASIR_ROUTER_SERVICE_PORT_HTTP", "8000")
         .env("KVASIR_ROUTER_PORT", "tcp://10.0.0.1:8000")
