@@ -10,8 +10,11 @@
 //! are asked for that. `--help` and verbs that need no cluster connect to nobody.
 #![forbid(unsafe_code)]
 
+mod bench;
+mod bundle;
 mod cli;
 mod context;
+mod doctor;
 mod engine;
 mod gather;
 mod judge;
@@ -19,11 +22,13 @@ mod kv;
 mod output;
 mod planner;
 mod probe;
+mod reference;
 mod render;
 mod report;
 mod route;
 mod session;
 mod status;
+mod top;
 mod via;
 mod worker;
 mod workers;
@@ -65,6 +70,7 @@ fn main() -> ExitCode {
 async fn answer(command: Command, session: &Session) -> anyhow::Result<Answer> {
     match command {
         Command::Status(args) => status::run(args, session).await,
+        Command::Top(args) => top::run(args, session).await,
         Command::Workers(args) => workers::run(args, session).await,
         Command::Models => {
             let report = gather::gather(session).await?;
@@ -79,6 +85,12 @@ async fn answer(command: Command, session: &Session) -> anyhow::Result<Answer> {
         Command::Engine(command) => engine::run(command, session).await,
         Command::Planner => planner::run(session).await,
         Command::Route(command) => route::run(command, session).await,
+        Command::Bench(args) => bench::run(*args, session).await,
+        Command::Doctor(args) => doctor::run(args, session).await,
+        Command::SupportBundle(args) => bundle::run(args, session).await,
         Command::Context(command) => context::run(command, session),
+        Command::Completion(args) => Ok(reference::completion(&args)),
+        Command::Man(args) => reference::man(&args, session),
+        Command::Docs => Ok(reference::docs()),
     }
 }
