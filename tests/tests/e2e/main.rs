@@ -9,6 +9,7 @@ mod api;
 mod away;
 mod bad_start;
 mod cache;
+mod chart;
 mod choices;
 mod console;
 mod ctl;
