@@ -13,7 +13,7 @@ use opentelemetry_proto::tonic::{
     },
     common::v1::any_value::Value,
 };
-use tokio::{net::TcpListener, task::JoinHandle};
+use tokio::{net::TcpListener, task::JoinSet};
 use tonic::{Request, Response, Status};
 
 /// A span, as far as tests look at it.
@@ -41,7 +41,8 @@ pub struct Span {
 pub struct Collector {
     address: SocketAddr,
     spans: Kept,
-    serving: JoinHandle<()>,
+    // Ended with it.
+    _serving: JoinSet<()>,
 }
 
 #[derive(Clone, Default)]
@@ -60,7 +61,9 @@ impl Collector {
             let incoming = tokio_stream::wrappers::TcpListenerStream::new(listener);
             let _ended = server.serve_with_incoming(incoming).await;
         };
-        Ok(Self { address, spans, serving: tokio::spawn(serving) })
+        let mut tasks = JoinSet::new();
+        tasks.spawn(serving);
+        Ok(Self { address, spans, _serving: tasks })
     }
 
     /// What `trace.otlp` is to be.
@@ -76,12 +79,6 @@ impl Collector {
     /// All spans so far.
     pub fn all(&self) -> Vec<Span> {
         self.spans.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
-    }
-}
-
-impl Drop for Collector {
-    fn drop(&mut self) {
-        self.serving.abort();
     }
 }
 

@@ -64,7 +64,7 @@ fn members(report: &Report) -> Vec<Finding> {
         let who = format!("{} {}: {}", member.role, member.id, member.reason);
         match member.state {
             State::Ready => {}
-            State::Draining => findings.push(Finding::note("member", who, "")),
+            State::Cordoned | State::Draining | State::Drained => findings.push(Finding::note("member", who, "")),
             State::NotReady => findings.push(Finding::problem("member", who, "its log says what it waits for")),
             State::Unreachable => {
                 let remedy =
