@@ -31,3 +31,4 @@ mod store;
 mod store_nodes;
 mod telemetry;
 mod tls;
+mod tools;
