@@ -23,6 +23,7 @@ pub mod collector;
 pub mod etcd;
 pub mod golden;
 pub mod logs;
+pub mod members;
 pub mod metrics;
 pub mod namespace;
 pub mod net;
@@ -36,6 +37,7 @@ pub mod workspace;
 
 pub use cluster::{Builder, Cluster};
 pub use etcd::Etcd;
+pub use members::Members;
 pub use node::{Addresses, Node, Service};
 pub use openai::{Client, Reply};
 pub use process::Process;

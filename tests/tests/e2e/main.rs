@@ -34,4 +34,5 @@ mod store;
 mod store_nodes;
 mod telemetry;
 mod tls;
+mod tools;
 mod traces;
