@@ -125,7 +125,7 @@ impl History {
         };
         let key = format!("{}{:013}-{:08x}", self.prefix, event.at_ms, RandomState::new().hash_one(0) as u32);
         etcd.put(&key, &event.record(), lease, 0).await?;
-        if writer.written % LOOK_EVERY == 0 {
+        if writer.written.is_multiple_of(LOOK_EVERY) {
             etcd.keep_newest(&self.prefix, self.limit.into()).await?;
         }
         writer.written = writer.written.wrapping_add(1);
