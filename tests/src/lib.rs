@@ -22,6 +22,7 @@ pub mod cluster;
 pub mod etcd;
 pub mod golden;
 pub mod logs;
+pub mod members;
 pub mod metrics;
 pub mod namespace;
 pub mod net;
@@ -35,6 +36,7 @@ pub mod workspace;
 
 pub use cluster::{Builder, Cluster};
 pub use etcd::Etcd;
+pub use members::Members;
 pub use node::{Addresses, Node, Service};
 pub use openai::{Client, Reply};
 pub use process::Process;

@@ -5,9 +5,23 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 
 use crate::{
-    context::ContextCommand, engine::EngineCommand, events::EventsArgs, kv::KvCommand, output::Output,
-    requests::RequestsCommand, route::RouteCommand, status::StatusArgs, trace::TraceArgs, via::Via,
-    worker::WorkerCommand, workers::WorkersArgs,
+    bench::BenchArgs,
+    bundle::BundleArgs,
+    context::ContextCommand,
+    doctor::DoctorArgs,
+    engine::EngineCommand,
+    events::EventsArgs,
+    kv::KvCommand,
+    output::Output,
+    reference::{CompletionArgs, ManArgs},
+    requests::RequestsCommand,
+    route::RouteCommand,
+    status::StatusArgs,
+    top::TopArgs,
+    trace::TraceArgs,
+    via::Via,
+    worker::WorkerCommand,
+    workers::WorkersArgs,
 };
 
 /// Shows what a Kvasir cluster is doing, and changes it.
@@ -64,6 +78,8 @@ pub(crate) struct Globals {
 pub(crate) enum Command {
     /// All members: who is ready, what is loaded, what does not fit together
     Status(StatusArgs),
+    /// Workers, live: load, queues, blocks, tokens a second, TTFT, TPOT; keys sort
+    Top(TopArgs),
     /// Workers and store nodes in detail: addresses, blocks, work done; and what workers work as
     Workers(WorkersArgs),
     /// Models: who serves them, and how their KV blocks are laid out
@@ -91,14 +107,28 @@ pub(crate) enum Command {
     /// How routers choose workers: by which policy, and why a request goes where it goes
     #[command(subcommand)]
     Route(RouteCommand),
+    /// Load against a router, or any server that speaks OpenAI's HTTP: TTFT, TPOT, goodput
+    Bench(Box<BenchArgs>),
+    /// What is wrong with the cluster or this machine, and what to do about it
+    Doctor(DoctorArgs),
+    /// Everything that somebody else needs to see what is wrong, in a file: status, metrics, versions; no prompts, keys or tokens
+    SupportBundle(BundleArgs),
     /// Clusters by name: where their etcd is, and how they are reached
     #[command(subcommand)]
     Context(ContextCommand),
+    /// A script for a shell that completes kvasirctl's words
+    Completion(CompletionArgs),
+    /// Man pages, into a folder
+    Man(ManArgs),
+    /// docs/kvasirctl.md
+    #[command(hide = true)]
+    Docs,
 }
 
 const EXAMPLES: &str = "Examples:
   kvasirctl status                                   who is there and ready
   kvasirctl --etcd 10.0.0.5:2379,10.0.0.6:2379 workers
+  kvasirctl doctor                                   what to mend, in the cluster and on this machine
   kvasirctl context set prod --etcd 10.0.0.5:2379    `prod` is that cluster from now on
   kvasirctl models --output json | jq '.[].name'
   kvasirctl kv stats                                 how full the KV store is, and how often it had what was asked for
@@ -113,13 +143,15 @@ const EXAMPLES: &str = "Examples:
   kvasirctl trace 5e1c0c9f                           the way of that request (its x-request-id)
   kvasirctl events --since 2h --kind role,stage
   kvasirctl workers role decode-3 prefill --pin      it reads prompts from now on, and no planner changes that
+  kvasirctl bench --rate 10 --duration 1m --slo-ttft 2000 --slo-tpot 100
+  kvasirctl bench http://127.0.0.1:8000 --concurrency 64 --prompt-tokens 100-2000
   KVASIR_ETCD=10.0.0.5:2379 kvasirctl status --timeout 500
 
 Exit status:
   0  answered; members that could not be reached are shown as such
   1  etcd could not be reached, or what was to be done was not
   2  wrong usage
-  3  answered, and something is wrong (status --check)";
+  3  answered, and something is wrong (status --check, doctor, a bench without an answer)";
 
 #[cfg(test)]
 mod tests {

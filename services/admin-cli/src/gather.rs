@@ -14,7 +14,7 @@ use crate::{
 };
 
 /// Members asked at the same time.
-const AT_ONCE: usize = 64;
+const AT_ONCE: usize = 256;
 
 /// Asks everybody. Fails only if etcd can't be read.
 pub(crate) async fn gather(session: &Session) -> anyhow::Result<Report> {

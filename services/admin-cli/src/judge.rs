@@ -16,6 +16,9 @@ const ROLES: [Role; 4] = [Role::Router, Role::Prefill, Role::Decode, Role::KvSto
 pub(crate) fn report(records: &[Member], members: Vec<MemberReport>) -> Report {
     let models = models(records);
     let mut warnings = warnings(records, &models);
+    warnings.extend(not_ready(&members, &models));
+    warnings.extend(unlike(records));
+    warnings.extend(broken_ways(&members));
     if warnings.len() > MAX_WARNINGS {
         let more = warnings.len() - MAX_WARNINGS;
         warnings.truncate(MAX_WARNINGS);
@@ -97,4 +100,70 @@ fn warnings(records: &[Member], models: &[ModelReport]) -> Vec<String> {
         warnings.push("no router: clients have nobody to talk to".to_owned());
     }
     warnings
+}
+
+/// What is there, and does not work: nobody of a kind is ready.
+fn not_ready(members: &[MemberReport], models: &[ModelReport]) -> Vec<String> {
+    let mut warnings = Vec::new();
+    let none_ready = |role: Role, of: &dyn Fn(&MemberReport) -> bool| {
+        let mut those = members.iter().filter(|member| member.works_as == role && of(member)).peekable();
+        those.peek().is_some() && those.all(|member| member.state != State::Ready)
+    };
+    if none_ready(Role::Router, &|_| true) {
+        warnings.push("no router is ready: clients have nobody to talk to".to_owned());
+    }
+    for model in models.iter().filter(|model| !model.decode.is_empty()) {
+        if none_ready(Role::Decode, &|member| model.decode.contains(&member.id)) {
+            warnings.push(format!("model {}: no decode worker is ready, so nobody answers", model.name));
+        } else if none_ready(Role::Prefill, &|member| model.prefill.contains(&member.id)) {
+            let then = "decode workers read prompts themselves";
+            warnings.push(format!("model {}: no prefill worker is ready: {then}", model.name));
+        }
+    }
+    warnings
+}
+
+/// What should be the same everywhere, and is not.
+fn unlike(records: &[Member]) -> Vec<String> {
+    let mut warnings = Vec::new();
+    let mut tokenizers: BTreeMap<&str, BTreeMap<&str, &str>> = BTreeMap::new();
+    for member in records {
+        if let Some(model) = member.model.as_ref().filter(|model| !model.tokenizer.is_empty()) {
+            tokenizers.entry(&model.name).or_default().entry(&model.tokenizer).or_insert(member.id.as_str());
+        }
+    }
+    for (model, by_hash) in tokenizers.iter().filter(|(_, by_hash)| by_hash.len() > 1) {
+        let who =
+            by_hash.iter().map(|(hash, member)| format!("{member} has {hash:.12}")).collect::<Vec<_>>().join(", ");
+        warnings.push(format!("model {model}: tokenizers differ: {who}"));
+    }
+    let mut stores = records.iter().filter_map(|member| Some((member, member.store.as_ref()?)));
+    if let Some((first, ours)) = stores.next() {
+        for (other, theirs) in stores {
+            for (what, ours, theirs) in
+                [("group_blocks", ours.group_blocks, theirs.group_blocks), ("replicas", ours.replicas, theirs.replicas)]
+            {
+                if ours != theirs {
+                    let (first, other) = (&first.id, &other.id);
+                    warnings.push(format!(
+                        "store nodes divide unlike: {what} is {ours} on {first} and {theirs} on {other}"
+                    ));
+                }
+            }
+        }
+    }
+    warnings
+}
+
+/// Pairs between which nothing moves any more.
+fn broken_ways(members: &[MemberReport]) -> Vec<String> {
+    let workers = members.iter().filter_map(|member| Some((member, member.live.as_ref()?.worker()?)));
+    let broken = workers.flat_map(|(member, worker)| {
+        let broken = worker.peers.iter().filter(|peer| peer.resting_ms > 0);
+        broken.map(move |peer| {
+            let (id, peer, failures) = (&member.id, &peer.name, peer.failures_in_a_row);
+            format!("{id} can't move blocks to or from {peer}: {failures} failures in a row (kvasirctl transfers)")
+        })
+    });
+    broken.collect()
 }

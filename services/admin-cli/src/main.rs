@@ -10,8 +10,11 @@
 //! are asked for that. `--help` and verbs that need no cluster connect to nobody.
 #![forbid(unsafe_code)]
 
+mod bench;
+mod bundle;
 mod cli;
 mod context;
+mod doctor;
 mod engine;
 mod events;
 mod gather;
@@ -20,6 +23,7 @@ mod kv;
 mod output;
 mod planner;
 mod probe;
+mod reference;
 mod render;
 mod report;
 mod requests;
@@ -27,6 +31,7 @@ mod route;
 mod session;
 mod stage;
 mod status;
+mod top;
 mod trace;
 mod via;
 mod worker;
@@ -69,6 +74,7 @@ fn main() -> ExitCode {
 async fn answer(command: Command, session: &Session) -> anyhow::Result<Answer> {
     match command {
         Command::Status(args) => status::run(args, session).await,
+        Command::Top(args) => top::run(args, session).await,
         Command::Workers(args) => workers::run(args, session).await,
         Command::Models => {
             let report = gather::gather(session).await?;
@@ -86,6 +92,12 @@ async fn answer(command: Command, session: &Session) -> anyhow::Result<Answer> {
         Command::Trace(args) => trace::run(args, session).await,
         Command::Events(args) => events::run(args, session).await,
         Command::Route(command) => route::run(command, session).await,
+        Command::Bench(args) => bench::run(*args, session).await,
+        Command::Doctor(args) => doctor::run(args, session).await,
+        Command::SupportBundle(args) => bundle::run(args, session).await,
         Command::Context(command) => context::run(command, session),
+        Command::Completion(args) => Ok(reference::completion(&args)),
+        Command::Man(args) => reference::man(&args, session),
+        Command::Docs => Ok(reference::docs()),
     }
 }

@@ -22,6 +22,8 @@ use crate::report::{Blocks, Live, StoreNumbers, WorkerNumbers};
 const MAX_PAGE_BYTES: u64 = 16 << 10;
 /// Most bytes read of another answer.
 const MAX_ANSWER_BYTES: u64 = 1 << 20;
+/// Most bytes read of a metrics page.
+const MAX_METRICS_BYTES: u64 = 8 << 20;
 
 /// Most peers shown of a worker: as many as one remembers.
 const MAX_PEERS: usize = 1024;
@@ -183,6 +185,12 @@ async fn page(address: &str, request: String, most_bytes: u64) -> Result<String,
     let mut page = Vec::new();
     stream.take(most_bytes).read_to_end(&mut page).await.map_err(told)?;
     Ok(String::from_utf8_lossy(&page).into_owned())
+}
+
+/// A page with its head, of an admin port or of etcd.
+pub(crate) async fn text(address: &str, path: &str, limit: Duration) -> Result<String, String> {
+    let request = format!("GET {path} HTTP/1.0\r\nhost: {address}\r\n\r\n");
+    within(limit, page(address, request, MAX_METRICS_BYTES)).await
 }
 
 /// `GET /ready` of the admin page.

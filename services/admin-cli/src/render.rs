@@ -9,14 +9,22 @@ use kvasir_types::Role;
 pub(crate) use self::table::Table;
 use crate::report::{Live, MemberReport, Report, RoleTotals, State, TransferReport};
 
-/// `status`: every member in a line, sums, warnings.
-pub(crate) fn status(report: &Report) -> String {
+/// Most members that `status` shows in a line each, if not all are asked for.
+const SCREEN: usize = 24;
+
+/// `status`: whether it is well, members in a line each, sums, warnings.
+pub(crate) fn status(report: &Report, all: bool) -> String {
     if report.members.is_empty() {
         return "no members: no service of this cluster is running (or --prefix names another cluster)\n".to_owned();
     }
     let mut table =
         Table::new(&["ROLE", "MEMBER", "STATE", "VERSION", "MODEL", "FREE", "CACHED", "IN USE", "RUNNING", "WAITING"]);
-    for member in &report.members {
+    let shown: Vec<&MemberReport> = if all || report.members.len() <= SCREEN {
+        report.members.iter().collect()
+    } else {
+        report.members.iter().filter(|member| member.state != State::Ready).take(SCREEN).collect()
+    };
+    for &member in &shown {
         let mut row = vec![
             role(member),
             member.id.clone(),
@@ -34,8 +42,19 @@ pub(crate) fn status(report: &Report) -> String {
         }
         table.row(row);
     }
-    let mut text = table.render();
-    text.push('\n');
+    let mut text = match (report.problems(), report.members.len()) {
+        (0, members) => format!("all is well: {members} members\n\n"),
+        (1, _) => "one thing is wrong, see below\n\n".to_owned(),
+        (problems, _) => format!("{problems} things are wrong, see below\n\n"),
+    };
+    if !table.is_empty() {
+        text += &table.render();
+    }
+    match report.members.len() - shown.len() {
+        0 => text.push('\n'),
+        rest if table.is_empty() => text += &format!("{rest} members: -o wide shows them\n\n"),
+        rest => text += &format!("… and {rest} more: -o wide shows them\n\n"),
+    }
     report.totals.iter().for_each(|totals| text.push_str(&sums(totals)));
     text.push_str(&troubles(report));
     text
@@ -191,7 +210,7 @@ fn sums(totals: &RoleTotals) -> String {
 
 /// Warnings and reasons, below an empty line; nothing if all is well.
 fn troubles(report: &Report) -> String {
-    let mut text = reasons(report.members.iter().collect());
+    let mut text = reasons(report.members.iter().filter(|member| member.state != State::Ready).take(SCREEN).collect());
     if !report.warnings.is_empty() && text.is_empty() {
         text.push('\n');
     }
@@ -208,7 +227,8 @@ fn reasons(members: Vec<&MemberReport>) -> String {
     if lines.is_empty() { lines } else { format!("\n{lines}") }
 }
 
-fn state(state: State) -> &'static str {
+/// A state in a word or two.
+pub(crate) fn state(state: State) -> &'static str {
     match state {
         State::Ready => "ready",
         State::NotReady => "not ready",
@@ -234,6 +254,7 @@ pub(crate) fn duration(ms: u64) -> String {
     }
 }
 
+/// Bytes in the unit that makes them short.
 pub(crate) fn bytes(bytes: u64) -> String {
     const UNITS: [&str; 5] = ["KiB", "MiB", "GiB", "TiB", "PiB"];
     let mut value = bytes as f64;

@@ -125,9 +125,10 @@ pub(crate) struct ModelReport {
 }
 
 impl Report {
-    /// Whether everybody is ready and nothing is to be said.
-    pub(crate) fn is_well(&self) -> bool {
-        self.warnings.is_empty() && self.members.iter().all(|member| member.state == State::Ready)
+    /// How much is wrong: members that are not ready, but for those that are leaving, and what is warned of.
+    pub(crate) fn problems(&self) -> usize {
+        let wrong = |member: &&MemberReport| matches!(member.state, State::NotReady | State::Unreachable);
+        self.warnings.len() + self.members.iter().filter(wrong).count()
     }
 
     /// What `workers` tells: members with a gRPC server.

@@ -32,3 +32,4 @@ mod store;
 mod store_nodes;
 mod telemetry;
 mod tls;
+mod tools;

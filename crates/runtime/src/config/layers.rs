@@ -11,7 +11,7 @@ use super::{Config, Error};
 const PREFIX: &str = "KVASIR_";
 
 /// Ours, but for kvasirctl: they may well be set in a shell that starts services.
-const NOT_FOR_SERVICES: &[&str] = &["KVASIR_ETCD", "KVASIR_CONFIG", "KVASIR_CONTEXT", "KVASIR_TOKEN"];
+const NOT_FOR_SERVICES: &[&str] = &["KVASIR_ETCD", "KVASIR_CONFIG", "KVASIR_CONTEXT", "KVASIR_TOKEN", "KVASIR_API_KEY"];
 
 /// Files longer than this are no configuration.
 const MAX_FILE_BYTES: u64 = 1 << 20;

@@ -98,7 +98,7 @@ impl File {
         };
         // An empty file, or only comments, is null.
         let read: Option<Self> = serde_yaml_ng::from_str(&text).map_err(wrong)?;
-        let folder = path.parent().unwrap_or_else(|| Path::new("")).to_owned();
+        let folder = path.parent().map(Path::to_owned).unwrap_or_default();
         let mut file = Self { folder, ..read.unwrap_or_default() };
         let folder = &file.folder;
         for context in file.contexts.values_mut() {

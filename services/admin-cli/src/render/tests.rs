@@ -108,7 +108,9 @@ fn troubled() -> Report {
 
 #[test]
 fn status_of_a_healthy_cluster() {
-    assert_snapshot!(status(&report(|_, _| ())), @r#"
+    assert_snapshot!(status(&report(|_, _| ()), false), @r#"
+    all is well: 5 members
+
     ROLE      MEMBER      STATE  VERSION  MODEL  FREE  CACHED  IN USE  RUNNING  WAITING
     router    router-0    ready  0.1.0    -      -     -       -       -        -
     prefill   prefill-0   ready  0.1.0    demo   490   12      10      2        1
@@ -125,7 +127,9 @@ fn status_of_a_healthy_cluster() {
 
 #[test]
 fn status_of_a_cluster_in_trouble() {
-    assert_snapshot!(status(&troubled()), @r#"
+    assert_snapshot!(status(&troubled(), false), @r#"
+    6 things are wrong, see below
+
     ROLE      MEMBER      STATE        VERSION  MODEL  FREE  CACHED  IN USE  RUNNING  WAITING
     prefill   prefill-0   unreachable  0.1.0    demo   -     -       -       -        -
     prefill   prefill-1   draining     0.1.0    demo   490   12      10      2        1
@@ -142,6 +146,7 @@ fn status_of_a_cluster_in_trouble() {
     warning: prefill-1 and decode-0 never work together: model fingerprint is 66666666666666666666666666666666 and 5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a5a
     warning: model demo: no decode worker with these weights and this layout, so nobody answers
     warning: no router: clients have nobody to talk to
+    warning: model demo: no prefill worker is ready: decode workers read prompts themselves
     "#);
 }
 
@@ -339,7 +344,7 @@ fn json_holds_everything_under_names_that_stay() {
 #[test]
 fn an_empty_cluster_is_told_in_words() {
     let empty = Report::default();
-    assert_snapshot!(status(&empty) + &workers(&empty) + &models(&empty), @r#"
+    assert_snapshot!(status(&empty, false) + &workers(&empty) + &models(&empty), @r#"
     no members: no service of this cluster is running (or --prefix names another cluster)
     no workers and no store nodes
     no models: no worker is running
@@ -365,4 +370,76 @@ fn numbers_are_short() {
     assert_eq!(shown, ["0s", "59s", "1m00s", "59m59s", "1h00m", "1d01h"]);
     let shown: Vec<_> = [0, 1023, 1024, 1536 << 10, u64::MAX].map(bytes).into();
     assert_eq!(shown, ["0 B", "1023 B", "1.0 KiB", "1.5 MiB", "16384.0 PiB"]);
+}
+
+#[test]
+fn status_of_a_large_cluster_is_one_screen_and_shows_who_is_not_ready() {
+    let large = report(|records, members| {
+        for at in 0..200 {
+            let record = member(Role::Decode, &format!("more-{at}"));
+            members.push(answered(&record));
+            records.push(record);
+        }
+        members[100].state = State::Unreachable;
+        members[100].reason = "grpc 127.0.0.1:4000: no answer within 3000 ms".to_owned();
+        members[100].live = None;
+    });
+    assert_snapshot!(status(&large, false), @r#"
+    one thing is wrong, see below
+
+    ROLE    MEMBER   STATE        VERSION  MODEL  FREE  CACHED  IN USE  RUNNING  WAITING
+    decode  more-95  unreachable  0.1.0    demo   -     -       -       -        -
+    … and 204 more: -o wide shows them
+
+    router: 1 of 1 ready
+    prefill: 2 of 2 ready, 1024 blocks (980 free, 24 cached, 20 in use), 4 running, 2 waiting
+    decode: 200 of 201 ready, 102400 blocks (98000 free, 2400 cached, 2000 in use), 400 running, 200 waiting
+    kv-store: 1 of 1 ready
+
+    decode more-95: unreachable: grpc 127.0.0.1:4000: no answer within 3000 ms
+    "#);
+    assert_eq!(status(&large, true).lines().filter(|line| line.contains("more-")).count(), 201, "200 and the reason");
+}
+
+#[test]
+fn what_does_not_fit_or_does_not_work_is_warned_of() {
+    use kvasir_cluster::StoreInfo;
+
+    let warnings = |change: &dyn Fn(&mut Vec<Member>, &mut Vec<MemberReport>)| report(change).warnings;
+    let tokenizers = warnings(&|records, _| {
+        records[1].model.as_mut().unwrap().tokenizer = "aaaaaaaaaaaaaaaa".to_owned();
+        records[3].model.as_mut().unwrap().tokenizer = "bbbbbbbbbbbbbbbb".to_owned();
+    });
+    assert_eq!(tokenizers, ["model demo: tokenizers differ: prefill-0 has aaaaaaaaaaaa, decode-0 has bbbbbbbbbbbb"]);
+    let stores = warnings(&|records, _| {
+        records[4].store = Some(StoreInfo::default());
+        let other = Member { store: Some(StoreInfo { replicas: 2, ..StoreInfo::default() }), ..records[4].clone() };
+        records.push(Member { id: "kv-store-1".parse().unwrap(), ..other });
+    });
+    assert_eq!(stores, ["store nodes divide unlike: replicas is 1 on kv-store-0 and 2 on kv-store-1"]);
+    let routers = warnings(&|_, members| members[0].state = State::NotReady);
+    assert_eq!(routers, ["no router is ready: clients have nobody to talk to"]);
+    let decode = warnings(&|_, members| members[3].state = State::Draining);
+    assert_eq!(decode, ["model demo: no decode worker is ready, so nobody answers"]);
+    let one_of_two = warnings(&|_, members| members[1].state = State::Unreachable);
+    assert_eq!(one_of_two, [""; 0]);
+    let way = warnings(&|_, members| {
+        let Some(Live::Worker(worker)) = &mut members[1].live else { panic!("a worker") };
+        worker.peers.push(PeerTraffic {
+            name: "decode-0".into(),
+            transport: None,
+            reason: String::new(),
+            read_bytes: 0,
+            written_bytes: 0,
+            completed: 0,
+            failed: 5,
+            in_flight_bytes: 0,
+            p50_us: 0,
+            p99_us: 0,
+            failures_in_a_row: 5,
+            resting_ms: 10,
+        });
+    });
+    assert_eq!(way.len(), 1);
+    assert!(way[0].starts_with("prefill-0 can't move blocks to or from decode-0: 5 failures in a row"), "{way:?}");
 }

@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 mod child;
+mod ctl;
 mod engine;
 mod first_light;
 mod kv_store;
@@ -47,12 +48,15 @@ async fn run() -> Result<()> {
         [name, "--quick"] => (name, 2),
         [name, "--smoke"] => (name, 1),
         [name, "--record"] => return record::record(name),
-        // A process of the router's benchmark.
+        // A process of a benchmark.
+        ["ctl", "server"] => return ctl::server::run().await,
+        ["ctl", "members", ref rest @ ..] => return ctl::members(rest).await,
         ["router-worker", ref rest @ ..] => return router::worker::run(rest).await,
         _ => bail!("usage: bench NAME [--quick | --smoke | --record]"),
     };
     let options = Options { repetitions, smoke: repetitions == 1 };
     let report: Report = match name {
+        "ctl" => ctl::run(&options).await?,
         "engine" => engine::run(&options)?,
         "first-light" => first_light::run(&options).await?,
         "kv-store" => kv_store::run(&options).await?,
@@ -60,7 +64,7 @@ async fn run() -> Result<()> {
         "shared-prompt" => shared_prompt::run(&options).await?,
         "transfer" => transfer::run(&options)?,
         _ => bail!(
-            "there is no benchmark '{name}'; there are: engine, first-light, kv-store, router, shared-prompt, transfer"
+            "there is no benchmark '{name}'; there are: ctl, engine, first-light, kv-store, router, shared-prompt, transfer"
         ),
     };
     report.finish()

@@ -30,6 +30,7 @@ use anyhow::{Context, Result, ensure};
 use kvasir_tests::workspace;
 use serde_json::json;
 
+pub use self::hold::raise_limit;
 use self::{
     load::{Plan, Until},
     plan::{Figure, Found, Load, PROMPT_TOKENS, ROUNDS, SECONDS, STEP_MS, Side, VARIANTS},
@@ -46,7 +47,7 @@ const TOKENIZER_ROUNDS: usize = 20;
 /// Measures, and says how far it is: a run takes minutes.
 pub async fn run(options: &Options) -> Result<Report> {
     let repetitions = options.repetitions.min(REPETITIONS);
-    hold::raise_limit()?;
+    raise_limit()?;
     let dir = tempfile::tempdir()?;
     let (mut found, started) = (Found::default(), Instant::now());
     let mut tokenizer = start_tokenizer(dir.path())?;
