@@ -212,6 +212,11 @@ impl Cluster {
         &self.builder.name
     }
 
+    /// `host:port` of the cluster's etcd.
+    pub fn etcd_endpoint(&self) -> &str {
+        self.etcd.endpoint()
+    }
+
     /// The cluster's etcd.
     pub fn etcd(&mut self) -> &mut Etcd {
         &mut self.etcd

@@ -47,7 +47,7 @@ pub(crate) async fn run(args: EventsArgs, session: &Session) -> anyhow::Result<A
     let newest = all.iter().map(|noted| noted.event.at_ms).max().unwrap_or_else(now_ms);
     let mut seen: BTreeSet<String> = all.iter().map(|noted| noted.key.clone()).collect();
     let mut chosen: Vec<Event> = all.into_iter().map(|noted| noted.event).filter(|event| args.wants(event)).collect();
-    let most = args.last.unwrap_or(if args.since.is_some() { usize::MAX } else { 200 });
+    let most = args.last.unwrap_or_else(|| if args.since.is_some() { usize::MAX } else { 200 });
     chosen.drain(..chosen.len().saturating_sub(most));
     if !args.follow {
         return Ok(output.show(&chosen, || table(&chosen)).into());

@@ -135,10 +135,10 @@ impl Progress {
             let left = count(self.requests_left.into(), "request", "left");
             text = format!("{}: cordoned, {left}\n", self.worker);
         }
-        if self.moved > 0 {
+        if self.moved > 0 && self.stage >= Stage::Draining {
             let _ = writeln!(text, "  {} went on at other workers", count(self.moved.into(), "request", "").trim());
         }
-        if self.blocks_lost > 0 {
+        if self.blocks_lost > 0 && self.stage >= Stage::Draining {
             let lost = count(self.blocks_lost, "block", "");
             let _ =
                 writeln!(text, "  {} not taken by the KV store in time: computed again when asked for", lost.trim());

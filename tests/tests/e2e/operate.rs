@@ -1,6 +1,6 @@
 //! What an operator does to a running cluster, and what is seen of it afterwards.
 
-use std::{process::Command, time::Duration};
+use std::{io::BufRead, process::Command, time::Duration};
 
 use anyhow::{Context, Result, ensure};
 use futures_util::{StreamExt, future, stream};
@@ -27,7 +27,7 @@ const STREAMS: usize = 16;
 /// What `kvasirctl` prints and says, while the test goes on; whether it ended well.
 async fn beside(cluster: &Cluster, arguments: &[&str]) -> Result<(bool, String, String)> {
     let mut command = Command::new(workspace::binary("kvasirctl")?);
-    command.args(["--etcd", cluster.etcd().endpoint()]).args(arguments);
+    command.args(["--etcd", cluster.etcd_endpoint()]).args(arguments);
     let output = tokio::task::spawn_blocking(move || command.output()).await??;
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     Ok((output.status.success(), text(&output.stdout), text(&output.stderr)))
@@ -378,17 +378,18 @@ async fn events_are_followed_as_they_happen_and_outlive_who_saw_them() -> Result
                 cluster.expect_warning(warning);
             }
             let endpoint = cluster.etcd().endpoint().to_owned();
-            let mut follower = tokio::process::Command::new(workspace::binary("kvasirctl")?)
+            let mut follower = Command::new(workspace::binary("kvasirctl")?)
                 .args(["--etcd", &endpoint, "events", "-f", "--kind", "member", "--output", "json"])
                 .stdout(std::process::Stdio::piped())
-                .kill_on_drop(true)
                 .spawn()?;
-            let out = follower.stdout.take().context("stdout")?;
-            let mut lines = tokio::io::AsyncBufReadExt::lines(tokio::io::BufReader::new(out));
+            let out = std::io::BufReader::new(follower.stdout.take().context("stdout")?);
+            let (told, mut lines) = tokio::sync::mpsc::unbounded_channel();
+            // Ends with the follower.
+            std::thread::spawn(move || out.lines().map_while(std::io::Result::ok).try_for_each(|line| told.send(line)));
             cluster.node_mut(Service::Decode, 1).process.kill();
             let mut next = async |on: &str, what: &str| -> Result<()> {
                 loop {
-                    let line = tokio::time::timeout(Duration::from_secs(30), lines.next_line()).await??;
+                    let line = tokio::time::timeout(Duration::from_secs(30), lines.recv()).await?;
                     let event: Value = serde_json::from_str(&line.context("the follower goes on")?)?;
                     if event["on"] == on && event["what"].as_str().is_some_and(|it| it.contains(what)) {
                         return Ok(());
@@ -398,6 +399,8 @@ async fn events_are_followed_as_they_happen_and_outlive_who_saw_them() -> Result
             next("decode-1", "went").await?;
             cluster.restart(Service::Decode, 1).await?;
             next("decode-1", "came").await?;
+            follower.kill()?;
+            follower.wait()?;
             // Whoever wrote it is gone, and so is etcd for a moment: it is still there.
             cluster.node_mut(Service::Router, 0).process.kill();
             cluster.etcd().kill();

@@ -33,7 +33,7 @@ struct Options {
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    match run().await {
+    match Box::pin(run()).await {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("bench: {error:#}");
@@ -50,9 +50,9 @@ async fn run() -> Result<()> {
         [name, "--smoke"] => (name, 1),
         [name, "--record"] => return record::record(name),
         // A process of a benchmark.
-        ["ctl", "server"] => return ctl::server::run().await,
-        ["ctl", "members", ref rest @ ..] => return ctl::members(rest).await,
-        ["router-worker", ref rest @ ..] => return router::worker::run(rest).await,
+        ["ctl", "server"] => return Box::pin(ctl::server::run()).await,
+        ["ctl", "members", ref rest @ ..] => return Box::pin(ctl::members(rest)).await,
+        ["router-worker", ref rest @ ..] => return Box::pin(router::worker::run(rest)).await,
         _ => bail!("usage: bench NAME [--quick | --smoke | --record]"),
     };
     let options = Options { repetitions, smoke: repetitions == 1 };

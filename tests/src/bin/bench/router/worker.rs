@@ -70,7 +70,7 @@ pub async fn run(arguments: &[&str]) -> Result<()> {
     let address = listener.local_addr()?.to_string();
     let serving = async {
         match arguments {
-            ["grpc", etcd] => grpc(listener, etcd).await,
+            ["grpc", etcd] => Box::pin(grpc(listener, etcd)).await,
             ["http"] => http(listener).await,
             _ => bail!("a worker is 'grpc ETCD' or 'http', not {arguments:?}"),
         }
