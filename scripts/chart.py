@@ -33,6 +33,7 @@ OURS = {
     "registry.etcd.endpoints": "etcd",
     "registry.etcd.prefix": "etcd.prefix",
     "shutdown.grace_ms": "graceSeconds",
+    "limits.notice_ms": "noticeSeconds",
     "models": "models",
     "model": "models",
     "tls": "router.tls",

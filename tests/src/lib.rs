@@ -18,6 +18,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod balancer;
 pub mod cluster;
 pub mod collector;
 pub mod etcd;
@@ -35,6 +36,7 @@ pub mod stand_in;
 pub mod wait;
 pub mod workspace;
 
+pub use balancer::Balancer;
 pub use cluster::{Builder, Cluster};
 pub use etcd::Etcd;
 pub use members::Members;

@@ -178,6 +178,10 @@ pub struct Limits {
     /// For a client to read on when nothing more can be sent to it, in milliseconds; then its connection is closed, and
     /// its requests with it. Default 30000.
     pub write_stall_ms: u64,
+    /// After a signal to leave, for how long the port stays open, in milliseconds, within `shutdown.grace_ms`. Requests are
+    /// answered as ever meanwhile, and every answer closes its connection: for balancers and clients that have not heard yet.
+    /// Default 0.
+    pub notice_ms: u64,
     /// For a worker to say that it has taken a request, and between any two signs of life of one that gives them, in
     /// milliseconds; then the request goes elsewhere. Default 20000.
     pub worker_silence_ms: u64,
@@ -233,6 +237,7 @@ impl Default for Limits {
             idle_timeout_ms: 60_000,
             header_timeout_ms: 75_000,
             write_stall_ms: 30_000,
+            notice_ms: 0,
             worker_silence_ms: 20_000,
             worker_rest_ms: 1_000,
             text_cache_bytes: 64 << 20,
@@ -340,6 +345,10 @@ impl Limits {
 
     pub(crate) fn header_timeout(&self) -> Duration {
         Duration::from_millis(self.header_timeout_ms)
+    }
+
+    pub(crate) fn notice(&self) -> Duration {
+        Duration::from_millis(self.notice_ms)
     }
 
     pub(crate) fn write_stall(&self) -> Duration {

@@ -163,7 +163,7 @@ pub(crate) struct Metrics {
 impl Metrics {
     /// Registers all of them.
     pub(crate) fn new(page: &Page) -> Self {
-        Self {
+        let metrics = Self {
             requests: page.counters("kvasir_router_requests", "HTTP answers by endpoint and class of status"),
             answers: page.counters("kvasir_router_answers", "Answers begun, by how they ended"),
             decisions: page.counters("kvasir_router_decisions", "Requests given a worker, by policy and what decided"),
@@ -195,7 +195,21 @@ impl Metrics {
             output_tokens: page.counter("kvasir_router_output_tokens", "Tokens of answers"),
             slo: page.counters("kvasir_router_slo", "Answers that kept a target, or did not"),
             decode_workers: page.gauge("kvasir_router_decode_workers", "Decode workers that may be chosen"),
+        };
+        // Every series is there from the start: a rate over one that appears with its first event misses that event.
+        for why in ["full", "late", "rate"] {
+            metrics.not_let_in.get_or_create(&[("why", why)]).inc_by(0);
         }
+        for why in ["no_key", "bad_key"] {
+            metrics.turned_away.get_or_create(&[("why", why)]).inc_by(0);
+        }
+        for allowed in ["yes", "no"] {
+            metrics.second_tries.get_or_create(&[("allowed", allowed)]).inc_by(0);
+        }
+        for outcome in ["complete", "failed", "cancelled"] {
+            metrics.answers.get_or_create(&[("outcome", outcome)]).inc_by(0);
+        }
+        metrics
     }
 
     /// An HTTP answer.

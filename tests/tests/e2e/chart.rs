@@ -5,6 +5,7 @@ mod laws;
 mod manifests;
 mod policies;
 mod rules;
+mod serve;
 
 use std::process::Command;
 
@@ -246,7 +247,7 @@ fn sizes_and_settings_arrive_as_they_were_meant() -> Result<()> {
     );
     let store = find("DaemonSet", "release-kvasir-store")?;
     let settings = config(store)?;
-    ensure!(settings["disk"]["capacity_bytes"].as_u64().is_some_and(|bytes| bytes > (3 * 940) << 30), "{settings}");
+    ensure!(settings["disk"]["capacity_bytes"].as_u64().is_some_and(|bytes| bytes > 2_820 << 30), "{settings}");
     ensure!(settings["quotas"]["tenants"]["research"] == 30, "{settings}");
     let etcd = settings["registry"]["etcd"]["endpoints"].as_array().context("endpoints")?;
     ensure!(etcd.len() == 3 && etcd[2] == "release-kvasir-etcd-2.release-kvasir-etcd.llm.svc:2379", "{etcd:?}");

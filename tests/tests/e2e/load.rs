@@ -26,8 +26,13 @@ pub(crate) struct Load {
 impl Load {
     /// On the cluster's first router.
     pub(crate) fn new(cluster: &Cluster, streams: usize) -> Result<Self> {
+        Self::through(cluster.client(), cluster.model(), streams)
+    }
+
+    /// By way of something before the routers.
+    pub(crate) fn through(client: Client, model: &str, streams: usize) -> Result<Self> {
         let lines = golden::load(&workspace::demo_model())?.into_iter().filter(|line| line.margin >= MARGIN).collect();
-        let (client, model) = (cluster.client(), cluster.model().to_owned());
+        let model = model.to_owned();
         Ok(Self { client, model, lines, streams, over: AtomicBool::new(false), answered: AtomicUsize::new(0) })
     }
 

@@ -385,7 +385,9 @@ async fn events_are_followed_as_they_happen_and_outlive_who_saw_them() -> Result
             let out = std::io::BufReader::new(follower.stdout.take().context("stdout")?);
             let (told, mut lines) = tokio::sync::mpsc::channel(64);
             // Ends with the follower.
-            std::thread::spawn(move || out.lines().map_while(std::io::Result::ok).try_for_each(|line| told.blocking_send(line)));
+            std::thread::spawn(move || {
+                out.lines().map_while(std::io::Result::ok).try_for_each(|line| told.blocking_send(line))
+            });
             cluster.node_mut(Service::Decode, 1).process.kill();
             let mut next = async |on: &str, what: &str| -> Result<()> {
                 loop {

@@ -44,7 +44,7 @@ use axum::{
     response::{IntoResponse, Response},
     routing::{MethodRouter, get, post},
 };
-use http::{HeaderName, HeaderValue, Method, Uri, header};
+use http::{HeaderName, HeaderValue, Method, Uri, Version, header};
 use kvasir_rpc::trace;
 use kvasir_runtime::{
     admin::{HEALTH, READY},
@@ -106,6 +106,7 @@ pub(crate) fn routes(app: Arc<App>) -> Router {
 async fn identify(State(app): State<Arc<App>>, mut request: Request, next: Next) -> Response {
     let given = request.headers().get(REQUEST_ID).and_then(|id| id.to_str().ok()?.parse::<RequestId>().ok());
     let id = given.unwrap_or_else(fresh_id);
+    let http1 = request.version() <= Version::HTTP_11;
     let endpoint = match request.uri().path() {
         "/v1/chat/completions" => "chat",
         "/v1/completions" => "completions",
@@ -133,6 +134,10 @@ async fn identify(State(app): State<Arc<App>>, mut request: Request, next: Next)
         response.headers_mut().insert(ROUTE, told);
     }
     app.metrics.answered(endpoint, response.status());
+    // A client that keeps its connection would have its next request cross with the closing of it. (HTTP/2 says so by itself.)
+    if http1 && app.context.shutdown.is_triggered() {
+        response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+    }
     if let Ok(value) = HeaderValue::from_str(id.as_str()) {
         response.headers_mut().insert(REQUEST_ID, value);
     }

@@ -54,17 +54,24 @@ pub(crate) struct Server {
 }
 
 impl Server {
-    /// Serves until shutdown, then lets requests under way finish within `grace`.
+    /// Serves until shutdown and for the notice after it, then lets requests under way finish; both within `grace`.
     pub(crate) async fn run(self, context: &Context, grace: Duration) {
         let Self { listener, routes, limits, tls } = self;
         let builder = builder(&limits);
         let graceful = GracefulShutdown::new();
         let places = Arc::new(Semaphore::new(limits.max_connections));
+        // Who connects has not heard yet that this router leaves; who is connected hears it with the next answer (`identify`).
+        let notice = limits.notice().min(grace);
+        let closing = async {
+            context.shutdown.wait().await;
+            tokio::time::sleep(notice).await;
+        };
+        let mut closing = std::pin::pin!(closing);
         loop {
             // Losing either future loses nothing: a connection that was not accepted stays in the listener's queue.
             let accepted = tokio::select! {
                 accepted = accept(&listener, &places) => accepted,
-                () = context.shutdown.wait() => break,
+                () = &mut closing => break,
             };
             let (stream, place) = match accepted {
                 Ok(accepted) => accepted,
@@ -94,7 +101,7 @@ impl Server {
         drop(listener);
         tokio::select! {
             () = graceful.shutdown() => {}
-            _ = context.tasks.finish_requests(grace) => {}
+            _ = context.tasks.finish_requests(grace - notice) => {}
         }
     }
 }

@@ -103,7 +103,8 @@ fn end_is_waited_for(all: &[Manifest], manifest: &Manifest, spec: &Value) -> Res
     if manifest.text("/metadata/labels/app.kubernetes.io~1component") == "router" {
         let longest = config["limits"]["request_timeout_ms"].as_u64().unwrap_or(600_000) / 1000;
         ensure!(grace >= longest, "answers may take {longest} s, and a router that leaves waits {grace} s");
-        ensure!(before > 0, "proxies that have not heard yet would find the port closed");
+        let notice = config["limits"]["notice_ms"].as_u64().unwrap_or(0);
+        ensure!(notice >= 5_000 || before >= 5, "proxies that have not heard yet would find the port closed");
     }
     Ok(())
 }
