@@ -180,7 +180,7 @@ mod tests {
         assert_eq!(serde_json::from_str::<Event>(&line(&event, Output::Json)).unwrap(), event);
         assert_eq!(
             table(&[event]),
-            "TIME (UTC)           KIND   ON        WHAT                                      SEEN BY\n\
+            "TIME (UTC)           KIND   ON        WHAT                                    SEEN BY\n\
              2024-02-29 23:59:59  audit  decode-1  drain (by alice from 10.0.0.1:7): done  decode-1\n"
         );
         assert_eq!(table(&[]), "no such events\n");

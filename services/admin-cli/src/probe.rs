@@ -258,7 +258,7 @@ fn told(status: tonic::Status) -> String {
 
 /// Text from outside, cut and freed of what a terminal would obey.
 pub(crate) fn printable(text: &str) -> String {
-    text.chars().filter(|c| !c.is_control()).take(120).collect()
+    text.chars().filter(|c| !c.is_control()).take(400).collect()
 }
 
 #[cfg(test)]

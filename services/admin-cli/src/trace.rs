@@ -159,7 +159,8 @@ fn tree(id: &str, stories: &[Story], silent: &[String]) -> String {
         let _ = writeln!(text, "{pad}{} {}{goes_on}", story.part, story.member);
         for step in &story.steps {
             let at_ms = (story.began_unix_us - zero + step.at_us) as f64 / 1e3;
-            let facts: Vec<String> = step.facts.iter().map(|(name, value)| fact(name, value)).collect();
+            let mut facts: Vec<String> = step.facts.iter().map(|(name, value)| fact(name, value)).collect();
+            facts.sort_unstable(); // a map has no order of its own
             let line = format!("{pad}  {at_ms:>10.1} ms  {:16} {}", step.step, facts.join(", "));
             let _ = writeln!(text, "{}", line.trim_end());
         }
