@@ -18,6 +18,11 @@ use tonic::transport::Channel;
 
 use crate::report::{Blocks, Live, StoreNumbers, WorkerNumbers};
 
+/// Most characters of a text from outside …
+const MOST: usize = 120;
+/// … and of what a member says to a call: it may say what to do.
+const MOST_TOLD: usize = 400;
+
 /// Most bytes read of a readiness page.
 const MAX_PAGE_BYTES: u64 = 16 << 10;
 /// Most bytes read of another answer.
@@ -252,13 +257,17 @@ fn told(status: tonic::Status) -> String {
     match status.source() {
         // Not the member's words: its connection broke.
         Some(broken) => printable(&cause(broken)),
-        None => printable(&format!("{}: {}", status.code().description(), status.message())),
+        None => cut(&format!("{}: {}", status.code().description(), status.message()), MOST_TOLD),
     }
 }
 
 /// Text from outside, cut and freed of what a terminal would obey.
 pub(crate) fn printable(text: &str) -> String {
-    text.chars().filter(|c| !c.is_control()).take(400).collect()
+    cut(text, MOST)
+}
+
+fn cut(text: &str, most: usize) -> String {
+    text.chars().filter(|c| !c.is_control()).take(most).collect()
 }
 
 #[cfg(test)]

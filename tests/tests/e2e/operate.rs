@@ -360,7 +360,7 @@ async fn changes_need_an_operators_token_where_one_is_set_and_all_of_them_are_on
             ensure!(roles.iter().any(|event| event["what"].as_str().is_some_and(|it| it.contains("works as prefill"))));
             let table = well(cluster, &["events"]).await?;
             ensure!(table.contains("alice") && table.contains("came"), "{table}");
-            let log = std::fs::read_to_string(cluster.node(Service::Decode, 1).process.log())?;
+            let log = cluster.node(Service::Decode, 1).process.log();
             ensure!(log.contains("audit"), "the log has it, too");
             Ok(())
         })

@@ -96,7 +96,7 @@ mod tests {
         let (one, bytes) = (peak_f32(1), read_bandwidth(1, 64 << 20));
         assert!((1e8..1e13).contains(&one), "{one:e} flop/s");
         assert!((1e8..1e13).contains(&bytes), "{bytes:e} B/s");
-        // Twice the products per instruction; at half the rate it would still be as fast.
-        assert!(peak_bf16(1).is_none_or(|bf16| bf16 > 0.5 * one));
+        // How the two compare is for the benchmark to say: here others compute at the same time.
+        assert!(peak_bf16(1).is_none_or(|bf16| (1e8..1e13).contains(&bf16)));
     }
 }
