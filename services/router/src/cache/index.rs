@@ -258,7 +258,7 @@ mod tests {
     }
 
     fn changes() -> impl Strategy<Value = Vec<Change>> {
-        let worker = prop_oneof![0u32..12, Just(70), Just(200)];
+        let worker = prop_oneof![0u32..12, Just(70), Just(200), Just(5000)]; // the last is too wide for a pair
         let change = (0u8..40, 0u16..40, worker).prop_map(|(kind, block, worker)| match kind {
             0 => Change::Sweep(worker),
             1..14 => Change::Remove(block, worker),

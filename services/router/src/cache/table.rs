@@ -2,10 +2,11 @@
 //!
 //! ```text
 //!   slots   [ tag 40 bits │ holders 24 bits ]   open addressing, one word a block; 0: empty
-//!   holders   a worker's number, or (top bit) which of `sets`
+//!   holders   a worker's number, or two (next bit), or (top bit) which of `sets`
 //! ```
 //!
-//! Most blocks are one worker's: they cost their word and the table's air, 11 to 14 bytes. A tag is 40 bits of the block's
+//! Most blocks are one worker's, or those of the prefill and the decode worker that had the prompt: they cost their word and the
+//! table's air, 11 to 14 bytes, and looking one up waits for memory once. A tag is 40 bits of the block's
 //! hash, and the shard another 10: two blocks are taken for one once in 10^8 lookups even with ten million of them, and then
 //! an estimate is wrong, nothing else.
 //!
@@ -19,8 +20,14 @@ const HOLDER_BITS: u32 = 24;
 const HOLDER_MASK: u64 = (1 << HOLDER_BITS) - 1;
 /// This bit of the holders: a set.
 const IS_SET: u32 = 1 << (HOLDER_BITS - 1);
-/// Workers have numbers below this: one more than fits beside the bit, so that no word with a block is 0.
-pub const MAX_WORKERS: u32 = IS_SET - 1;
+/// This bit: two workers.
+const IS_PAIR: u32 = 1 << (HOLDER_BITS - 2);
+/// Bits for each of the two: pairs of workers with greater numbers are sets.
+const HALF_BITS: u32 = (HOLDER_BITS - 2) / 2;
+/// Workers have numbers below this: one is added where one is kept, so that no word with a block is 0.
+pub const MAX_WORKERS: u32 = IS_PAIR - 1;
+/// As many sets as have numbers.
+const MAX_SETS: usize = IS_SET as usize;
 /// Holders that are kept in place, before a bitmap is made of them.
 const FEW: usize = 3;
 /// Smallest table that is not empty.
@@ -52,6 +59,15 @@ pub(super) enum Holders<'a> {
     Few(&'a [u32]),
     /// A bitmap.
     Many(&'a [u64]),
+}
+
+/// Those who hold a block, as its word has them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Held {
+    One(u32),
+    Two([u32; 2]),
+    /// So many that they have a set of their own.
+    Set(usize),
 }
 
 /// Part of the index.
@@ -90,12 +106,14 @@ impl Table {
     /// Has `tell` look at those who hold a block; false: nobody does.
     pub fn holders<T>(&self, tag: u64, tell: impl FnOnce(Holders<'_>) -> T) -> Option<T> {
         let at = self.find(tag)?;
-        let holder = holder_of(self.slots[at]);
-        Some(match set_of(holder).map(|set| &self.sets[set]) {
-            None => tell(Holders::Few(&[holder])),
-            Some(Set::Few { len, workers }) => tell(Holders::Few(&workers[..usize::from(*len)])),
-            Some(Set::Many(map)) => tell(Holders::Many(&map.bits)),
-            Some(Set::Free(_)) => unreachable!("a block's set is not free"),
+        Some(match Held::of(self.slots[at]) {
+            Held::One(worker) => tell(Holders::Few(&[worker])),
+            Held::Two(pair) => tell(Holders::Few(&pair)),
+            Held::Set(set) => match &self.sets[set] {
+                Set::Few { len, workers } => tell(Holders::Few(&workers[..usize::from(*len)])),
+                Set::Many(map) => tell(Holders::Many(&map.bits)),
+                Set::Free(_) => unreachable!("a block's set is not free"),
+            },
         })
     }
 
@@ -106,47 +124,53 @@ impl Table {
             if (self.len + 1) * 4 > self.slots.len() * 3 {
                 self.resize((self.slots.len() + self.slots.len() / 4).max(LEAST));
             }
-            self.place(word(tag, worker));
+            self.place(Held::One(worker).word(tag));
             self.len += 1;
             return Changed::Blocks;
         };
-        let holder = holder_of(self.slots[at]);
-        match set_of(holder) {
-            None if holder == worker => Changed::No,
-            None => {
-                let mut workers = [0; FEW];
-                (workers[0], workers[1]) = (holder, worker);
-                match self.new_set(Set::Few { len: 2, workers }) {
-                    Some(set) => {
-                        self.slots[at] = word(tag, set | IS_SET);
-                        Changed::Holders
-                    }
-                    // More sets than there are numbers: this block is known to be the first worker's only.
-                    None => Changed::No,
-                }
-            }
-            Some(set) => self.sets[set].add(worker),
-        }
+        let more = match Held::of(self.slots[at]) {
+            Held::One(one) if one == worker => return Changed::No,
+            Held::Two(pair) if pair.contains(&worker) => return Changed::No,
+            Held::Set(set) => return self.sets[set].add(worker),
+            Held::One(one) if is_narrow(one) && is_narrow(worker) => Some(Held::Two([one, worker])),
+            Held::One(one) => self.new_set(&[one, worker]),
+            Held::Two([one, other]) => self.new_set(&[one, other, worker]),
+        };
+        // More sets than there are numbers: this block is known to be the first workers' only.
+        let Some(more) = more else { return Changed::No };
+        self.slots[at] = more.word(tag);
+        Changed::Holders
     }
 
     /// This worker holds this block no more.
     pub fn remove(&mut self, tag: u64, worker: u32) -> Changed {
         let Some(at) = self.find(tag) else { return Changed::No };
-        let holder = holder_of(self.slots[at]);
-        let Some(set) = set_of(holder) else {
-            if holder != worker {
-                return Changed::No;
-            }
-            self.take_out(at);
-            self.len -= 1;
-            return Changed::Blocks;
-        };
-        let changed = self.sets[set].take(worker);
-        if let Some(last) = self.sets[set].sole() {
-            self.free_set(set);
-            self.slots[at] = word(tag, last);
+        if Held::of(self.slots[at]) != Held::One(worker) {
+            return self.leave(at, worker);
         }
-        changed
+        self.take_out(at);
+        self.len -= 1;
+        Changed::Blocks
+    }
+
+    /// This worker is no longer one of the several that hold the block at `at`.
+    fn leave(&mut self, at: usize, worker: u32) -> Changed {
+        let tag = self.slots[at] >> HOLDER_BITS;
+        match Held::of(self.slots[at]) {
+            Held::Two([one, other]) if one == worker || other == worker => {
+                self.slots[at] = Held::One(if one == worker { other } else { one }).word(tag);
+                Changed::Holders
+            }
+            Held::One(_) | Held::Two(_) => Changed::No,
+            Held::Set(set) => {
+                let changed = self.sets[set].take(worker);
+                if let Some(left) = self.sets[set].in_a_word() {
+                    self.free_set(set);
+                    self.slots[at] = left.word(tag);
+                }
+                changed
+            }
+        }
     }
 
     /// This worker holds nothing any more: how many blocks less, and how many of them it shared.
@@ -157,21 +181,11 @@ impl Table {
             if slot == 0 {
                 continue;
             }
-            let holder = holder_of(slot);
-            match set_of(holder) {
-                None if holder == worker => {
-                    self.slots[at] = 0; // put right below
-                    gone += 1;
-                }
-                None => {}
-                Some(set) if self.sets[set].take(worker) == Changed::No => {}
-                Some(set) => {
-                    shared += 1;
-                    if let Some(last) = self.sets[set].sole() {
-                        self.free_set(set);
-                        self.slots[at] = word(slot >> HOLDER_BITS, last);
-                    }
-                }
+            if Held::of(slot) == Held::One(worker) {
+                self.slots[at] = 0; // put right below
+                gone += 1;
+            } else if self.leave(at, worker) != Changed::No {
+                shared += 1;
             }
         }
         if gone > 0 {
@@ -240,23 +254,28 @@ impl Table {
         old.iter().filter(|&&slot| slot != 0).for_each(|&slot| self.place(slot));
     }
 
-    fn new_set(&mut self, set: Set) -> Option<u32> {
-        match self.free {
+    /// A set of these, at most [`FEW`]; `None`: there are no more numbers for sets.
+    fn new_set(&mut self, members: &[u32]) -> Option<Held> {
+        let mut workers = [0; FEW];
+        workers[..members.len()].copy_from_slice(members);
+        let set = Set::Few { len: members.len() as u8, workers };
+        let number = match self.free {
             Some(free) => {
                 if let Set::Free(next) = std::mem::replace(&mut self.sets[free as usize], set) {
                     self.free = next;
                 }
-                Some(free)
+                free as usize
             }
-            None if self.sets.len() < MAX_WORKERS as usize => {
+            None if self.sets.len() < MAX_SETS => {
                 if self.sets.len() == self.sets.capacity() {
                     self.sets.reserve_exact(self.sets.len() / 4 + 1);
                 }
                 self.sets.push(set);
-                Some(self.sets.len() as u32 - 1)
+                self.sets.len() - 1
             }
-            None => None,
-        }
+            None => return None,
+        };
+        Some(Held::Set(number))
     }
 
     fn free_set(&mut self, set: usize) {
@@ -322,29 +341,45 @@ impl Set {
         }
     }
 
-    /// The only one in it.
-    fn sole(&self) -> Option<u32> {
+    /// Those in it, if they are so few that the block's word has room for them.
+    fn in_a_word(&self) -> Option<Held> {
         match self {
-            Self::Few { len: 1, workers } => Some(workers[0]),
+            Self::Few { len: 1, workers } => Some(Held::One(workers[0])),
+            Self::Few { len: 2, workers: [one, other, ..] } if is_narrow(*one) && is_narrow(*other) => {
+                Some(Held::Two([*one, *other]))
+            }
             Self::Many(map) if map.len == 1 => {
                 let word = map.bits.iter().position(|&bits| bits != 0)?;
-                Some(word as u32 * 64 + map.bits[word].trailing_zeros())
+                Some(Held::One(word as u32 * 64 + map.bits[word].trailing_zeros()))
             }
             _ => None,
         }
     }
 }
 
-/// Holders are kept plus one, so that no block's word is 0.
-fn word(tag: u64, holder: u32) -> u64 {
-    tag << HOLDER_BITS | if holder & IS_SET == 0 { u64::from(holder + 1) } else { u64::from(holder) }
+impl Held {
+    fn of(slot: u64) -> Self {
+        let bits = (slot & HOLDER_MASK) as u32;
+        if bits & IS_SET != 0 {
+            Self::Set((bits & !IS_SET) as usize)
+        } else if bits & IS_PAIR != 0 {
+            Self::Two([(bits & !IS_PAIR) >> HALF_BITS, bits & ((1 << HALF_BITS) - 1)])
+        } else {
+            Self::One(bits.wrapping_sub(1)) // an empty slot is nobody's
+        }
+    }
+
+    fn word(self, tag: u64) -> u64 {
+        let bits = match self {
+            Self::One(worker) => worker + 1,
+            Self::Two([one, other]) => IS_PAIR | one << HALF_BITS | other,
+            Self::Set(set) => IS_SET | set as u32,
+        };
+        tag << HOLDER_BITS | u64::from(bits)
+    }
 }
 
-fn holder_of(slot: u64) -> u32 {
-    let holder = (slot & HOLDER_MASK) as u32;
-    if holder & IS_SET == 0 { holder - 1 } else { holder }
-}
-
-fn set_of(holder: u32) -> Option<usize> {
-    (holder & IS_SET != 0).then_some((holder & !IS_SET) as usize)
+/// Whether two like this have room in a word.
+fn is_narrow(worker: u32) -> bool {
+    worker >> HALF_BITS == 0
 }
