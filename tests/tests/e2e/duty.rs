@@ -1,6 +1,7 @@
 //! Workers are moved between prefill and decode while they run, and nobody who is answered notices.
 
 use std::{
+    ops::RangeInclusive,
     sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed},
     time::Duration,
 };
@@ -185,7 +186,11 @@ async fn writers(cluster: &Cluster) -> Result<usize> {
 }
 
 /// Asks, at `STREAMS` a time, until so many workers write; every answer must come.
-async fn until_writers(cluster: &Cluster, wanted: usize, question: impl Fn(usize) -> Value) -> Result<()> {
+async fn until_writers(
+    cluster: &Cluster,
+    wanted: RangeInclusive<usize>,
+    question: impl Fn(usize) -> Value,
+) -> Result<()> {
     let client = cluster.client();
     let (over, asked) = (AtomicBool::new(false), AtomicUsize::new(0));
     let load = stream::iter(0..STREAMS).map(async |_| {
@@ -197,7 +202,7 @@ async fn until_writers(cluster: &Cluster, wanted: usize, question: impl Fn(usize
     let load = load.buffer_unordered(STREAMS).collect::<Vec<_>>();
     let there = async {
         let there = wait::until("the planner moves workers", 2 * SOON, async || {
-            (writers(cluster).await.ok()? == wanted).then_some(())
+            wanted.contains(&writers(cluster).await.ok()?).then_some(())
         });
         let there = there.await;
         over.store(true, Relaxed);
@@ -206,7 +211,7 @@ async fn until_writers(cluster: &Cluster, wanted: usize, question: impl Fn(usize
     let (answers, there) = future::join(load, there).await;
     answers.into_iter().collect::<Result<Vec<_>>>()?;
     let page = cluster.node(Service::Router, 0).admin_page("/planner").await?.1;
-    there.with_context(|| format!("{} write, not {wanted}: {page}", asked.load(Relaxed)))
+    there.with_context(|| format!("after {} answers not {wanted:?} workers write: {page}", asked.load(Relaxed)))
 }
 
 #[tokio::test]
@@ -237,7 +242,7 @@ async fn the_planner_follows_the_mix_and_another_router_plans_when_it_is_killed(
                 body["max_tokens"] = 2.into();
                 body
             };
-            until_writers(cluster, 1, reading).await?;
+            until_writers(cluster, 1..=1, reading).await?;
             let told = ctl(cluster, &["planner"])?;
             ensure!(told.contains("mode act") && told.contains("moved decode-"), "{told}");
 
@@ -248,7 +253,8 @@ async fn the_planner_follows_the_mix_and_another_router_plans_when_it_is_killed(
                 body["ignore_eos"] = true.into();
                 body
             };
-            until_writers(cluster, 3, writing).await?;
+            // Two of them meet the targets on some machines.
+            until_writers(cluster, 2..=3, writing).await?;
             ensure!(cluster.node(Service::Prefill, 0).status().await?.works_as == "prefill", "it is pinned");
 
             // The planner dies: another router plans, in a later term.
