@@ -143,10 +143,12 @@ pub struct Audit<'a> {
 /// Puts a change that was asked for into the log (target `audit`) and into the cluster's events.
 pub fn audit(registry: &dyn Registry, audit: &Audit<'_>) {
     let Audit { member, who, what, on, result } = audit;
-    let result = result.err().unwrap_or("done");
-    tracing::info!(target: "audit", who, what, on, result, "asked to change");
     let event = Event::now(EventKind::Audit, member, *on, *what).by(*who);
-    registry.note(Event { result: result.to_owned(), ..event });
+    // Whoever asked may be nobody known: what they wrote is cut before it is logged, too.
+    let event = Event { result: result.err().unwrap_or("done").to_owned(), ..event }.plain();
+    let Event { on, what, who, result, .. } = &event;
+    tracing::info!(target: "audit", who, what, on, result, "asked to change");
+    registry.note(event);
 }
 
 #[cfg(test)]

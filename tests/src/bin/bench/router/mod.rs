@@ -51,7 +51,11 @@ const TOKENIZER_ROUNDS: usize = 20;
 
 /// Installs the rivals, as far as they can be: there is no network where they are measured.
 pub fn install() {
-    Side::ALL.into_iter().filter(|side| *side != Side::Ours).for_each(|side| drop(sides::python(side)));
+    for side in Side::ALL.into_iter().filter(|side| *side != Side::Ours) {
+        if let Err(error) = sides::python(side) {
+            println!("{} can't be installed: {error:#}", side.name());
+        }
+    }
 }
 
 /// Measures, and says how far it is: a run takes minutes.
