@@ -5,7 +5,8 @@
 //! cargo run --release -p kvasir-router --example route-scale [-- WORKERS BLOCKS DECISIONS]
 //! ```
 //!
-//! A decision is: hashing the prompt, finding who holds it, laying out the pool and the policy `kv-aware`. Half of the prompts
+//! A decision is: hashing the prompt, finding who holds it, laying out the pool from what the workers told (which they go on
+//! telling) and the policy `kv-aware`. Half of the prompts
 //! share their first half with all workers (a system prompt), a quarter is known to one pair, a quarter to nobody.
 #![forbid(unsafe_code)]
 
@@ -18,8 +19,9 @@ use std::{
 };
 
 use kvasir_router::{
-    cache::{Index, Lookup, Number},
-    route::{Ask, DecodeOption, KvAware, Load, Policy, Pool, PrefillOption, Speed},
+    Rehearsal, Workers,
+    cache::{Index, Number},
+    route::{Ask, KvAware},
 };
 use kvasir_types::{BlockHash, TokenId};
 
@@ -27,6 +29,8 @@ const BLOCK: usize = 16;
 const PROMPT_BLOCKS: usize = 100;
 /// Changes in a second, from all workers together: each computes some thousand tokens a second.
 const CHANGES_PER_SECOND: u32 = 100_000;
+/// Workers that tell their load with every 200 changes: each does ten times a second.
+const TOLD: usize = 20;
 
 fn main() {
     let arguments: Vec<usize> = std::env::args().skip(1).filter_map(|argument| argument.parse().ok()).collect();
@@ -57,25 +61,26 @@ fn main() {
         bytes as f64 / known as f64
     );
 
+    let mut rehearsal = Rehearsal::new(&numbers);
     let mut runs = Vec::new();
     for writers in [false, true] {
         let (stop, written) = (Arc::new(AtomicBool::new(!writers)), Arc::new(AtomicU64::new(0)));
         let feed = {
-            let (index, numbers, stop, written) =
-                (Arc::clone(&index), numbers.clone(), Arc::clone(&stop), Arc::clone(&written));
-            std::thread::spawn(move || feed(&index, &numbers, &stop, &written))
+            let (index, numbers, workers, stop, written) =
+                (Arc::clone(&index), numbers.clone(), rehearsal.workers(), Arc::clone(&stop), Arc::clone(&written));
+            std::thread::spawn(move || feed(&index, &numbers, &workers, &stop, &written))
         };
         let began = Instant::now();
-        let [whole, hashing, lookup, rest] = decide(&index, &numbers, decisions, conversation, &shared);
+        let [whole, lookup, pool, policy] = decide(&index, &mut rehearsal, decisions, conversation, &shared);
         stop.store(true, Relaxed);
         feed.join().expect("the feed ends");
         let rate = written.load(Relaxed) as f64 / began.elapsed().as_secs_f64();
         println!(
-            "{decisions} decisions, {rate:.0} changes/s, µs at p50, p99, p99.9: {} (hashing {}, lookup {}, pool and policy {})",
+            "{decisions} decisions, {rate:.0} changes/s, µs at p50, p99, p99.9: {} (hashing and lookup {}, pool {}, policy {})",
             at(&whole),
-            at(&hashing),
             at(&lookup),
-            at(&rest),
+            at(&pool),
+            at(&policy),
         );
         runs.push(serde_json::json!({
             "changes_per_second": rate, "p50_us": part(&whole, 0.5), "p99_us": part(&whole, 0.99),
@@ -115,13 +120,14 @@ fn names(tokens: &[TokenId]) -> Vec<BlockHash> {
     hashed(tokens).collect()
 }
 
-/// Workers store and forget blocks.
-fn feed(index: &Index, numbers: &[Number], stop: &AtomicBool, written: &AtomicU64) {
+/// Workers store and forget blocks, and tell how busy they are.
+fn feed(index: &Index, numbers: &[Number], workers: &Workers, stop: &AtomicBool, written: &AtomicU64) {
     let mut conversation = 1u64 << 40;
     while !stop.load(Relaxed) {
         let hashes = names(&tokens(conversation, PROMPT_BLOCKS));
         let number = numbers[conversation as usize % numbers.len()];
         let began = Instant::now();
+        (0..TOLD).for_each(|at| workers.tell((conversation as usize * TOLD + at) % workers.count(), conversation));
         hashes.iter().for_each(|hash| index.insert(hash, number));
         hashes.iter().for_each(|hash| index.remove(hash, number));
         written.fetch_add(2 * hashes.len() as u64, Relaxed);
@@ -132,69 +138,35 @@ fn feed(index: &Index, numbers: &[Number], stop: &AtomicBool, written: &AtomicU6
     }
 }
 
-/// Microseconds of each decision, of its hashing, its lookup and the rest of it, sorted.
+/// Microseconds of each decision, of its hashing and lookup, laying out and the policy, sorted.
 fn decide(
     index: &Index,
-    numbers: &[Number],
+    rehearsal: &mut Rehearsal,
     decisions: usize,
     conversations: u64,
     shared: &[TokenId],
 ) -> [Vec<f64>; 4] {
-    let (mut lookup, mut by_number) = (Lookup::default(), vec![0u32; numbers.len()]);
-    let mut pool = Pool { pairings: [(0..numbers.len() / 2).collect()].into(), ..Pool::default() };
     let mut times: [Vec<f64>; 4] = std::array::from_fn(|_| Vec::with_capacity(decisions));
     for ticket in 0..decisions as u64 {
         // Of known ones every kind, and as many that nobody knows.
         let known = (ticket.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 20) % conversations;
         let prompt = if ticket % 4 == 3 { tokens(ticket | 1 << 50, PROMPT_BLOCKS) } else { prompt(known, shared) };
         let began = Instant::now();
-        // All at once, which a router does not: it hashes what somebody holds.
-        let chain = names(&prompt);
-        let hashed = Instant::now();
-        lookup.clear();
-        index.lookup(chain.into_iter(), &mut lookup);
+        rehearsal.lookup().clear();
+        index.lookup(hashed(&prompt), rehearsal.lookup());
         let looked = Instant::now();
-        by_number.fill(0);
-        lookup.found().iter().for_each(|(number, blocks)| by_number[number.0 as usize] = *blocks);
-        lay_out(&mut pool, &by_number, ticket);
-        let ask = Ask { prompt_tokens: prompt.len(), token_bytes: 65_536, ticket, ..Ask::default() };
-        let decision = KvAware.decide(&ask, &pool);
+        rehearsal.lay_out();
+        let laid_out = Instant::now();
+        let decision = rehearsal.decide(&KvAware, Ask { prompt_tokens: prompt.len(), ticket, ..Ask::default() });
         let decided = Instant::now();
         assert!(decision.is_some());
-        for (times, took) in times.iter_mut().zip([decided - began, hashed - began, looked - hashed, decided - looked])
-        {
+        let parts = [decided - began, looked - began, laid_out - looked, decided - laid_out];
+        for (times, took) in times.iter_mut().zip(parts) {
             times.push(took.as_secs_f64() * 1e6);
         }
     }
     times.iter_mut().for_each(|times| times.sort_by(f64::total_cmp));
     times
-}
-
-/// Workers that have measured themselves and are all busy, each in its own way.
-fn lay_out(pool: &mut Pool, cached: &[u32], ticket: u64) {
-    let busy = |at: usize| (at as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15).wrapping_add(ticket) >> 7;
-    let speed = |at: usize| Speed {
-        prefill_tokens_per_second: 8000.0 + (at % 97) as f32,
-        step_seconds: 0.02 + (at % 13) as f32 * 1e-4,
-        handoff_bytes_per_second: 1e10,
-    };
-    let (prefill, decode) = cached.split_at(cached.len() / 2);
-    pool.prefill.clear();
-    pool.prefill.extend(prefill.iter().enumerate().map(|(at, blocks)| PrefillOption {
-        key: at as u64,
-        load: Load { requests: busy(at) % 5, tokens: busy(at) % 8000 },
-        cached_tokens: blocks * BLOCK as u32,
-        speed: speed(at),
-    }));
-    pool.decode.clear();
-    pool.decode.extend(decode.iter().enumerate().map(|(at, blocks)| DecodeOption {
-        key: at as u64,
-        load: Load { requests: busy(at) % 40, tokens: 0 },
-        cached_tokens: blocks * BLOCK as u32,
-        room_tokens: Some(1 << 20),
-        speed: speed(at),
-        ..DecodeOption::default()
-    }));
 }
 
 fn at(sorted: &[f64]) -> String {

@@ -48,6 +48,8 @@ pub use access::{AccessConfig, KeyConfig, KeysError, TenantConfig};
 pub use admission::AdmissionConfig;
 pub use config::{Config, Limits, ModelConfig, Slo};
 pub use external::{EngineConfig, EngineKind, EngineRole, ExternalConfig, ExternalError};
+#[doc(hidden)]
+pub use fleet::{Rehearsal, Workers};
 pub use http::{TlsConfig, TlsError};
 pub use retry::RetryConfig;
 pub use service::{run, run_with_etcd};

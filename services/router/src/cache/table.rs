@@ -103,6 +103,11 @@ impl Table {
             + size_of::<Self>()
     }
 
+    /// Has the processor fetch where this block would be; what it says is good for nothing else.
+    pub fn touch(&self, tag: u64) -> u64 {
+        self.slots.get(self.home(tag)).copied().unwrap_or(0)
+    }
+
     /// Has `tell` look at those who hold a block; false: nobody does.
     pub fn holders<T>(&self, tag: u64, tell: impl FnOnce(Holders<'_>) -> T) -> Option<T> {
         let at = self.find(tag)?;

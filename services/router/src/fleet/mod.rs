@@ -7,6 +7,7 @@
 //! Written by one task ([`Fleet::build`]); read by every request. Loads and connections are shared between fleets.
 
 mod pulse;
+mod rehearsal;
 
 use std::{
     collections::HashMap,
@@ -30,6 +31,7 @@ use crate::{
 };
 
 pub(crate) use pulse::Pulse;
+pub use rehearsal::{Rehearsal, Workers};
 
 /// Models of one name but with other weights or other layouts that prompts are hashed for; there is more than one while a
 /// cluster changes over.
@@ -49,7 +51,6 @@ pub(crate) struct Worker {
     rpc: Rpc,
     /// What it is if it is an engine of somebody else's.
     pub(crate) engine: Option<Arc<Engine>>,
-    key: u64,
     channel: OnceLock<Channel>,
     /// Written by requests that have something to say of it, read by all; held for a copy.
     health: Mutex<Health>,
@@ -60,9 +61,9 @@ pub(crate) struct Worker {
 impl Worker {
     fn new(rpc: Rpc, member: Member, engine: Option<Arc<Engine>>) -> Arc<Self> {
         let key = key_of(member.id.as_str());
-        let (pulse, channel, health) = (Pulse::default(), OnceLock::new(), Mutex::default());
-        let told = Mutex::default();
-        Arc::new(Self { member, pulse, engine, rpc, key, channel, health, told })
+        let pulse = Pulse::of(key, member.model.as_ref().map_or(1, |model| model.layout.block_size));
+        let (channel, health, told) = (OnceLock::new(), Mutex::default(), Mutex::default());
+        Arc::new(Self { member, pulse, engine, rpc, channel, health, told })
     }
 
     /// Whether this decode worker may be fed by that prefill worker.
@@ -138,7 +139,7 @@ impl Worker {
 
     /// Tokens of one of its blocks.
     pub(crate) fn block_tokens(&self) -> u32 {
-        self.member.model.as_ref().map_or(1, |model| model.layout.block_size)
+        self.pulse.block_tokens()
     }
 
     fn max_model_len(&self) -> u32 {
@@ -291,12 +292,10 @@ impl Crew {
             }
             blocks[at] = blocks[at].max(*count);
         }
-        pool.decode.clear();
-        pool.decode.extend(self.indexes().map(|at| {
-            let DecodeWorker { worker, pairing } = &self.roster.decode[at];
+        let option = |DecodeWorker { worker, pairing }: &DecodeWorker| {
             let pulse = &worker.pulse;
             DecodeOption {
-                key: worker.key,
+                key: pulse.key(),
                 load: pulse.decode_load(),
                 prefilling_tokens: pulse.told_work(),
                 cached_tokens: worker.cached_tokens(blocks),
@@ -306,10 +305,15 @@ impl Crew {
                 speed: pulse.speed(),
                 pairing: *pairing,
             }
-        }));
+        };
+        pool.decode.clear();
+        match &self.decode {
+            None => pool.decode.extend(self.roster.decode.iter().map(option)),
+            Some(some) => pool.decode.extend(some.iter().map(|&at| option(&self.roster.decode[at]))),
+        }
         pool.prefill.clear();
         pool.prefill.extend(self.roster.prefill.iter().map(|worker| PrefillOption {
-            key: worker.key,
+            key: worker.pulse.key(),
             load: worker.pulse.prefill_load(),
             cached_tokens: worker.cached_tokens(blocks),
             speed: worker.pulse.speed(),

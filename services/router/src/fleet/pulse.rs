@@ -56,6 +56,9 @@ pub(crate) struct Pulse {
     step_base: AtomicU32,
     step_each: AtomicU32,
     number: AtomicU32,
+    /// What a decision needs to know beside the load, and what never changes.
+    block_tokens: u32,
+    key: u64,
 }
 
 impl Default for Pulse {
@@ -78,11 +81,28 @@ impl Default for Pulse {
             step_base: AtomicU32::new(0),
             step_each: AtomicU32::new(0),
             number: AtomicU32::new(NOBODY),
+            block_tokens: 1,
+            key: 0,
         }
     }
 }
 
 impl Pulse {
+    /// Of a worker with this number for its name, whose blocks have so many tokens.
+    pub(super) fn of(key: u64, block_tokens: u32) -> Self {
+        Self { key, block_tokens, ..Self::default() }
+    }
+
+    /// The number for its name.
+    pub(super) fn key(&self) -> u64 {
+        self.key
+    }
+
+    /// Tokens of one of its blocks.
+    pub(super) fn block_tokens(&self) -> u32 {
+        self.block_tokens
+    }
+
     /// One more request of this router, with so many prompt tokens, `work` of which are to be computed; what it says is for
     /// [`end`](Self::end).
     pub(super) fn begin(&self, tokens: u64, work: u64) -> u32 {

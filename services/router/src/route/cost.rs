@@ -15,7 +15,7 @@
 //! far from the mean are, too. The decode worker may also compute the rest itself ([`Cost::local`]): then nothing is moved,
 //! and all that run there wait meanwhile.
 
-use super::{Ask, Decision, DecodeOption, Pool, PrefillOption};
+use super::{Ask, Decision, DecodeOption, Pool, PrefillOption, prices::number};
 
 /// Prompt tokens in a second, before any worker has measured it: as the workers' own guess has it.
 const GUESSED_PREFILL: f32 = 2000.0;
@@ -34,11 +34,11 @@ const STEPS_PER_REQUEST: f32 = 8.0;
 /// For room to become free at a decode worker that has none, in steps: half an answer of 128 tokens.
 const STEPS_WITHOUT_ROOM: f32 = 64.0;
 /// Seconds too late, beside others.
-const LATE: f32 = 3.0;
+pub(super) const LATE: f32 = 3.0;
 /// Tokens of an answer.
 const ANSWER: f32 = 128.0;
 /// Handing a prompt over at all: two calls and a grant.
-const HANDOFF_SECONDS: f32 = 0.001;
+pub(super) const HANDOFF_SECONDS: f32 = 0.001;
 /// A decode worker that has part of a prompt may be asked to compute up to so many tokens of the rest, though it would
 /// leave that to others: a few steps' worth.
 pub(super) const LOCAL_TOKENS: u32 = 256;
@@ -95,9 +95,9 @@ pub(super) fn usable(ask: &Ask, tokens: u32) -> u32 {
 /// What takes the place of speeds that were not measured.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Defaults {
-    prefill: f32,
-    step: f32,
-    handoff: f32,
+    pub prefill: f32,
+    pub step: f32,
+    pub handoff: f32,
 }
 
 impl Defaults {
@@ -113,21 +113,27 @@ impl Defaults {
     }
 }
 
-fn mean(values: impl Iterator<Item = f32>) -> Option<f32> {
-    let (mut sum, mut count) = (0.0, 0u32);
-    for value in values.filter(|&value| value > 0.0 && value.is_finite()) {
-        sum += value;
-        count += 1;
+/// Of those that are known. In several sums, since each addition to one waits for the one before.
+fn mean(mut values: impl Iterator<Item = f32>) -> Option<f32> {
+    let (mut sums, mut counts) = ([0.0; 4], [0u32; 4]);
+    'all: loop {
+        for (sum, count) in sums.iter_mut().zip(&mut counts) {
+            let Some(value) = values.next() else { break 'all };
+            let known = value > 0.0 && value.is_finite();
+            *sum += if known { value } else { 0.0 };
+            *count += u32::from(known);
+        }
     }
-    (count > 0).then(|| sum / count as f32)
+    let count: u32 = counts.iter().sum();
+    (count > 0).then(|| sums.iter().sum::<f32>() / count as f32)
 }
 
-fn or(measured: f32, default: f32) -> f32 {
+pub(super) fn or(measured: f32, default: f32) -> f32 {
     if measured > 0.0 && measured.is_finite() { measured } else { default }
 }
 
 /// The same; what is near the default is the default.
-fn alike(measured: f32, default: f32) -> f32 {
+pub(super) fn alike(measured: f32, default: f32) -> f32 {
     let speed = or(measured, default);
     if speed <= default * ALIKE && speed * ALIKE >= default { default } else { speed }
 }
@@ -138,7 +144,7 @@ pub(super) fn decode_seconds(ask: &Ask, option: &DecodeOption, defaults: &Defaul
     let lacking = (ask.prompt_tokens as u64).saturating_sub(option.cached_tokens.into());
     let full = option.room_tokens.is_some_and(|room| room < lacking);
     let slow = if ask.tpot > 0.0 { (option.next_step - ask.tpot).max(0.0) * ANSWER * LATE } else { 0.0 };
-    slow + step * (option.load.requests as f32 * STEPS_PER_REQUEST + if full { STEPS_WITHOUT_ROOM } else { 0.0 })
+    slow + step * (number(option.load.requests) * STEPS_PER_REQUEST + if full { STEPS_WITHOUT_ROOM } else { 0.0 })
 }
 
 /// What comes before answering if this prefill worker is proposed to a decode worker that has `there` tokens.

@@ -9,8 +9,9 @@ use std::cmp::Reverse;
 
 use super::{
     Ask, Decision, DecodeOption, MAX_PREFILL, Policy, Pool, PrefillOption, Reason,
-    cost::{Defaults, decode_seconds, local, remote, usable},
+    cost::{Defaults, decode_seconds, local, usable},
     policies::turns,
+    prices::{Prices, least, least_of, lesser},
 };
 
 /// What costs less than this part more, or so many seconds more, costs the same.
@@ -24,6 +25,8 @@ pub struct KvAware;
 /// Decode workers that have equally much, and the same prefill workers.
 struct Group {
     pairing: usize,
+    /// There are prefill workers for it.
+    paired: bool,
     cached_tokens: u32,
     /// The least of their own parts.
     least: f32,
@@ -34,25 +37,23 @@ struct Group {
 impl Policy for KvAware {
     fn decide(&self, ask: &Ask, pool: &Pool) -> Option<Decision> {
         let defaults = Defaults::of(pool);
-        let (mut groups, own) = group(ask, pool, &defaults);
-        let best = price(ask, pool, &mut groups, &own, &defaults);
+        let mut own = Own::of(ask, pool, &defaults);
+        let prices = Prices::of(ask, pool, &defaults);
+        let mut all = Vec::with_capacity(pool.prefill.len());
+        let best = price(ask, pool, &mut own, &prices, &mut all);
         let limit = best + best * SAME + SAME_SECONDS;
 
-        let total = |at: usize| {
-            let Own { group, seconds, local, .. } = own[at];
-            seconds + local.unwrap_or(f32::INFINITY).min(groups[group].before)
-        };
-        let equals = turns(pool.decode.len(), ask.ticket).filter(|&at| total(at) <= limit);
+        let equals = turns(pool.decode.len(), ask.ticket).filter(|&at| own.total(at) <= limit);
         let decode = equals.min_by_key(|&at| {
             let DecodeOption { load, cached_tokens, .. } = pool.decode[at];
             (load.requests, Reverse(cached_tokens), load.tokens)
         })?;
-        let Own { group, local, .. } = own[decode];
         let option = &pool.decode[decode];
         // Proposing nobody is for what the decode worker would leave to others; what it does itself anyway, it does, and
         // should its blocks be gone by then, others are there.
-        let alone = local.is_some_and(|local| local <= groups[group].before) && option.local_tokens < left(ask, option);
-        let prefill = if alone { Vec::new() } else { in_order(ask, pool, option, &defaults) };
+        let local = own.local(decode);
+        let alone = local < f32::INFINITY && local <= own.before(decode) && option.local_tokens < left(ask, option);
+        let prefill = if alone { Vec::new() } else { in_order(ask, pool, option, &prices, &mut all) };
         let mut decision = Decision { decode, prefill, reason: Reason::Load };
         let cached = decision.cached_tokens(ask, pool);
         if cached > 0 {
@@ -74,91 +75,124 @@ fn left(ask: &Ask, option: &DecodeOption) -> u32 {
     (ask.prompt_tokens as u32).saturating_sub(usable(ask, option.cached_tokens))
 }
 
-/// A decode worker's own part.
+/// The decode workers' own parts, in columns.
 struct Own {
-    group: usize,
-    seconds: f32,
-    local: Option<f32>,
+    groups: Vec<Group>,
+    /// Which group each is in.
+    group: Vec<u32>,
+    seconds: Vec<f32>,
+    /// What comes before if it computes the prompt itself; infinite: it does not. Empty: none does.
+    local: Vec<f32>,
 }
 
-fn group(ask: &Ask, pool: &Pool, defaults: &Defaults) -> (Vec<Group>, Vec<Own>) {
-    let mut groups: Vec<Group> = Vec::new();
-    let mut own = Vec::with_capacity(pool.decode.len());
-    let mut last = 0;
-    for (at, option) in pool.decode.iter().enumerate() {
-        let (pairing, cached_tokens) = (option.pairing, option.cached_tokens);
-        let same = |group: &Group| group.pairing == pairing && group.cached_tokens == cached_tokens;
+impl Own {
+    fn of(ask: &Ask, pool: &Pool, defaults: &Defaults) -> Self {
+        let seconds: Vec<f32> = pool.decode.iter().map(|option| decode_seconds(ask, option, defaults)).collect();
+        let mut groups: Vec<Group> = Vec::new();
+        let mut group = Vec::with_capacity(pool.decode.len());
         // Neighbours are alike more often than not.
-        let known = if groups.get(last).is_some_and(same) { Some(last) } else { groups.iter().position(same) };
-        let seconds = decode_seconds(ask, option, defaults);
-        last = known.unwrap_or_else(|| {
-            groups.push(Group { pairing, cached_tokens, least: f32::INFINITY, before: f32::INFINITY });
-            groups.len() - 1
-        });
-        groups[last].least = groups[last].least.min(seconds);
-        let local = local(ask, option, !pool.pairs(at).is_empty(), defaults).map(|cost| cost.total());
-        own.push(Own { group: last, seconds, local });
+        let mut now = usize::MAX;
+        for option in &pool.decode {
+            let (pairing, cached_tokens) = (option.pairing, option.cached_tokens);
+            let same = |group: &Group| group.pairing == pairing && group.cached_tokens == cached_tokens;
+            if !groups.get(now).is_some_and(same) {
+                now = groups.iter().position(same).unwrap_or_else(|| {
+                    let paired = pool.pairings.get(pairing).is_some_and(|pairs| !pairs.is_empty());
+                    groups.push(Group { pairing, paired, cached_tokens, least: f32::INFINITY, before: f32::INFINITY });
+                    groups.len() - 1
+                });
+            }
+            group.push(now as u32);
+        }
+        let mut rest = &seconds[..];
+        for run in group.chunk_by(|a, b| a == b) {
+            let (these, others) = rest.split_at(run.len());
+            let group = &mut groups[run[0] as usize];
+            (group.least, rest) = (lesser(group.least, least(these)), others);
+        }
+        let mut local = Vec::new();
+        for (at, option) in pool.decode.iter().enumerate() {
+            let paired = groups[group[at] as usize].paired;
+            // Most may not, and that is soon found.
+            if paired && option.cached_tokens == 0 && option.local_tokens == 0 {
+                continue;
+            }
+            if let Some(cost) = alone(ask, option, paired, defaults) {
+                local.resize(pool.decode.len(), f32::INFINITY);
+                local[at] = cost;
+            }
+        }
+        Self { groups, group, seconds, local }
     }
-    (groups, own)
+
+    /// What comes before if it computes the prompt itself; infinite: it does not.
+    fn local(&self, decode: usize) -> f32 {
+        self.local.get(decode).copied().unwrap_or(f32::INFINITY)
+    }
+
+    /// What comes before if others do.
+    fn before(&self, decode: usize) -> f32 {
+        self.groups[self.group[decode] as usize].before
+    }
+
+    fn total(&self, decode: usize) -> f32 {
+        self.seconds[decode] + lesser(self.local(decode), self.before(decode))
+    }
+}
+
+/// Rare, and kept out of the loop around it.
+#[inline(never)]
+fn alone(ask: &Ask, option: &DecodeOption, paired: bool, defaults: &Defaults) -> Option<f32> {
+    local(ask, option, paired, defaults).map(|cost| cost.total())
 }
 
 /// Finds what the cheapest pair costs, and the prefill workers' part for all groups that come near it.
-fn price(ask: &Ask, pool: &Pool, groups: &mut [Group], own: &[Own], defaults: &Defaults) -> f32 {
-    let alone = own.iter().filter_map(|own| own.local.map(|local| own.seconds + local));
-    let mut best = alone.fold(f32::INFINITY, f32::min);
-    let mut order: Vec<usize> = (0..groups.len()).collect();
-    order.sort_unstable_by(|&a, &b| groups[a].least.total_cmp(&groups[b].least));
+fn price(ask: &Ask, pool: &Pool, own: &mut Own, prices: &Prices, all: &mut Vec<f32>) -> f32 {
+    let alone = own.local.iter().zip(&own.seconds).map(|(local, seconds)| local + seconds);
+    let mut best = alone.fold(f32::INFINITY, lesser);
+    let mut order: Vec<usize> = (0..own.groups.len()).collect();
+    order.sort_unstable_by(|&a, &b| own.groups[a].least.total_cmp(&own.groups[b].least));
     // No group can do better than if it had the whole prompt.
-    let floor = |pairing: usize| {
-        let all = pool.pairings.get(pairing).map_or(&[][..], Vec::as_slice);
-        let whole = ask.prompt_tokens as u32;
-        all.iter()
-            .filter_map(|&at| pool.prefill.get(at))
-            .map(|option| {
-                let cost = remote(ask, option, whole, defaults);
-                cost.compute + cost.wait
-            })
-            .fold(f32::INFINITY, f32::min)
-    };
-    let floors: Vec<f32> = (0..pool.pairings.len()).map(floor).collect();
+    let floors: Vec<f32> = pool.pairings.iter().map(|pairs| prices.floor(ask, pairs)).collect();
     for at in order {
-        let group = &mut groups[at];
+        let group = &mut own.groups[at];
         let floor = floors.get(group.pairing).copied().unwrap_or(f32::INFINITY);
         if group.least + floor > best + best * SAME + SAME_SECONDS {
             continue;
         }
-        let pairs = pool.pairings.get(group.pairing).map_or(&[][..], Vec::as_slice);
-        let costs = pairs.iter().filter_map(|&at| pool.prefill.get(at));
-        let costs = costs.map(|option| remote(ask, option, group.cached_tokens, defaults).total());
-        group.before = costs.fold(f32::INFINITY, f32::min);
-        best = best.min(group.least + group.before);
+        prices.remote(ask, group.cached_tokens, all);
+        group.before = least_of(all, pool.pairings.get(group.pairing).map_or(&[][..], Vec::as_slice));
+        best = lesser(best, group.least + group.before);
     }
     best
 }
 
 /// The prefill workers for this decode worker, cheapest first; those that cost the same by load, then by turns.
-fn in_order(ask: &Ask, pool: &Pool, option: &DecodeOption, defaults: &Defaults) -> Vec<usize> {
+fn in_order(ask: &Ask, pool: &Pool, option: &DecodeOption, prices: &Prices, all: &mut Vec<f32>) -> Vec<usize> {
     let pairs = pool.pairings.get(option.pairing).map_or(&[][..], Vec::as_slice);
-    let costs = turns(pairs.len(), ask.ticket).filter_map(|at| {
-        let prefill = pool.prefill.get(pairs[at])?;
-        Some((pairs[at], remote(ask, prefill, option.cached_tokens, defaults).total()))
-    });
-    let costs: Vec<_> = costs.collect();
-    let least = costs.iter().map(|cost| cost.1).fold(f32::INFINITY, f32::min);
+    prices.remote(ask, option.cached_tokens, all);
+    let least = least_of(all, pairs);
     let limit = least + least * SAME + SAME_SECONDS;
-    let equals = costs.iter().filter(|cost| cost.1 <= limit);
-    let best = equals.min_by_key(|(at, ..)| {
-        let PrefillOption { load, cached_tokens, .. } = pool.prefill[*at];
-        (load.tokens, Reverse(cached_tokens), load.requests)
-    });
-    let Some(&(first, _)) = best else { return Vec::new() };
-    let mut best: Vec<(usize, f32)> = Vec::with_capacity(MAX_PREFILL);
-    for &(at, cost) in costs.iter().filter(|cost| cost.0 != first) {
-        let place = best.partition_point(|other| other.1 <= cost);
-        if place < MAX_PREFILL - 1 {
-            best.truncate(MAX_PREFILL - 2);
-            best.insert(place, (at, cost));
+    // The best of equals, and the cheapest few; the first of them is most likely to be the best of equals.
+    let mut best: Option<(usize, _)> = None;
+    let mut few: Vec<(usize, f32)> = Vec::with_capacity(MAX_PREFILL + 1);
+    let mut enough = f32::INFINITY;
+    for at in turns(pairs.len(), ask.ticket).map(|at| pairs[at]) {
+        let Some(&cost) = all.get(at) else { continue };
+        if cost <= limit {
+            let PrefillOption { load, cached_tokens, .. } = pool.prefill[at];
+            let key = (load.tokens, Reverse(cached_tokens), load.requests);
+            if best.is_none_or(|(_, known)| key < known) {
+                best = Some((at, key));
+            }
+        }
+        if cost < enough {
+            few.insert(few.partition_point(|other| other.1 <= cost), (at, cost));
+            few.truncate(MAX_PREFILL);
+            enough = if few.len() == MAX_PREFILL { few[MAX_PREFILL - 1].1 } else { f32::INFINITY };
         }
     }
-    std::iter::once(first).chain(best.into_iter().map(|(at, _)| at)).collect()
+    let Some((first, _)) = best else { return Vec::new() };
+    let others = few.into_iter().map(|(at, _)| at).filter(|&at| at != first);
+    std::iter::once(first).chain(others).take(MAX_PREFILL).collect()
 }

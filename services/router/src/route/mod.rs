@@ -17,6 +17,7 @@
 mod cost;
 mod kv_aware;
 mod policies;
+mod prices;
 mod sticky;
 #[cfg(test)]
 mod tests;
