@@ -1,4 +1,8 @@
-//! A real etcd of one node, on loopback, with its data in the test's directory. It can die and come back.
+//! A real etcd of one node, on loopback. It can die and come back.
+//!
+//! Its data is in memory (`/dev/shm`) where that can be: etcd waits for the disk at every write, and on a machine that compiles or
+//! tests other things, a disk may well take seconds. What is tested is how services live with an etcd that is there, that is
+//! not, or that comes back with its data; a slow one is made by stopping it.
 
 use std::{
     net::{IpAddr, Ipv4Addr, SocketAddr},
@@ -9,6 +13,7 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
+use tempfile::TempDir;
 
 use crate::{Process, logs, wait};
 
@@ -19,19 +24,23 @@ const START: Duration = Duration::from_secs(20);
 pub struct Etcd {
     process: Process,
     dir: PathBuf,
+    /// Below it is its data.
+    data: TempDir,
     address: String,
 }
 
 impl Etcd {
-    /// Starts etcd with its data and log below `dir`, on a port that is free.
+    /// Starts etcd with its log below `dir`, on a port that is free.
     pub async fn start(dir: &Path) -> Result<Self> {
         Self::start_at(dir, Ipv4Addr::LOCALHOST.into()).await
     }
 
     /// The same on another address than loopback.
     pub async fn start_at(dir: &Path, address: IpAddr) -> Result<Self> {
-        let process = spawn(dir, &SocketAddr::new(address, 0).to_string())?;
-        let mut etcd = Self { process, dir: dir.to_owned(), address: String::new() };
+        let memory = Path::new("/dev/shm");
+        let data = TempDir::new_in(memory).or_else(|_| TempDir::new_in(dir)).context("no folder for etcd's data")?;
+        let process = spawn(dir, data.path(), &SocketAddr::new(address, 0).to_string())?;
+        let mut etcd = Self { process, dir: dir.to_owned(), data, address: String::new() };
         etcd.address = etcd.serving().await?;
         Ok(etcd)
     }
@@ -50,7 +59,7 @@ impl Etcd {
     pub async fn restart(&mut self) -> Result<()> {
         self.process.kill();
         std::fs::remove_file(self.dir.join("etcd.log"))?; // or the old start would look like the new one
-        self.process = spawn(&self.dir, &self.address)?;
+        self.process = spawn(&self.dir, self.data.path(), &self.address)?;
         self.serving().await.map(drop)
     }
 
@@ -76,10 +85,10 @@ fn client_address(line: &str) -> Option<String> {
     serves.then(|| line["address"].as_str().map(str::to_owned)).flatten()
 }
 
-fn spawn(dir: &Path, client: &str) -> Result<Process> {
+fn spawn(dir: &Path, data: &Path, client: &str) -> Result<Process> {
     let (client, peer) = (format!("http://{client}"), "http://127.0.0.1:0");
     let mut command = Command::new("etcd");
-    command.arg("--data-dir").arg(dir.join("etcd-data"));
+    command.arg("--data-dir").arg(data.join("etcd"));
     command.args(["--listen-client-urls", &client, "--advertise-client-urls", &client]);
     command.args(["--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer]);
     command.args(["--initial-cluster", &format!("default={peer}"), "--logger", "zap", "--log-level", "info"]);

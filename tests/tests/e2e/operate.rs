@@ -129,7 +129,7 @@ async fn drains_under_load_lose_no_answer_and_end_in_drained() -> Result<()> {
 /// A long answer.
 fn long_answer(model: &str, number: usize) -> Value {
     let mut body = streamed(model, &format!("{number}?"));
-    body["max_tokens"] = 300.into();
+    body["max_tokens"] = 700.into(); // takes longer than a drain takes to begin
     body["ignore_eos"] = true.into();
     body["temperature"] = 1.0.into();
     body["seed"] = number.into();
