@@ -13,6 +13,7 @@
 mod process;
 
 use std::{
+    collections::HashSet,
     fmt,
     hash::Hash,
     sync::{
@@ -62,6 +63,13 @@ type Hook = Arc<dyn Fn() + Send + Sync>;
 struct Inner {
     registry: Mutex<Registry>,
     hooks: Mutex<Vec<Hook>>,
+    declared: Mutex<Vec<Declared>>,
+}
+
+/// What a metric says of itself before it has a value.
+struct Declared {
+    name: String,
+    lines: String,
 }
 
 /// Upper bounds of a histogram family's buckets.
@@ -179,12 +187,32 @@ impl Metrics {
         hooks.iter().for_each(|refresh| refresh());
         let mut page = String::new();
         prometheus_client::encoding::text::encode(&mut page, &self.registry()).expect("writing to a string succeeds");
+        self.with_those_without_values(page)
+    }
+
+    /// A family of which nothing has happened yet is on the page by name, too: who writes alerts can see that it exists.
+    fn with_those_without_values(&self, mut page: String) -> String {
+        const END: &str = "# EOF\n";
+        let shown: HashSet<&str> =
+            page.lines().filter_map(|line| line.strip_prefix("# TYPE ")?.split(' ').next()).collect();
+        let declared = self.0.declared.lock().expect(UNPOISONED);
+        let missing: String = declared
+            .iter()
+            .filter(|metric| !shown.contains(metric.name.as_str()))
+            .map(|metric| metric.lines.as_str())
+            .collect();
+        if page.ends_with(END) && !missing.is_empty() {
+            page.insert_str(page.len() - END.len(), &missing);
+        }
         page
     }
 
     fn register<M: prometheus_client::registry::Metric + Clone>(&self, name: &str, help: &str, metric: M) -> M {
         // The registry ends the sentence itself.
-        self.registry().register(name, help.trim_end_matches('.'), metric.clone());
+        let help = help.trim_end_matches('.');
+        self.registry().register(name, help, metric.clone());
+        let lines = format!("# HELP {name} {help}.\n# TYPE {name} {}\n", metric.metric_type().as_str());
+        self.0.declared.lock().expect(UNPOISONED).push(Declared { name: name.to_owned(), lines });
         metric
     }
 
@@ -241,6 +269,16 @@ mod tests {
         ] {
             assert!(page.lines().any(|found| found == line), "no {line:?} in\n{page}");
         }
+    }
+
+    #[test]
+    fn a_family_is_told_before_anything_has_happened_and_once() {
+        let metrics = Metrics::new();
+        let refused = metrics.counters::<[(&str, &str); 1]>("refused", "Refused, by reason.");
+        let told = "# HELP refused Refused, by reason.\n# TYPE refused counter\n";
+        assert_eq!(metrics.encode(), format!("{told}# EOF\n"));
+        refused.get_or_create(&[("reason", "full")]).inc();
+        assert_eq!(metrics.encode(), format!("{told}refused_total{{reason=\"full\"}} 1\n# EOF\n"));
     }
 
     #[test]

@@ -13,7 +13,7 @@ use crate::{
     events::EventsArgs,
     kv::KvCommand,
     output::Output,
-    reference::{CompletionArgs, ManArgs},
+    reference::{CompletionArgs, DocsArgs, ManArgs},
     requests::RequestsCommand,
     route::RouteCommand,
     status::StatusArgs,
@@ -122,10 +122,10 @@ pub(crate) enum Command {
     Man(ManArgs),
     /// docs/kvasirctl.md
     #[command(hide = true)]
-    Docs,
+    Docs(DocsArgs),
 }
 
-const EXAMPLES: &str = "Examples:
+pub(crate) const EXAMPLES: &str = "Examples:
   kvasirctl status                                   who is there and ready
   kvasirctl --etcd 10.0.0.5:2379,10.0.0.6:2379 workers
   kvasirctl doctor                                   what to mend, in the cluster and on this machine

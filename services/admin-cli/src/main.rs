@@ -98,6 +98,6 @@ async fn answer(command: Command, session: &Session) -> anyhow::Result<Answer> {
         Command::Context(command) => context::run(command, session),
         Command::Completion(args) => Ok(reference::completion(&args)),
         Command::Man(args) => reference::man(&args, session),
-        Command::Docs => Ok(reference::docs()),
+        Command::Docs(args) => reference::docs(&args),
     }
 }

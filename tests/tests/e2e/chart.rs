@@ -2,7 +2,7 @@
 //! their key's name. Nothing here needs a cluster; helm, kubernetes-validate and promtool come with `scripts/setup --test`.
 
 mod laws;
-mod manifests;
+pub(crate) mod manifests;
 mod policies;
 mod rules;
 mod serve;

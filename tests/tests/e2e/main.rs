@@ -8,6 +8,7 @@ mod access;
 mod api;
 mod away;
 mod bad_start;
+mod book;
 mod cache;
 mod chart;
 mod choices;

@@ -91,7 +91,7 @@ fn memory(root: &Path) -> Vec<Finding> {
             Finding::problem(
                 "memory",
                 found,
-                "less than a twentieth is left: smaller engine.kv_blocks, or another machine",
+                "less than a twentieth is left: smaller kv.memory_bytes, or another machine",
             )
         } else {
             Finding::ok("memory", found)

@@ -1,11 +1,12 @@
 //! What is made of the arguments themselves: completion for shells, man pages, and docs/kvasirctl.md, which a test compares
 //! with what is made here. None of it needs a cluster.
 
-use std::{fmt::Write as _, fs, path::PathBuf};
+use std::{fmt::Write as _, fs, io::BufRead, path::PathBuf};
 
 use anyhow::Context as _;
-use clap::{Arg, Args, Command, CommandFactory as _, ValueEnum};
+use clap::{Arg, Args, Command, CommandFactory as _, Parser as _, ValueEnum, error::ErrorKind};
 use clap_complete::Shell;
+use serde::Deserialize;
 use serde_json::json;
 
 use crate::{cli::Cli, output::Answer, session::Session};
@@ -36,6 +37,23 @@ pub(crate) struct ManArgs {
     folder: PathBuf,
 }
 
+/// What is made of it.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct DocsArgs {
+    /// Instead of the page: for each command on standard input (`{"words": ["kvasirctl", …], "fragment": false}`, one a line)
+    /// what is wrong with its arguments, as a list of texts; nothing is done
+    #[arg(long)]
+    check: bool,
+}
+
+/// A command that a page shows.
+#[derive(Deserialize)]
+struct Shown {
+    words: Vec<String>,
+    /// It may be the beginning of one.
+    fragment: bool,
+}
+
 /// The script that completes words.
 pub(crate) fn completion(args: &CompletionArgs) -> Answer {
     let shell = match args.shell {
@@ -57,8 +75,33 @@ pub(crate) fn man(args: &ManArgs, session: &Session) -> anyhow::Result<Answer> {
     Ok(session.output().show(&json!({ "folder": folder }), || text).into())
 }
 
-/// docs/kvasirctl.md.
-pub(crate) fn docs() -> Answer {
+/// docs/kvasirctl.md; or what is wrong with the commands that pages show.
+pub(crate) fn docs(args: &DocsArgs) -> anyhow::Result<Answer> {
+    if !args.check {
+        return Ok(page().into());
+    }
+    let mut answers = Vec::new();
+    for line in std::io::stdin().lock().lines() {
+        answers.push(wrong(&serde_json::from_str(&line?)?));
+    }
+    Ok(serde_json::to_string(&answers)?.into())
+}
+
+/// What is wrong with a command's arguments; empty if nothing is.
+fn wrong(shown: &Shown) -> String {
+    let Err(error) = Cli::try_parse_from(&shown.words) else { return String::new() };
+    let text = error.to_string();
+    let unfinished = match error.kind() {
+        ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => return String::new(),
+        ErrorKind::MissingRequiredArgument
+        | ErrorKind::MissingSubcommand
+        | ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => true,
+        _ => text.contains("a value is required"),
+    };
+    if unfinished && shown.fragment { String::new() } else { text.lines().next().unwrap_or_default().to_owned() }
+}
+
+fn page() -> String {
     let mut root = Cli::command();
     root.build();
     let mut text = GUIDE.to_owned();
@@ -68,7 +111,7 @@ pub(crate) fn docs() -> Answer {
     for command in root.get_subcommands() {
         describe(command, &mut text);
     }
-    text.into()
+    text
 }
 
 fn is_shown(command: &Command) -> bool {
@@ -141,9 +184,27 @@ mod tests {
         let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/kvasirctl.md");
         let written = fs::read_to_string(path).unwrap_or_default();
         assert!(
-            written == docs().text,
+            written == page(),
             "docs/kvasirctl.md is of another day: cargo run -p kvasir-admin-cli -- docs > docs/kvasirctl.md"
         );
+    }
+
+    #[test]
+    fn examples_and_other_commands_are_read_as_they_would_be() {
+        let words = |line: &str| {
+            let command = line.trim().split("  ").next().unwrap_or_default().split(" | ").next().unwrap_or_default();
+            command.split(' ').skip_while(|word| word.contains('=')).map(str::to_owned).collect::<Vec<_>>()
+        };
+        let examples: Vec<_> = crate::cli::EXAMPLES.lines().filter(|line| line.contains(" kvasirctl ")).collect();
+        assert!(examples.len() > 10, "{examples:?}");
+        for line in examples {
+            assert_eq!(wrong(&Shown { words: words(line), fragment: false }), "", "{line}");
+        }
+        let beginning = |fragment| wrong(&Shown { words: words("kvasirctl workers drain"), fragment });
+        assert_eq!(beginning(true), "");
+        assert!(beginning(false).contains("required arguments"), "{}", beginning(false));
+        let misspelt = Shown { words: words("kvasirctl status --chek"), fragment: true };
+        assert!(wrong(&misspelt).contains("unexpected argument '--chek'"), "{}", wrong(&misspelt));
     }
 
     #[test]
