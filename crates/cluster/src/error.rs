@@ -4,6 +4,8 @@ use std::{error::Error as StdError, time::Duration};
 
 use kvasir_types::{Incarnation, MemberId, Retry, Role};
 
+use crate::Scope;
+
 /// Why a registry did not do what it was asked.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -48,6 +50,24 @@ pub enum Error {
         /// How many it may have.
         limit: usize,
     },
+    /// What is set was set by somebody else in between.
+    #[error("the settings of {scope} were changed in the meantime{}: look at them, and try again", known(by))]
+    Changed {
+        /// For whom they are.
+        scope: Scope,
+        /// Who changed them, if that is known.
+        by: String,
+    },
+    /// More is set than readers accept.
+    #[error("the settings of {scope} would have {keys} keys and {bytes} bytes, at most 256 and 65536 are allowed")]
+    TooManySettings {
+        /// For whom they are.
+        scope: Scope,
+        /// How many keys.
+        keys: usize,
+        /// How many bytes.
+        bytes: usize,
+    },
     /// A setting that can't be used.
     #[error("{key}: {reason}")]
     Config {
@@ -63,9 +83,16 @@ impl Error {
     pub fn retry(&self) -> Retry {
         match self {
             Self::Unreachable { .. } => Retry::After(Duration::from_secs(1)),
-            Self::Taken { .. } | Self::NotRegistered { .. } | Self::TooLarge { .. } | Self::Config { .. } => {
-                Retry::Never
-            }
+            Self::Taken { .. }
+            | Self::NotRegistered { .. }
+            | Self::TooLarge { .. }
+            | Self::Changed { .. }
+            | Self::TooManySettings { .. }
+            | Self::Config { .. } => Retry::Never,
         }
     }
+}
+
+fn known(who: &str) -> String {
+    if who.is_empty() { String::new() } else { format!(" by {who}") }
 }

@@ -6,6 +6,7 @@
 //!
 //!   register, update, deregister ──▶ Slot ◀── keep: keep-alive, claim again after a lost lease
 //!   <prefix>/events/<when>        =  JSON of what happened     a lease that nobody renews (events.rs)
+//!   <prefix>/config/<role>…       =  JSON of what is set       no lease (settings.rs)
 //!
 //!   view ◀── watch channel ◀── Table ◀─────── follow: read everything, then watch; again after every break
 //! ```
@@ -22,6 +23,7 @@ mod events;
 mod follow;
 mod keep;
 mod office;
+mod settings;
 mod table;
 
 use std::{
@@ -41,13 +43,17 @@ use tokio::sync::{Notify, watch};
 use self::{
     call::Etcd,
     events::History,
+    settings::Kept,
     table::{Name, Table},
 };
 pub use self::{
     engines::{add_engine, remove_engine},
     events::note_event,
 };
-use crate::{Error, EtcdConfig, Event, Member, Noted, Office, Registry, View, member::MAX_RECORD_BYTES};
+use crate::{
+    Change, Document, Error, EtcdConfig, Event, Found, Member, Noted, Office, Registry, Scope, Settings, View,
+    member::MAX_RECORD_BYTES,
+};
 
 /// Connects to etcd and reads the members.
 ///
@@ -70,13 +76,15 @@ pub async fn connect(
         slots: Mutex::default(),
         wake: Notify::new(),
         history: History::new(&config),
+        settings: Kept::new(&config),
     });
     let revision = follow::read(&shared, Duration::from_millis(config.connect_timeout_ms)).await?;
     let running = {
         let shared = shared.clone();
         async move {
             let events = shared.history.run(&shared.etcd);
-            futures_util::future::join3(follow::run(&shared, revision), keep::run(&shared), events).await;
+            let settings = shared.settings.run(&shared.etcd);
+            futures_util::future::join4(follow::run(&shared, revision), keep::run(&shared), events, settings).await;
         }
     };
     Ok((Arc::new(EtcdRegistry { shared }), running))
@@ -96,6 +104,7 @@ struct Shared {
     /// Has `keep` look at the slots now.
     wake: Notify,
     history: History,
+    settings: Kept,
 }
 
 /// A member of this process.
@@ -226,6 +235,22 @@ impl Registry for EtcdRegistry {
 
     fn events_lost(&self) -> u64 {
         self.shared.history.lost()
+    }
+
+    fn settings(&self) -> watch::Receiver<Option<Arc<Settings>>> {
+        self.shared.settings.seen()
+    }
+
+    async fn settings_of(&self, scope: &Scope) -> Result<Option<Found>, Error> {
+        self.shared.settings.now(&self.shared.etcd, scope).await
+    }
+
+    async fn set(&self, scope: &Scope, document: &Document, changes: &[Change]) -> Result<u64, Error> {
+        self.shared.settings.write(&self.shared.etcd, scope, document, changes).await
+    }
+
+    async fn changes(&self) -> Result<Vec<Change>, Error> {
+        self.shared.settings.changes(&self.shared.etcd).await
     }
 }
 

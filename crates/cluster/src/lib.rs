@@ -18,6 +18,7 @@ mod member;
 mod memory;
 mod office;
 mod registry;
+mod settings;
 mod view;
 
 pub use config::{EtcdConfig, RegistryConfig};
@@ -28,4 +29,5 @@ pub use member::{Duty, EngineInfo, Member, Mismatch, ModelInfo, StoreInfo};
 pub use memory::MemoryHub;
 pub use office::Office;
 pub use registry::Registry;
+pub use settings::{Change, Document, Found, NoScope, Scope, Settings, changed};
 pub use view::View;

@@ -9,7 +9,10 @@ use async_trait::async_trait;
 use kvasir_types::{Epoch, Incarnation, MemberId, Role};
 use tokio::sync::watch;
 
-use crate::{Error, Event, Member, Noted, Office, Registry, View};
+use crate::{
+    Change, Document, Error, Event, Found, Member, Noted, Office, Registry, Scope, Settings, View,
+    settings::MAX_CHANGES,
+};
 
 /// Most events that are kept.
 const MAX_EVENTS: usize = 4096;
@@ -30,6 +33,21 @@ struct History {
     events: VecDeque<Noted>,
 }
 
+/// What is set, and what was changed lately.
+#[derive(Debug)]
+struct Set {
+    revision: u64,
+    changes: VecDeque<Change>,
+    now: watch::Sender<Option<Arc<Settings>>>,
+}
+
+impl Default for Set {
+    fn default() -> Self {
+        let now = watch::Sender::new(Some(Arc::default()));
+        Self { revision: 0, changes: VecDeque::new(), now }
+    }
+}
+
 /// The members that all registries of this hub share. Clones are the same hub.
 #[derive(Clone, Debug, Default)]
 pub struct MemoryHub(Arc<Hub>);
@@ -40,6 +58,7 @@ struct Hub {
     members: Mutex<Members>,
     offices: Mutex<Offices>,
     history: Mutex<History>,
+    set: Mutex<Set>,
     view: watch::Sender<Arc<View>>,
 }
 
@@ -154,6 +173,42 @@ impl Registry for MemoryRegistry {
 
     fn events_lost(&self) -> u64 {
         0
+    }
+
+    fn settings(&self) -> watch::Receiver<Option<Arc<Settings>>> {
+        self.hub.set.lock().expect(UNPOISONED).now.subscribe()
+    }
+
+    async fn settings_of(&self, scope: &Scope) -> Result<Option<Found>, Error> {
+        let set = self.hub.set.lock().expect(UNPOISONED);
+        let now = set.now.borrow();
+        Ok(now.as_ref().and_then(|now| now.documents.get(scope).cloned()))
+    }
+
+    async fn set(&self, scope: &Scope, document: &Document, changes: &[Change]) -> Result<u64, Error> {
+        document.fits(scope)?;
+        let mut set = self.hub.set.lock().expect(UNPOISONED);
+        let mut now = set.now.borrow().as_deref().cloned().unwrap_or_default();
+        let there = now.documents.get(scope);
+        if there.map_or(0, Found::revision) != document.revision {
+            let by = match there {
+                Some(Found::Document(there)) => there.who.clone(),
+                _ => String::new(),
+            };
+            return Err(Error::Changed { scope: scope.clone(), by });
+        }
+        set.revision += 1;
+        let revision = set.revision;
+        now.documents.insert(scope.clone(), Found::Document(Document { revision, ..document.clone() }));
+        set.changes.extend(changes.iter().map(Change::bounded));
+        let surplus = set.changes.len().saturating_sub(MAX_CHANGES);
+        set.changes.drain(..surplus);
+        set.now.send_replace(Some(Arc::new(now)));
+        Ok(revision)
+    }
+
+    async fn changes(&self) -> Result<Vec<Change>, Error> {
+        Ok(self.hub.set.lock().expect(UNPOISONED).changes.iter().cloned().collect())
     }
 }
 

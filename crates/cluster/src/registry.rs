@@ -6,7 +6,7 @@ use async_trait::async_trait;
 use kvasir_types::{MemberId, Role};
 use tokio::sync::watch;
 
-use crate::{Error, Event, Member, Noted, Office, View};
+use crate::{Change, Document, Error, Event, Found, Member, Noted, Office, Scope, Settings, View};
 
 /// Registers this process's members and shows everybody's. One contract suite runs against every implementation.
 ///
@@ -56,4 +56,28 @@ pub trait Registry: Send + Sync {
 
     /// How many events this process did not get into the history.
     fn events_lost(&self) -> u64;
+
+    /// What operators have set for services while they run, now and whenever it changes; `None` until it was read. Reading
+    /// never waits; while the registry is away, it is what was seen last.
+    fn settings(&self) -> watch::Receiver<Option<Arc<Settings>>>;
+
+    /// What is set for a scope as of now, rather than as it was last seen.
+    ///
+    /// # Errors
+    /// [`Error::Unreachable`] if nobody could be asked.
+    async fn settings_of(&self, scope: &Scope) -> Result<Option<Found>, Error>;
+
+    /// Writes what is set for a scope over what its writer has seen (`document.revision`; 0: nothing), and its changes into
+    /// the history: both or neither. Its new revision.
+    ///
+    /// # Errors
+    /// [`Error::Changed`] if somebody else has written in between; [`Error::TooManySettings`]; [`Error::Unreachable`] if
+    /// nobody could be asked: then it is not known whether it was written.
+    async fn set(&self, scope: &Scope, document: &Document, changes: &[Change]) -> Result<u64, Error>;
+
+    /// The last changes, at most 256, oldest first.
+    ///
+    /// # Errors
+    /// [`Error::Unreachable`] if nobody could be asked.
+    async fn changes(&self) -> Result<Vec<Change>, Error>;
 }

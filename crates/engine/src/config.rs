@@ -38,6 +38,19 @@ pub struct Config {
     pub draft_tokens: usize,
 }
 
+/// Of the settings, those that may be changed while the engine runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// See [`Config::max_batch_tokens`].
+    pub max_batch_tokens: usize,
+    /// See [`Config::offline_patience`].
+    pub offline_patience: u64,
+    /// See [`Config::max_waiting`].
+    pub max_waiting: usize,
+    /// See [`Config::max_waiting_offline`].
+    pub max_waiting_offline: usize,
+}
+
 impl Default for Config {
     fn default() -> Self {
         Self {
@@ -57,6 +70,18 @@ impl Default for Config {
 }
 
 impl Config {
+    /// Those of them that may be changed later.
+    pub fn limits(&self) -> Limits {
+        let Self { max_batch_tokens, offline_patience, max_waiting, max_waiting_offline, .. } = *self;
+        Limits { max_batch_tokens, offline_patience, max_waiting, max_waiting_offline }
+    }
+
+    /// The same with others, raised where they could not work.
+    pub(crate) fn limited(self, limits: Limits, block_size: usize) -> Self {
+        let Limits { max_batch_tokens, offline_patience, max_waiting, max_waiting_offline } = limits;
+        Self { max_batch_tokens, offline_patience, max_waiting, max_waiting_offline, ..self }.effective(block_size)
+    }
+
     /// The same with every value raised or rounded as its field says.
     pub(crate) fn effective(self, block_size: usize) -> Self {
         let max_running = self.max_running.max(1);

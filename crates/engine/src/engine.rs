@@ -297,6 +297,7 @@ impl Engine {
     pub fn step(&mut self) -> Progress {
         self.last_step = LastStep::default();
         self.scheduler.duty = self.intake.duty();
+        self.scheduler.limit(self.intake.limits());
         let adopted = self.scheduler.adopt();
         let took_over = !adopted.is_empty();
         for part in adopted {

@@ -43,7 +43,7 @@ mod stats;
 mod runner;
 mod scripted;
 
-pub use config::Config;
+pub use config::{Config, Limits};
 pub use constrain::{BadGrammar, Constraint, Constraints};
 pub use engine::{Command, Engine, Parts, PinId, Progress};
 pub use error::Error;

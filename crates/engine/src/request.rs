@@ -8,7 +8,7 @@
 use std::{
     fmt,
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering},
     },
 };
@@ -17,7 +17,7 @@ use kvasir_kv_cache::Geometry;
 use kvasir_types::{BlockHash, Priority, RequestId, Sampling, TokenId, chain};
 
 use crate::{
-    BadGrammar, Config, Constraints, Error, EventSink, RunnerSpec, constrain::Constrained, engine::Command,
+    BadGrammar, Config, Constraints, Error, EventSink, Limits, RunnerSpec, constrain::Constrained, engine::Command,
     sequence::Sequence,
 };
 
@@ -136,8 +136,10 @@ struct Shared {
     blocks: usize,
     vocab: usize,
     max_len: usize,
-    /// By priority.
-    max_waiting: [usize; 2],
+    /// What may be changed of the settings, in bounds; leaf lock, held for a copy.
+    limits: Mutex<Limits>,
+    /// As it was at start, for their bounds.
+    config: Config,
     next_seq: AtomicU64,
     /// By priority.
     waiting: [Arc<AtomicUsize>; 2],
@@ -167,7 +169,8 @@ impl Intake {
             blocks,
             vocab: spec.vocab,
             max_len: spec.max_len,
-            max_waiting: [config.max_waiting, config.max_waiting_offline],
+            limits: Mutex::new(config.limits()),
+            config: config.clone(),
             next_seq: AtomicU64::new(0),
             waiting: Default::default(),
             duty: AtomicU8::new(0),
@@ -205,6 +208,17 @@ impl Intake {
     /// Changes what it takes on; see [`Duty`].
     pub fn set_duty(&self, duty: Duty) {
         self.0.duty.store(duty as u8, Ordering::Relaxed);
+    }
+
+    /// What may be changed of the settings, as it is now.
+    pub fn limits(&self) -> Limits {
+        *self.0.limits.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Other limits: at the door at once, for steps from the next one on. What could not work is raised as at start.
+    pub fn set_limits(&self, limits: Limits) {
+        let limits = self.0.config.clone().limited(limits, self.0.geometry.block_size()).limits();
+        *self.0.limits.lock().unwrap_or_else(PoisonError::into_inner) = limits;
     }
 
     /// How many blocks a request needs, and may come to need.
@@ -310,7 +324,9 @@ impl Intake {
     }
 
     fn enqueue(&self, priority: Priority) -> Result<QueuePlace, Error> {
-        let (waiting, limit) = (&self.0.waiting[priority as usize], self.0.max_waiting[priority as usize]);
+        let limits = self.limits();
+        let limit = [limits.max_waiting, limits.max_waiting_offline][priority as usize];
+        let waiting = &self.0.waiting[priority as usize];
         let one_more = |count: usize| (count < limit).then_some(count + 1);
         match waiting.fetch_update(Ordering::Relaxed, Ordering::Relaxed, one_more) {
             Ok(_) => Ok(QueuePlace(Arc::clone(waiting))),

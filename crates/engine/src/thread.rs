@@ -20,8 +20,8 @@ use kvasir_kv_cache::{Batch, Snapshot};
 use kvasir_types::{BlockHash, BlockId, KvLayout, TokenId};
 
 use crate::{
-    Command, Config, Duty, Engine, Error, EventSink, Intake, LayerSink, NewSequence, Parts, PinId, Progress, Rejected,
-    Request, SeqId, Stats,
+    Command, Config, Duty, Engine, Error, EventSink, Intake, LayerSink, Limits, NewSequence, Parts, PinId, Progress,
+    Rejected, Request, SeqId, Stats,
 };
 
 /// Room in the channel for each sequence that may be alive.
@@ -182,6 +182,11 @@ impl Handle {
     /// Changes what the engine takes on, while it runs: at the door at once, in how steps are shared from the next one on.
     pub fn set_duty(&self, duty: Duty) {
         self.intake.set_duty(duty);
+    }
+
+    /// Other limits, while it runs: at the door at once, for steps from the next one on.
+    pub fn set_limits(&self, limits: Limits) {
+        self.intake.set_limits(limits);
     }
 
     /// Has the engine tell what changed in its prefix cache since the last time, on its own thread (so `tell` must not

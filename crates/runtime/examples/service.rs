@@ -21,6 +21,8 @@ struct Config {
     shutdown: ShutdownConfig,
 }
 
+impl kvasir_runtime::Config for Config {}
+
 fn main() -> ExitCode {
     let service = Service { name: "service", about: "Does nothing, properly.", version: "0.0.0" };
     kvasir_runtime::main(service, |config: Config, context| async move {

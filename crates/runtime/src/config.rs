@@ -1,4 +1,5 @@
-//! Configuration in layers: defaults < file < environment < `--set`. One mistake, one line.
+//! Configuration in layers: defaults < file < environment < `--set` < what is set in the cluster while the service runs
+//! ([`live`](Base)). One mistake, one line.
 //!
 //! | layer | form | example |
 //! | --- | --- | --- |
@@ -11,15 +12,20 @@
 //! type, is taken as it stands, so that `--set id=007` names a service `007`. Sections are merged, all else is replaced.
 //!
 //! Every layer is checked as it is laid on, so a mistake is blamed on the file, variable or flag that made it:
-//! `router.yaml: registry.etc: unknown field `etc`, expected `etcd``.
+//! `router.yaml: registry.etc: unknown field `etc` (did you mean `registry.etcd`?), expected `etcd``.
 
 mod layers;
+mod live;
+mod secret;
 mod sections;
+mod suggest;
 
 use std::path::PathBuf;
 
 pub use layers::{Layers, Loaded};
-pub(crate) use layers::{flattened, section};
+pub(crate) use layers::{inlined, section};
+pub use live::{Base, Entry, Over, Running, Set};
+pub use secret::{is_secret, redacted};
 pub use sections::{AdminConfig, LogConfig, LogFormat, ShutdownConfig, TraceConfig};
 use serde::{Serialize, de::DeserializeOwned};
 
@@ -27,8 +33,19 @@ use serde::{Serialize, de::DeserializeOwned};
 ///
 /// Four keys mean the same in every service and are read by [`crate::main`]: `log` ([`LogConfig`]), `trace` ([`TraceConfig`]),
 /// `shutdown` ([`ShutdownConfig`]) and `threads` (of the async runtime; absent or null: one for every core).
-pub trait Config: Default + Serialize + DeserializeOwned + Send + 'static {}
-impl<C: Default + Serialize + DeserializeOwned + Send + 'static> Config for C {}
+pub trait Config: Default + Serialize + DeserializeOwned + Send + Sync + 'static {
+    /// The keys that may be changed while the service runs (of a section: all that is in it), and a few words on what
+    /// notices: `from the next request on`. All others are read at start.
+    const LIVE: &'static [(&'static str, &'static str)] = &[];
+
+    /// Checks what the types can't.
+    ///
+    /// # Errors
+    /// One line that names the key and what is allowed.
+    fn verify(&self) -> Result<(), String> {
+        Ok(())
+    }
+}
 
 /// A configuration that can't be used. Its text is one line that names the layer, the key and what is allowed.
 #[derive(Debug, thiserror::Error)]

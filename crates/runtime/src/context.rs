@@ -1,6 +1,8 @@
 //! What a running service is handed besides its configuration.
 
-use crate::{Health, Metrics, Shutdown, Tasks};
+use std::sync::Arc;
+
+use crate::{Health, Metrics, Process, Shutdown, Tasks, config::Base};
 
 /// The parts of the process that a service uses. Cheap to clone; clones are the same.
 #[derive(Clone, Debug)]
@@ -13,6 +15,10 @@ pub struct Context {
     pub metrics: Metrics,
     /// What `/ready` says.
     pub health: Health,
+    /// What the process was started with; `None`: it is not this service's own process.
+    pub base: Option<Arc<Base>>,
+    /// What may be changed of the process while it runs.
+    pub process: Process,
 }
 
 impl Context {
@@ -20,7 +26,14 @@ impl Context {
     /// triggers its shutdown. For tests.
     pub fn detached(name: &str) -> Self {
         let shutdown = Shutdown::new();
-        Self { tasks: Tasks::new(name, shutdown.clone()), shutdown, metrics: Metrics::new(), health: Health::new() }
+        Self {
+            tasks: Tasks::new(name, shutdown.clone()),
+            shutdown,
+            metrics: Metrics::new(),
+            health: Health::new(),
+            base: None,
+            process: Process::default(),
+        }
     }
 
     /// The context of a service that lives in this one's process: leaves when this one leaves, and this one is ready only
@@ -34,6 +47,8 @@ impl Context {
             shutdown,
             metrics: Metrics::new(),
             health: self.health.child(name),
+            base: None,
+            process: Process::default(),
         }
     }
 }

@@ -6,14 +6,16 @@
 //!   exit 2     exit 2                   exit 1, one line                 1 if it can't leave in time
 //! ```
 
-use std::{ffi::OsString, fmt::Write as _, future::Future, path::PathBuf, process::ExitCode, time::Duration};
+use std::{
+    ffi::OsString, fmt::Write as _, future::Future, path::PathBuf, process::ExitCode, sync::Arc, time::Duration,
+};
 
 use clap::{Arg, ArgAction, Command, error::ErrorKind};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::{
-    Context, Health, Metrics, Shutdown, Tasks, chain,
-    config::{Config, Layers, Loaded, LogConfig, ShutdownConfig, TraceConfig, flattened, section},
+    Context, Health, Metrics, Process, Shutdown, Tasks, chain,
+    config::{Base, Config, Layers, Loaded, LogConfig, ShutdownConfig, TraceConfig, inlined, section},
     telemetry,
 };
 
@@ -50,16 +52,17 @@ where
         Ok(loaded) => loaded,
         Err(done) => return done.tell(),
     };
-    let Loaded { config, tree } = loaded;
-    let spans = match telemetry::start(
+    let base = loaded.base();
+    let Loaded { config, tree, .. } = loaded;
+    let (spans, process) = match telemetry::start(
         &service,
         &section::<LogConfig>(&tree, "log"),
         &section::<TraceConfig>(&tree, "trace"),
     ) {
-        Ok(spans) => spans,
+        Ok(started) => started,
         Err(error) => return Done::Refuse(format!("error: {}", chain(error.as_ref()))).tell(),
     };
-    let grace = Duration::from_millis(section::<ShutdownConfig>(&tree, "shutdown").grace_ms);
+    process.set_grace(Duration::from_millis(section::<ShutdownConfig>(&tree, "shutdown").grace_ms));
 
     let mut builder = tokio::runtime::Builder::new_multi_thread();
     builder.enable_all().thread_name(service.name);
@@ -68,7 +71,7 @@ where
     }
     let end = match builder.build() {
         Ok(runtime) => {
-            let end = runtime.block_on(lead(&service, grace, |context| Box::pin(run(config, context))));
+            let end = runtime.block_on(lead(&service, process, base, |context| Box::pin(run(config, context))));
             runtime.shutdown_timeout(BLOCKING);
             end
         }
@@ -85,7 +88,12 @@ where
 }
 
 /// Runs the service to its end, or to the end of the patience that others have with it.
-async fn lead<Fut>(service: &Service, grace: Duration, run: impl FnOnce(Context) -> Fut) -> anyhow::Result<()>
+async fn lead<Fut>(
+    service: &Service,
+    process: Process,
+    base: Base,
+    run: impl FnOnce(Context) -> Fut,
+) -> anyhow::Result<()>
 where
     Fut: Future<Output = anyhow::Result<()>>,
 {
@@ -95,6 +103,8 @@ where
         shutdown: shutdown.clone(),
         metrics: Metrics::of_process(service),
         health: Health::new(),
+        base: Some(Arc::new(base)),
+        process: process.clone(),
     };
     let (interrupt, terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
     context.tasks.spawn(crate::Kind::Background, "signals", leave_on(interrupt, terminate, shutdown.clone()));
@@ -102,16 +112,16 @@ where
     let running = run(context.clone());
     let overdue = async {
         shutdown.wait().await;
-        tokio::time::sleep(grace + LEAVING).await;
+        tokio::time::sleep(process.grace() + LEAVING).await;
     };
     // Whichever comes first ends the process, so nothing is lost by dropping the other.
     let end = tokio::select! {
         end = running => end,
-        () = overdue => Err(anyhow::anyhow!("still not done {} ms after the signal to leave", (grace + LEAVING).as_millis())),
+        () = overdue => Err(anyhow::anyhow!("still not done {} ms after the signal to leave", (process.grace() + LEAVING).as_millis())),
     };
     shutdown.trigger();
     if end.is_ok() {
-        context.tasks.finish_requests(grace).await; // at once, if the service has waited itself
+        context.tasks.finish_requests(process.grace()).await; // at once, if the service has waited itself
     }
     // A task that the process can't do without is the reason, whatever the service made of its end.
     match futures_util::FutureExt::now_or_never(context.tasks.fatal()) {
@@ -226,12 +236,18 @@ fn command<C: Config>(service: &Service) -> Command {
 
 /// The list of keys with their defaults.
 fn keys<C: Config>() -> String {
-    let keys = flattened(&serde_yaml_ng::to_value(C::default()).unwrap_or_default());
+    let keys = inlined(&serde_yaml_ng::to_value(C::default()).unwrap_or_default());
     let width = keys.iter().map(|(key, _)| key.len()).max().unwrap_or_default();
     let mut text =
         "Keys and defaults (in a file as sections; as a variable: KVASIR_LOG__FILTER for log.filter):\n".to_owned();
     for (key, default) in keys {
         let _ = writeln!(text, "  {key:width$}  {default}");
+    }
+    if !C::LIVE.is_empty() {
+        let _ = writeln!(text, "\nMay be changed while it runs (kvasirctl config set):");
+        for (key, when) in C::LIVE {
+            let _ = writeln!(text, "  {key:width$}  {when}");
+        }
     }
     text
 }

@@ -6,6 +6,7 @@
 //! # use std::process::ExitCode;
 //! # #[derive(Default, serde::Serialize, serde::Deserialize)]
 //! # struct Config {}
+//! # impl kvasir_runtime::Config for Config {}
 //! fn main() -> ExitCode {
 //!     kvasir_runtime::main(
 //!         kvasir_runtime::Service { name: "example", about: "Shows how.", version: env!("CARGO_PKG_VERSION") },
@@ -32,6 +33,7 @@ mod health;
 mod listen;
 pub mod metrics;
 mod misc;
+mod process;
 mod shutdown;
 mod spans;
 pub mod story;
@@ -45,5 +47,6 @@ pub use health::Health;
 pub use listen::{ListenError, Listening};
 pub use metrics::Metrics;
 pub use misc::{chain, random_u64, write_port_file};
+pub use process::Process;
 pub use shutdown::Shutdown;
 pub use tasks::{Kind, Tasks};

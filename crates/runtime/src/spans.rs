@@ -10,18 +10,21 @@
 use std::time::Duration;
 
 use anyhow::Context as _;
-use opentelemetry::{KeyValue, trace::TracerProvider as _};
+use opentelemetry::{
+    KeyValue,
+    trace::{Link, SpanKind, TraceId, TracerProvider as _},
+};
 use opentelemetry_otlp::{SpanExporter, WithExportConfig};
 use opentelemetry_sdk::{
     Resource,
     propagation::TraceContextPropagator,
-    trace::{Sampler, SdkTracerProvider, Tracer},
+    trace::{Sampler, SamplingResult, SdkTracerProvider, ShouldSample, Tracer},
 };
 use tracing::Level;
 use tracing_opentelemetry::OpenTelemetryLayer;
 use tracing_subscriber::{Layer, Registry, filter::filter_fn};
 
-use crate::{TraceConfig, entry::Service};
+use crate::{TraceConfig, entry::Service, process::Share};
 
 /// For the last spans, when the process ends.
 const LAST: Duration = Duration::from_secs(2);
@@ -39,7 +42,11 @@ pub(crate) struct Spans {
 
 impl Spans {
     /// The way, and the layer that puts spans on it; `None` if no collector is named.
-    pub(crate) fn start(service: &Service, config: &TraceConfig) -> anyhow::Result<Option<(Self, Boxed)>> {
+    pub(crate) fn start(
+        service: &Service,
+        config: &TraceConfig,
+        share: &Share,
+    ) -> anyhow::Result<Option<(Self, Boxed)>> {
         let Some(endpoint) = &config.otlp else { return Ok(None) };
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)
@@ -55,7 +62,7 @@ impl Spans {
         let provider = SdkTracerProvider::builder()
             .with_batch_exporter(exporter)
             // Whoever began the request has decided, if anybody has.
-            .with_sampler(Sampler::ParentBased(Box::new(Sampler::TraceIdRatioBased(config.sample))))
+            .with_sampler(Sampler::ParentBased(Box::new(share.clone())))
             .with_resource(resource(service))
             .build();
         opentelemetry::global::set_text_map_propagator(TraceContextPropagator::new());
@@ -70,6 +77,21 @@ impl Drop for Spans {
         if let Err(error) = self.provider.shutdown_with_timeout(LAST) {
             tracing::debug!(%error, "the last spans were not sent");
         }
+    }
+}
+
+/// The share as it is now, which may be changed while the process runs.
+impl ShouldSample for Share {
+    fn should_sample(
+        &self,
+        parent: Option<&opentelemetry::Context>,
+        trace: TraceId,
+        name: &str,
+        kind: &SpanKind,
+        attributes: &[KeyValue],
+        links: &[Link],
+    ) -> SamplingResult {
+        Sampler::TraceIdRatioBased(self.get()).should_sample(parent, trace, name, kind, attributes, links)
     }
 }
 

@@ -6,16 +6,22 @@
 
 use std::{backtrace::Backtrace, io::IsTerminal, panic};
 
-use tracing_subscriber::{EnvFilter, Layer, layer::SubscriberExt, util::SubscriberInitExt};
+use tracing_subscriber::{EnvFilter, Layer, layer::SubscriberExt, reload, util::SubscriberInitExt};
 
-use crate::{LogConfig, LogFormat, TraceConfig, entry::Service, spans::Spans};
+use crate::{LogConfig, LogFormat, Process, TraceConfig, entry::Service, process::Share, spans::Spans};
 
 /// Starts logging for the whole process, and sending its spans as long as what is returned is kept.
 ///
 /// # Errors
 /// The collector's address is none.
-pub(crate) fn start(service: &Service, log: &LogConfig, trace: &TraceConfig) -> anyhow::Result<Option<Spans>> {
+pub(crate) fn start(
+    service: &Service,
+    log: &LogConfig,
+    trace: &TraceConfig,
+) -> anyhow::Result<(Option<Spans>, Process)> {
     let filter = EnvFilter::try_new(&log.filter).unwrap_or_else(|_| EnvFilter::new("info"));
+    let (filter, handle) = reload::Layer::new(filter);
+    let share = Share::new(trace.sample);
     let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
     let lines = match log.format {
         LogFormat::Human => lines.with_ansi(std::io::stderr().is_terminal()).boxed(),
@@ -23,13 +29,13 @@ pub(crate) fn start(service: &Service, log: &LogConfig, trace: &TraceConfig) -> 
     };
     panic::set_hook(Box::new(log_panic));
     let mut layers = vec![lines.with_filter(filter).boxed()];
-    let spans = Spans::start(service, trace)?.map(|(spans, layer)| {
+    let spans = Spans::start(service, trace, &share)?.map(|(spans, layer)| {
         layers.push(layer);
         spans
     });
     // An error means that somebody started logging before (a test in this process): theirs stays.
     let _ = tracing_subscriber::registry().with(layers).try_init();
-    Ok(spans)
+    Ok((spans, Process::new(handle, share)))
 }
 
 /// Whether a filter can be used; the error says what is wrong with it.

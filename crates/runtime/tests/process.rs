@@ -113,7 +113,7 @@ fn a_wrong_key_is_one_line_and_status_2() {
     assert_eq!(output.status.code(), Some(2));
     assert_eq!(
         errors(&output),
-        "error: --set admn.listen=127.0.0.1:0: admn: unknown field `admn`, expected one of `request_ms`, `panics`, \
+        "error: --set admn.listen=127.0.0.1:0: admn: unknown field `admn` (did you mean `admin`?), expected one of `request_ms`, `panics`, \
          `threads`, `port_file`, `admin`, `log`, `shutdown`\n"
     );
 }

@@ -367,6 +367,30 @@ impl Default for SpillConfig {
 /// Guesses this far ahead are hardly ever right, and each costs a row of logits.
 const MAX_DRAFTS: usize = 16;
 
+/// What may be changed while a worker runs.
+const LIVE: &[(&str, &str)] = &[
+    ("log.filter", "at once"),
+    ("trace.sample", "from the next request on"),
+    ("shutdown.grace_ms", "when it leaves"),
+    ("engine.max_batch_tokens", "from the next step on"),
+    ("engine.offline_patience", "from the next step on"),
+    ("engine.max_waiting", "from the next request on"),
+    ("engine.max_waiting_offline", "from the next request on"),
+    ("decode.local_prefill_tokens", "from the next request on; routers hear of it with the next load"),
+    ("decode.max_prefill_attempts", "from the next request on"),
+    ("decode.prefill_silence_ms", "from the next request on"),
+    ("decode.max_request_ms", "from the next request on"),
+    ("prefill", "from the next prompt on"),
+];
+
+impl kvasir_runtime::Config for Config {
+    const LIVE: &'static [(&'static str, &'static str)] = LIVE;
+
+    fn verify(&self) -> Result<(), String> {
+        self.check().map_err(|error| error.to_string())
+    }
+}
+
 /// A configuration that can't work, found before anything is started.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Error {

@@ -15,6 +15,7 @@ use kvasir_model::{Folder, cpu::CpuBackend};
 use kvasir_proto::convert;
 use kvasir_rpc::Rpc;
 use kvasir_runtime::{Context, Kind, Tasks, chain, story::Stories};
+use kvasir_settings::{Live, Now};
 use kvasir_store_client::StoreClient;
 use kvasir_transfer::{LocalNet, TransferEngine};
 use kvasir_types::{BlockHash, GroupKind, KvGroups, MemberId, Role, TokenId};
@@ -48,7 +49,9 @@ pub(crate) struct Host {
     pub(crate) stages: Stages,
     /// What became of the last requests.
     pub(crate) stories: Stories,
-    pub(crate) config: Config,
+    /// As it was at start. What may be changed since then is in `now`.
+    pub(crate) config: Arc<Config>,
+    live: Live<Config>,
     pub(crate) model: ModelInfo,
     pub(crate) groups: KvGroups,
     pub(crate) engine: Handle,
@@ -75,12 +78,13 @@ impl Host {
     pub(crate) fn build(
         id: MemberId,
         role: Role,
-        config: Config,
+        live: Live<Config>,
         context: &Context,
         registry: &dyn Registry,
         local: LocalNet,
         reachable: &str,
     ) -> anyhow::Result<Self> {
+        let config = live.borrow().start();
         let (rpc, keeping) = Rpc::open(&config.rpc)?;
         context.tasks.spawn(Kind::Background, "certificates for calls", async move {
             keeping.await;
@@ -185,7 +189,18 @@ impl Host {
             members: registry.view(),
             ending: AtomicBool::new(false),
             config,
+            live,
         })
+    }
+
+    /// The configuration now.
+    pub(crate) fn now(&self) -> Arc<Now<Config>> {
+        Arc::clone(&self.live.borrow())
+    }
+
+    /// Has the engine do as the configuration says from now on; the rest looks at it each time.
+    pub(crate) fn follow(&self, now: &Config) {
+        self.engine.set_limits(engine_config(now).limits());
     }
 
     /// Tokens the model knows.

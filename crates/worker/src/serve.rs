@@ -10,6 +10,7 @@ use kvasir_proto::{
 };
 use kvasir_rpc::operator::{Asked, Desk, Operators};
 use kvasir_runtime::{Context, Kind, Listening};
+use kvasir_settings::{Live, Page, Settings};
 use kvasir_transfer::LocalNet;
 use kvasir_types::{Deadline, Incarnation, MemberId, PROTOCOL_VERSION, Role};
 use tokio::net::TcpListener;
@@ -41,14 +42,17 @@ pub async fn run(
     config.check()?;
     // Whatever may be taken already is claimed before the slow part: a taken port is told at once.
     let listening = Listening::bind("listen", config.listen, config.advertise.as_deref()).await?;
-    let admin = kvasir_runtime::admin::start(&config.admin, &context).await?;
+    let page = Page::default();
+    let admin = kvasir_runtime::admin::start_with(&config.admin, &context, page.routes()).await?;
     let ports = serde_json::json!({ "grpc": listening.bound, "admin": admin });
     let admin = listening.beside(admin);
     let id = member_id(role, &config)?;
+    let settings = Settings::begin(config, role, &id, &registry, &context).await;
 
     let host = {
         let (context, registry, name) = (context.clone(), registry.clone(), listening.host().to_owned());
-        let build = move || Host::build(id, role, config, &context, &*registry, local, &name);
+        let live = settings.live();
+        let build = move || Host::build(id, role, live, &context, &*registry, local, &name);
         Arc::new(tokio::task::spawn_blocking(build).await.context("loading the model panicked")??)
     };
     let incarnation = host.transfer.descriptor().incarnation;
@@ -75,6 +79,14 @@ pub async fn run(
             }
         })
     };
+    settings.open(&page, desk.clone());
+    context.tasks.spawn(Kind::Background, "settings", {
+        let (following, running) = (follow(settings.live(), host.clone()), settings.run());
+        async move {
+            tokio::join!(following, running);
+            Ok(())
+        }
+    });
     let duties = Arc::new(Duties::new(host.clone(), member.clone(), registry.clone()));
     let server = {
         let closing = context.shutdown.clone();
@@ -104,7 +116,7 @@ pub async fn run(
     if let Err(error) = registry.deregister(&host.id, role).await {
         tracing::warn!(error = %error, "not deregistered, the lease will end by itself");
     }
-    let grace = Deadline::after(Duration::from_millis(host.config.shutdown.grace_ms));
+    let grace = Deadline::after(Duration::from_millis(host.now().shutdown.grace_ms));
     context.tasks.finish_requests(grace.remaining()).await;
     if let Some(store) = &host.store {
         store.write_back.drain(grace.remaining()).await;
@@ -112,6 +124,17 @@ pub async fn run(
     host.engine.shutdown();
     host.transfer.shutdown();
     Ok(())
+}
+
+/// Has the worker do what it is set to, as long as somebody may set it.
+async fn follow(mut live: Live<Config>, host: Arc<Host>) {
+    loop {
+        let now = live.borrow_and_update().clone();
+        host.follow(&now);
+        if live.changed().await.is_err() {
+            return;
+        }
+    }
 }
 
 fn watch_engine(host: &Arc<Host>, context: &Context) {

@@ -211,7 +211,7 @@ impl Duties {
     ) -> Result<v1::SetStageResponse, Status> {
         check_protocol(request.protocol_version).map_err(|error| Error::from(error).to_status())?;
         let host = &self.host;
-        let wanted = Wanted::read(&request, Duration::from_millis(host.config.shutdown.grace_ms))?;
+        let wanted = Wanted::read(&request, Duration::from_millis(host.now().shutdown.grace_ms))?;
         let mut now = self.now.lock().await;
         now.is_life(request.incarnation)?;
         if host.ending() {

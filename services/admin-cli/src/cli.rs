@@ -7,6 +7,7 @@ use clap::{Args, Parser, Subcommand};
 use crate::{
     bench::BenchArgs,
     bundle::BundleArgs,
+    config::ConfigCommand,
     context::ContextCommand,
     doctor::DoctorArgs,
     engine::EngineCommand,
@@ -104,6 +105,9 @@ pub(crate) enum Command {
     Trace(TraceArgs),
     /// What happened in the cluster: who came and went, what was moved, drained, changed, and by whom
     Events(EventsArgs),
+    /// What services run with, where each value comes from, and changing it while they run
+    #[command(subcommand)]
+    Config(ConfigCommand),
     /// How routers choose workers: by which policy, and why a request goes where it goes
     #[command(subcommand)]
     Route(RouteCommand),
@@ -136,6 +140,8 @@ pub(crate) const EXAMPLES: &str = "Examples:
   kvasirctl kv evict --tenant acme
   kvasirctl route explain --chat request.json        where that request would go, and why
   kvasirctl route policy least-loaded
+  kvasirctl config set router limits.max_inflight=1000   all routers let in so many from now on
+  kvasirctl config diff decode-3                     what is not as by default there, and where it comes from
   kvasirctl engine add vllm-d0 --kind vllm --role decode --url http://10.0.0.2:8200 --model qwen
   kvasirctl planner                                  what TTFT and TPOT are expected, and with which split
   kvasirctl workers drain decode-3                   out of service, until it is safe to delete

@@ -13,6 +13,7 @@
 mod bench;
 mod bundle;
 mod cli;
+mod config;
 mod context;
 mod doctor;
 mod engine;
@@ -91,6 +92,7 @@ async fn answer(command: Command, session: &Session) -> anyhow::Result<Answer> {
         Command::Requests(command) => requests::run(command, session).await,
         Command::Trace(args) => trace::run(args, session).await,
         Command::Events(args) => events::run(args, session).await,
+        Command::Config(command) => config::run(command, session).await,
         Command::Route(command) => route::run(command, session).await,
         Command::Bench(args) => bench::run(*args, session).await,
         Command::Doctor(args) => doctor::run(args, session).await,

@@ -211,6 +211,25 @@ impl Default for LimitsConfig {
     }
 }
 
+/// What may be changed while a node runs.
+const LIVE: &[(&str, &str)] = &[
+    ("log.filter", "at once"),
+    ("trace.sample", "from the next request on"),
+    ("shutdown.grace_ms", "when it leaves"),
+    ("handover", "with the next group that is handed over"),
+    ("replication", "from the next lookup on"),
+    ("max_pinned_percent", "from the next pin on"),
+];
+
+impl kvasir_runtime::Config for Config {
+    const LIVE: &'static [(&'static str, &'static str)] = LIVE;
+
+    fn verify(&self) -> Result<(), String> {
+        let checked = self.settings(0).and_then(|settings| self.store_info(settings.capacity_bytes));
+        checked.map(drop).map_err(|error| error.to_string())
+    }
+}
+
 /// Slabs are whole pages, so that a slab's memory can be given to a device or given back to the system by itself.
 const PAGE: u64 = 4096;
 

@@ -23,12 +23,13 @@ use futures_util::{StreamExt, stream};
 use kvasir_cluster::View;
 use kvasir_proto::v1;
 use kvasir_runtime::{Shutdown, metrics::set_total};
+use kvasir_settings::Live;
 use kvasir_store_client::{GroupBlocks, Origin, StoreClient};
 use kvasir_types::{Deadline, MemberId, ModelFingerprint, RequestId};
 use tokio::sync::{mpsc, watch};
 
 use crate::{
-    config::HandoverConfig,
+    config::Config,
     expiry::sleep_until,
     heat::{Heat, Seen},
     node::Node,
@@ -183,6 +184,11 @@ impl HotGroups {
         told
     }
 
+    /// Counts and copies otherwise from now on.
+    pub(crate) fn set(&self, hot: f64, max_copies: usize) {
+        self.lock().set(hot, max_copies);
+    }
+
     /// How many groups have copies because they are hot.
     pub(crate) fn count(&self) -> usize {
         self.lock().hot_groups()
@@ -204,12 +210,17 @@ pub(crate) struct Handover {
     pub(crate) node: Arc<Node>,
     /// Over the node's own engine: what it writes comes out of the node's memory.
     pub(crate) client: StoreClient,
-    pub(crate) config: HandoverConfig,
+    pub(crate) live: Live<Config>,
     pub(crate) progress: Arc<Progress>,
     pub(crate) hot: Arc<HotGroups>,
 }
 
 impl Handover {
+    /// How much in a second, as of now.
+    fn mib_per_s(&self) -> u64 {
+        self.live.borrow().handover.mib_per_s
+    }
+
     /// Follows the members and hands over what others are to have, until shutdown.
     pub(crate) async fn run(
         &self,
@@ -277,7 +288,7 @@ impl Handover {
     /// Hands over every group whose homes are others, the last used first.
     async fn hand_over(&self, stop: impl Fn() -> bool) -> End {
         let groups = self.foreign().await;
-        if self.config.mib_per_s == 0 || groups.is_empty() {
+        if self.mib_per_s() == 0 || groups.is_empty() {
             let all = groups.iter().map(|group| group.blocks.len() as u64).sum();
             self.progress.refused.store(all, Ordering::Relaxed);
             return End::Done;
@@ -298,7 +309,7 @@ impl Handover {
                 // What is on its way is dropped: its transfers are cancelled, and its reservations end by themselves.
                 return End::Stopped;
             }
-            let due = Duration::from_secs_f64(bytes as f64 / (self.config.mib_per_s as f64 * 1048576.0));
+            let due = Duration::from_secs_f64(bytes as f64 / (self.mib_per_s().max(1) as f64 * 1048576.0));
             tokio::time::sleep(due.saturating_sub(started.elapsed())).await;
         }
         if failed == 0 {

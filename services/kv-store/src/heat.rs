@@ -64,6 +64,11 @@ impl Heat {
         Self { hot, max_copies, groups: HashMap::new() }
     }
 
+    /// The same from now on; what has copies keeps them until it cools down.
+    pub(crate) fn set(&mut self, hot: f64, max_copies: usize) {
+        (self.hot, self.max_copies) = (hot, max_copies);
+    }
+
     /// The group was asked for.
     pub(crate) fn count(&mut self, group: u64, now: Instant) -> Seen {
         if self.hot <= 0.0 || self.max_copies <= 1 {

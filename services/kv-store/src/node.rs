@@ -217,6 +217,11 @@ impl Node {
         self.lock().store.exists(size, hashes)
     }
 
+    /// So many percent of the memory may be kept by hard pins from now on.
+    pub(crate) fn set_max_pinned_percent(&self, percent: u8) {
+        self.lock().store.set_max_pinned_percent(percent);
+    }
+
     /// Keeps blocks until then, or no longer; how many are kept so now.
     pub(crate) fn keep(&self, size: BlockBytes, hashes: &[BlockHash], keep: Keep, until: Instant) -> usize {
         let mut state = self.lock();

@@ -13,6 +13,7 @@ use kvasir_rpc::{
     operator::{Asked, Desk, Operators},
 };
 use kvasir_runtime::{Context, Kind, Listening};
+use kvasir_settings::{Live, Page, Settings};
 use kvasir_store_client::StoreClient;
 use kvasir_transfer::{LocalNet, TransferEngine};
 use kvasir_types::{MemberId, PROTOCOL_VERSION, Role};
@@ -53,10 +54,13 @@ pub async fn run_with_etcd(config: Config, context: Context) -> anyhow::Result<(
 
 /// Runs a store node until shutdown. `local` is shared by all workers and store nodes of this process.
 pub async fn run(config: Config, context: Context, registry: Arc<dyn Registry>, local: LocalNet) -> anyhow::Result<()> {
-    let grace = Duration::from_millis(config.shutdown.grace_ms);
-    let handing_over = Duration::from_millis(config.handover.on_shutdown_ms).min(grace);
     let started = start(config, &context, &registry, local).await?;
     context.shutdown.wait().await;
+    let (grace, handing_over) = {
+        let now = started.live.borrow();
+        let grace = Duration::from_millis(now.shutdown.grace_ms);
+        (grace, Duration::from_millis(now.handover.on_shutdown_ms).min(grace))
+    };
     context.health.set_not_ready("leaving");
     if let Err(error) = registry.deregister(&started.member.id, Role::KvStore).await {
         tracing::warn!(error = kvasir_runtime::chain(&error), "not deregistered, the lease will end by itself");
@@ -74,6 +78,7 @@ pub(crate) struct Started {
     pub(crate) node: Arc<Node>,
     pub(crate) member: Member,
     handover: Arc<Handover>,
+    live: Live<Config>,
 }
 
 /// Builds and announces a node; it serves until the context's shutdown.
@@ -84,6 +89,8 @@ pub(crate) async fn start(
     local: LocalNet,
 ) -> anyhow::Result<Started> {
     let id = config.member_id()?;
+    let wanted = Settings::begin(config, Role::KvStore, &id, registry, context).await;
+    let config = wanted.now();
     let (rpc, keeping) = Rpc::open(&config.rpc)?;
     context.tasks.spawn(Kind::Background, "certificates for calls", async move {
         keeping.await;
@@ -114,7 +121,9 @@ pub(crate) async fn start(
     let settings = config.settings(kvasir_runtime::random_u64())?;
     let info = config.store_info(settings.capacity_bytes)?;
     let listening = Listening::bind("listen", config.listen, config.advertise.as_deref()).await?;
-    let admin = kvasir_runtime::admin::start(&config.admin, context).await?;
+    let page = Page::default();
+    let admin = kvasir_runtime::admin::start_with(&config.admin, context, page.routes()).await?;
+    wanted.open(&page, desk.clone());
     let ports = serde_json::json!({ "grpc": listening.bound, "admin": admin });
 
     let arena_bytes = usize::try_from(settings.capacity_bytes).context("capacity_bytes")?;
@@ -142,9 +151,16 @@ pub(crate) async fn start(
         id: id.clone(),
         node: node.clone(),
         client: StoreClient::new(to_others, registry.view(), engine.clone()),
-        config: config.handover.clone(),
+        live: wanted.live(),
         progress: Arc::new(Progress::new()),
         hot: Arc::new(hot),
+    });
+    context.tasks.spawn(Kind::Background, "settings", {
+        let (following, running) = (follow(wanted.live(), handover.clone()), wanted.clone().run());
+        async move {
+            tokio::join!(following, running);
+            Ok(())
+        }
     });
     handover::copy_at_scrape(&context.metrics, handover.progress.clone(), handover.hot.clone());
     let service = StoreService {
@@ -205,7 +221,19 @@ pub(crate) async fn start(
         disk_blocks = node.usage().disk_blocks,
         "ready"
     );
-    Ok(Started { node, member, handover })
+    Ok(Started { node, member, handover, live: wanted.live() })
+}
+
+/// Has the node do what it is set to, as long as somebody may set it.
+async fn follow(mut live: Live<Config>, handover: Arc<Handover>) {
+    loop {
+        let now = live.borrow_and_update().clone();
+        handover.node.set_max_pinned_percent(now.max_pinned_percent);
+        handover.hot.set(now.replication.hot_lookups_per_s, now.replication.max_copies);
+        if live.changed().await.is_err() {
+            return;
+        }
+    }
 }
 
 /// The disk, and what it held. A disk that does not work is a warning: the node serves from memory.

@@ -246,6 +246,34 @@ impl Default for Limits {
     }
 }
 
+/// What may be changed while a router runs.
+const LIVE: &[(&str, &str)] = &[
+    ("log.filter", "at once"),
+    ("trace.sample", "from the next request on"),
+    ("shutdown.grace_ms", "when it leaves"),
+    ("policy", "from the next request on"),
+    ("limits.max_body_bytes", "from the next request on"),
+    ("limits.max_inflight", "from the next request on; those under way go on"),
+    ("limits.max_output_tokens", "from the next request on"),
+    ("limits.max_choices", "from the next request on"),
+    ("limits.request_timeout_ms", "from the next request on"),
+    ("limits.body_timeout_ms", "from the next request on"),
+    ("limits.idle_timeout_ms", "from the next request to a worker on"),
+    ("limits.worker_silence_ms", "from the next request to a worker on"),
+    ("limits.worker_rest_ms", "from a worker's next failure on"),
+    ("retry", "from the next request on"),
+    ("admission", "at once, for those who wait, too"),
+    ("planner", "at its next look"),
+];
+
+impl kvasir_runtime::Config for Config {
+    const LIVE: &'static [(&'static str, &'static str)] = LIVE;
+
+    fn verify(&self) -> Result<(), String> {
+        self.check().map_err(|error| error.to_string())
+    }
+}
+
 /// A configuration that can't work.
 #[derive(Debug, PartialEq, thiserror::Error)]
 pub enum Error {

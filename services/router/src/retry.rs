@@ -57,6 +57,13 @@ impl Purse {
         Self { per_request, per_second, burst, tries: burst, filled: now }
     }
 
+    /// Fills otherwise from now on; what it holds stays, as far as it fits.
+    pub(crate) fn set(&mut self, config: &RetryConfig) {
+        let RetryConfig { per_request, per_second, burst, .. } = *config;
+        (self.per_request, self.per_second, self.burst) = (per_request, per_second, f64::from(burst));
+        self.tries = self.tries.min(self.burst);
+    }
+
     /// A request pays its part.
     pub(crate) fn request(&mut self) {
         self.tries = (self.tries + self.per_request).min(self.burst);
@@ -93,6 +100,19 @@ mod tests {
         let tried: usize = tried.sum();
         // The burst, a fifth of the requests, and ten a second.
         assert!((2_140..=2_150).contains(&tried), "{tried}");
+    }
+
+    #[test]
+    fn another_purse_takes_over_what_the_first_one_held() {
+        let now = Instant::now();
+        let config = |burst| RetryConfig { per_request: 0.0, per_second: 0.0, burst, ..RetryConfig::default() };
+        let mut purse = Purse::new(&config(10), now);
+        assert!(purse.take(now));
+        purse.set(&config(3));
+        assert_eq!((0..20).filter(|_| purse.take(now)).count(), 3);
+        purse.set(&RetryConfig { per_request: 1.0, ..config(9) });
+        purse.request();
+        assert!(purse.take(now) && !purse.take(now));
     }
 
     #[test]

@@ -9,6 +9,7 @@ use kvasir_rpc::{
     operator::{Asked, Desk, Operators},
 };
 use kvasir_runtime::{Context, Kind, Listening, random_u64};
+use kvasir_settings::{Live, Settings};
 use kvasir_types::{Incarnation, MemberId, PROTOCOL_VERSION, Role};
 use tokio::sync::watch;
 use tracing::{info, warn};
@@ -51,11 +52,15 @@ pub async fn run(config: Config, context: Context, registry: Arc<dyn Registry>) 
     });
     let listening = Listening::bind("listen", config.listen, config.advertise.as_deref()).await?;
     let operators = http::Operators::default();
-    let admin = kvasir_runtime::admin::start_with(&config.admin, &context, http::admin(operators.clone())).await?;
+    let page = kvasir_settings::Page::default();
+    let more = http::admin(operators.clone()).merge(page.routes());
+    let admin = kvasir_runtime::admin::start_with(&config.admin, &context, more).await?;
     let ports = serde_json::json!({ "http": listening.bound, "admin": admin });
     let admin = listening.beside(admin);
     let id = config.id.clone().unwrap_or_else(|| format!("router-{:08x}", random_u64() as u32));
     let id: MemberId = id.parse().context("id")?;
+    let settings = Settings::begin(config, Role::Router, &id, &registry, &context).await;
+    let config = settings.now();
     let tls = http::acceptor(&config.tls)?;
     let tls = tls.map(|(acceptor, watching)| {
         context.tasks.spawn(Kind::Background, "certificate", async move {
@@ -93,6 +98,7 @@ pub async fn run(config: Config, context: Context, registry: Arc<dyn Registry>) 
             }
         })
     };
+    settings.open(&page, desk.clone());
     let token = config.operator.token_file.as_deref().map(kvasir_rpc::operator::token).transpose()?;
     let models = load(&config).await?;
 
@@ -113,7 +119,7 @@ pub async fn run(config: Config, context: Context, registry: Arc<dyn Registry>) 
     let board = Arc::new(Board::new(config.planner.mode));
     let lead = Lead::new(planner::Parts {
         id: id.clone(),
-        config: config.planner.clone(),
+        live: settings.live(),
         targets: config.models.iter().map(|model| (model.name.clone(), model.slo)).collect(),
         registry: Arc::clone(&registry),
         fleet: fleet.clone(),
@@ -134,9 +140,17 @@ pub async fn run(config: Config, context: Context, registry: Arc<dyn Registry>) 
         registry: Arc::downgrade(&registry),
         metrics,
         context: context.clone(),
+        live: settings.live(),
     };
     let app = Arc::new(App::new(&config, parts));
-    operators.open(Arc::clone(&app), http::Surroundings { id: id.clone(), members: registry.view() });
+    context.tasks.spawn(Kind::Background, "settings", {
+        let (following, running) = (follow(settings.live(), Arc::clone(&app)), settings.clone().run());
+        async move {
+            tokio::join!(following, running);
+            Ok(())
+        }
+    });
+    operators.open(Arc::clone(&app), http::Surroundings { id: id.clone(), members: registry.view(), settings: page });
     let http = listening.advertised;
     let server = Server { listener: listening.listener, routes: http::routes(app), limits: config.limits.clone(), tls };
 
@@ -157,7 +171,8 @@ pub async fn run(config: Config, context: Context, registry: Arc<dyn Registry>) 
             Ok(())
         }
     });
-    let grace = Duration::from_millis(config.shutdown.grace_ms);
+    let live = settings.live();
+    let grace = || Duration::from_millis(live.borrow().shutdown.grace_ms);
     if let Some(path) = &config.port_file {
         // Connections are accepted from here on: the listener has its queue.
         kvasir_runtime::write_port_file(path, &ports)
@@ -175,6 +190,17 @@ pub async fn run(config: Config, context: Context, registry: Arc<dyn Registry>) 
     };
     tokio::join!(serving, leaving);
     Ok(())
+}
+
+/// Has the router do what it is set to, as long as somebody may set it.
+async fn follow(mut live: Live<Config>, app: Arc<App>) {
+    loop {
+        let now = Arc::clone(&live.borrow_and_update());
+        app.follow(&now);
+        if live.changed().await.is_err() {
+            return;
+        }
+    }
 }
 
 async fn load(config: &Config) -> anyhow::Result<Vec<Arc<Model>>> {

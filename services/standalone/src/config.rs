@@ -83,6 +83,8 @@ impl Default for Config {
     }
 }
 
+impl kvasir_runtime::Config for Config {}
+
 impl Config {
     /// Checks what the types can't, before any part is started.
     pub(crate) fn check(&self) -> anyhow::Result<()> {

@@ -25,7 +25,7 @@ const CHAT: &str = "/v1/chat/completions";
 const STREAMS: usize = 16;
 
 /// What `kvasirctl` prints and says, while the test goes on; whether it ended well.
-async fn beside(cluster: &Cluster, arguments: &[&str]) -> Result<(bool, String, String)> {
+pub(crate) async fn beside(cluster: &Cluster, arguments: &[&str]) -> Result<(bool, String, String)> {
     let mut command = Command::new(workspace::binary("kvasirctl")?);
     command.args(["--etcd", cluster.etcd_endpoint()]).args(arguments);
     let output = tokio::task::spawn_blocking(move || command.output()).await??;
@@ -33,13 +33,13 @@ async fn beside(cluster: &Cluster, arguments: &[&str]) -> Result<(bool, String, 
     Ok((output.status.success(), text(&output.stdout), text(&output.stderr)))
 }
 
-async fn well(cluster: &Cluster, arguments: &[&str]) -> Result<String> {
+pub(crate) async fn well(cluster: &Cluster, arguments: &[&str]) -> Result<String> {
     let (well, out, err) = beside(cluster, arguments).await?;
     ensure!(well, "kvasirctl {arguments:?}: {out}{err}");
     Ok(out)
 }
 
-async fn refused(cluster: &Cluster, arguments: &[&str]) -> Result<String> {
+pub(crate) async fn refused(cluster: &Cluster, arguments: &[&str]) -> Result<String> {
     let (well, out, err) = beside(cluster, arguments).await?;
     ensure!(!well, "kvasirctl {arguments:?} should be refused: {out}{err}");
     Ok(err)
@@ -274,7 +274,7 @@ async fn a_drain_goes_on_without_etcd_and_without_whoever_asked_and_ends_with_th
 }
 
 /// `sha256sum` of a text.
-fn sha256(text: &str) -> Result<String> {
+pub(crate) fn sha256(text: &str) -> Result<String> {
     use std::io::Write as _;
     let mut child =
         Command::new("sha256sum").stdin(std::process::Stdio::piped()).stdout(std::process::Stdio::piped()).spawn()?;
@@ -350,10 +350,10 @@ async fn changes_need_an_operators_token_where_one_is_set_and_all_of_them_are_on
             has("alice from 127.0.0.1:", "drain", "decode-1", "done")?;
             has("alice", "serve again", "decode-1", "done")?;
             has("alice", "set duty: role prefill", "decode-1", "done")?;
-            has("alice", "policy random", "router-0", "done")?;
+            has("alice", "set policy=random", "router", "done")?;
             has("alice", "evict all blocks", "kv-store-0", "done")?;
             has("nobody known from 127.0.0.1:", "drain", "decode-1", "this changes the cluster")?;
-            has("nobody known", "policy random", "router-0", "the token is no operator's")?;
+            has("nobody known", "set policy=random", "router", "the token is no operator's")?;
             let stages = events("stage").await?;
             let of =
                 |what: &str| stages.iter().any(|event| event["what"].as_str().is_some_and(|it| it.starts_with(what)));

@@ -191,7 +191,7 @@ async fn operators_see_why_and_choose_otherwise() -> Result<()> {
             ensure!(ctl(cluster, &["route", "policy"])?.contains("kv-aware"), "the default");
             let refused = ctl(cluster, &["route", "policy", "best"]);
             let why = refused.err().context("there is no such policy")?.to_string();
-            ensure!(why.contains("no policy is called") && why.contains("session-sticky"), "{why}");
+            ensure!(why.contains("unknown variant `best`") && why.contains("session-sticky"), "{why}");
             ensure!(ctl(cluster, &["route", "policy", "round-robin"])?.contains("round-robin"), "as asked");
             let mut decode = Vec::new();
             for _ in 0..4 {

@@ -200,7 +200,13 @@ impl Etcd {
         Ok(done.succeeded())
     }
 
-    async fn ask<T, F>(&self, what: &'static str, limit: Duration, call: impl Fn(Client) -> F) -> Result<T, Error>
+    /// Calls until there is an answer, or the limit is over.
+    pub(super) async fn ask<T, F>(
+        &self,
+        what: &'static str,
+        limit: Duration,
+        call: impl Fn(Client) -> F,
+    ) -> Result<T, Error>
     where
         F: Future<Output = Result<T, EtcdError>>,
     {

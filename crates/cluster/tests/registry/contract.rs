@@ -1,6 +1,8 @@
 //! What every registry promises, checked on each of them.
 
-use kvasir_cluster::{Audit, Error, EtcdConfig, Event, EventKind, MemoryHub, Office, audit};
+use kvasir_cluster::{
+    Audit, Document, Error, EtcdConfig, Event, EventKind, Found, MemoryHub, Office, Scope, audit, changed,
+};
 use kvasir_types::{Incarnation, MemberId, Role};
 
 use crate::{
@@ -57,7 +59,68 @@ laws!(
     who_has_seen_the_same_change_has_the_same_epoch_and_it_grows,
     an_office_has_one_holder_and_a_later_one_has_a_greater_term,
     events_are_read_by_all_in_order_and_outlive_whoever_noted_them,
+    what_is_set_is_seen_by_all_and_outlives_whoever_set_it_and_two_at_once_are_told,
 );
+
+async fn what_is_set_is_seen_by_all_and_outlives_whoever_set_it_and_two_at_once_are_told(world: World) {
+    let (one, two) = (world.process().await, world.process().await);
+    let scope = Scope::all(Role::Router);
+    let only = Scope::one(Role::Router, "router-0".parse().unwrap());
+    assert_eq!(one.registry.settings_of(&scope).await.unwrap(), None);
+    let wanted = |value: u64| [("limits.max_inflight".to_owned(), Some(value.into()))];
+
+    let (document, changes) = changed(&Document::default(), &scope, "alice", wanted(7));
+    let revision = one.registry.set(&scope, &document, &changes).await.unwrap();
+    let late = one.registry.set(&scope, &document, &changes).await;
+    // Somebody who has not seen that.
+    let (other, other_changes) = changed(&Document::default(), &scope, "bob", wanted(8));
+    let refused = two.registry.set(&scope, &other, &other_changes).await.unwrap_err();
+    assert!(matches!(&refused, Error::Changed { by, .. } if by == "alice"), "{refused}");
+    assert!(refused.to_string().contains("router were changed in the meantime by alice"), "{refused}");
+    // In etcd, an answer that got lost and the same once more is one.
+    assert!(matches!(late, Ok(again) if again == revision) || matches!(late, Err(Error::Changed { .. })), "{late:?}");
+
+    let Some(Found::Document(seen)) = two.registry.settings_of(&scope).await.unwrap() else { panic!("none") };
+    assert_eq!((seen.revision, seen.set["limits.max_inflight"].as_u64()), (revision, Some(7)));
+    let (next, next_changes) = changed(&seen, &scope, "bob", wanted(8));
+    let newer = two.registry.set(&scope, &next, &next_changes).await.unwrap();
+    assert!(newer > revision);
+    let (document, changes) = changed(&Document::default(), &only, "carol", wanted(1));
+    one.registry.set(&only, &document, &changes).await.unwrap();
+
+    let value = |found: Option<&Found>| match found {
+        Some(Found::Document(document)) => document.set["limits.max_inflight"].as_u64(),
+        _ => None,
+    };
+    drop(one);
+    for process in [&two, &world.process().await] {
+        let mut settings = process.registry.settings();
+        let both = settings.wait_for(|settings| {
+            let of = |scope| settings.as_ref().and_then(|settings| value(settings.documents.get(scope)));
+            (of(&scope), of(&only)) == (Some(8), Some(1))
+        });
+        tokio::time::timeout(crate::given::LIMIT, both).await.expect("seen").unwrap();
+        let changes = process.registry.changes().await.unwrap();
+        let told: Vec<_> = changes.iter().map(|change| (change.who.as_str(), change.scope.as_str())).collect();
+        assert_eq!(told, [("alice", "router"), ("bob", "router"), ("carol", "router/router-0")]);
+        assert_eq!((changes[1].from.as_ref(), changes[1].to.as_ref()), (Some(&7.into()), Some(&8.into())));
+    }
+
+    // There is an end to what is kept.
+    let mut document = Document::default();
+    let many = Scope::all(Role::Decode);
+    for value in 0..300 {
+        let (next, changes) = changed(&document, &many, "alice", wanted(value));
+        let revision = two.registry.set(&many, &next, &changes).await.unwrap();
+        document = Document { revision, ..next };
+    }
+    let changes = two.registry.changes().await.unwrap();
+    assert_eq!((changes.len(), changes.last().unwrap().to.clone()), (256, Some(299.into())));
+    let long = [("a".to_owned(), Some("x".repeat(70_000).into()))];
+    let (document, changes) = changed(&document, &many, "alice", long);
+    let refused = two.registry.set(&many, &document, &changes).await.unwrap_err();
+    assert!(matches!(refused, Error::TooManySettings { bytes: 70_000.., .. }), "{refused}");
+}
 
 async fn events_are_read_by_all_in_order_and_outlive_whoever_noted_them(world: World) {
     let (one, two) = (world.process().await, world.process().await);

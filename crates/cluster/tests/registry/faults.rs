@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use kvasir_cluster::{Error, EtcdConfig, Event, EventKind};
+use kvasir_cluster::{Document, Error, EtcdConfig, Event, EventKind, Found, Scope, changed};
 use rustix::process::Signal;
 
 use crate::{
@@ -88,6 +88,56 @@ async fn the_history_keeps_the_newest_events_and_counts_those_that_etcd_was_not_
 
     (0..1_000).for_each(note);
     assert!(process.registry.events_lost() > 500, "more than a queue holds is dropped, not waited for");
+}
+
+#[tokio::test]
+async fn settings_stay_while_etcd_is_away_and_what_was_changed_by_then_is_seen_after_a_compaction() {
+    let mut etcd = Etcd::start().await;
+    let process = Process::with_etcd(etcd.config()).await.unwrap();
+    let scope = Scope::all(kvasir_types::Role::Router);
+    let mut seen = process.registry.settings();
+    let set = async |value: u64| {
+        let before = match process.registry.settings_of(&scope).await.unwrap() {
+            Some(Found::Document(document)) => document,
+            _ => Document::default(),
+        };
+        let (document, changes) = changed(&before, &scope, "alice", [("a".to_owned(), Some(value.into()))]);
+        process.registry.set(&scope, &document, &changes).await.unwrap();
+    };
+    let mut sees = async |value: u64| {
+        let there = seen.wait_for(|settings| {
+            let found = settings.as_ref().and_then(|settings| settings.documents.get(&scope));
+            matches!(found, Some(Found::Document(document)) if document.set["a"] == value)
+        });
+        tokio::time::timeout(crate::given::LIMIT, there).await.expect("seen").unwrap();
+    };
+    set(1).await;
+    sees(1).await;
+    etcd.kill();
+    let (document, changes) = changed(&Document::default(), &scope, "bob", [("a".to_owned(), Some(9.into()))]);
+    let refused = process.registry.set(&scope, &document, &changes).await.unwrap_err();
+    assert!(matches!(refused, Error::Unreachable { .. }), "{refused}");
+    assert!(matches!(process.registry.changes().await, Err(Error::Unreachable { .. })));
+    sees(1).await;
+    assert!(etcd.restart().await);
+    // Changed and compacted before it can watch again: the history that it stood at is gone.
+    let key = "/kvasir/v1/config/router";
+    let mut raw = etcd.raw().await;
+    let put = raw.put(key, r#"{"form": 1, "set": {"a": 2}}"#, None).await.unwrap();
+    raw.compact(put.header().unwrap().revision(), None).await.unwrap();
+    sees(2).await;
+    // Rubbish stands where it stands, with its reason, and can be written over.
+    raw.put(key, "{", None).await.unwrap();
+    let mut settings = process.registry.settings();
+    let unusable = settings.wait_for(|settings| {
+        let found = settings.as_ref().and_then(|settings| settings.documents.get(&scope));
+        matches!(found, Some(Found::Unusable { .. }))
+    });
+    tokio::time::timeout(crate::given::LIMIT, unusable).await.expect("seen").unwrap();
+    let revision = process.registry.settings_of(&scope).await.unwrap().unwrap().revision();
+    let document = Document { revision, ..document };
+    process.registry.set(&scope, &document, &changes).await.unwrap();
+    sees(9).await;
 }
 
 #[tokio::test]

@@ -36,7 +36,7 @@ use kvasir_types::{BlockHash, BlockId, FinishReason, GroupKind};
 
 pub(crate) use self::{plan::Work, sharing::Adopted};
 use crate::{
-    Config, Duty, Error, Event, EventSink, NewSequence, PinId, Priority, SeqId, Spill, Stats,
+    Config, Duty, Error, Event, EventSink, Limits, NewSequence, PinId, Priority, SeqId, Spill, Stats,
     sequence::{Key, Landing, Sequence, State, Turn, Watcher},
 };
 
@@ -94,6 +94,12 @@ impl Scheduler {
     /// The settings, as far as they concern steps.
     pub fn config(&self) -> &Config {
         &self.config
+    }
+
+    /// Goes on with other limits.
+    pub fn limit(&mut self, limits: Limits) {
+        (self.config.max_batch_tokens, self.config.offline_patience) =
+            (limits.max_batch_tokens, limits.offline_patience);
     }
 
     /// Takes a sequence into the queue.

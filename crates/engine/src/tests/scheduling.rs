@@ -7,8 +7,8 @@ use kvasir_types::{GroupKind, KvGroups, Retry, Sampling, TokenId, chain};
 
 use super::rig::*;
 use crate::{
-    Admission, CacheEvent, Command, Config, Demand, Duty, Error, Mode, Priority, Rejected, Request, SeqId, Spill,
-    SpilledBlock,
+    Admission, CacheEvent, Command, Config, Demand, Duty, Error, Limits, Mode, Priority, Rejected, Request, SeqId,
+    Spill, SpilledBlock,
 };
 
 fn offline(prompt: &[TokenId], max_tokens: u32) -> Request {
@@ -127,6 +127,38 @@ fn each_priority_has_its_own_bounded_queue() {
     };
     assert_eq!(full(rig.try_admit(request(&prompt(0, 4), greedy(1), Mode::Generate)).err().unwrap()), 2);
     assert_eq!(full(rig.try_admit(offline(&prompt(0, 4), 1)).err().unwrap()), 3);
+    rig.engine.close();
+    rig.assert_no_leak();
+}
+
+#[test]
+fn other_limits_count_at_the_door_at_once_and_in_the_next_step() {
+    let first_step = |limits: Option<Limits>| {
+        let mut rig = Rig::new(32, config());
+        if let Some(limits) = limits {
+            rig.engine.intake().set_limits(limits);
+        }
+        let both = [1, 2].map(|name| rig.generate(&prompt(name, 8), 1));
+        rig.step();
+        let computed = rig.stats().prefilled_tokens;
+        rig.settle();
+        assert!(both.iter().all(|(_, client)| client.finished().is_some()));
+        rig.assert_no_leak();
+        computed
+    };
+    let usual = config().limits();
+    assert_eq!(first_step(None), 16);
+    // As few as can work: a token for each that may write, and a block.
+    assert_eq!(first_step(Some(Limits { max_batch_tokens: 0, ..usual })), 12);
+
+    let mut rig = Rig::new(32, Config { max_running: 1, ..config() });
+    rig.admit(&prompt(0, 4), greedy(1), Mode::Generate);
+    let admit = |rig: &mut Rig| rig.try_admit(request(&prompt(0, 4), greedy(1), Mode::Generate)).map(drop);
+    admit(&mut rig).unwrap();
+    rig.engine.intake().set_limits(Limits { max_waiting: 1, ..usual });
+    assert!(matches!(admit(&mut rig).unwrap_err().error, Error::QueueFull { limit: 1 }));
+    rig.engine.intake().set_limits(Limits { max_waiting: 2, ..usual });
+    admit(&mut rig).unwrap();
     rig.engine.close();
     rig.assert_no_leak();
 }

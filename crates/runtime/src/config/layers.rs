@@ -1,11 +1,11 @@
 //! Laying the layers on, and finding out who made a mistake.
 
-use std::{fs, path::Path};
+use std::{collections::BTreeMap, fs, path::Path};
 
 use serde::Deserialize;
 use serde_yaml_ng::{Mapping, Value};
 
-use super::{Config, Error};
+use super::{Base, Config, Error, suggest::suggestion};
 
 /// Variables that begin so are configuration.
 const PREFIX: &str = "KVASIR_";
@@ -23,6 +23,31 @@ pub struct Loaded<C> {
     pub config: C,
     /// Its tree.
     pub tree: Value,
+    origins: Origins,
+}
+
+/// Where values come from that are not the defaults: by the key that was set.
+pub(super) type Origins = BTreeMap<String, &'static str>;
+
+/// Where a value comes from: the one key on the way to it that was set, or its default.
+pub(super) fn origin(origins: &Origins, key: &str) -> &'static str {
+    let mut known = key;
+    loop {
+        if let Some(origin) = origins.get(known) {
+            return origin;
+        }
+        match known.rsplit_once('.') {
+            Some((section, _)) => known = section,
+            None => return "default",
+        }
+    }
+}
+
+impl<C> Loaded<C> {
+    /// What the service was started with, for laying more over it.
+    pub fn base(&self) -> Base {
+        Base::new(self.tree.clone(), self.origins.clone())
+    }
 }
 
 /// Where a configuration comes from besides its defaults.
@@ -40,14 +65,19 @@ impl Layers<'_> {
     /// Lays them on one another.
     pub fn load<C: Config>(&self) -> Result<Loaded<C>, Error> {
         let mut tree = tree_of(&C::default());
+        let mut origins = Origins::new();
         if let Some(path) = self.file {
-            lay::<C>(&mut tree, read(path)?, &path.display().to_string())?;
+            let file = read(path)?;
+            let set: Vec<_> = flattened(&file).into_iter().map(|(key, _)| (key, "file")).collect();
+            lay::<C>(&mut tree, file, &path.display().to_string())?;
+            origins.extend(set);
         }
         let mut variables: Vec<_> = self.env.iter().filter(|(name, _)| ours(name, &tree)).collect();
         variables.sort(); // the environment has no order; the same mistake should be told first every time
         for (name, value) in variables {
             let path: Vec<_> = name[PREFIX.len()..].split("__").map(str::to_lowercase).collect();
             lay_text::<C>(&mut tree, &path, value, name)?;
+            origins.insert(path.join("."), "environment");
         }
         for set in &self.set {
             let layer = format!("--set {}", shortened(set));
@@ -58,16 +88,17 @@ impl Layers<'_> {
                 return Err(malformed());
             }
             lay_text::<C>(&mut tree, &path, value, &layer)?;
+            origins.insert(path.join("."), "flag");
         }
         // The tree of what came out, not of what went in: it shows values in the form the service understood.
         let config = check::<C>(&tree, "defaults")?;
-        Ok(Loaded { tree: tree_of(&config), config })
+        Ok(Loaded { tree: tree_of(&config), config, origins })
     }
 }
 
-/// Every key with its value, in order, as `a.b: value`.
-pub(crate) fn flattened(tree: &Value) -> Vec<(String, String)> {
-    fn walk(prefix: &str, value: &Value, out: &mut Vec<(String, String)>) {
+/// Every key with its value, in order.
+pub(super) fn flattened(tree: &Value) -> Vec<(String, Value)> {
+    fn walk(prefix: &str, value: &Value, out: &mut Vec<(String, Value)>) {
         match value {
             Value::Mapping(section) if !section.is_empty() => {
                 for (key, value) in section {
@@ -76,12 +107,17 @@ pub(crate) fn flattened(tree: &Value) -> Vec<(String, String)> {
                     walk(&path, value, out);
                 }
             }
-            leaf => out.push((prefix.to_owned(), inline(leaf))),
+            leaf => out.push((prefix.to_owned(), leaf.clone())),
         }
     }
     let mut out = Vec::new();
     walk("", tree, &mut out);
     out
+}
+
+/// The same for people, as `a.b: value`.
+pub(crate) fn inlined(tree: &Value) -> Vec<(String, String)> {
+    flattened(tree).into_iter().map(|(key, value)| (key, inline(&value))).collect()
 }
 
 fn inline(value: &Value) -> String {
@@ -93,7 +129,7 @@ fn inline(value: &Value) -> String {
     }
 }
 
-fn tree_of<C: Config>(config: &C) -> Value {
+pub(super) fn tree_of<C: Config>(config: &C) -> Value {
     serde_yaml_ng::to_value(config).expect("a configuration of plain fields has a tree")
 }
 
@@ -125,7 +161,7 @@ fn ours(name: &str, defaults: &Value) -> bool {
 }
 
 /// Lays one value from a variable or a flag on the tree.
-fn lay_text<C: Config>(tree: &mut Value, path: &[String], text: &str, layer: &str) -> Result<(), Error> {
+pub(super) fn lay_text<C: Config>(tree: &mut Value, path: &[String], text: &str, layer: &str) -> Result<(), Error> {
     let nest = |value| {
         path.iter()
             .rev()
@@ -141,7 +177,7 @@ fn lay_text<C: Config>(tree: &mut Value, path: &[String], text: &str, layer: &st
 }
 
 /// Lays a layer on the tree, if the result is a configuration; the tree stays as it was if not.
-fn lay<C: Config>(tree: &mut Value, layer: Value, name: &str) -> Result<(), Error> {
+pub(super) fn lay<C: Config>(tree: &mut Value, layer: Value, name: &str) -> Result<(), Error> {
     let mut merged = tree.clone();
     merge(&mut merged, layer);
     check::<C>(&merged, name)?;
@@ -165,14 +201,29 @@ fn merge(under: &mut Value, over: Value) {
     }
 }
 
-fn check<C: Config>(tree: &Value, layer: &str) -> Result<C, Error> {
+/// The configuration that a tree is.
+pub(super) fn check<C: Config>(tree: &Value, layer: &str) -> Result<C, Error> {
     serde_path_to_error::deserialize(tree.clone()).map_err(|error| {
         let key = error.path().to_string();
         let reason = one_line(&error.into_inner().to_string());
         // serde_yaml_ng puts its own idea of the path before the message.
         let reason = reason.strip_prefix(&format!("{key}: ")).unwrap_or(&reason).to_owned();
+        let reason = match meant::<C>(&key, &reason) {
+            // First, as what is allowed may be a long list.
+            Some(meant) => reason.replacen(", expected", &format!(" (did you mean `{meant}`?), expected"), 1),
+            None => reason,
+        };
         Error::Refused { layer: layer.to_owned(), key, reason }
     })
+}
+
+/// The key that was meant, if serde has never heard of this one.
+fn meant<C: Config>(key: &str, reason: &str) -> Option<String> {
+    let named = reason.strip_prefix("unknown field ")?;
+    // The one that is unknown, then those that are known.
+    let names: Vec<&str> = named.split('`').skip(1).step_by(2).collect();
+    let all = flattened(&tree_of(&C::default()));
+    suggestion(key, names.get(1..)?.iter().copied(), all.iter().map(|(key, _)| key.as_str()))
 }
 
 fn one_line(text: &str) -> String {

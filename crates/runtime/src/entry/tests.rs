@@ -14,6 +14,14 @@ struct Example {
 const SERVICE: Service = Service { name: "example", about: "Shows how.\n\nAt length.", version: "1.2.3" };
 const GRACE: Duration = Duration::from_secs(3);
 
+impl Config for Example {}
+
+fn process() -> Process {
+    let process = Process::default();
+    process.set_grace(GRACE);
+    process
+}
+
 fn parse(line: &str) -> Result<Loaded<Example>, Done> {
     arguments::<Example>(&SERVICE, line.split(' ').map(OsString::from), Vec::new())
 }
@@ -51,7 +59,10 @@ fn wrong_arguments_are_told_in_one_line() {
     for (line, expected) in [
         ("example --confg x", "unexpected argument '--confg' found (see --help)"),
         ("example --set", "a value is required for '--set <KEY=VALUE>' but none was supplied (see --help)"),
-        ("example --set idd=1", "--set idd=1: idd: unknown field `idd`, expected one of `id`, `admin`, `shutdown`"),
+        (
+            "example --set idd=1",
+            "--set idd=1: idd: unknown field `idd` (did you mean `id`?), expected one of `id`, `admin`, `shutdown`",
+        ),
     ] {
         match parse(line) {
             Err(Done::Refuse(told)) => assert_eq!(told, expected),
@@ -62,7 +73,7 @@ fn wrong_arguments_are_told_in_one_line() {
 
 #[tokio::test(start_paused = true)]
 async fn a_service_that_returns_after_shutdown_ends_well_once_its_requests_have() {
-    let done = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let done = Arc::new(std::sync::atomic::AtomicBool::new(false));
     let run = |context: Context| {
         let done = done.clone();
         async move {
@@ -76,7 +87,7 @@ async fn a_service_that_returns_after_shutdown_ends_well_once_its_requests_have(
             Ok(())
         }
     };
-    lead(&SERVICE, GRACE, run).await.unwrap();
+    lead(&SERVICE, process(), Base::of(&Example::default()), run).await.unwrap();
     assert!(done.load(std::sync::atomic::Ordering::Relaxed));
 }
 
@@ -87,7 +98,7 @@ async fn a_service_that_does_not_leave_is_left() {
         std::future::pending().await
     };
     let before = tokio::time::Instant::now();
-    let error = lead(&SERVICE, GRACE, run).await.unwrap_err();
+    let error = lead(&SERVICE, process(), Base::of(&Example::default()), run).await.unwrap_err();
     assert_eq!(before.elapsed(), GRACE + LEAVING);
     assert!(error.to_string().contains("still not done"), "{error}");
 }
@@ -99,11 +110,16 @@ async fn the_critical_task_that_ended_is_the_reason_though_the_service_drains_we
         context.shutdown.wait().await;
         Ok(())
     };
-    assert_eq!(lead(&SERVICE, GRACE, run).await.unwrap_err().to_string(), "grpc: broken");
+    assert_eq!(
+        lead(&SERVICE, process(), Base::of(&Example::default()), run).await.unwrap_err().to_string(),
+        "grpc: broken"
+    );
 }
 
 #[tokio::test(start_paused = true)]
 async fn an_error_of_the_service_is_passed_on() {
-    let error = lead(&SERVICE, GRACE, |_| async { anyhow::bail!("no model") }).await.unwrap_err();
+    let error = lead(&SERVICE, process(), Base::of(&Example::default()), |_| async { anyhow::bail!("no model") })
+        .await
+        .unwrap_err();
     assert_eq!(error.to_string(), "no model");
 }

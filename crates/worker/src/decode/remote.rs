@@ -66,7 +66,7 @@ impl Attempt<'_> {
         let mut client =
             self.peers.prefill(&self.candidate.address).map_err(|e| self.failed(Status::from_error(e.into())))?;
         let call = client.prefill(trace::carry(Request::new(self.message(grant))));
-        let silence = Duration::from_millis(self.host.config.decode.prefill_silence_ms);
+        let silence = Duration::from_millis(self.host.now().decode.prefill_silence_ms);
         let response =
             answer.caller().while_waiting(timeout(silence, call)).await?.map_err(|_| self.silent(silence))?;
         let response = response.map_err(|status| self.failed(status))?;
@@ -112,7 +112,7 @@ impl Attempt<'_> {
             blocks: self.landing.targets.clone(),
             priority: v1::Priority::from(*priority).into(),
             tenant: tenant.to_string(),
-            heartbeat_ms: (self.host.config.decode.prefill_silence_ms / BEATS).try_into().unwrap_or(u32::MAX),
+            heartbeat_ms: (self.host.now().decode.prefill_silence_ms / BEATS).try_into().unwrap_or(u32::MAX),
         }
     }
 

@@ -190,14 +190,14 @@ async fn prefill_elsewhere(
         request.prompt.len(),
         admission.cached_tokens,
         request.candidates.len(),
-        host.config.decode.local_prefill_tokens,
+        host.now().decode.local_prefill_tokens,
     ) else {
         return Ok(None);
     };
     let mut candidates: Vec<_> = request.candidates.iter().collect();
     // Stable: else in the router's order. The router may not have heard yet that one is leaving.
     candidates.sort_by_cached_key(|candidate| host.passes_by(&candidate.member) || peers.rests(&candidate.address));
-    for (number, candidate) in candidates.into_iter().take(host.config.decode.max_prefill_attempts).enumerate() {
+    for (number, candidate) in candidates.into_iter().take(host.now().decode.max_prefill_attempts).enumerate() {
         let started = Instant::now();
         request.story.tell("prefill asked", [("worker", candidate.member.as_str().into())]);
         let attempt = Attempt { host, peers, request, landing: &landing, candidate, open_fences };

@@ -62,7 +62,7 @@ impl DecodeService {
         let sampling = wire.sampling.as_ref().ok_or(kvasir_proto::Error::Missing("sampling"))?.try_into()?;
         let mut candidates = wire.prefill;
         candidates.truncate(MAX_CANDIDATES);
-        let limit = Duration::from_millis(self.host.config.decode.max_request_ms);
+        let limit = Duration::from_millis(self.host.now().decode.max_request_ms);
         let priority = convert::priority(wire.priority);
         let deadline = Deadline::from_wire(wire.deadline_ms, limit);
         let choices = wire.choices.max(1); // an older router says nothing

@@ -137,7 +137,7 @@ impl Job<'_> {
             self.compute(sequence, have);
             return sources;
         }
-        let timeout = Duration::from_millis(self.host.config.prefill.fetch_timeout_ms);
+        let timeout = Duration::from_millis(self.host.now().prefill.fetch_timeout_ms);
         let deadline = self.caller.deadline().min(Deadline::after(timeout));
         let present = self.writes.destination().groups[0].present.min(wanted);
         if have < present {

@@ -72,7 +72,7 @@ impl PrefillService {
         let prompt = self.host.check_prompt(&wire.prompt)?;
         let destination = destination(&wire, prompt.len(), &ours, &self.host.groups)?;
         let tenant = convert::tenant(&wire.tenant)?.into();
-        let limit = Duration::from_millis(self.host.config.prefill.max_request_ms);
+        let limit = Duration::from_millis(self.host.now().prefill.max_request_ms);
         let deadline = Deadline::from_wire(wire.deadline_ms, limit);
         let admitted = Prompt {
             id: id.clone(),

@@ -225,7 +225,7 @@ fn load(host: &Host, speeds: &Speeds) -> v1::WorkerLoad {
     let decode = host.duty.role() == Role::Decode;
     // A decode worker has prompts waiting for blocks that others will compute.
     let waiting_tokens = stats.prefilling_tokens + if decode { 0 } else { stats.waiting_tokens };
-    let local = if decode { host.config.decode.local_prefill_tokens } else { 0 };
+    let local = if decode { host.now().decode.local_prefill_tokens } else { 0 };
     v1::WorkerLoad {
         running: stats.running as u32,
         waiting: (stats.waiting + stats.preempted + stats.held) as u32,

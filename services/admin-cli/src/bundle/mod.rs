@@ -2,7 +2,7 @@
 //! business.
 //!
 //! What goes in is listed here, and nothing else does: the members' records, what `status` and `doctor` say, metrics pages,
-//! readiness, what routers' planners have done. No prompt, key or token is in any of these; services' own answers are read
+//! readiness, what members run with, what routers' planners have done. No prompt, key or token is in any of these; services' own answers are read
 //! all the same, and values under names that sound like secrets are taken out.
 
 mod tar;
@@ -14,6 +14,7 @@ use clap::Args;
 use flate2::{Compression, write::GzEncoder};
 use futures_util::{StreamExt, stream};
 use kvasir_cluster::{Member, View};
+use kvasir_runtime::config::redacted;
 use kvasir_types::Role;
 use serde_json::{Value, json};
 
@@ -30,12 +31,6 @@ use crate::{
 const AT_ONCE: usize = 32;
 /// Most bytes of all pages together: a thousand members with large ones.
 const MAX_BYTES: usize = 512 << 20;
-/// Keys whose values are taken out.
-const SECRET: [&str; 9] =
-    ["token", "secret", "password", "passwd", "credential", "api_key", "apikey", "sha256", "private_key"];
-/// Keys that end so, and are no secrets: they count tokens.
-const NO_SECRET: [&str; 4] = ["_tokens", "tokens_total", "tokenizer", "tokens_per_second"];
-
 /// Where it goes.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct BundleArgs {
@@ -107,6 +102,7 @@ fn questions(view: &View) -> Vec<Question<'_>> {
         };
         add("/metrics", "metrics.txt");
         add("/ready", "ready.json");
+        add("/config", "config.json");
         if member.role == Role::Router {
             add("/planner", "planner.json");
             add("/route/policy", "policy.json");
@@ -131,47 +127,5 @@ impl Question<'_> {
             })
         });
         (name, page)
-    }
-}
-
-/// The same without what sounds like a secret.
-fn redacted(value: Value) -> Value {
-    match value {
-        Value::Object(map) => {
-            let entry = |(key, value): (String, Value)| {
-                let value = if is_secret(&key) && !value.is_null() { json!("(taken out)") } else { redacted(value) };
-                (key, value)
-            };
-            Value::Object(map.into_iter().map(entry).collect())
-        }
-        Value::Array(all) => Value::Array(all.into_iter().map(redacted).collect()),
-        other => other,
-    }
-}
-
-fn is_secret(key: &str) -> bool {
-    let key = key.to_lowercase().replace('-', "_");
-    SECRET.iter().any(|mark| key.contains(mark)) && !NO_SECRET.iter().any(|mark| key.contains(mark))
-        || key == "key"
-        || key == "salt"
-        || key.ends_with("_salt")
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn what_sounds_like_a_secret_is_taken_out_wherever_it_is() {
-        let given = json!({
-            "token": "x", "access": [{"name": "acme", "sha256": "ab", "cache_salt": "s"}], "prompt_tokens": 5,
-            "tokenizer": "hash", "Api-Key": {"deep": 1}, "plain": {"password": "p", "port": 1}, "key": "k", "sha256": null,
-        });
-        let expected = json!({
-            "token": "(taken out)", "access": [{"name": "acme", "sha256": "(taken out)", "cache_salt": "(taken out)"}],
-            "prompt_tokens": 5, "tokenizer": "hash", "Api-Key": "(taken out)",
-            "plain": {"password": "(taken out)", "port": 1}, "key": "(taken out)", "sha256": null,
-        });
-        assert_eq!(redacted(given), expected);
     }
 }

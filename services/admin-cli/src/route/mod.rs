@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::{
+    config,
     kv::{content, numbers},
     output::Answer,
     probe::{self, Way},
@@ -25,7 +26,7 @@ use crate::{
 pub(crate) enum RouteCommand {
     /// Where a request would go now, what that would cost and what else was possible. Nothing is sent to a worker
     Explain(ExplainArgs),
-    /// Which policy the routers choose by; with a name: choose by that from now on, until they are started again
+    /// Which policy the routers choose by; with a name: choose by that from now on (`config set router policy=NAME`)
     Policy {
         /// kv-aware, session-sticky, least-loaded, round-robin, random
         name: Option<String>,
@@ -111,8 +112,19 @@ pub(crate) async fn run(command: RouteCommand, session: &Session) -> anyhow::Res
         }
         RouteCommand::Policy { name, router } => {
             let mut all = Vec::new();
-            for router in routers(&view, router.as_deref())? {
-                all.push(policy(router, name.as_deref(), &way).await);
+            let routers = routers(&view, router.as_deref())?;
+            // Of all of them it is one setting; of one of them, its own.
+            let own = if router.is_some() { name.as_deref() } else { None };
+            if let (Some(name), None) = (name, router) {
+                let how = config::How::at_once();
+                let done = config::change(session, "router", &json!({ "set": { "policy": name } }), &how).await?;
+                for exception in done.exceptions {
+                    let scope = format!("router/{exception}");
+                    config::change(session, &scope, &json!({ "unset": ["policy"] }), &how).await?;
+                }
+            }
+            for router in routers {
+                all.push(policy(router, own, &way).await);
             }
             if name.is_some()
                 && let Some(failed) = all.iter().find_map(|one| Some((&one.router, one.error.as_ref()?)))

@@ -51,6 +51,11 @@ impl Pins {
 }
 
 impl Store {
+    /// So many percent of the memory may be kept by hard pins from now on. Those that are there stay.
+    pub(crate) fn set_max_pinned_percent(&mut self, percent: u8) {
+        self.settings.max_pinned_percent = percent;
+    }
+
     /// Keeps those of `hashes` that are here until then; `Keep::Cached` ends pins. How many are kept so now: hard pins are
     /// taken only as long as there is room for them, and only of blocks in memory.
     pub(crate) fn keep(&mut self, size: BlockBytes, hashes: &[BlockHash], keep: Keep, until: Instant) -> usize {

@@ -10,6 +10,7 @@
 //! as much as they can work on, and the rest waits here, where it costs a few hundred bytes. One gate for each model. Nothing
 //! here holds a lock across a wait.
 
+mod door;
 mod fair;
 
 use std::{
@@ -18,6 +19,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+pub(crate) use door::{Door, Pass};
 use fair::{Fair, Ticket};
 use kvasir_types::{Deadline, Priority};
 use serde::{Deserialize, Serialize};
@@ -93,13 +95,13 @@ pub(crate) type Gates = Arc<HashMap<String, Gate>>;
 /// The gate of a model. Clones are the same.
 #[derive(Clone)]
 pub(crate) struct Gate {
-    config: Arc<AdmissionConfig>,
     /// Leaf lock; written by whoever enters or leaves.
     state: Arc<Mutex<State>>,
 }
 
 #[derive(Default)]
 struct State {
+    config: Arc<AdmissionConfig>,
     /// Decode workers.
     workers: usize,
     online: usize,
@@ -150,7 +152,8 @@ impl Speed {
 }
 
 impl State {
-    fn room(&self, config: &AdmissionConfig, priority: Priority) -> bool {
+    fn room(&self, priority: Priority) -> bool {
+        let config = &self.config;
         let all = self.workers.saturating_mul(config.per_worker);
         match priority {
             Priority::Online => self.online + self.offline < all,
@@ -166,9 +169,9 @@ impl State {
     }
 
     /// Lets in whoever is next, while there is room.
-    fn let_in(&mut self, config: &AdmissionConfig) {
-        while self.room(config, Priority::Online) {
-            let offline = self.room(config, Priority::Offline);
+    fn let_in(&mut self) {
+        while self.room(Priority::Online) {
+            let offline = self.room(Priority::Offline);
             let Some(ticket) = self.queue.pop(offline) else { return };
             let Some(Waiting { place, go }) = self.waiting.remove(&ticket) else { continue };
             let priority = place.priority;
@@ -185,14 +188,21 @@ impl State {
 impl Gate {
     /// One that nobody has passed.
     pub(crate) fn new(config: Arc<AdmissionConfig>) -> Self {
-        Self { config, state: Arc::default() }
+        Self { state: Arc::new(Mutex::new(State { config, ..State::default() })) }
+    }
+
+    /// Other limits from now on, for those who wait, too.
+    pub(crate) fn set(&self, config: Arc<AdmissionConfig>) {
+        let mut state = self.lock();
+        state.config = config;
+        state.let_in();
     }
 
     /// So many decode workers there are now.
     pub(crate) fn set_workers(&self, workers: usize) {
         let mut state = self.lock();
         state.workers = workers;
-        state.let_in(&self.config);
+        state.let_in();
     }
 
     /// How many wait, and how many are in.
@@ -206,11 +216,12 @@ impl Gate {
         let (cost, priority) = (entrant.cost(), entrant.priority);
         let (name, weight) = (entrant.tenant.name.clone(), entrant.tenant.weight);
         let place = Place { gate: self.clone(), tenant: name, weight, priority, cost, spent: 0, entered: false };
-        let limit = Duration::from_millis(self.config.max_wait_ms).min(entrant.deadline.remaining());
         let started = Instant::now();
-        let (_waits, come) = {
+        let (_waits, come, limit, max_waiting) = {
             let mut state = self.lock();
-            if state.queue.len() == 0 && state.room(&self.config, priority) {
+            let max_waiting = state.config.max_waiting;
+            let limit = Duration::from_millis(state.config.max_wait_ms).min(entrant.deadline.remaining());
+            if state.queue.len() == 0 && state.room(priority) {
                 *state.count(priority) += 1;
                 return Ok(place.enter());
             }
@@ -218,9 +229,9 @@ impl Gate {
             if wait > limit {
                 return Err(Refused::Late { wait });
             }
-            if state.queue.len() >= self.config.max_waiting {
+            if state.queue.len() >= max_waiting {
                 let Some(greedy) = state.queue.most_greedy(&place.tenant) else {
-                    return Err(Refused::Full { limit: self.config.max_waiting, after: wait });
+                    return Err(Refused::Full { limit: max_waiting, after: wait });
                 };
                 state.queue.remove(greedy);
                 state.waiting.remove(&greedy); // its receiver hears of it
@@ -228,12 +239,12 @@ impl Gate {
             let (go, come) = oneshot::channel();
             let ticket = state.queue.push(&place.tenant, weight, cost, priority);
             state.waiting.insert(ticket, Waiting { place, go });
-            state.let_in(&self.config);
-            (Waits { gate: self, ticket }, come)
+            state.let_in();
+            (Waits { gate: self, ticket }, come, limit, max_waiting)
         };
         match tokio::time::timeout(limit, come).await {
             Ok(Ok(place)) => Ok(place),
-            Ok(Err(_)) => Err(Refused::Full { limit: self.config.max_waiting, after: started.elapsed() }),
+            Ok(Err(_)) => Err(Refused::Full { limit: max_waiting, after: started.elapsed() }),
             Err(_) => Err(Refused::Late { wait: started.elapsed() }),
         }
     }
@@ -296,7 +307,7 @@ impl Drop for Place {
         if state.queue.len() == 0 {
             state.speed.idle();
         }
-        state.let_in(&self.gate.config);
+        state.let_in();
     }
 }
 
@@ -387,6 +398,20 @@ mod tests {
         assert!(matches!(gate.enter(late).await.map(drop), Err(Refused::Late { .. })));
         assert_eq!(started.elapsed().as_secs(), 60);
         assert_eq!(gate.counts(), (0, 1));
+    }
+
+    #[tokio::test]
+    async fn other_limits_count_at_once_for_those_who_wait_too() {
+        let (gate, tenant) = (gate(1, 1), nobody());
+        let _inside = gate.enter(entrant(&tenant, Priority::Online)).await.unwrap();
+        let mut waiting = Box::pin(gate.enter(entrant(&tenant, Priority::Online)));
+        assert!(waiting.as_mut().now_or_never().is_none());
+        let refused = gate.enter(entrant(&tenant, Priority::Online)).now_or_never().unwrap();
+        assert!(matches!(refused.map(drop), Err(Refused::Full { limit: 1, .. })));
+        gate.set(Arc::new(AdmissionConfig { per_worker: 2, max_waiting: 0, ..AdmissionConfig::default() }));
+        let _second = waiting.now_or_never().unwrap().unwrap();
+        let refused = gate.enter(entrant(&tenant, Priority::Online)).now_or_never().unwrap();
+        assert!(matches!(refused.map(drop), Err(Refused::Full { limit: 0, .. })), "no queue at all any more");
     }
 
     #[tokio::test]

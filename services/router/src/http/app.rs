@@ -15,9 +15,10 @@ use http::{Request, header};
 use kvasir_cluster::{Event, EventKind, Registry};
 use kvasir_rpc::operator::Desk;
 use kvasir_runtime::{Context, chain, random_u64};
+use kvasir_settings::{Live, Now};
 use kvasir_types::{Deadline, MemberId, RequestId, Retry};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
-use tracing::{Instrument, debug_span};
+use tokio::sync::{Semaphore, watch};
+use tracing::{Instrument, debug_span, info};
 
 use super::{
     deciding::Policies,
@@ -26,13 +27,13 @@ use super::{
 };
 use crate::{
     access::{Caller, Keyring},
-    admission::{Gate, Gates},
+    admission::{Door, Gate, Gates, Pass},
     cache::Index,
-    config::{Config, Limits},
+    config::Config,
     fleet::{Fleet, Worker},
     metrics::{Inflight, Metrics},
     planner::Board,
-    retry::{Purse, RetryConfig},
+    retry::Purse,
     route::Ask,
     text::Model,
     upstream,
@@ -44,8 +45,8 @@ const INLINE_BYTES: usize = 8 << 10;
 
 /// The router's parts. One for the process, shared by all handlers.
 pub(crate) struct App {
-    /// What a client may ask for.
-    pub(crate) limits: Limits,
+    /// The configuration, as it is whenever it is looked at.
+    live: Live<Config>,
     /// The models served.
     pub(crate) models: Vec<Arc<Model>>,
     /// The workers now.
@@ -76,11 +77,9 @@ pub(crate) struct App {
     pub(crate) id: MemberId,
     /// The cluster's history is there. Not held: the admin page outlives the service.
     registry: Weak<dyn Registry>,
-    /// How failures are dealt with.
-    pub(crate) retry: RetryConfig,
     /// Leaf lock, held for a sum.
     purse: Mutex<Purse>,
-    inflight: Arc<Semaphore>,
+    inflight: Door,
     text: Arc<Semaphore>,
     tickets: AtomicU64,
 }
@@ -98,6 +97,7 @@ pub(crate) struct Parts {
     pub(crate) registry: Weak<dyn Registry>,
     pub(crate) metrics: Metrics,
     pub(crate) context: Context,
+    pub(crate) live: Live<Config>,
 }
 
 /// A generation request that was let in.
@@ -107,7 +107,7 @@ pub(crate) struct Admitted {
     /// It counts as under way.
     pub(crate) inflight: Inflight,
     /// Its place among those under way.
-    pub(crate) permit: OwnedSemaphorePermit,
+    pub(crate) pass: Pass,
     /// When nobody waits for it any more.
     pub(crate) deadline: Deadline,
     /// Its place in the list of those under way.
@@ -117,14 +117,12 @@ pub(crate) struct Admitted {
 impl App {
     /// All of it.
     pub(crate) fn new(config: &Config, parts: Parts) -> Self {
-        let Parts { models, fleet, index, keys, gates, board, desk, id, registry, metrics, context } = parts;
-        let (limits, retry) = (config.limits.clone(), config.retry.clone());
+        let Parts { models, fleet, index, keys, gates, board, desk, id, registry, metrics, context, live } = parts;
         Self {
-            inflight: Arc::new(Semaphore::new(limits.max_inflight)),
-            text: Arc::new(Semaphore::new(limits.text_threads)),
-            purse: Mutex::new(Purse::new(&retry, Instant::now())),
-            limits,
-            retry,
+            inflight: Door::default(),
+            text: Arc::new(Semaphore::new(config.limits.text_threads)),
+            purse: Mutex::new(Purse::new(&config.retry, Instant::now())),
+            live,
             keys,
             gates,
             board,
@@ -144,17 +142,41 @@ impl App {
         }
     }
 
+    /// The configuration now.
+    pub(crate) fn now(&self) -> Arc<Now<Config>> {
+        Arc::clone(&self.live.borrow())
+    }
+
+    /// Does as the configuration says from now on, where it is not looked at each time.
+    pub(crate) fn follow(&self, now: &Now<Config>) {
+        let before = self.policies.name();
+        if now.policy != before {
+            self.policies.set(now.policy);
+            let (policy, before) = (now.policy.as_str(), before.as_str());
+            info!(policy, before, who = now.who, "another policy");
+            let what = format!("chooses workers by {policy} (before: {before})");
+            self.note(EventKind::Policy, self.id.as_str(), what, &now.who);
+        }
+        self.purse().set(&now.retry);
+        let admission = Arc::new(now.admission.clone());
+        self.gates.values().for_each(|gate| gate.set(Arc::clone(&admission)));
+        self.board.set_mode(now.planner.mode);
+    }
+
     /// Lets a generation request in, if there is room: before its body is read, so that what waits is bounded too.
     pub(crate) fn admit(&self, request: &Request<Body>) -> Result<Admitted, Error> {
         let caller = request.extensions().get::<Caller>().cloned().ok_or(Error::NoKey)?;
         caller.request(Instant::now()).map_err(|over| self.refused(over))?;
-        let permit = Arc::clone(&self.inflight).try_acquire_owned();
-        let permit = permit.map_err(|_| Error::Full { limit: self.limits.max_inflight })?;
-        let deadline = Deadline::after(self.limits.request_timeout());
+        let (limit, timeout) = {
+            let now = self.live.borrow();
+            (now.limits.max_inflight, now.limits.request_timeout())
+        };
+        let pass = self.inflight.enter(limit).ok_or(Error::Full { limit })?;
+        let deadline = Deadline::after(timeout);
         self.purse().request();
         let id = request.extensions().get::<RequestId>().cloned().unwrap_or_else(super::fresh_id);
         let tracked = self.requests.begin(&id, &caller.tenant().name, request.uri().path());
-        Ok(Admitted { caller, inflight: self.metrics.admitted(), permit, deadline, tracked })
+        Ok(Admitted { caller, inflight: self.metrics.admitted(), pass, deadline, tracked })
     }
 
     /// Where requests for a model wait for their turn.
@@ -176,7 +198,7 @@ impl App {
 
     /// A worker failed: others are preferred to it for a while.
     pub(crate) fn failed(&self, worker: &Worker, error: &upstream::Error) {
-        if worker.failed(error, self.limits.worker_rest()) && !error.is_leave() {
+        if worker.failed(error, self.now().limits.worker_rest()) && !error.is_leave() {
             let what = format!("{} sends it nothing for a while: {}", self.id, chain(error));
             self.note(EventKind::Ejection, worker.member.id.as_str(), what, "");
         }
@@ -225,13 +247,14 @@ impl App {
 
     /// Reads a body within its limits of size and time.
     pub(crate) async fn body(&self, request: Request<Body>) -> Result<Bytes, Error> {
-        let limit_bytes = self.limits.max_body_bytes;
+        let now = self.now();
+        let limit_bytes = now.limits.max_body_bytes;
         let announced = request.headers().get(header::CONTENT_LENGTH);
         let announced = announced.and_then(|length| length.to_str().ok()?.parse::<u64>().ok());
         if announced.is_some_and(|length| length > limit_bytes as u64) {
             return Err(Error::BigBody { limit_bytes });
         }
-        let timeout = self.limits.body_timeout();
+        let timeout = now.limits.body_timeout();
         let reading = read(request.into_body(), limit_bytes);
         tokio::time::timeout(timeout, reading).await.map_err(|_| Error::SlowBody(timeout))?
     }

@@ -41,6 +41,8 @@ pub(crate) struct Surroundings {
     pub(crate) id: MemberId,
     /// All members.
     pub(crate) members: watch::Receiver<Arc<View>>,
+    /// Where what is set is changed.
+    pub(crate) settings: kvasir_settings::Page,
 }
 
 pub(super) fn routes() -> Router<Operators> {

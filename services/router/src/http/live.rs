@@ -11,7 +11,6 @@ use std::{collections::HashSet, pin::Pin, sync::Arc, time::Instant};
 
 use kvasir_runtime::random_u64;
 use kvasir_types::{FinishReason, Priority, RequestId, Sampling, TokenId, Usage};
-use tokio::sync::OwnedSemaphorePermit;
 use tracing::{Instrument, Span, debug_span, info};
 
 use super::{
@@ -24,7 +23,7 @@ use super::{
     types::{Common, ServiceTier},
 };
 use crate::{
-    admission::{Entrant, Place},
+    admission::{Entrant, Pass, Place},
     fleet::key_of,
     metrics::Progress,
     text::{Answer, Hidden, Logged, Model},
@@ -98,7 +97,7 @@ pub(crate) struct Live {
     tracked: Tracked,
     /// An operator ends it. Made once: looked at where there is no token yet, not for every token.
     cancelled: Pin<Box<dyn Future<Output = ()> + Send>>,
-    _permit: OwnedSemaphorePermit,
+    _pass: Pass,
 }
 
 impl Live {
@@ -125,14 +124,14 @@ impl Live {
 
     async fn begin(app: &Arc<App>, admitted: Admitted, common: Common, prepared: Prepared) -> Result<Self, Error> {
         let Prepared { id, model, prompt, param, markers } = prepared;
-        let Admitted { caller, inflight, permit, deadline, tracked } = admitted;
+        let Admitted { caller, inflight, pass, deadline, tracked } = admitted;
         if !caller.may_use(model.name()) {
             return Err(Error::NoModel(model.name().to_owned())); // as if it were not there
         }
         let fleet = Arc::clone(&app.fleet.borrow());
         placing::crew(fleet.crew(model.name()), &model, prompt.len(), param)?;
-        let max_tokens = placing::max_tokens(common.max_tokens, app.limits.max_output_tokens)?;
-        placing::few_choices(common.choices, app.limits.max_choices)?;
+        let max_tokens = placing::max_tokens(common.max_tokens, app.now().limits.max_output_tokens)?;
+        placing::few_choices(common.choices, app.now().limits.max_choices)?;
         placing::biases_in_vocabulary(&common.sampling, &model)?;
 
         let prompt_tokens = prompt.len();
@@ -203,7 +202,7 @@ impl Live {
                 Box::pin(async move { cancel.wait().await })
             },
             tracked,
-            _permit: permit,
+            _pass: pass,
         })
     }
 

@@ -150,14 +150,15 @@ impl Call {
         let ask = self.app.ask(part.prompt.len());
         let mut crew = self.able(crew)?;
         let mut last: Option<upstream::Error> = None;
-        for again in 0..=self.app.retry.begin {
+        let begin = self.app.now().retry.begin;
+        for again in 0..=begin {
             let Some(chosen) = self.choose(&part, ask, &crew.rested(Instant::now())) else { break };
             let worker = Arc::clone(&chosen.worker);
             let error = match self.open(&part, chosen).await {
                 Ok(placed) => return Ok(placed),
                 Err(error) => error,
             };
-            let again = again < self.app.retry.begin && self.app.may_go_elsewhere(&error);
+            let again = again < begin && self.app.may_go_elsewhere(&error);
             self.told(&error, again, "a worker did not begin an answer");
             let others = crew.filter(|other| !std::ptr::eq(other, &*worker));
             // A connection that broke says little of the worker, and the next call makes a new one: rather it than nobody.
@@ -198,7 +199,7 @@ impl Call {
         let fingerprint = lost.member.model.as_ref().map(|info| info.fingerprint);
         let part = Part { prompt: &prompt, sampling: &sampling, choices: 1 };
         let ask = self.app.ask(prompt.len());
-        let until = Instant::now() + self.app.retry.move_wait().min(self.deadline.remaining());
+        let until = Instant::now() + self.app.now().retry.move_wait().min(self.deadline.remaining());
         let mut fleet = self.app.fleet.clone();
         let (mut pause, mut failed, mut last) = (FIRST_PAUSE, vec![Arc::clone(lost)], None);
         loop {
@@ -252,7 +253,7 @@ impl Call {
         // Only the first prefill worker is likely to be used; it is busy with this until the first token.
         let _prefill_lease = prefill.first().map(|first| first.lease(part.prompt.len(), left));
         worker.asked();
-        let patience = self.app.limits.patience(self.deadline);
+        let patience = self.app.now().limits.patience(self.deadline);
         let opened = match &worker.engine {
             None => {
                 let request = self.request(part, &worker, &prefill, patience.heartbeat_ms());
@@ -292,7 +293,7 @@ impl Call {
         let max_tokens = self.room(worker).min(self.max_tokens).saturating_sub(sampling.continued).max(1);
         let (prompt, salt, vocab) = (part.prompt, self.salt.as_str(), self.model.vocab_size());
         let asked = Asked { prompt, sampling, seed: sampling.seed, max_tokens, salt, vocab };
-        let rest = self.app.limits.worker_rest();
+        let rest = self.app.now().limits.worker_rest();
         let way = Way { worker, prefill, id: &self.id, patience, rest, tasks: &self.app.context.tasks };
         let (answers, computed) = Answers::open(&way, asked, part.choices).await?;
         // Whoever has had the prompt is thought to hold it from now on. SGLang's decode servers keep nothing of what was

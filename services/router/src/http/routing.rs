@@ -3,7 +3,7 @@
 //! | call | |
 //! | --- | --- |
 //! | `GET /route/policy` | `{"policy": "kv-aware", "policies": [...]}` |
-//! | `POST /route/policy` | `{"policy": "least-loaded"}`: from the next request on, until the router ends |
+//! | `POST /route/policy` | `{"policy": "least-loaded"}`: from the next request on; it is set for this router (`POST /config`, `kvasir_settings`), and stays until it is unset |
 //! | `GET /console` | a page that shows the cluster live ([`console`]) |
 //! | `GET /planner` | who plans, what is expected of every model's workers and of others, and what was done |
 //! | `GET /requests` | the requests under way, the oldest first, at most 2000: `{"requests": [...], "count"}` |
@@ -24,9 +24,10 @@ use axum::{
     response::{IntoResponse, Response},
     routing::{get, post},
 };
-use kvasir_cluster::EventKind;
+use kvasir_cluster::Scope;
 use kvasir_rpc::operator::{Denied, Operator};
-use kvasir_types::{RequestId, TokenId};
+use kvasir_settings::Ask;
+use kvasir_types::{RequestId, Role, TokenId};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tracing::info;
@@ -100,6 +101,8 @@ fn names() -> Vec<&'static str> {
 }
 
 fn shown(app: &App) -> Json<Value> {
+    // It may be a moment until what is set is followed; who asks hears of it as it is set.
+    app.follow(&app.now());
     Json(json!({ "policy": app.policies.name().as_str(), "policies": names() }))
 }
 
@@ -108,7 +111,9 @@ async fn policy(State(operators): State<Operators>) -> Result<Json<Value>, Refus
 }
 
 async fn planner(State(operators): State<Operators>) -> Result<Json<Content>, Refusal> {
-    Ok(Json(operators.app()?.board.read()))
+    let app = operators.app()?;
+    app.follow(&app.now());
+    Ok(Json(app.board.read()))
 }
 
 /// Requests listed in one answer.
@@ -159,21 +164,13 @@ async fn set_policy(
     headers: HeaderMap,
     body: Bytes,
 ) -> Result<Json<Value>, Refusal> {
-    let app = operators.app()?;
+    let (app, around) = operators.opened()?;
     let wanted: SetPolicy = serde_json::from_slice(&body).map_err(Refusal::bad)?;
-    let called: String = wanted.policy.chars().take(60).collect();
-    changed(app, peer, &headers, app.id.as_str(), &format!("policy {called}"), |who| {
-        let unknown = || Refusal::bad(format!("no policy is called {called:?}, there are: {}", names().join(", ")));
-        let name = PolicyName::named(&wanted.policy).ok_or_else(unknown)?;
-        let before = app.policies.name();
-        app.policies.set(name);
-        info!(policy = name.as_str(), before = before.as_str(), "another policy");
-        if name != before {
-            let what = format!("chooses workers by {} (before: {})", name.as_str(), before.as_str());
-            app.note(EventKind::Policy, app.id.as_str(), what, &who.to_string());
-        }
-        Ok(shown(app))
-    })
+    let scope = Scope::one(Role::Router, app.id.clone()).to_string();
+    let set = [("policy".to_owned(), Value::from(wanted.policy))].into();
+    let ask = Ask { scope: Some(scope), set, ..Ask::default() };
+    around.settings.change(ask, &headers, peer).await.map_err(|refusal| Refusal(refusal.0, refusal.1))?;
+    Ok(shown(app))
 }
 
 /// Makes a change that an operator asks for; whoever else asks is told what is missing, and all of it is put on record.

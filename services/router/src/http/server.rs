@@ -55,16 +55,16 @@ pub(crate) struct Server {
 
 impl Server {
     /// Serves until shutdown and for the notice after it, then lets requests under way finish; both within `grace`.
-    pub(crate) async fn run(self, context: &Context, grace: Duration) {
+    pub(crate) async fn run(self, context: &Context, grace: impl Fn() -> Duration) {
         let Self { listener, routes, limits, tls } = self;
         let builder = builder(&limits);
         let graceful = GracefulShutdown::new();
         let places = Arc::new(Semaphore::new(limits.max_connections));
         // Who connects has not heard yet that this router leaves; who is connected hears it with the next answer (`identify`).
-        let notice = limits.notice().min(grace);
+        let notice = || limits.notice().min(grace());
         let closing = async {
             context.shutdown.wait().await;
-            tokio::time::sleep(notice).await;
+            tokio::time::sleep(notice()).await;
         };
         let mut closing = std::pin::pin!(closing);
         loop {
@@ -101,7 +101,7 @@ impl Server {
         drop(listener);
         tokio::select! {
             () = graceful.shutdown() => {}
-            _ = context.tasks.finish_requests(grace - notice) => {}
+            _ = context.tasks.finish_requests(grace() - notice()) => {}
         }
     }
 }

@@ -65,7 +65,7 @@ impl Tokens {
         Self {
             ends,
             span: Span::current(),
-            moves_left: call.app.retry.moves,
+            moves_left: call.app.now().retry.moves,
             call,
             choices: (0..choices).map(|_| Choice::default()).collect(),
             flows: vec![Flow { placed, choices: (0..choices).collect() }],

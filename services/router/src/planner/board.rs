@@ -105,6 +105,11 @@ impl Board {
         Self(Mutex::new(Content { mode: mode.as_str(), ..Content::default() }))
     }
 
+    /// What the planner does from now on.
+    pub(crate) fn set_mode(&self, mode: PlannerMode) {
+        self.lock().mode = mode.as_str();
+    }
+
     /// All of it as it is now.
     pub(crate) fn read(&self) -> Content {
         self.lock().clone()

@@ -13,12 +13,13 @@ use std::{
 use kvasir_cluster::{Member, Office, Registry, View};
 use kvasir_proto::v1::{self, worker_client::WorkerClient};
 use kvasir_runtime::chain;
+use kvasir_settings::Live;
 use kvasir_types::{Incarnation, MemberId, PROTOCOL_VERSION, Role};
 use tokio::sync::watch;
 use tracing::{info, warn};
 
 use super::{
-    PlannerConfig, PlannerMode,
+    PlannerMode,
     board::{Board, Leader},
     forecast::Targets,
     meter::{Meter, Told},
@@ -26,7 +27,7 @@ use super::{
 };
 use crate::{
     admission::Gates,
-    config::Slo,
+    config::{Config, Slo},
     fleet::{Fleet, Worker},
     metrics::PlannerMetrics,
 };
@@ -44,7 +45,8 @@ const OFFICE: &str = "planner";
 pub(crate) struct Parts {
     /// This router's name.
     pub(crate) id: MemberId,
-    pub(crate) config: PlannerConfig,
+    /// Looked at before each look at the workers.
+    pub(crate) live: Live<Config>,
     /// By model.
     pub(crate) targets: BTreeMap<String, Slo>,
     pub(crate) registry: Arc<dyn Registry>,
@@ -81,7 +83,7 @@ impl Lead {
     /// That has not looked yet.
     pub(crate) fn new(parts: Parts) -> Self {
         let ledgers = parts.targets.iter().map(|(model, slo)| {
-            let planner = Planner::new(parts.config.settings());
+            let planner = Planner::new(parts.live.borrow().planner.settings());
             let targets = Targets { ttft: slo.ttft_ms / 1e3, tpot: slo.tpot_ms / 1e3 };
             let ledger =
                 Ledger { targets, meter: Meter::default(), planner, worked_as: HashMap::new(), advised: String::new() };
@@ -92,7 +94,6 @@ impl Lead {
 
     /// Never ends.
     pub(crate) async fn run(mut self) {
-        let look = Duration::from_millis(self.parts.config.look_ms).max(OBSERVE);
         let (mut observed, mut looked) = (Instant::now(), Instant::now());
         loop {
             tokio::time::sleep(OBSERVE).await;
@@ -100,6 +101,7 @@ impl Lead {
             let fleet = Arc::clone(&self.parts.fleet.borrow());
             let told = self.observe(&fleet, now.duration_since(observed).as_secs_f64());
             observed = now;
+            let look = Duration::from_millis(self.parts.live.borrow().planner.look_ms).max(OBSERVE);
             if now.duration_since(looked) >= look {
                 looked = now;
                 self.look(&fleet, &told).await;
@@ -128,7 +130,8 @@ impl Lead {
 
     /// Holds the office, if nobody else does, and does what the plan says.
     async fn look(&mut self, fleet: &Fleet, told: &BTreeMap<String, Vec<Told<Life>>>) {
-        if self.parts.config.mode == PlannerMode::Off {
+        let config = self.parts.live.borrow().planner.clone();
+        if config.mode == PlannerMode::Off {
             return;
         }
         let Some(term) = self.leads().await else { return };
@@ -141,10 +144,11 @@ impl Lead {
             let Some(ledger) = self.ledgers.get_mut(&model) else { continue };
             let records: Vec<Option<&Member>> = told.iter().map(|worker| record(&view, worker)).collect();
             ledger.notice(&records, now);
+            ledger.planner.set(config.settings());
             let situation = ledger.situation(told, &records, crowd);
             let verdict = ledger.planner.look(now, &situation);
             self.parts.board.looked(&model, &situation, &verdict);
-            if self.parts.config.mode == PlannerMode::Act {
+            if config.mode == PlannerMode::Act {
                 self.act(&model, term, fleet, told, &verdict).await;
             } else {
                 self.advise(&model, told, &verdict);

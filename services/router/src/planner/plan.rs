@@ -89,6 +89,11 @@ impl Planner {
         Self { settings, ..Self::default() }
     }
 
+    /// Other settings from the next look on.
+    pub fn set(&mut self, settings: Settings) {
+        self.settings = settings;
+    }
+
     /// Somebody else moved workers at `now`, in seconds.
     pub fn disturbed(&mut self, now: f64) {
         (self.votes, self.moved) = (0, Some(now));

@@ -29,6 +29,8 @@ struct Inner {
     size: u16,
 }
 
+impl Config for Example {}
+
 impl Default for Inner {
     fn default() -> Self {
         Self { on: true, size: 7 }
@@ -131,7 +133,10 @@ fn values_of_flags_are_yaml_and_text_where_yaml_does_not_fit() {
 #[test]
 fn every_mistake_is_one_line_with_layer_key_and_what_is_allowed() {
     for (given, line) in [
-        (given().file("deep:\n  innr: 1\n"), "service.yaml: deep.innr: unknown field `innr`, expected `inner`"),
+        (
+            given().file("deep:\n  innr: 1\n"),
+            "service.yaml: deep.innr: unknown field `innr` (did you mean `deep.inner`?), expected `inner`",
+        ),
         (
             given().file("deep: {inner: {size: x}}"),
             r#"service.yaml: deep.inner.size: invalid type: string "x", expected u16"#,
@@ -148,7 +153,11 @@ fn every_mistake_is_one_line_with_layer_key_and_what_is_allowed() {
         ),
         (
             given().env("KVASIR_DEPE", "1"),
-            "KVASIR_DEPE: depe: unknown field `depe`, expected one of `id`, `threads`, `admin`, `log`, `endpoints`, `deep`",
+            "KVASIR_DEPE: depe: unknown field `depe` (did you mean `deep`?), expected one of `id`, `threads`, `admin`, `log`, `endpoints`, `deep`",
+        ),
+        (
+            given().set("size=3"),
+            "--set size=3: size: unknown field `size` (did you mean `deep.inner.size`?), expected one of `id`, `threads`, `admin`, `log`, `endpoints`, `deep`",
         ),
         (
             given().set("log.format=xml"),
@@ -209,7 +218,7 @@ fn variables_that_others_put_there_are_skipped_unless_they_name_a_key() {
 #[test]
 fn the_tree_holds_every_key_with_its_value() {
     let loaded = given().set("deep.inner.size=9").load().unwrap();
-    let shown = flattened(&loaded.tree);
+    let shown = inlined(&loaded.tree);
     for (key, value) in
         [("id", "not set"), ("admin.listen", "127.0.0.1:0"), ("endpoints", r#"["a:1"]"#), ("deep.inner.size", "9")]
     {

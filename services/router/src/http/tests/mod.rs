@@ -8,6 +8,7 @@ mod answers;
 mod bad_input;
 mod faults;
 mod harness;
+mod live_keys;
 mod moves;
 mod responses;
 mod tools;
