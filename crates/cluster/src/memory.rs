@@ -155,6 +155,10 @@ impl Registry for MemoryRegistry {
     fn events_lost(&self) -> u64 {
         0
     }
+
+    fn answers(&self) -> bool {
+        true
+    }
 }
 
 impl Drop for MemoryRegistry {

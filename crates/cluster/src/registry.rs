@@ -56,4 +56,7 @@ pub trait Registry: Send + Sync {
 
     /// How many events this process did not get into the history.
     fn events_lost(&self) -> u64;
+
+    /// Whether the last thing asked of the registry got an answer.
+    fn answers(&self) -> bool;
 }

@@ -47,6 +47,31 @@ pub(crate) struct Globals {
     #[arg(long, global = true, value_name = "HOST:PORT,…")]
     pub(crate) etcd: Option<String>,
 
+    /// The authorities that etcd's certificate may come from: etcd is then called by TLS [default:
+    /// $KVASIR_REGISTRY__ETCD__TLS__AUTHORITY (so with what follows), else the context's]
+    #[arg(long, global = true, value_name = "FILE")]
+    pub(crate) etcd_authority: Option<PathBuf>,
+
+    /// The certificate to show to etcd, if it wants to see one
+    #[arg(long, global = true, value_name = "FILE", requires_all = ["etcd_authority", "etcd_key"])]
+    pub(crate) etcd_certificate: Option<PathBuf>,
+
+    /// Its private key
+    #[arg(long, global = true, value_name = "FILE", requires = "etcd_certificate")]
+    pub(crate) etcd_key: Option<PathBuf>,
+
+    /// The name that etcd's certificates bear, if it is not the endpoint's
+    #[arg(long, global = true, value_name = "NAME", requires = "etcd_authority")]
+    pub(crate) etcd_server_name: Option<String>,
+
+    /// The user as which etcd is called, if it wants to know
+    #[arg(long, global = true, value_name = "NAME", requires = "etcd_password_file")]
+    pub(crate) etcd_username: Option<String>,
+
+    /// A file with that user's password
+    #[arg(long, global = true, value_name = "FILE", requires = "etcd_username")]
+    pub(crate) etcd_password_file: Option<PathBuf>,
+
     /// What the cluster's keys in etcd begin with [default: the context's, else /kvasir/v1]
     #[arg(long, global = true, value_name = "PREFIX")]
     pub(crate) prefix: Option<String>,

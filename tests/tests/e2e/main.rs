@@ -18,6 +18,7 @@ mod engines;
 mod faults;
 mod front;
 mod golden;
+mod guarded;
 mod http_errors;
 mod image;
 mod load;
