@@ -4,9 +4,13 @@ use std::{future::Future, sync::Arc, time::Duration};
 
 use anyhow::Context as _;
 use kvasir_cluster::{Audit, Member, Registry};
+use kvasir_paths::Paths;
 use kvasir_proto::{
     MAX_MESSAGE_BYTES,
-    v1::{decode_server::DecodeServer, prefill_server::PrefillServer, worker_server::WorkerServer},
+    v1::{
+        decode_server::DecodeServer, paths_server::PathsServer, prefill_server::PrefillServer,
+        worker_server::WorkerServer,
+    },
 };
 use kvasir_rpc::operator::{Asked, Desk, Operators};
 use kvasir_runtime::{Context, Kind, Listening};
@@ -80,8 +84,16 @@ pub async fn run(
     let duties = Arc::new(Duties::new(host.clone(), member.clone(), registry.clone()));
     let server = {
         let closing = context.shutdown.clone();
+        let paths = Paths::new(
+            host.id.clone(),
+            host.transfer.clone(),
+            host.rpc.clone(),
+            registry.view(),
+            desk.clone(),
+            context.tasks.clone(),
+        );
         let status = StatusService { host: host.clone(), incarnation, hub: hub.clone(), duties, desk };
-        serve(host.clone(), status, listening.listener, async move { closing.wait().await })
+        serve(host.clone(), status, paths, listening.listener, async move { closing.wait().await })
     };
     let watched = host.clone();
     context.tasks.spawn(Kind::Background, "watch", async move {
@@ -132,6 +144,7 @@ fn watch_engine(host: &Arc<Host>, context: &Context) {
 async fn serve(
     host: Arc<Host>,
     status: StatusService,
+    paths: Paths,
     listener: TcpListener,
     closing: impl Future<Output = ()>,
 ) -> Result<(), tonic::transport::Error> {
@@ -139,6 +152,7 @@ async fn serve(
     // Both, whatever it works as: that may change, and callers hear of it later.
     let server = kvasir_rpc::server()
         .add_service(WorkerServer::new(status))
+        .add_service(PathsServer::new(paths))
         .add_service(
             DecodeServer::new(DecodeService::new(host.clone()))
                 .max_decoding_message_size(MAX_MESSAGE_BYTES)

@@ -19,6 +19,7 @@ use crate::{
     status::StatusArgs,
     top::TopArgs,
     trace::TraceArgs,
+    transfer::TransferCommand,
     via::Via,
     worker::WorkerCommand,
     workers::WorkersArgs,
@@ -111,6 +112,9 @@ pub(crate) enum Command {
     Models,
     /// How KV blocks move: from and to whom, over which transport and why, how fast, what fails
     Transfers,
+    /// Over what members reach one another and how fast: as it was lately, and measured now
+    #[command(subcommand)]
+    Transfer(TransferCommand),
     /// The KV store: what it holds, where a prompt's blocks are; pinning and evicting them
     #[command(subcommand)]
     Kv(KvCommand),

@@ -39,3 +39,4 @@ mod telemetry;
 mod tls;
 mod tools;
 mod traces;
+mod ways;

@@ -25,7 +25,7 @@ const CHAT: &str = "/v1/chat/completions";
 const STREAMS: usize = 16;
 
 /// What `kvasirctl` prints and says, while the test goes on; whether it ended well.
-async fn beside(cluster: &Cluster, arguments: &[&str]) -> Result<(bool, String, String)> {
+pub(crate) async fn beside(cluster: &Cluster, arguments: &[&str]) -> Result<(bool, String, String)> {
     let mut command = Command::new(workspace::binary("kvasirctl")?);
     command.args(["--etcd", cluster.etcd_endpoint()]).args(arguments);
     let output = tokio::task::spawn_blocking(move || command.output()).await??;
@@ -33,13 +33,13 @@ async fn beside(cluster: &Cluster, arguments: &[&str]) -> Result<(bool, String, 
     Ok((output.status.success(), text(&output.stdout), text(&output.stderr)))
 }
 
-async fn well(cluster: &Cluster, arguments: &[&str]) -> Result<String> {
+pub(crate) async fn well(cluster: &Cluster, arguments: &[&str]) -> Result<String> {
     let (well, out, err) = beside(cluster, arguments).await?;
     ensure!(well, "kvasirctl {arguments:?}: {out}{err}");
     Ok(out)
 }
 
-async fn refused(cluster: &Cluster, arguments: &[&str]) -> Result<String> {
+pub(crate) async fn refused(cluster: &Cluster, arguments: &[&str]) -> Result<String> {
     let (well, out, err) = beside(cluster, arguments).await?;
     ensure!(!well, "kvasirctl {arguments:?} should be refused: {out}{err}");
     Ok(err)
@@ -274,7 +274,7 @@ async fn a_drain_goes_on_without_etcd_and_without_whoever_asked_and_ends_with_th
 }
 
 /// `sha256sum` of a text.
-fn sha256(text: &str) -> Result<String> {
+pub(crate) fn sha256(text: &str) -> Result<String> {
     use std::io::Write as _;
     let mut child =
         Command::new("sha256sum").stdin(std::process::Stdio::piped()).stdout(std::process::Stdio::piped()).spawn()?;
