@@ -1,7 +1,7 @@
 //! Generates the gRPC code from `proto/kvasir/v1`. Needs `protoc` (Debian: protobuf-compiler), as etcd-client does.
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let root = "../../proto";
-    let files = ["common", "worker", "store"].map(|name| format!("{root}/kvasir/v1/{name}.proto"));
+    let files = ["common", "worker", "store", "paths"].map(|name| format!("{root}/kvasir/v1/{name}.proto"));
     for file in &files {
         println!("cargo::rerun-if-changed={file}");
     }

@@ -20,6 +20,14 @@ pub enum Error {
         #[source]
         source: Box<dyn StdError + Send + Sync>,
     },
+    /// etcd answers, and will not do it: for want of a password, or of a right.
+    #[error("etcd at {endpoints}: {why}")]
+    Refused {
+        /// All endpoints.
+        endpoints: String,
+        /// What is wrong, and what to do.
+        why: String,
+    },
     /// Another living process has this name.
     #[error("{role} {id} is registered by another process (incarnation {holder}): give this one another id")]
     Taken {
@@ -82,7 +90,7 @@ impl Error {
     /// Whether the same call may succeed later.
     pub fn retry(&self) -> Retry {
         match self {
-            Self::Unreachable { .. } => Retry::After(Duration::from_secs(1)),
+            Self::Unreachable { .. } | Self::Refused { .. } => Retry::After(Duration::from_secs(1)),
             Self::Taken { .. }
             | Self::NotRegistered { .. }
             | Self::TooLarge { .. }

@@ -16,12 +16,14 @@
 //! Every call to etcd has a time limit. etcd being away changes nothing here but the log: the view stays, and both loops
 //! go on trying.
 
+mod account;
 mod call;
 mod claim;
 mod engines;
 mod events;
 mod follow;
 mod keep;
+mod nodes;
 mod office;
 mod settings;
 mod table;
@@ -252,6 +254,10 @@ impl Registry for EtcdRegistry {
     async fn changes(&self) -> Result<Vec<Change>, Error> {
         self.shared.settings.changes(&self.shared.etcd).await
     }
+
+    fn answers(&self) -> bool {
+        self.shared.etcd.answers()
+    }
 }
 
 impl Drop for EtcdRegistry {
@@ -284,6 +290,9 @@ fn check(config: &EtcdConfig) -> Result<(), Error> {
     let wrong = |key, reason: &str| Err(Error::Config { key, reason: reason.to_owned() });
     if config.endpoints.is_empty() || config.endpoints.len() > 64 {
         return wrong("registry.etcd.endpoints", "expected 1 to 64 endpoints, each `host:port`");
+    }
+    if config.username.is_some() != config.password_file.is_some() {
+        return wrong("registry.etcd.username, password_file", "one is set and the other is not: they belong together");
     }
     let prefix = &config.prefix;
     if !prefix.starts_with('/') || prefix.len() > 256 || !prefix.bytes().all(|byte| byte.is_ascii_graphic()) {

@@ -21,7 +21,7 @@ mod registry;
 mod settings;
 mod view;
 
-pub use config::{EtcdConfig, RegistryConfig};
+pub use config::{EtcdConfig, EtcdTls, RegistryConfig};
 pub use error::Error;
 pub use etcd::{add_engine, connect as connect_etcd, note_event, remove_engine};
 pub use events::{Audit, Event, EventKind, Noted, audit};

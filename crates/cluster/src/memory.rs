@@ -210,6 +210,10 @@ impl Registry for MemoryRegistry {
     async fn changes(&self) -> Result<Vec<Change>, Error> {
         Ok(self.hub.set.lock().expect(UNPOISONED).changes.iter().cloned().collect())
     }
+
+    fn answers(&self) -> bool {
+        true
+    }
 }
 
 impl Drop for MemoryRegistry {

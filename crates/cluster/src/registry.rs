@@ -80,4 +80,7 @@ pub trait Registry: Send + Sync {
     /// # Errors
     /// [`Error::Unreachable`] if nobody could be asked.
     async fn changes(&self) -> Result<Vec<Change>, Error>;
+
+    /// Whether the last thing asked of the registry got an answer.
+    fn answers(&self) -> bool;
 }

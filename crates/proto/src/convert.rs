@@ -275,6 +275,7 @@ impl From<&types::PeerTraffic> for v1::TransferPeer {
             p99_us: peer.p99_us,
             failures_in_a_row: peer.failures_in_a_row,
             resting_ms: peer.resting_ms,
+            busy_us: peer.busy_us,
         }
     }
 }
@@ -295,6 +296,7 @@ impl From<v1::TransferPeer> for types::PeerTraffic {
             p99_us: wire.p99_us,
             failures_in_a_row: wire.failures_in_a_row,
             resting_ms: wire.resting_ms,
+            busy_us: wire.busy_us,
         }
     }
 }

@@ -54,6 +54,8 @@ pub struct PeerStats {
     pub in_flight_bytes: u64,
     /// How long completed batches took.
     pub latency: Histogram,
+    /// The same together.
+    pub busy: Duration,
     /// How often in a row the way to it failed.
     pub failures_in_a_row: u32,
     /// How long it still rests; zero if it does not.
@@ -76,6 +78,7 @@ impl PeerStats {
             p99_us: self.latency.quantile_us(0.99).unwrap_or_default(),
             failures_in_a_row: self.failures_in_a_row,
             resting_ms: self.resting.as_millis() as u64,
+            busy_us: self.busy.as_micros() as u64,
         }
     }
 }
@@ -91,6 +94,7 @@ pub(crate) struct Peer {
     failed: AtomicU64,
     in_flight_bytes: AtomicU64,
     latency: LiveHistogram,
+    busy_us: AtomicU64,
     state: Mutex<State>,
 }
 
@@ -144,6 +148,7 @@ impl Peer {
                 moved.fetch_add(bytes, Relaxed);
                 self.completed.fetch_add(1, Relaxed);
                 self.latency.add(report.elapsed);
+                self.busy_us.fetch_add(report.elapsed.as_micros() as u64, Relaxed);
                 self.counters.completed(report.transport, report.elapsed);
                 let mut state = self.lock();
                 (state.failures, state.rest, state.rests_until) = (0, REST, None);
@@ -186,6 +191,7 @@ impl Peer {
             failed: self.failed.load(Relaxed),
             in_flight_bytes: self.in_flight_bytes.load(Relaxed),
             latency: self.latency.get(),
+            busy: Duration::from_micros(self.busy_us.load(Relaxed)),
             failures_in_a_row: state.failures,
             resting: state.rests_until.map_or(Duration::ZERO, |until| until.saturating_duration_since(Instant::now())),
         }
@@ -232,6 +238,7 @@ impl Peers {
             failed: AtomicU64::new(0),
             in_flight_bytes: AtomicU64::new(0),
             latency: LiveHistogram::default(),
+            busy_us: AtomicU64::new(0),
             state: Mutex::new(state),
         });
         lives.insert(key, Arc::clone(&peer));
@@ -293,7 +300,7 @@ mod tests {
         begin(&peer).unwrap();
         let stats = &peers.stats()[0];
         assert_eq!((stats.completed, stats.failed, stats.in_flight_bytes, stats.read_bytes), (1, 3, 0, 10));
-        assert_eq!(stats.latency.count(), 1);
+        assert_eq!((stats.latency.count(), stats.busy), (1, Duration::from_micros(5)));
     }
 
     #[test]

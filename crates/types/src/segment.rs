@@ -206,6 +206,8 @@ pub struct PeerTraffic {
     pub failures_in_a_row: u32,
     /// For how long it is not tried again, in milliseconds.
     pub resting_ms: u64,
+    /// How long the batches that completed took, together, in microseconds.
+    pub busy_us: u64,
 }
 
 #[cfg(test)]

@@ -4,9 +4,13 @@ use std::{future::Future, sync::Arc, time::Duration};
 
 use anyhow::Context as _;
 use kvasir_cluster::{Audit, Member, Registry};
+use kvasir_paths::Paths;
 use kvasir_proto::{
     MAX_MESSAGE_BYTES,
-    v1::{decode_server::DecodeServer, prefill_server::PrefillServer, worker_server::WorkerServer},
+    v1::{
+        decode_server::DecodeServer, paths_server::PathsServer, prefill_server::PrefillServer,
+        worker_server::WorkerServer,
+    },
 };
 use kvasir_rpc::operator::{Asked, Desk, Operators};
 use kvasir_runtime::{Context, Kind, Listening};
@@ -66,9 +70,11 @@ pub async fn run(
     let lost =
         context.metrics.counter("kvasir_cluster_events_lost", "Events that did not get into the cluster's history");
     let counts = Arc::downgrade(&registry);
+    let up = context.metrics.gauge("kvasir_cluster_registry_up", "1 if etcd answered the last thing it was asked");
     context.metrics.on_scrape(move || {
-        let counted = counts.upgrade().map_or(0, |registry| registry.events_lost());
-        kvasir_runtime::metrics::set_total(&lost, counted);
+        let Some(registry) = counts.upgrade() else { return };
+        kvasir_runtime::metrics::set_total(&lost, registry.events_lost());
+        up.set(registry.answers().into());
     });
     let desk = {
         let (id, registry) = (host.id.clone(), Arc::downgrade(&registry));
@@ -90,8 +96,16 @@ pub async fn run(
     let duties = Arc::new(Duties::new(host.clone(), member.clone(), registry.clone()));
     let server = {
         let closing = context.shutdown.clone();
+        let paths = Paths::new(
+            host.id.clone(),
+            host.transfer.clone(),
+            host.rpc.clone(),
+            registry.view(),
+            desk.clone(),
+            context.tasks.clone(),
+        );
         let status = StatusService { host: host.clone(), incarnation, hub: hub.clone(), duties, desk };
-        serve(host.clone(), status, listening.listener, async move { closing.wait().await })
+        serve(host.clone(), status, paths, listening.listener, async move { closing.wait().await })
     };
     let watched = host.clone();
     context.tasks.spawn(Kind::Background, "watch", async move {
@@ -153,6 +167,7 @@ fn watch_engine(host: &Arc<Host>, context: &Context) {
 async fn serve(
     host: Arc<Host>,
     status: StatusService,
+    paths: Paths,
     listener: TcpListener,
     closing: impl Future<Output = ()>,
 ) -> Result<(), tonic::transport::Error> {
@@ -160,6 +175,7 @@ async fn serve(
     // Both, whatever it works as: that may change, and callers hear of it later.
     let server = kvasir_rpc::server()
         .add_service(WorkerServer::new(status))
+        .add_service(PathsServer::new(paths))
         .add_service(
             DecodeServer::new(DecodeService::new(host.clone()))
                 .max_decoding_message_size(MAX_MESSAGE_BYTES)

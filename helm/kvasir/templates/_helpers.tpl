@@ -109,6 +109,26 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
         "prefix" (include "kvasir.etcd.prefix" $root)
         "connect_timeout_ms" 60000))
 -}}
+{{- with $root.Values.etcd -}}
+{{- if .tls.secret -}}
+{{- $tls := dict "authority" "/etc/kvasir/etcd/ca.crt" -}}
+{{- if .tls.clientCertificate -}}
+{{- $_ := set $tls "certificate" "/etc/kvasir/etcd/tls.crt" -}}
+{{- $_ := set $tls "key" "/etc/kvasir/etcd/tls.key" -}}
+{{- end -}}
+{{- with .tls.serverName -}}{{- $_ := set $tls "server_name" . -}}{{- end -}}
+{{- $_ := set $config.registry.etcd "tls" $tls -}}
+{{- end -}}
+{{- with .auth.username -}}
+{{- $_ := set $config.registry.etcd "username" . -}}
+{{- $_ := set $config.registry.etcd "password_file" (printf "/etc/kvasir/etcd-user/%s" $root.Values.etcd.auth.passwordSecret.key) -}}
+{{- end -}}
+{{- end -}}
+{{- with $root.Values.operator.tokensSecret -}}
+{{- if .name -}}
+{{- $_ := set $config "operator" (dict "tokens_file" (printf "/etc/kvasir/operators/%s" .key)) -}}
+{{- end -}}
+{{- end -}}
 {{- with $root.Values.tls.rpc -}}
 {{- if .secret -}}
 {{- $_ := set $config "rpc" (dict "tls" (dict

@@ -261,6 +261,21 @@ spec:
           readOnly: true
         - name: tmp
           mountPath: /tmp
+        {{- if $root.Values.etcd.tls.secret }}
+        - name: tls-etcd
+          mountPath: /etc/kvasir/etcd
+          readOnly: true
+        {{- end }}
+        {{- if $root.Values.etcd.auth.username }}
+        - name: etcd-user
+          mountPath: /etc/kvasir/etcd-user
+          readOnly: true
+        {{- end }}
+        {{- if $root.Values.operator.tokensSecret.name }}
+        - name: operators
+          mountPath: /etc/kvasir/operators
+          readOnly: true
+        {{- end }}
         {{- if $root.Values.tls.rpc.secret }}
         - name: tls-rpc
           mountPath: /etc/kvasir/rpc
@@ -292,6 +307,24 @@ spec:
         name: {{ .config }}
     - name: tmp
       emptyDir: {}
+    {{- with $root.Values.etcd.tls.secret }}
+    - name: tls-etcd
+      secret:
+        secretName: {{ . }}
+        defaultMode: 0440
+    {{- end }}
+    {{- if $root.Values.etcd.auth.username }}
+    - name: etcd-user
+      secret:
+        secretName: {{ $root.Values.etcd.auth.passwordSecret.name }}
+        defaultMode: 0440
+    {{- end }}
+    {{- with $root.Values.operator.tokensSecret.name }}
+    - name: operators
+      secret:
+        secretName: {{ . }}
+        defaultMode: 0440
+    {{- end }}
     {{- with $root.Values.tls.rpc.secret }}
     - name: tls-rpc
       secret:

@@ -20,6 +20,7 @@ use crate::{
     status::StatusArgs,
     top::TopArgs,
     trace::TraceArgs,
+    transfer::TransferCommand,
     via::Via,
     worker::WorkerCommand,
     workers::WorkersArgs,
@@ -47,6 +48,31 @@ pub(crate) struct Globals {
     /// etcd endpoints, with commas between them [default: $KVASIR_ETCD, else the context's, else 127.0.0.1:2379]
     #[arg(long, global = true, value_name = "HOST:PORT,…")]
     pub(crate) etcd: Option<String>,
+
+    /// The authorities that etcd's certificate may come from: etcd is then called by TLS [default:
+    /// $KVASIR_REGISTRY__ETCD__TLS__AUTHORITY (so with what follows), else the context's]
+    #[arg(long, global = true, value_name = "FILE")]
+    pub(crate) etcd_authority: Option<PathBuf>,
+
+    /// The certificate to show to etcd, if it wants to see one
+    #[arg(long, global = true, value_name = "FILE", requires_all = ["etcd_authority", "etcd_key"])]
+    pub(crate) etcd_certificate: Option<PathBuf>,
+
+    /// Its private key
+    #[arg(long, global = true, value_name = "FILE", requires = "etcd_certificate")]
+    pub(crate) etcd_key: Option<PathBuf>,
+
+    /// The name that etcd's certificates bear, if it is not the endpoint's
+    #[arg(long, global = true, value_name = "NAME", requires = "etcd_authority")]
+    pub(crate) etcd_server_name: Option<String>,
+
+    /// The user as which etcd is called, if it wants to know
+    #[arg(long, global = true, value_name = "NAME", requires = "etcd_password_file")]
+    pub(crate) etcd_username: Option<String>,
+
+    /// A file with that user's password
+    #[arg(long, global = true, value_name = "FILE", requires = "etcd_username")]
+    pub(crate) etcd_password_file: Option<PathBuf>,
 
     /// What the cluster's keys in etcd begin with [default: the context's, else /kvasir/v1]
     #[arg(long, global = true, value_name = "PREFIX")]
@@ -87,6 +113,9 @@ pub(crate) enum Command {
     Models,
     /// How KV blocks move: from and to whom, over which transport and why, how fast, what fails
     Transfers,
+    /// Over what members reach one another and how fast: as it was lately, and measured now
+    #[command(subcommand)]
+    Transfer(TransferCommand),
     /// The KV store: what it holds, where a prompt's blocks are; pinning and evicting them
     #[command(subcommand)]
     Kv(KvCommand),

@@ -34,6 +34,7 @@ mod stage;
 mod status;
 mod top;
 mod trace;
+mod transfer;
 mod via;
 mod worker;
 mod workers;
@@ -85,6 +86,7 @@ async fn answer(command: Command, session: &Session) -> anyhow::Result<Answer> {
             let report = gather::gather(session).await?;
             Ok(session.output().show(&report.transfers(), || render::transfers(&report)).into())
         }
+        Command::Transfer(command) => transfer::run(command, session).await,
         Command::Kv(command) => kv::run(command, session).await,
         Command::Worker(command) => worker::run(command, session).await,
         Command::Engine(command) => engine::run(command, session).await,

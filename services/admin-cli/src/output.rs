@@ -17,6 +17,11 @@ pub(crate) enum Output {
 }
 
 impl Output {
+    /// A person reads it.
+    pub(crate) fn is_for_people(self) -> bool {
+        matches!(self, Self::Table | Self::Wide)
+    }
+
     /// The answer in this form; `table` makes the one for people.
     pub(crate) fn show<T: Serialize + ?Sized>(self, answer: &T, table: impl FnOnce() -> String) -> String {
         match self {

@@ -229,7 +229,7 @@ fn readiness(page: &str) -> Readiness {
     }
 }
 
-async fn connect(rpc: &Rpc, address: &str) -> Result<Channel, String> {
+pub(crate) async fn connect(rpc: &Rpc, address: &str) -> Result<Channel, String> {
     let endpoint = kvasir_rpc::endpoint(address).map_err(|_| "not an address".to_owned())?;
     rpc.connect(&endpoint).await.map_err(|error| printable(&cause(&error)))
 }
@@ -253,7 +253,7 @@ fn peer(wire: TransferPeer) -> PeerTraffic {
     PeerTraffic { name: printable(&peer.name), reason: printable(&peer.reason), ..peer }
 }
 
-fn told(status: tonic::Status) -> String {
+pub(crate) fn told(status: tonic::Status) -> String {
     match status.source() {
         // Not the member's words: its connection broke.
         Some(broken) => printable(&cause(broken)),

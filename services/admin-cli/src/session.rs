@@ -10,7 +10,7 @@ use std::{
 };
 
 use anyhow::{Context as _, ensure};
-use kvasir_cluster::{EtcdConfig, View};
+use kvasir_cluster::{EtcdConfig, EtcdTls, View};
 use kvasir_rpc::Rpc;
 
 use crate::{
@@ -92,12 +92,42 @@ impl Session {
             .unwrap_or_else(|| ("--etcd", DEFAULT_ETCD.to_owned()));
         let endpoints = endpoints(&text).map_err(|why| Usage(format!("{from}: {why}")))?;
         let mut etcd = EtcdConfig { endpoints, ..EtcdConfig::default() };
+        self.prove_to_etcd(&mut etcd, context.as_ref(), named);
         (etcd.connect_timeout_ms, etcd.request_timeout_ms) = (self.globals.timeout, self.globals.timeout);
         if let Some(prefix) = self.globals.prefix.clone().or_else(|| context?.prefix) {
             check_prefix(&prefix).map_err(|why| Usage(format!("--prefix: {why}")))?;
             etcd.prefix = prefix;
         }
         Ok(etcd)
+    }
+
+    /// What is shown to etcd, and believed of it: each by flags, by the context, by variables that services read, too.
+    fn prove_to_etcd(&self, etcd: &mut EtcdConfig, context: Option<&Context>, named: bool) {
+        let globals = &self.globals;
+        etcd.take_variables(|name| self.variable(name));
+        if let Some(tls) = context.and_then(|context| context.etcd_tls.clone())
+            && (named || etcd.tls.is_none())
+        {
+            etcd.tls = Some(tls);
+        }
+        if let Some(user) = context.and_then(|context| context.etcd_username.clone())
+            && (named || etcd.username.is_none())
+        {
+            etcd.username = Some(user);
+            etcd.password_file = context.and_then(|context| context.etcd_password_file.clone());
+        }
+        if let Some(authority) = &globals.etcd_authority {
+            etcd.tls = Some(EtcdTls {
+                authority: authority.clone(),
+                certificate: globals.etcd_certificate.clone(),
+                key: globals.etcd_key.clone(),
+                server_name: globals.etcd_server_name.clone(),
+            });
+        }
+        if let Some(user) = &globals.etcd_username {
+            etcd.username = Some(user.clone());
+            etcd.password_file = globals.etcd_password_file.clone();
+        }
     }
 
     /// The members as the cluster's metadata has them now, at the addresses where they are reached from here.
@@ -179,7 +209,7 @@ pub(crate) fn check_prefix(prefix: &str) -> Result<(), String> {
 }
 
 fn is_endpoint(text: &str) -> bool {
-    let address = text.strip_prefix("http://").unwrap_or(text);
+    let address = text.strip_prefix("http://").or_else(|| text.strip_prefix("https://")).unwrap_or(text);
     address.rsplit_once(':').is_some_and(|(host, port)| {
         !host.is_empty()
             && host.bytes().all(|byte| byte.is_ascii_graphic() && byte != b'/')
@@ -232,10 +262,35 @@ mod tests {
         let line = session("kvasirctl status", set).etcd().unwrap_err();
         assert_eq!(line.to_string(), "KVASIR_ETCD: \"b\" is no endpoint, expected host:port");
         assert!(line.is::<Usage>());
-        for bad in ["", ":1", "a", "a:b", "a:70000", "https://a:1", "a/b:1"] {
+        for bad in ["", ":1", "a", "a:b", "a:70000", "ftp://a:1", "a/b:1"] {
             assert!(endpoints(bad).is_err(), "{bad:?}");
         }
         assert!(session("kvasirctl status --prefix x", |_| None).etcd().is_err());
+    }
+
+    #[test]
+    fn what_is_shown_to_etcd_is_said_by_flags_or_by_variables_of_services() {
+        let none = session("kvasirctl status", |_| None).etcd().unwrap();
+        assert_eq!((none.tls, none.username), (None, None));
+        let set = |name: &str| match name.strip_prefix("KVASIR_REGISTRY__ETCD__")? {
+            "TLS__AUTHORITY" => Some("ca".to_owned()),
+            "TLS__SERVER_NAME" => Some("etcd".to_owned()),
+            "USERNAME" => Some("kvasir".to_owned()),
+            "PASSWORD_FILE" => Some("secret".to_owned()),
+            _ => None,
+        };
+        let of_variables = session("kvasirctl status", set).etcd().unwrap();
+        let tls = of_variables.tls.unwrap();
+        assert_eq!((tls.authority, tls.certificate, tls.server_name), ("ca".into(), None, Some("etcd".to_owned())));
+        assert_eq!(of_variables.username.as_deref(), Some("kvasir"));
+        let line = "kvasirctl status --etcd-authority a --etcd-certificate c --etcd-key k --etcd-username me --etcd-password-file p";
+        let of_flags = session(line, set).etcd().unwrap();
+        let tls = of_flags.tls.unwrap();
+        assert_eq!((tls.authority, tls.certificate, tls.server_name), ("a".into(), Some("c".into()), None));
+        assert_eq!((of_flags.username, of_flags.password_file), (Some("me".to_owned()), Some("p".into())));
+        for half in ["--etcd-certificate c", "--etcd-key k", "--etcd-username me", "--etcd-password-file p"] {
+            assert!(Cli::try_parse_from(format!("kvasirctl status {half}").split(' ')).is_err(), "{half}");
+        }
     }
 
     #[test]

@@ -7,7 +7,8 @@ use std::{
 
 use anyhow::Context as _;
 use kvasir_cluster::{Audit, Member, Registry, StoreInfo};
-use kvasir_proto::v1::store_server::StoreServer;
+use kvasir_paths::Paths;
+use kvasir_proto::v1::{paths_server::PathsServer, store_server::StoreServer};
 use kvasir_rpc::{
     Incoming, Rpc,
     operator::{Asked, Desk, Operators},
@@ -104,9 +105,11 @@ pub(crate) async fn start(
     let lost =
         context.metrics.counter("kvasir_cluster_events_lost", "Events that did not get into the cluster's history");
     let counts = Arc::downgrade(registry);
+    let up = context.metrics.gauge("kvasir_cluster_registry_up", "1 if etcd answered the last thing it was asked");
     context.metrics.on_scrape(move || {
-        let counted = counts.upgrade().map_or(0, |registry| registry.events_lost());
-        kvasir_runtime::metrics::set_total(&lost, counted);
+        let Some(registry) = counts.upgrade() else { return };
+        kvasir_runtime::metrics::set_total(&lost, registry.events_lost());
+        up.set(registry.answers().into());
     });
     let desk = {
         // Not held, as in `Drain`.
@@ -180,12 +183,20 @@ pub(crate) async fn start(
         },
         membership: Membership::new(registry.view(), Duration::from_millis(config.warm_ms)),
     };
+    let paths = Paths::new(
+        id.clone(),
+        engine.clone(),
+        rpc.clone(),
+        registry.view(),
+        service.desk.clone(),
+        context.tasks.clone(),
+    );
     let expiring = expiry::run(node.clone(), context.tasks.clone(), context.shutdown.clone());
     context.tasks.spawn(Kind::Critical, "expiry", async move {
         expiring.await;
         Ok(())
     });
-    serve(&config, context, service, rpc.incoming(listening.listener));
+    serve(&config, context, service, paths, rpc.incoming(listening.listener));
     let watching = node.clone().watch_disk(Duration::from_millis(config.disk.retry_ms), context.shutdown.clone());
     context.tasks.spawn(Kind::Background, "disk", async move {
         watching.await;
@@ -257,7 +268,7 @@ async fn open_disk(config: &Config, engine: &TransferEngine) -> anyhow::Result<O
     }
 }
 
-fn serve(config: &Config, context: &Context, service: StoreService, incoming: Incoming) {
+fn serve(config: &Config, context: &Context, service: StoreService, paths: Paths, incoming: Incoming) {
     let store = StoreServer::new(service).max_decoding_message_size(MAX_REQUEST_BYTES);
     let closing = context.shutdown.clone();
     let server = kvasir_rpc::server()
@@ -267,6 +278,7 @@ fn serve(config: &Config, context: &Context, service: StoreService, incoming: In
         .initial_connection_window_size(CONNECTION_WINDOW)
         .max_frame_size(FRAME)
         .add_service(store)
+        .add_service(PathsServer::new(paths))
         .serve_with_incoming_shutdown(incoming, async move { closing.wait().await });
     context.tasks.spawn(Kind::Critical, "grpc", async move { server.await.context("grpc server") });
 }

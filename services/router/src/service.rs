@@ -85,9 +85,11 @@ pub async fn run(config: Config, context: Context, registry: Arc<dyn Registry>) 
     let lost =
         context.metrics.counter("kvasir_cluster_events_lost", "Events that did not get into the cluster's history");
     let counts = Arc::downgrade(&registry);
+    let up = context.metrics.gauge("kvasir_cluster_registry_up", "1 if etcd answered the last thing it was asked");
     context.metrics.on_scrape(move || {
-        let counted = counts.upgrade().map_or(0, |registry| registry.events_lost());
-        kvasir_runtime::metrics::set_total(&lost, counted);
+        let Some(registry) = counts.upgrade() else { return };
+        kvasir_runtime::metrics::set_total(&lost, registry.events_lost());
+        up.set(registry.answers().into());
     });
     let desk = {
         let (id, registry) = (id.clone(), Arc::downgrade(&registry));

@@ -163,6 +163,12 @@ const WRONG: &[(&[&str], &str)] = &[
     (&["etcd.replicas=2"], "at '/etcd/replicas'"),
     (&["etcd.enabled=false"], "etcd.endpoints: empty, and etcd.enabled is false"),
     (&["etcd.endpoints={http://etcd:2379}"], "at '/etcd/endpoints/0'"),
+    (&["etcd.tls.secret=x"], "etcd.tls.secret: set, and etcd.enabled is true"),
+    (
+        &["etcd.enabled=false", "etcd.endpoints={etcd:2379}", "etcd.auth.username=kvasir"],
+        "etcd.auth.passwordSecret.name: empty, and etcd.auth.username is set",
+    ),
+    (&["router.config.operator.tokens_file=/x"], "at '/router/config': additional properties 'operator' not allowed"),
     (&["tls.rcp.secret=x"], "at '/tls': additional properties 'rcp' not allowed"),
     (&["podDefaults.toleration={}"], "at '/podDefaults': additional properties 'toleration' not allowed"),
     (&["poolDefaults.hugePages.size=2Mi"], "pools[0].hugePages.amount: empty; say how much, at least 512Mi"),

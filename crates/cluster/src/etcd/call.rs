@@ -1,10 +1,17 @@
 //! Calls to etcd, each with a time limit.
 //!
-//! etcd-client connects lazily and picks an endpoint at random for each call, so a call may fail because that one endpoint
-//! is down, or wait for ever because none is up. [`Etcd::ask`] therefore tries again until its limit is over; all calls
-//! here may be repeated without harm.
+//! A call may fail because the node in use is down, and wait for ever because it is silent. [`Etcd::ask`] therefore tries
+//! again, with the next node, until its limit is over; all calls here may be repeated without harm. What a person must mend
+//! (a password, a right) is told at once.
 
-use std::{future::Future, time::Duration};
+use std::{
+    future::Future,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
+    time::Duration,
+};
 
 use etcd_client::{
     Client, Compare, CompareOp, ConnectOptions, DeleteOptions, Error as EtcdError, GetOptions, GetResponse, PutOptions,
@@ -12,13 +19,14 @@ use etcd_client::{
 };
 use tokio::time::{Instant, sleep, timeout_at};
 
+use super::{
+    account::{self, Account, Trouble},
+    nodes::{self, Nodes, Spoken},
+};
 use crate::{Error, EtcdConfig};
 
 /// Between two tries of a call.
 const PAUSE: Duration = Duration::from_millis(50);
-
-/// etcd closes connections that ping more often than every 5 s (its `--grpc-keepalive-min-time`).
-const PING_INTERVAL: Duration = Duration::from_secs(6);
 
 /// Most members read in one go.
 const MAX_READ: i64 = 20_000;
@@ -27,8 +35,15 @@ const MAX_READ: i64 = 20_000;
 #[derive(Clone)]
 pub(super) struct Etcd {
     client: Client,
+    nodes: Nodes,
+    account: Option<Arc<Account>>,
     endpoints: String,
+    /// What our keys begin with.
+    prefix: String,
+    spoken: Spoken,
     limit: Duration,
+    /// Whether the last call got an answer.
+    answers: Arc<AtomicBool>,
 }
 
 /// A key as it is in etcd.
@@ -42,17 +57,32 @@ impl Etcd {
     /// Prepares the connection; nothing is sent yet.
     pub(super) async fn new(config: &EtcdConfig) -> Result<Self, Error> {
         let limit = Duration::from_millis(config.request_timeout_ms);
-        let options = ConnectOptions::new()
-            .with_connect_timeout(limit)
-            .with_keep_alive(PING_INTERVAL, limit)
-            .with_keep_alive_while_idle(true)
-            // A node that has lost the others says so instead of showing an old state for ever.
-            .with_require_leader(true);
-        let client = Client::connect(&config.endpoints, Some(options)).await.map_err(|error| Error::Config {
+        // A node that has lost the others says so instead of showing an old state for ever.
+        let options = ConnectOptions::new().with_require_leader(true);
+        let nodes = Nodes::new(config).await?;
+        let client = Client::from_channel(nodes.channel(), Some(options)).await.map_err(|error| Error::Config {
             key: "registry.etcd.endpoints",
             reason: format!("{:?}: {error}; expected `host:port`", config.endpoints),
         })?;
-        Ok(Self { client, endpoints: config.endpoints.join(", "), limit })
+        let account = config.username.clone().zip(config.password_file.clone());
+        Ok(Self {
+            client,
+            nodes,
+            account: account.map(|(username, password_file)| Arc::new(Account::new(username, password_file))),
+            endpoints: config.endpoints.join(", "),
+            prefix: config.prefix.trim_end_matches('/').to_owned(),
+            spoken: match &config.tls {
+                None => Spoken::Clear,
+                Some(tls) => Spoken::Tls { certificate: tls.certificate.is_some() },
+            },
+            limit,
+            answers: Arc::new(AtomicBool::new(true)),
+        })
+    }
+
+    /// Whether the last call got an answer.
+    pub(super) fn answers(&self) -> bool {
+        self.answers.load(Relaxed)
     }
 
     /// All keys with that beginning.
@@ -210,14 +240,31 @@ impl Etcd {
     where
         F: Future<Output = Result<T, EtcdError>>,
     {
+        let asked = self.insist(what, limit, call).await;
+        self.answers.store(asked.is_ok(), Relaxed);
+        asked
+    }
+
+    async fn insist<T, F>(&self, what: &'static str, limit: Duration, call: impl Fn(Client) -> F) -> Result<T, Error>
+    where
+        F: Future<Output = Result<T, EtcdError>>,
+    {
         let end = Instant::now() + limit;
         let mut last = None;
         loop {
-            match timeout_at(end, call(self.client.clone())).await {
+            let node = self.nodes.used();
+            match timeout_at(end, self.attempt(&call)).await {
                 Ok(Ok(answer)) => return Ok(answer),
-                Ok(Err(error)) => last = Some(error),
-                Err(_) => return Err(self.unreachable(what, limit, last)),
+                Ok(Err(Trouble::Refused(why))) => {
+                    return Err(Error::Refused { endpoints: self.endpoints.clone(), why });
+                }
+                Ok(Err(Trouble::Failed(error))) => last = Some(error),
+                Err(_) => {
+                    self.nodes.leave(node);
+                    return Err(self.unreachable(what, limit, last));
+                }
             }
+            self.nodes.leave(node);
             if Instant::now() + PAUSE >= end {
                 return Err(self.unreachable(what, limit, last));
             }
@@ -225,8 +272,51 @@ impl Etcd {
         }
     }
 
+    /// One try, and another one with a new token where the first lacked that.
+    async fn attempt<T, F>(&self, call: impl Fn(Client) -> F) -> Result<T, Trouble>
+    where
+        F: Future<Output = Result<T, EtcdError>>,
+    {
+        let mut tokens = 0;
+        if let Some(account) = &self.account {
+            account.prove(&mut self.client.clone(), 0).await?;
+            tokens = account.tokens().await;
+        }
+        let mut answer = call(self.client.clone()).await;
+        if answer.as_ref().is_err_and(account::wants_token)
+            && let Some(account) = &self.account
+        {
+            account.prove(&mut self.client.clone(), tokens).await?;
+            answer = call(self.client.clone()).await;
+        }
+        answer.map_err(|error| self.refused(error))
+    }
+
+    /// What of errors a person must mend.
+    fn refused(&self, error: EtcdError) -> Trouble {
+        let user = self.account.as_ref().map(|account| account.username());
+        if account::is_denied(&error) {
+            let (user, or) = match user {
+                Some(user) => (format!("user {user:?}"), ""),
+                None => ("the user of its certificate".to_owned(), ", or set registry.etcd.username and password_file"),
+            };
+            return Trouble::Refused(format!(
+                "{user} may not read and write below {0}/: etcdctl role grant-permission ROLE readwrite --prefix=true {0}/{or}",
+                self.prefix
+            ));
+        }
+        if account::wants_token(&error) && user.is_none() {
+            return Trouble::Refused(
+                "it wants to know who calls: set registry.etcd.username and password_file (kvasirctl: --etcd-username, \
+                 --etcd-password-file)"
+                    .to_owned(),
+            );
+        }
+        Trouble::Failed(error)
+    }
+
     fn unreachable(&self, what: &'static str, limit: Duration, last: Option<EtcdError>) -> Error {
-        let reason = last.map_or_else(|| "silence".to_owned(), |error| brief(&error));
+        let reason = last.map_or_else(|| "silence".to_owned(), |error| brief(&error, self.spoken));
         Error::Unreachable {
             endpoints: self.endpoints.clone(),
             what,
@@ -236,14 +326,17 @@ impl Etcd {
 }
 
 /// tonic's own text is a paragraph with metadata; the message is what a person needs.
-fn brief(error: &EtcdError) -> String {
-    match error {
+fn brief(error: &EtcdError, spoken: Spoken) -> String {
+    let plain = || match error {
         EtcdError::GRpcStatus(status) => format!("{}: {}", status.code().description(), status.message()),
         other => other.to_string(),
-    }
-    .chars()
-    .take(200)
-    .collect()
+    };
+    let source = match error {
+        EtcdError::GRpcStatus(status) => std::error::Error::source(status),
+        EtcdError::TransportError(error) => Some(error as _),
+        _ => None,
+    };
+    source.and_then(|source| nodes::explained(source, spoken)).unwrap_or_else(plain).chars().take(300).collect()
 }
 
 /// The first key after all that begin so.

@@ -16,12 +16,23 @@ pub(crate) struct Etcd {
     client: u16,
     peer: u16,
     child: Option<Child>,
+    /// More arguments, and how clients speak to it.
+    more: Vec<String>,
+    scheme: &'static str,
+    /// Where else it listens, in the clear.
+    also: Option<String>,
 }
 
 impl Etcd {
     /// Starts one and waits until it answers.
     pub(crate) async fn start() -> Self {
-        let mut etcd = Self { dir: tempfile::tempdir().unwrap(), client: 0, peer: 0, child: None };
+        Self::start_with("http", None, Vec::new()).await
+    }
+
+    /// The same with more arguments, and clients that speak to it by `https`, say.
+    pub(crate) async fn start_with(scheme: &'static str, also: Option<String>, more: Vec<String>) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let mut etcd = Self { dir, client: 0, peer: 0, child: None, more, scheme, also };
         // Another process may take a port between choosing it and listening on it.
         for _ in 0..5 {
             (etcd.client, etcd.peer) = (free_port(), free_port());
@@ -35,12 +46,14 @@ impl Etcd {
     /// Starts it again on the same ports; whether it answers.
     pub(crate) async fn restart(&mut self) -> bool {
         self.kill();
-        let url = |port| format!("http://127.0.0.1:{port}");
-        let (client, peer) = (url(self.client), url(self.peer));
+        let url = |scheme: &str, port| format!("{scheme}://127.0.0.1:{port}");
+        let also = self.also.as_ref().map(|clear| format!(",http://{clear}")).unwrap_or_default();
+        let (client, peer) = (url(self.scheme, self.client), url("http", self.peer));
         let child = Command::new("etcd")
             .arg("--data-dir")
             .arg(self.dir.path().join("data"))
-            .args(["--listen-client-urls", &client, "--advertise-client-urls", &client])
+            .args(["--listen-client-urls", &(client.clone() + &also), "--advertise-client-urls", &client])
+            .args(&self.more)
             .args(["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer])
             .args(["--initial-cluster", &format!("default={peer}"), "--log-level", "error", "--logger", "zap"])
             .stdout(Stdio::null())
@@ -50,9 +63,11 @@ impl Etcd {
         self.child = Some(child);
         let mut alive = true;
         let config = self.config();
+        let guarded = self.scheme == "https";
         until("etcd answers", async || {
             alive = self.child.as_mut().unwrap().try_wait().unwrap().is_none();
-            !alive || kvasir_cluster::connect_etcd(config.clone()).await.is_ok()
+            let listens = || std::net::TcpStream::connect(("127.0.0.1", self.client)).is_ok();
+            !alive || if guarded { listens() } else { kvasir_cluster::connect_etcd(config.clone()).await.is_ok() }
         })
         .await;
         alive
@@ -100,6 +115,6 @@ impl Drop for Etcd {
     }
 }
 
-fn free_port() -> u16 {
+pub(crate) fn free_port() -> u16 {
     TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
 }

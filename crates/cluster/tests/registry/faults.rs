@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use kvasir_cluster::{Document, Error, EtcdConfig, Event, EventKind, Found, Scope, changed};
+use kvasir_cluster::{Document, Error, EtcdConfig, EtcdTls, Event, EventKind, Found, Scope, changed};
 use rustix::process::Signal;
 
 use crate::{
@@ -45,6 +45,8 @@ async fn settings_that_cannot_be_used_are_named_by_their_key() {
         (EtcdConfig { endpoints: vec![], ..fine.clone() }, "registry.etcd.endpoints"),
         (EtcdConfig { endpoints: vec!["no such host".into()], ..fine.clone() }, "registry.etcd.endpoints"),
         (EtcdConfig { endpoints: vec!["https://a:1".into()], ..fine.clone() }, "registry.etcd.endpoints"),
+        (EtcdConfig { tls: tls("/none"), ..fine.clone() }, "registry.etcd.tls.authority"),
+        (EtcdConfig { username: Some("a".into()), ..fine.clone() }, "registry.etcd.username"),
         (EtcdConfig { prefix: "kvasir".into(), ..fine.clone() }, "registry.etcd.prefix"),
         (EtcdConfig { lease_ttl_s: 0, ..fine.clone() }, "registry.etcd.lease_ttl_s"),
         (EtcdConfig { max_events: 100_001, ..fine.clone() }, "registry.etcd.max_events"),
@@ -330,6 +332,10 @@ async fn a_name_that_was_lost_to_another_process_is_not_taken_back() {
     raw.delete(A, None).await.unwrap();
     let seen = view.wait_for(|view| view.members == [member("a", 1)]);
     tokio::time::timeout(crate::given::LIMIT, seen).await.unwrap().unwrap();
+}
+
+fn tls(authority: &str) -> Option<EtcdTls> {
+    Some(EtcdTls { authority: authority.into(), certificate: None, key: None, server_name: None })
 }
 
 fn closed_port() -> EtcdConfig {

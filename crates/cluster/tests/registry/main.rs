@@ -6,3 +6,4 @@ mod contract;
 mod etcd;
 mod faults;
 mod given;
+mod guarded;

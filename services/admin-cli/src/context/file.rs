@@ -5,6 +5,9 @@
 //! contexts:
 //!   prod:
 //!     etcd: [10.0.0.5:2379, 10.0.0.6:2379]
+//!     etcd_tls: { authority: etcd-ca.crt, certificate: etcd.crt, key: etcd.key }
+//!     etcd_username: kvasir
+//!     etcd_password_file: etcd.password
 //!     prefix: /kvasir/v1
 //!     router: http://10.0.0.9:8000
 //!     via: [router-0/admin=127.0.0.1:9090]
@@ -22,6 +25,7 @@ use std::{
 };
 
 use anyhow::{Context as _, ensure};
+use kvasir_cluster::EtcdTls;
 use kvasir_rpc::TlsConfig;
 use serde::{Deserialize, Serialize};
 
@@ -37,6 +41,15 @@ pub(crate) struct Context {
     /// Endpoints of etcd.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub(crate) etcd: Vec<String>,
+    /// Certificates, if etcd is called by TLS.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) etcd_tls: Option<EtcdTls>,
+    /// The user as which etcd is called.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) etcd_username: Option<String>,
+    /// A file with that user's password.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) etcd_password_file: Option<PathBuf>,
     /// What the cluster's keys begin with.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) prefix: Option<String>,
@@ -138,7 +151,11 @@ impl File {
 
 impl Context {
     fn paths(&mut self, change: impl Fn(&Path) -> PathBuf) {
-        let mut all: Vec<&mut PathBuf> = self.token_file.iter_mut().collect();
+        let mut all: Vec<&mut PathBuf> = self.token_file.iter_mut().chain(&mut self.etcd_password_file).collect();
+        if let Some(tls) = &mut self.etcd_tls {
+            all.push(&mut tls.authority);
+            all.extend(tls.certificate.iter_mut().chain(&mut tls.key));
+        }
         if let Some(tls) = &mut self.tls {
             all.extend([&mut tls.certificate, &mut tls.key, &mut tls.authority]);
         }
@@ -155,12 +172,15 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("deep/config.yaml");
         assert_eq!(File::read(&path).unwrap().contexts.len(), 0, "none yet");
-        let text = "current: a\ncontexts:\n  a:\n    etcd: [x:1]\n    token_file: t\n  b: {}\n";
+        let text =
+            "current: a\ncontexts:\n  a:\n    etcd: [x:1]\n    token_file: t\n    etcd_tls: {authority: c}\n  b: {}\n";
         fs::create_dir_all(path.parent().unwrap()).unwrap();
         fs::write(&path, text).unwrap();
         let file = File::read(&path).unwrap();
         assert_eq!(file.current().unwrap().etcd, ["x:1"]);
         assert_eq!(file.current().unwrap().token_file.as_deref(), Some(dir.path().join("deep/t").as_path()));
+        let authority = file.current().unwrap().etcd_tls.as_ref().map(|tls| tls.authority.clone());
+        assert_eq!(authority, Some(dir.path().join("deep/c")));
         file.write(&path).unwrap();
         assert_eq!(File::read(&path).unwrap(), file);
         assert_eq!(fs::read_dir(path.parent().unwrap()).unwrap().count(), 1, "nothing is left beside it");

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use anyhow::ensure;
 use clap::{Args, Subcommand};
+use kvasir_cluster::EtcdTls;
 use kvasir_rpc::TlsConfig;
 use serde::Serialize;
 use serde_json::json;
@@ -32,7 +33,8 @@ pub(crate) enum ContextCommand {
         /// Its name [default: the one that is used]
         name: Option<String>,
     },
-    /// Make one, or change what is said of it here: --etcd, --prefix, --via and --token-file are taken up, too
+    /// Make one, or change what is said of it here: --etcd (and all that begins so), --prefix, --via and
+    /// --token-file are taken up, too
     Set(SetArgs),
     /// Forget one
     Remove {
@@ -123,6 +125,19 @@ fn set(context: &mut Context, args: SetArgs, session: &Session) -> anyhow::Resul
     if let Some(etcd) = &globals.etcd {
         context.etcd = session::endpoints(etcd).map_err(|why| Usage(format!("--etcd: {why}")))?;
     }
+    let absolute = |path: &PathBuf| std::path::absolute(path);
+    if let Some(authority) = &globals.etcd_authority {
+        context.etcd_tls = Some(EtcdTls {
+            authority: absolute(authority)?,
+            certificate: globals.etcd_certificate.as_ref().map(absolute).transpose()?,
+            key: globals.etcd_key.as_ref().map(absolute).transpose()?,
+            server_name: globals.etcd_server_name.clone(),
+        });
+    }
+    if let Some(username) = &globals.etcd_username {
+        context.etcd_username = Some(username.clone());
+        context.etcd_password_file = globals.etcd_password_file.as_ref().map(absolute).transpose()?;
+    }
     if let Some(prefix) = &globals.prefix {
         session::check_prefix(prefix).map_err(|why| Usage(format!("--prefix: {why}")))?;
         context.prefix = Some(prefix.clone());
@@ -138,8 +153,7 @@ fn set(context: &mut Context, args: SetArgs, session: &Session) -> anyhow::Resul
         context.token_file = Some(std::path::absolute(token)?);
     }
     if let (Some(certificate), Some(key), Some(authority)) = (args.certificate, args.key, args.authority) {
-        let absolute = |path: PathBuf| std::path::absolute(path);
-        let mut tls = TlsConfig::new(absolute(certificate)?, absolute(key)?, absolute(authority)?);
+        let mut tls = TlsConfig::new(absolute(&certificate)?, absolute(&key)?, absolute(&authority)?);
         if let Some(name) = args.server_name {
             tls.server_name = name;
         }

@@ -34,7 +34,12 @@ pub(super) async fn look(session: &Session) -> anyhow::Result<Vec<Finding>> {
         Ok(view) => view,
         Err(error) => {
             let found = kvasir_runtime::chain(error.as_ref());
-            let remedy = "is it running, is this its address (--etcd), can it be reached from here?";
+            let remedy = match error.downcast_ref::<kvasir_cluster::Error>() {
+                Some(kvasir_cluster::Error::Refused { .. }) => "what it says is what to mend (docs/security.md#etcd)",
+                _ => {
+                    "is it running, is this its address (--etcd), can it be reached from here, does it speak TLS (--etcd-authority)?"
+                }
+            };
             return Ok(vec![Finding::problem("etcd", found, remedy)]);
         }
     };
@@ -49,7 +54,9 @@ pub(super) async fn look(session: &Session) -> anyhow::Result<Vec<Finding>> {
     findings.extend(members(&report));
     findings.extend(versions(&view));
     findings.extend(addresses(&view));
-    let etcds = etcd.endpoints.iter().map(|endpoint| endpoint.trim_start_matches("http://").to_owned());
+    // Its page of versions, whose header tells the time, is asked for in the clear only.
+    let clear = etcd.endpoints.iter().filter(|_| etcd.tls.is_none());
+    let etcds = clear.map(|endpoint| endpoint.trim_start_matches("http://").to_owned());
     findings.extend(clocks(etcds.collect(), &view, &way).await);
     Ok(findings)
 }

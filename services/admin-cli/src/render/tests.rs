@@ -183,6 +183,7 @@ fn transfers_by_pair_with_the_reason_for_their_way() {
             p99_us: 2048,
             failures_in_a_row: 0,
             resting_ms: 0,
+            busy_us: 0,
         };
         let dead = PeerTraffic {
             name: "kv-store-0".into(),
@@ -438,6 +439,7 @@ fn what_does_not_fit_or_does_not_work_is_warned_of() {
             p99_us: 0,
             failures_in_a_row: 5,
             resting_ms: 10,
+            busy_us: 0,
         });
     });
     assert_eq!(way.len(), 1);
