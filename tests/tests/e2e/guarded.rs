@@ -68,6 +68,9 @@ async fn a_cluster_goes_on_when_etcd_begins_to_ask_who_calls_and_when_it_forgets
             }
             let body = chat(cluster.model(), QUESTION);
             let answer = text(&cluster.client().chat(&body).await?).to_owned();
+            // Its gateway to HTTP finds it at the port that it is told, which is none at its first start.
+            cluster.etcd().kill();
+            cluster.etcd().restart().await?;
             guard(cluster.etcd_endpoint()).await?;
 
             let known = ["--etcd-username", "kvasir", "--etcd-password-file", password.as_str()];

@@ -146,6 +146,7 @@ async fn ways_are_measured_for_operators_one_at_a_time_and_end_with_either_end()
             cluster.node_mut(Service::Decode, 1).process.kill();
             let told = failed(broken).await?;
             ensure!(told.contains("decode-1") && told.lines().count() == 1, "{told}");
+            free(cluster, &token, "decode-0", "prefill-0").await?;
             let broken = under_way(cluster, &token, "decode-0", (Service::Decode, 2)).await?;
             cluster.node_mut(Service::Decode, 2).process.pause();
             let told = failed(broken).await?;
