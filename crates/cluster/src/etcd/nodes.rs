@@ -249,11 +249,11 @@ impl Spoken {
             }
             Self::Tls { certificate: false } => {
                 "the connection was closed without a word: if etcd wants to see a certificate, set \
-                 registry.etcd.tls.certificate and key"
+                 registry.etcd.tls.certificate and key; if it is called without TLS, leave out registry.etcd.tls"
             }
             Self::Tls { certificate: true } => {
                 "the connection was closed without a word: perhaps etcd does not accept this process's certificate \
-                 (registry.etcd.tls.certificate)"
+                 (registry.etcd.tls.certificate); if it is called without TLS, leave out registry.etcd.tls"
             }
         }
     }

@@ -20,6 +20,7 @@ const NOT_LOOKED_AT: &[(&str, &str)] = &[
     ("kubectl", "needs a Kubernetes cluster; a kvasirctl behind `--` is looked at"),
     ("vllm", "an engine of others"),
     ("python", "an engine of others (sglang)"),
+    ("etcdctl", "etcd's own: e2e's guarded.rs gives a user the same rights by HTTP"),
     ("openssl", "run by hand: tests make their certificates themselves"),
     ("export", "the shell's: KVASIR_ETCD and PATH are set by the test"),
     ("alias", "the shell's"),
