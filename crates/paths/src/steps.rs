@@ -32,7 +32,8 @@ pub(crate) struct Plan {
     /// For each step: half of it one transfer at a time, half of it several.
     pub(crate) step_time: Duration,
     pub(crate) time: Duration,
-    pub(crate) max_bytes: u64,
+    /// For each step: an equal share, so that fast ways are measured with all sizes, too.
+    pub(crate) step_bytes: u64,
 }
 
 impl Plan {
@@ -54,7 +55,8 @@ impl Plan {
             return Err(format!("{} ms: expected 100 to {}", time.as_millis(), MAX_TIME.as_millis()));
         }
         let max_bytes = if asked.max_bytes == 0 { MAX_BYTES } else { asked.max_bytes.min(MAX_BYTES) };
-        Ok(Self { step_time: time / steps.len() as u32, steps, time, max_bytes })
+        let step_bytes = max_bytes / steps.len() as u64;
+        Ok(Self { step_time: time / steps.len() as u32, steps, time, step_bytes })
     }
 
     /// Scratch memory that it needs, for so many transfers at a time.
@@ -91,11 +93,11 @@ mod tests {
         let asked = v1::MeasureRequest::default();
         let plan = Plan::new(&asked).unwrap();
         assert_eq!(plan.steps.len(), 2 * SIZES.len());
-        assert_eq!((plan.time, plan.max_bytes, plan.scratch(4)), (TIME, MAX_BYTES, 16 << 20));
+        assert_eq!((plan.time, plan.step_bytes, plan.scratch(4)), (TIME, MAX_BYTES / 6, 16 << 20));
         let one = v1::MeasureRequest { write: true, sizes: vec![7], time_ms: 100, max_bytes: 9, ..asked.clone() };
         let plan = Plan::new(&one).unwrap();
         assert_eq!(plan.steps, [Step { op: Op::Write, size: 7 }]);
-        assert_eq!((plan.step_time, plan.max_bytes), (Duration::from_millis(100), 9));
+        assert_eq!((plan.step_time, plan.step_bytes), (Duration::from_millis(100), 9));
         for (wrong, told) in [
             (v1::MeasureRequest { sizes: vec![0], ..asked.clone() }, "a size of 0 bytes"),
             (v1::MeasureRequest { sizes: vec![MAX_SIZE + 1], ..asked.clone() }, "expected 1 to 16777216"),
@@ -108,7 +110,7 @@ mod tests {
         }
         let most = v1::MeasureRequest { max_bytes: u64::MAX, sizes: vec![MAX_SIZE], ..asked };
         let plan = Plan::new(&most).unwrap();
-        assert_eq!((plan.max_bytes, plan.scratch(4)), (MAX_BYTES, crate::SCRATCH));
+        assert_eq!((plan.step_bytes, plan.scratch(4)), (MAX_BYTES / 2, crate::SCRATCH));
     }
 
     #[test]

@@ -51,7 +51,7 @@ pub(crate) struct TestArgs {
     /// How long it may take
     #[arg(long, value_name = "SECONDS", default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..=60))]
     seconds: u64,
-    /// How much may be moved [default: 16GiB, and no more]
+    /// How much may be moved, an equal share for each size and way [default: 16GiB, and no more]
     #[arg(long, value_name = "BYTES", value_parser = size)]
     max_bytes: Option<u64>,
 }
@@ -294,7 +294,9 @@ fn find<'a>(view: &'a View, name: &str) -> anyhow::Result<&'a Member> {
 
 fn take(told: &mut Outcome, event: MeasureEvent) {
     told.reason = probe::printable(&event.reason);
-    told.cut = (!event.cut.is_empty()).then(|| probe::printable(&event.cut));
+    if !event.cut.is_empty() {
+        told.cut = Some(probe::printable(&event.cut));
+    }
     if event.moved_bytes == 0 {
         return;
     }
@@ -343,7 +345,7 @@ fn measured(told: &Outcome) -> String {
         text += &format!("over that: {}\n", told.reason);
     }
     if let Some(cut) = &told.cut {
-        text += &format!("ended early: {cut}\n");
+        text += &format!("shorter than asked for: {cut}\n");
     }
     text
 }
