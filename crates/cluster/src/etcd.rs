@@ -86,7 +86,8 @@ pub async fn connect(
         async move {
             let events = shared.history.run(&shared.etcd);
             let settings = shared.settings.run(&shared.etcd);
-            futures_util::future::join4(follow::run(&shared, revision), keep::run(&shared), events, settings).await;
+            let all = futures_util::future::join4(follow::run(&shared, revision), keep::run(&shared), events, settings);
+            Box::pin(all).await;
         }
     };
     Ok((Arc::new(EtcdRegistry { shared }), running))

@@ -201,6 +201,7 @@ async fn requests_go_on_without_etcd_and_the_cluster_grows_again_with_it() -> Re
             }
             cluster.etcd().restart().await?;
             // A decode worker that starts now, where the old one was, can be found only through etcd.
+            cluster.expect_warning("did not begin an answer");
             cluster.node_mut(Service::Decode, 0).process.kill();
             cluster.restart(Service::Decode, 0).await?;
             wait::until("the new decode worker gets requests", SOON, async || client.chat(&body).await.ok().map(drop))

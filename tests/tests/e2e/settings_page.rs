@@ -46,7 +46,10 @@ struct Field {
 }
 
 /// All types with fields, by crate and name, and the files that they are in.
-struct Types(BTreeMap<(String, String), Vec<(PathBuf, Vec<Field>)>>);
+struct Types(BTreeMap<(String, String), Vec<InFile>>);
+
+/// A type's fields, and the file that has it.
+type InFile = (PathBuf, Vec<Field>);
 
 impl Types {
     fn read() -> Result<Self> {
