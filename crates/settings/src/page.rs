@@ -83,7 +83,8 @@ impl From<Error> for Refusal {
     fn from(error: Error) -> Self {
         let status = match &error {
             Error::Changed { .. } => StatusCode::CONFLICT,
-            Error::Unreachable { .. } => StatusCode::SERVICE_UNAVAILABLE,
+            // etcd is away, or does not let this member write: not the caller's fault.
+            Error::Unreachable { .. } | Error::Refused { .. } => StatusCode::SERVICE_UNAVAILABLE,
             _ => StatusCode::BAD_REQUEST,
         };
         Self(status, chain(&error))

@@ -1,5 +1,5 @@
 //! What all prefill workers would take, worked out together: the same sums as [`remote`](super::cost::remote), laid out so that
-//! the processor does several workers at a time and never divides.
+//! the processor does several workers at a time and divides once for each, not once for each group.
 
 use super::{
     Ask, Pool,
