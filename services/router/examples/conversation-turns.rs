@@ -11,7 +11,7 @@
 use std::time::Instant;
 
 use anyhow::{Context as _, anyhow, ensure};
-use kvasir_router::Pieces;
+use kvasir_router::{Encoder, Pieces};
 use tokenizers::Tokenizer;
 
 const ROOM: usize = 64 << 20;
@@ -22,20 +22,20 @@ fn main() -> anyhow::Result<()> {
     let path = arguments.next().unwrap_or_else(|| demo.to_owned());
     let mut number = |default: usize| arguments.next().map_or(Ok(default), |text| text.parse());
     let (turns, rounds) = (number(20)?, number(200)?);
-    let tokenizer = Tokenizer::from_file(&path).map_err(|error| anyhow!("{path}: {error}"))?;
+    let encoder = Encoder::of(Tokenizer::from_file(&path).map_err(|error| anyhow!("{path}: {error}"))?);
 
     let (mut whole, mut next) = (Vec::new(), Vec::new());
     let (mut bytes, mut tokens) = (0, 0);
     for round in 0..rounds {
-        let pieces = Pieces::of(&tokenizer, ROOM).context("a tokenizer whose texts can be taken apart")?;
+        let pieces = Pieces::of(&encoder, ROOM).context("a tokenizer whose texts can be taken apart")?;
         let mut text: String = (0..turns).map(|number| turn(round, number)).collect();
-        pieces.encode(&tokenizer, &text, "").map_err(|error| anyhow!(error))?;
+        pieces.encode(&encoder, &text, "").map_err(|error| anyhow!(error))?;
         text += &turn(round, turns);
         let began = Instant::now();
-        let alone = tokenizer.encode_fast(text.as_str(), false).map_err(|error| anyhow!(error))?;
+        let alone = encoder.tokenizer().encode_fast(text.as_str(), false).map_err(|error| anyhow!(error))?;
         whole.push(began.elapsed().as_secs_f64() * 1e6);
         let began = Instant::now();
-        let found = pieces.encode(&tokenizer, &text, "").map_err(|error| anyhow!(error))?;
+        let found = pieces.encode(&encoder, &text, "").map_err(|error| anyhow!(error))?;
         next.push(began.elapsed().as_secs_f64() * 1e6);
         ensure!(alone.get_ids().iter().copied().eq(found.iter().map(|token| token.0)), "not the same tokens");
         (bytes, tokens) = (text.len(), found.len());

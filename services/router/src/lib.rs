@@ -53,4 +53,4 @@ pub use fleet::{Rehearsal, Workers};
 pub use http::{TlsConfig, TlsError};
 pub use retry::RetryConfig;
 pub use service::{run, run_with_etcd};
-pub use text::Pieces;
+pub use text::{Encoder, Pieces};

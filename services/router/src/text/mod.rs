@@ -12,6 +12,7 @@ mod answer;
 mod clock;
 mod conversation;
 mod detok;
+mod encoder;
 mod error;
 mod json;
 mod model;
@@ -23,6 +24,7 @@ mod vocab;
 
 pub(crate) use answer::{Answer, Hidden, Logged};
 pub(crate) use conversation::{Conversation, Function, Message, ToolCall};
+pub use encoder::Encoder;
 pub(crate) use error::Error;
 pub(crate) use model::Model;
 pub use pieces::Pieces;

@@ -20,7 +20,7 @@ use serde_json::{Map, Value};
 use tokenizers::Tokenizer;
 
 use super::{
-    Conversation, Error, Template, Vocab,
+    Conversation, Encoder, Error, Template, Vocab,
     parse::{Dialect, MARKERS},
     pieces::Pieces,
 };
@@ -29,7 +29,7 @@ use crate::config::{ModelConfig, Slo};
 /// Tokenizer, template and limits of one model.
 pub(crate) struct Model {
     name: String,
-    tokenizer: Tokenizer,
+    encoder: Encoder,
     /// What was tokenized lately; `None`: nothing is kept.
     pieces: Option<Pieces>,
     tokenizer_id: String,
@@ -77,7 +77,7 @@ impl Model {
             vocab_size: number("vocab_size").map_or(0, |size| size as usize).max(vocab.len()),
             vocab,
             pieces: None,
-            tokenizer,
+            encoder: Encoder::of(tokenizer),
             template,
             end_tokens,
             context_len: number("max_position_embeddings"),
@@ -89,7 +89,7 @@ impl Model {
 
     /// The same, keeping so many bytes of what was tokenized lately.
     pub(crate) fn keeping(self, bytes: usize) -> Self {
-        let pieces = Pieces::of(&self.tokenizer, bytes);
+        let pieces = Pieces::of(&self.encoder, bytes);
         if bytes > 0 && pieces.is_none() {
             tracing::info!(
                 model = self.name,
@@ -157,8 +157,11 @@ impl Model {
     /// Text to tokens. `add_special`: with what the tokenizer puts around a text by itself (chat templates write that
     /// themselves).
     pub(crate) fn encode(&self, text: &str, add_special: bool) -> Result<Vec<TokenId>, Error> {
-        let encoding =
-            self.tokenizer.encode_fast(text, add_special).map_err(|error| Error::Tokenize(error.to_string()))?;
+        let failed = |error: tokenizers::Error| Error::Tokenize(error.to_string());
+        if !add_special {
+            return self.encoder.encode(text).map_err(failed);
+        }
+        let encoding = self.encoder.tokenizer().encode_fast(text, true).map_err(failed)?;
         Ok(encoding.get_ids().iter().copied().map(TokenId).collect())
     }
 
@@ -166,7 +169,7 @@ impl Model {
     pub(crate) fn encode_prompt(&self, text: &str, salt: &str) -> Result<Vec<TokenId>, Error> {
         match &self.pieces {
             Some(pieces) => {
-                pieces.encode(&self.tokenizer, text, salt).map_err(|error| Error::Tokenize(error.to_string()))
+                pieces.encode(&self.encoder, text, salt).map_err(|error| Error::Tokenize(error.to_string()))
             }
             None => self.encode(text, false),
         }
@@ -174,12 +177,12 @@ impl Model {
 
     /// Tokens to text, special ones left out; nothing where the tokenizer fails (ids it has no name for are skipped).
     pub(crate) fn decode(&self, ids: &[u32]) -> String {
-        self.tokenizer.decode(ids, true).unwrap_or_default()
+        self.encoder.tokenizer().decode(ids, true).unwrap_or_default()
     }
 
     /// The same with special tokens.
     pub(crate) fn decode_all(&self, ids: &[u32]) -> String {
-        self.tokenizer.decode(ids, false).unwrap_or_default()
+        self.encoder.tokenizer().decode(ids, false).unwrap_or_default()
     }
 }
 

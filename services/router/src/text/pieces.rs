@@ -32,6 +32,8 @@ use std::{
 use kvasir_types::TokenId;
 use tokenizers::Tokenizer;
 
+use super::Encoder;
+
 /// Shorter pieces go with the next: a look-up should cost less than it saves.
 const LEAST_BYTES: usize = 256;
 /// What an entry takes beside its tokens.
@@ -94,10 +96,10 @@ impl Kept {
 
 impl Pieces {
     /// Those of a tokenizer, none yet; `None` where its texts can't be taken apart, or nothing may be kept.
-    pub fn of(tokenizer: &Tokenizer, most_bytes: usize) -> Option<Self> {
-        let boundaries = boundaries(tokenizer);
+    pub fn of(encoder: &Encoder, most_bytes: usize) -> Option<Self> {
+        let boundaries = boundaries(encoder.tokenizer());
         let pieces = Self { boundaries, most_bytes, kept: Mutex::default() };
-        (most_bytes > 0 && !pieces.boundaries.is_empty() && pieces.stand_trial(tokenizer)).then_some(pieces)
+        (most_bytes > 0 && !pieces.boundaries.is_empty() && pieces.stand_trial(encoder)).then_some(pieces)
     }
 
     /// The tokens of a text, as the tokenizer alone would have them. What it shares with others is shared with those of the
@@ -105,7 +107,7 @@ impl Pieces {
     ///
     /// # Errors
     /// The tokenizer's own.
-    pub fn encode(&self, tokenizer: &Tokenizer, text: &str, salt: &str) -> tokenizers::Result<Vec<TokenId>> {
+    pub fn encode(&self, encoder: &Encoder, text: &str, salt: &str) -> tokenizers::Result<Vec<TokenId>> {
         let mut tokens = Vec::with_capacity(text.len() / 3);
         let mut before: Option<&Boundary> = None;
         let mut rest = text;
@@ -118,7 +120,7 @@ impl Pieces {
             match found {
                 Some(found) => tokens.extend_from_slice(&found),
                 None => {
-                    let new = encode_after(tokenizer, before, piece, &mut with_before)?;
+                    let new = encode_after(encoder, before, piece, &mut with_before)?;
                     tokens.extend_from_slice(&new);
                     let gone = self.lock().put(name, new.into(), self.most_bytes);
                     drop(gone);
@@ -127,7 +129,7 @@ impl Pieces {
             before = Some(boundary);
         }
         if !rest.is_empty() {
-            tokens.extend(encode_after(tokenizer, before, rest, &mut with_before)?);
+            tokens.extend(encode_after(encoder, before, rest, &mut with_before)?);
         }
         Ok(tokens)
     }
@@ -152,16 +154,16 @@ impl Pieces {
     }
 
     /// Whether texts that are hard to take apart come out the same.
-    fn stand_trial(&self, tokenizer: &Tokenizer) -> bool {
+    fn stand_trial(&self, encoder: &Encoder) -> bool {
         let words = ["Hello world", " leading", "trailing ", "\n\n\tx", "", "  ", "ﬁ Å é 你好 😀", "it's 12345", "a"];
-        let whole = |text: &str| encode_after(tokenizer, None, text, &mut String::new()).ok();
+        let whole = |text: &str| encode_after(encoder, None, text, &mut String::new()).ok();
         let all = &self.boundaries;
         all.iter().zip(all.iter().cycle().skip(1)).all(|(boundary, next)| {
             words.iter().zip(words.iter().cycle().skip(3)).all(|(left, right)| {
                 let left = format!("{left}{}{left}{}", next.text, boundary.text);
                 let right = format!("{right}{}{right}", next.text);
                 let parts = [(None, &left), (Some(boundary), &right)];
-                let apart = parts.map(|(before, text)| encode_after(tokenizer, before, text, &mut String::new()).ok());
+                let apart = parts.map(|(before, text)| encode_after(encoder, before, text, &mut String::new()).ok());
                 apart.into_iter().collect::<Option<Vec<_>>>().map(|parts| parts.concat())
                     == whole(&format!("{left}{right}"))
             })
@@ -179,21 +181,18 @@ fn name(salt: &str, before: Option<&Boundary>, piece: &str) -> Name {
 
 /// The tokens of `text` where it follows a boundary (or begins); `buffer` is for whatever it needs.
 fn encode_after(
-    tokenizer: &Tokenizer,
+    encoder: &Encoder,
     before: Option<&Boundary>,
     text: &str,
     buffer: &mut String,
 ) -> tokenizers::Result<Vec<TokenId>> {
-    let encoding = match before {
-        None => tokenizer.encode_fast(text, false)?,
-        Some(before) => {
-            buffer.clear();
-            buffer.push_str(&before.text);
-            buffer.push_str(text);
-            tokenizer.encode_fast(buffer.as_str(), false)?
-        }
-    };
-    Ok(encoding.get_ids().iter().skip(before.is_some().into()).copied().map(TokenId).collect())
+    let Some(before) = before else { return encoder.encode(text) };
+    buffer.clear();
+    buffer.push_str(&before.text);
+    buffer.push_str(text);
+    let mut tokens = encoder.encode(buffer)?;
+    tokens.drain(..1.min(tokens.len()));
+    Ok(tokens)
 }
 
 /// The special tokens at which tokenizing starts anew.

@@ -34,11 +34,11 @@ fn added(id: u32, content: &str, more: &Value) -> Value {
 }
 
 /// Tokenizers that treat the beginning of a text, spaces or special tokens in their own ways.
-fn families() -> Vec<(&'static str, Tokenizer)> {
+fn families() -> Vec<(&'static str, Encoder)> {
     let llama2 = json!({"type": "Sequence", "normalizers": [
         {"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]});
     let push = |file: &mut Value, token: Value| file["added_tokens"].as_array_mut().unwrap().push(token);
-    vec![
+    let families = vec![
         ("demo", with(|_| {})),
         ("a space before the first word", with(|file| file["pre_tokenizer"] = metaspace("first"))),
         ("a space before every part", with(|file| file["pre_tokenizer"] = metaspace("always"))),
@@ -62,11 +62,13 @@ fn families() -> Vec<(&'static str, Tokenizer)> {
                 push(file, added(1533, "Name", &json!({"normalized": true, "special": false})));
             }),
         ),
-    ]
+    ];
+    families.into_iter().map(|(name, tokenizer)| (name, Encoder::of(tokenizer))).collect()
 }
 
-fn plain(tokenizer: &Tokenizer, text: &str) -> Vec<TokenId> {
-    encode_after(tokenizer, None, text, &mut String::new()).unwrap()
+fn plain(encoder: &Encoder, text: &str) -> Vec<TokenId> {
+    let encoding = encoder.tokenizer().encode_fast(text, false).unwrap();
+    encoding.get_ids().iter().copied().map(TokenId).collect()
 }
 
 fn parts() -> impl Strategy<Value = Vec<String>> {
@@ -88,14 +90,14 @@ proptest! {
 
     #[test]
     fn tokens_are_those_of_the_tokenizer_alone(turns in prop::collection::vec(parts(), 1..4)) {
-        for (family, tokenizer) in families() {
-            let pieces = Pieces::of(&tokenizer, ROOM).expect(family);
+        for (family, encoder) in families() {
+            let pieces = Pieces::of(&encoder, ROOM).expect(family);
             let mut text = String::new();
             for turn in &turns {
                 text += &turn.concat();
-                let expected = plain(&tokenizer, &text);
+                let expected = plain(&encoder, &text);
                 for salt in ["", "", "acme"] {
-                    prop_assert_eq!(&pieces.encode(&tokenizer, &text, salt).unwrap(), &expected, "{}: {:?}", family, text);
+                    prop_assert_eq!(&pieces.encode(&encoder, &text, salt).unwrap(), &expected, "{}: {:?}", family, text);
                 }
             }
         }
@@ -109,28 +111,28 @@ fn turn(number: usize) -> String {
 
 #[test]
 fn a_conversation_that_goes_on_is_tokenized_from_where_it_was() {
-    let tokenizer = with(|_| {});
-    let pieces = Pieces::of(&tokenizer, ROOM).unwrap();
+    let encoder = Encoder::of(with(|_| {}));
+    let pieces = Pieces::of(&encoder, ROOM).unwrap();
     let mut text = String::new();
     for number in 0..6 {
         text += &turn(number);
-        pieces.encode(&tokenizer, &text, "").unwrap();
+        pieces.encode(&encoder, &text, "").unwrap();
         // Two pieces a turn, but for the one that ends the text.
         assert_eq!(pieces.lock().young.len(), 2 * number + 2, "turn {number}");
     }
-    pieces.encode(&tokenizer, &text, "another tenant").unwrap();
+    pieces.encode(&encoder, &text, "another tenant").unwrap();
     assert_eq!(pieces.lock().young.len(), 24, "tenants share none");
 }
 
 #[test]
 fn whatever_is_asked_the_room_is_enough_and_what_is_used_stays() {
     const SMALL: usize = 40_000;
-    let tokenizer = with(|_| {});
-    let pieces = Pieces::of(&tokenizer, SMALL).unwrap();
+    let encoder = Encoder::of(with(|_| {}));
+    let pieces = Pieces::of(&encoder, SMALL).unwrap();
     let wanted = turn(0) + "more";
     for number in 1..200 {
-        pieces.encode(&tokenizer, &wanted, "").unwrap();
-        pieces.encode(&tokenizer, &(turn(number) + "more"), "").unwrap();
+        pieces.encode(&encoder, &wanted, "").unwrap();
+        pieces.encode(&encoder, &(turn(number) + "more"), "").unwrap();
         let kept = pieces.lock();
         for generation in [&kept.young, &kept.old] {
             let bytes: usize = generation.values().map(|tokens| ENTRY_BYTES + size_of_val(&**tokens)).sum();
@@ -141,7 +143,7 @@ fn whatever_is_asked_the_room_is_enough_and_what_is_used_stays() {
     }
     // One that would fill it alone is not kept.
     let huge = format!("<|im_start|>{}<|im_end|>x", "long ".repeat(20_000));
-    assert_eq!(pieces.encode(&tokenizer, &huge, "").unwrap(), plain(&tokenizer, &huge));
+    assert_eq!(pieces.encode(&encoder, &huge, "").unwrap(), plain(&encoder, &huge));
 }
 
 #[test]
@@ -163,6 +165,6 @@ fn tokens_that_others_reach_over_are_no_boundaries() {
     for content in ["<|im_end|>\n", "\n<|im_end|>", "x<|im_"] {
         assert!(!beside(content).contains(&"<|im_end|>".to_owned()), "{content:?}");
     }
-    assert!(Pieces::of(&with(|file| file["added_tokens"] = json!([])), ROOM).is_none());
-    assert!(Pieces::of(&with(|_| {}), 0).is_none());
+    assert!(Pieces::of(&Encoder::of(with(|file| file["added_tokens"] = json!([]))), ROOM).is_none());
+    assert!(Pieces::of(&Encoder::of(with(|_| {})), 0).is_none());
 }
