@@ -152,7 +152,8 @@ pub async fn run(config: Config, context: Context, registry: Arc<dyn Registry>) 
             Ok(())
         }
     });
-    operators.open(Arc::clone(&app), http::Surroundings { id: id.clone(), members: registry.view(), settings: page });
+    let around = http::Surroundings::new(id.clone(), registry.view(), page, context.tasks.clone());
+    operators.open(Arc::clone(&app), around);
     let http = listening.advertised;
     let server = Server { listener: listening.listener, routes: http::routes(app), limits: config.limits.clone(), tls };
 
