@@ -94,9 +94,9 @@ pub async fn run(config: Config, context: Context, registry: Arc<dyn Registry>) 
     let desk = {
         let (id, registry) = (id.clone(), Arc::downgrade(&registry));
         Desk::new(operators_known, move |asked: &Asked<'_>| {
-            let Asked { who, what, on, result } = *asked;
+            let Asked { who, what, on, result, many } = *asked;
             if let Some(registry) = registry.upgrade() {
-                kvasir_cluster::audit(&*registry, &Audit { member: &id, who, what, on, result });
+                kvasir_cluster::audit(&*registry, &Audit { member: &id, who, what, on, result, many });
             }
         })
     };

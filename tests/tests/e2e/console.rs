@@ -21,6 +21,7 @@ async fn the_console_is_one_page_and_shows_the_cluster() -> Result<()> {
     Cluster::builder()
         .prefill(2)
         .decode(2)
+        .set(Service::Decode, "decode.local_prefill_tokens", 0)
         .run(async |cluster| {
             let router = cluster.node(Service::Router, 0);
             let (status, page) = router.admin_page("/console").await?;
@@ -64,7 +65,8 @@ async fn the_console_is_one_page_and_shows_the_cluster() -> Result<()> {
 /// As the page asks for it: which requests there were, then the way of one through router, decode and prefill worker.
 async fn the_way_of_a_request_is_shown(cluster: &Cluster) -> Result<()> {
     let router = cluster.node(Service::Router, 0);
-    let body = chat(cluster.model(), &long(120));
+    // Not what somebody has read already.
+    let body = chat(cluster.model(), &format!("From the end to the beginning. {}", long(120)));
     cluster.client().post_as("console-1", "/v1/chat/completions", &body).await?;
     let ask = async |page: &str| -> Result<Value> {
         let (status, text) = router.admin_page(page).await?;

@@ -143,6 +143,8 @@ struct Told {
     total_blocks: u64,
     prefill_tokens_per_second: f64,
     step_ms: f64,
+    /// What it wrote into decode workers' memory, while it did: what routing counts with. 0: it has not yet.
+    handoff_bytes_per_second: f64,
     prefilled_tokens: u64,
     sampled_tokens: u64,
 }
@@ -214,6 +216,7 @@ impl ShownWorker {
                 total_blocks: load.total_blocks,
                 prefill_tokens_per_second: finite(load.prefill_tokens_per_second),
                 step_ms: finite(load.step_seconds * 1e3),
+                handoff_bytes_per_second: finite(load.handoff_bytes_per_second),
                 prefilled_tokens: totals.prefilled_tokens,
                 sampled_tokens: totals.sampled_tokens,
             }
