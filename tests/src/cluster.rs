@@ -11,7 +11,9 @@ use anyhow::{Context, Error, Result, bail, ensure};
 use serde_json::{Value, json};
 
 use crate::{
-    Client, Etcd, Node, Service, logs,
+    Client, Etcd, Node, Service,
+    etcd::Guard,
+    logs,
     net::Place,
     settings::set,
     wait::{self, SOON},
@@ -30,6 +32,7 @@ pub struct Builder {
     settings: Vec<(Service, String, Value)>,
     places: HashMap<String, Place>,
     etcd: IpAddr,
+    guard: Option<Guard>,
 }
 
 impl Builder {
@@ -93,6 +96,13 @@ impl Builder {
         self
     }
 
+    /// Etcd is called by TLS, shows this and wants to see a certificate.
+    #[must_use]
+    pub fn guarded_etcd(mut self, guard: Guard) -> Self {
+        self.guard = Some(guard);
+        self
+    }
+
     /// Starts everything and waits until it is ready, does `body`, checks the laws, stops everything. If any of that
     /// fails, the end of every log is shown.
     pub async fn run(self, body: impl AsyncFnOnce(&mut Cluster) -> Result<()>) -> Result<()> {
@@ -109,7 +119,7 @@ impl Builder {
     /// Starts everything and waits until it is ready; without the laws, and without a word at the end. For benchmarks.
     pub async fn start(self) -> Result<Cluster> {
         let dir = tempfile::Builder::new().prefix("kvasir-").tempdir()?;
-        let etcd = Etcd::start_at(dir.path(), self.etcd).await?;
+        let etcd = Etcd::start_at(dir.path(), self.etcd, self.guard.clone()).await?;
         let mut cluster =
             Cluster { nodes: Vec::new(), etcd, expected: Vec::new(), quiet: false, builder: self, _dir: dir };
         // From the back to the front, each kind ready before the next starts: who starts later has seen all before it.
@@ -198,6 +208,7 @@ impl Cluster {
             settings: Vec::new(),
             places: HashMap::new(),
             etcd: Ipv4Addr::LOCALHOST.into(),
+            guard: None,
         }
         .model(workspace::demo_model())
     }

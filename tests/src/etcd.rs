@@ -20,6 +20,17 @@ use crate::{Process, logs, wait};
 /// How long one start may take on a busy machine.
 const START: Duration = Duration::from_secs(20);
 
+/// The files by which etcd shows who it is, and whose certificates it wants to see.
+#[derive(Clone, Debug)]
+pub struct Guard {
+    /// Whose certificates clients show.
+    pub authority: PathBuf,
+    /// Its own.
+    pub certificate: PathBuf,
+    /// The key of that.
+    pub key: PathBuf,
+}
+
 /// A running (or killed) etcd.
 pub struct Etcd {
     process: Process,
@@ -27,20 +38,21 @@ pub struct Etcd {
     /// Below it is its data.
     data: TempDir,
     address: String,
+    guard: Option<Guard>,
 }
 
 impl Etcd {
     /// Starts etcd with its log below `dir`, on a port that is free.
     pub async fn start(dir: &Path) -> Result<Self> {
-        Self::start_at(dir, Ipv4Addr::LOCALHOST.into()).await
+        Self::start_at(dir, Ipv4Addr::LOCALHOST.into(), None).await
     }
 
-    /// The same on another address than loopback.
-    pub async fn start_at(dir: &Path, address: IpAddr) -> Result<Self> {
+    /// The same on another address than loopback, and by TLS.
+    pub async fn start_at(dir: &Path, address: IpAddr, guard: Option<Guard>) -> Result<Self> {
         let memory = Path::new("/dev/shm");
         let data = TempDir::new_in(memory).or_else(|_| TempDir::new_in(dir)).context("no folder for etcd's data")?;
-        let process = spawn(dir, data.path(), &SocketAddr::new(address, 0).to_string())?;
-        let mut etcd = Self { process, dir: dir.to_owned(), data, address: String::new() };
+        let process = spawn(dir, data.path(), &SocketAddr::new(address, 0).to_string(), guard.as_ref())?;
+        let mut etcd = Self { process, dir: dir.to_owned(), data, address: String::new(), guard };
         etcd.address = etcd.serving().await?;
         Ok(etcd)
     }
@@ -59,7 +71,7 @@ impl Etcd {
     pub async fn restart(&mut self) -> Result<()> {
         self.process.kill();
         std::fs::remove_file(self.dir.join("etcd.log"))?; // or the old start would look like the new one
-        self.process = spawn(&self.dir, self.data.path(), &self.address)?;
+        self.process = spawn(&self.dir, self.data.path(), &self.address, self.guard.as_ref())?;
         self.serving().await.map(drop)
     }
 
@@ -85,11 +97,19 @@ fn client_address(line: &str) -> Option<String> {
     serves.then(|| line["address"].as_str().map(str::to_owned)).flatten()
 }
 
-fn spawn(dir: &Path, data: &Path, client: &str) -> Result<Process> {
-    let (client, peer) = (format!("http://{client}"), "http://127.0.0.1:0");
+fn spawn(dir: &Path, data: &Path, client: &str, guard: Option<&Guard>) -> Result<Process> {
+    let peer = "http://127.0.0.1:0";
     let mut command = Command::new("etcd");
     command.arg("--data-dir").arg(data.join("etcd"));
-    command.args(["--listen-client-urls", &client, "--advertise-client-urls", &client]);
+    let urls = match guard {
+        None => format!("http://{client}"),
+        Some(Guard { authority, certificate, key }) => {
+            command.arg("--client-cert-auth").arg("--trusted-ca-file").arg(authority);
+            command.arg("--cert-file").arg(certificate).arg("--key-file").arg(key);
+            format!("https://{client}")
+        }
+    };
+    command.args(["--listen-client-urls", &urls, "--advertise-client-urls", &urls]);
     command.args(["--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer]);
     command.args(["--initial-cluster", &format!("default={peer}"), "--logger", "zap", "--log-level", "info"]);
     Process::spawn("etcd", command, dir).context("is etcd installed? scripts/setup --test")

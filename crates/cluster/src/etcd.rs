@@ -51,6 +51,8 @@ use self::{
 pub use self::{
     engines::{add_engine, remove_engine},
     events::note_event,
+    nodes::page,
+    settings::read_settings,
 };
 use crate::{
     Change, Document, Error, EtcdConfig, Event, Found, Member, Noted, Office, Registry, Scope, Settings, View,

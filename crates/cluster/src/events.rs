@@ -138,17 +138,21 @@ pub struct Audit<'a> {
     pub on: &'a str,
     /// Whether it was done, or why not.
     pub result: Result<(), &'a str>,
+    /// One of many by nobody known: it is for the log only.
+    pub many: bool,
 }
 
 /// Puts a change that was asked for into the log (target `audit`) and into the cluster's events.
 pub fn audit(registry: &dyn Registry, audit: &Audit<'_>) {
-    let Audit { member, who, what, on, result } = audit;
+    let Audit { member, who, what, on, result, many } = audit;
     let event = Event::now(EventKind::Audit, member, *on, *what).by(*who);
     // Whoever asked may be nobody known: what they wrote is cut before it is logged, too.
     let event = Event { result: result.err().unwrap_or("done").to_owned(), ..event }.plain();
     let Event { on, what, who, result, .. } = &event;
     tracing::info!(target: "audit", who, what, on, result, "asked to change");
-    registry.note(event);
+    if !many {
+        registry.note(event);
+    }
 }
 
 #[cfg(test)]

@@ -23,7 +23,7 @@ mod view;
 
 pub use config::{EtcdConfig, EtcdTls, RegistryConfig};
 pub use error::Error;
-pub use etcd::{add_engine, connect as connect_etcd, note_event, remove_engine};
+pub use etcd::{add_engine, connect as connect_etcd, note_event, page as etcd_page, read_settings, remove_engine};
 pub use events::{Audit, Event, EventKind, Noted, audit};
 pub use member::{Duty, EngineInfo, Member, Mismatch, ModelInfo, StoreInfo};
 pub use memory::MemoryHub;

@@ -9,18 +9,22 @@
 //! Without a file everybody who can reach a port is an operator, as processes of a trusted network are. The file is read
 //! again when it changes; a mistake in it is told, and the former tokens stay.
 
+mod refusals;
+
 use std::{
     collections::HashMap,
     fmt,
     future::Future,
     net::SocketAddr,
     path::{Path, PathBuf},
-    sync::{Arc, PoisonError, RwLock},
+    sync::{Arc, Mutex, PoisonError, RwLock},
+    time::Instant,
 };
 
 use serde::{Deserialize, Serialize};
 use tonic::{Request, Response, Status, metadata::MetadataValue};
 
+use self::refusals::Refusals;
 use crate::files::Files;
 
 /// The key that names the file.
@@ -100,6 +104,8 @@ pub struct Asked<'a> {
     pub on: &'a str,
     /// Whether it was done, or why not.
     pub result: Result<(), &'a str>,
+    /// It is one of many that nobody known asked for: for the log, and for no history that has an end.
+    pub many: bool,
 }
 
 type Audit = dyn Fn(&Asked<'_>) + Send + Sync;
@@ -109,12 +115,14 @@ type Audit = dyn Fn(&Asked<'_>) + Send + Sync;
 pub struct Desk {
     operators: Operators,
     audit: Arc<Audit>,
+    /// A leaf, held for a count.
+    refusals: Arc<Mutex<Refusals>>,
 }
 
 impl Desk {
     /// `audit` hears of every change that was asked for, after it was done or not.
     pub fn new(operators: Operators, audit: impl Fn(&Asked<'_>) + Send + Sync + 'static) -> Self {
-        Self { operators, audit: Arc::new(audit) }
+        Self { operators, audit: Arc::new(audit), refusals: Arc::default() }
     }
 
     /// Does what a call asks for, if an operator asks: `what` and `on` tell it to people.
@@ -158,9 +166,23 @@ impl Desk {
         what: &str,
         result: Result<(), &str>,
     ) {
-        let nobody = Operator { name: Some("nobody known".into()), peer };
-        let who = operator.unwrap_or(&nobody).to_string();
-        (self.audit)(&Asked { who: &who, what, on, result });
+        let Some(operator) = operator else {
+            return self.tell_of_nobody(peer, on, what, result);
+        };
+        (self.audit)(&Asked { who: &operator.to_string(), what, on, result, many: false });
+    }
+
+    fn tell_of_nobody(&self, peer: Option<SocketAddr>, on: &str, what: &str, result: Result<(), &str>) {
+        let who = &Operator { name: Some("nobody known".into()), peer }.to_string();
+        let counted = self.refusals.lock().unwrap_or_else(PoisonError::into_inner).one(Instant::now());
+        let (what, many) = match counted {
+            None => (what.to_owned(), true),
+            Some(0) => (what.to_owned(), false),
+            Some(more) => {
+                (format!("{what} (and {more} wishes without a token before it, which only the log tells)"), false)
+            }
+        };
+        (self.audit)(&Asked { who, what: &what, on, result, many });
     }
 }
 
@@ -409,11 +431,13 @@ mod tests {
 
     #[tokio::test]
     async fn every_wish_is_told_with_what_came_of_it() {
-        let told = Arc::new(std::sync::Mutex::new(Vec::new()));
+        let told = Arc::new(Mutex::new(Vec::new()));
         let hears = Arc::clone(&told);
         let desk = Desk::new(operators(&format!("alice {}", hash("t"))), move |asked: &Asked<'_>| {
             let result = asked.result.err().unwrap_or("done");
-            hears.lock().unwrap().push(format!("{} {} {}: {result}", asked.who, asked.what, asked.on));
+            if !asked.many {
+                hears.lock().unwrap().push(format!("{} {} {}: {result}", asked.who, asked.what, asked.on));
+            }
         });
         let ask = async |token: Option<&str>, answer: Result<u32, Status>| {
             let call = with_token(7, token).unwrap();
@@ -423,7 +447,12 @@ mod tests {
         assert_eq!(ask(Some("t"), Ok(1)).await.unwrap(), 8);
         assert_eq!(ask(Some("t"), Err(Status::internal("no"))).await.unwrap_err().message(), "no");
         assert_eq!(ask(Some("x"), Ok(1)).await.unwrap_err().code(), tonic::Code::PermissionDenied);
+        for _ in 0..1000 {
+            assert_eq!(ask(None, Ok(1)).await.unwrap_err().code(), tonic::Code::Unauthenticated);
+        }
+        assert_eq!(ask(Some("t"), Ok(2)).await.unwrap(), 9, "who may is not held up by those who may not");
         let told = told.lock().unwrap();
+        assert_eq!((told.len(), told.last().unwrap().as_str()), (23, "alice adds 7 to decode-1: done"));
         assert_eq!(told[..2], ["alice adds 7 to decode-1: done", "alice adds 7 to decode-1: no"]);
         assert!(told[2].starts_with("nobody known adds 7 to decode-1: the token is no operator's"), "{}", told[2]);
     }

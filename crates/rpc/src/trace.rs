@@ -5,9 +5,9 @@
 
 use http::{HeaderMap, HeaderName, HeaderValue};
 use opentelemetry::{
-    global,
+    Context, global,
     propagation::{Extractor, Injector},
-    trace::TraceContextExt as _,
+    trace::{SpanContext, TraceContextExt as _},
 };
 use tonic::{Request, metadata::MetadataMap};
 use tracing::Span;
@@ -44,6 +44,43 @@ pub fn adopt_http(span: &Span, headers: &HeaderMap) {
     let context = global::get_text_map_propagator(|propagator| propagator.extract(&Told(headers)));
     if context.span().span_context().is_valid() {
         let _ = span.set_parent(context); // without a collector there is nothing to be a child of
+    }
+}
+
+/// The span of a call that is a part of somebody's trace, a child of the one that called. None of a call that isn't: such
+/// calls are many, and one alone says nothing.
+pub fn part_of(metadata: &MetadataMap, span: impl FnOnce() -> Span) -> Span {
+    if !metadata.contains_key("traceparent") {
+        return Span::none();
+    }
+    let span = span();
+    adopt(&span, metadata);
+    span
+}
+
+/// A place in a trace, for what is done later because of it: it keeps no span from ending.
+#[derive(Clone, Debug)]
+pub struct Here(SpanContext);
+
+impl Here {
+    /// The current span.
+    pub fn current() -> Self {
+        Self(Span::current().context().span().span_context().clone())
+    }
+
+    /// In no trace.
+    pub fn nowhere() -> Self {
+        Self(SpanContext::empty_context())
+    }
+
+    /// A span of what is done later; none if this is in no trace.
+    pub fn later(&self, span: impl FnOnce() -> Span) -> Span {
+        if !self.0.is_valid() {
+            return Span::none();
+        }
+        let span = span();
+        let _ = span.set_parent(Context::new().with_remote_span_context(self.0.clone())); // nobody has entered it
+        span
     }
 }
 
@@ -85,5 +122,9 @@ mod tests {
             headers.insert("traceparent", HeaderValue::from_bytes(text.as_bytes()).unwrap());
             adopt_http(&Span::none(), &headers);
         }
+        for here in [Here::current(), Here::nowhere()] {
+            assert!(here.later(|| unreachable!("in no trace")).is_none());
+        }
+        assert!(part_of(&MetadataMap::new(), || unreachable!("in no trace")).is_none());
     }
 }

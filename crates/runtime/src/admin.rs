@@ -10,7 +10,7 @@ use std::{io, net::SocketAddr, time::Instant};
 use axum::{
     Json, Router,
     extract::State,
-    http::{StatusCode, header},
+    http::{HeaderMap, StatusCode, header},
     response::IntoResponse,
     routing::get,
 };
@@ -75,8 +75,9 @@ async fn ready(State(context): State<Context>) -> impl IntoResponse {
     }
 }
 
-async fn metrics(State(context): State<Context>) -> impl IntoResponse {
-    ([(header::CONTENT_TYPE, crate::metrics::CONTENT_TYPE)], context.metrics.encode())
+async fn metrics(State(context): State<Context>, headers: HeaderMap) -> impl IntoResponse {
+    let accept = headers.get(header::ACCEPT).and_then(|accept| accept.to_str().ok()).unwrap_or_default();
+    ([(header::CONTENT_TYPE, crate::metrics::CONTENT_TYPE)], context.metrics.encode_for(accept))
 }
 
 #[cfg(test)]

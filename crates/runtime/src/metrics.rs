@@ -10,6 +10,7 @@
 //! Names: `kvasir_<crate>_<what>_<unit>`; the format adds `_total` to counters itself. Labels come from closed sets. What a
 //! crate counts elsewhere is copied over when somebody looks: [`Metrics::on_scrape`].
 
+mod exemplar;
 mod process;
 
 use std::{
@@ -25,7 +26,7 @@ use std::{
 use prometheus_client::{
     collector::Collector,
     encoding::{DescriptorEncoder, NoLabelSet},
-    metrics::{MetricType, family::MetricConstructor},
+    metrics::{MetricType, exemplar::HistogramWithExemplars, family::MetricConstructor},
     registry::Registry,
 };
 pub use prometheus_client::{
@@ -33,6 +34,7 @@ pub use prometheus_client::{
     metrics::{counter::Counter, family::Family, gauge::Gauge, histogram::Histogram},
 };
 
+pub use self::exemplar::{TraceId, TracedHistogram, wanted as wants_exemplars};
 use crate::Service;
 
 /// A gauge of a real number.
@@ -45,7 +47,7 @@ pub type Histograms<L> = Family<L, Histogram, Buckets>;
 pub const LATENCY_SECONDS: &[f64] =
     &[0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0];
 
-/// The content type of [`Metrics::encode`].
+/// The content type of [`Metrics::encode`] and [`Metrics::encode_for`].
 pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
 /// What label sets must be: `[(&str, &str); N]`, `Vec<(…)>`, or a struct with prometheus-client's derive.
@@ -163,6 +165,11 @@ impl Metrics {
         self.register(name, help, Buckets(buckets).new_metric())
     }
 
+    /// A distribution whose buckets name the trace of a value in them.
+    pub fn traced_histogram(&self, name: &str, help: &str, buckets: &'static [f64]) -> TracedHistogram {
+        TracedHistogram(self.register(name, help, HistogramWithExemplars::new(buckets.iter().copied())))
+    }
+
     /// Distributions by label.
     pub fn histograms<L: Labels>(&self, name: &str, help: &str, buckets: &'static [f64]) -> Histograms<L> {
         self.register(name, help, Family::new_with_constructor(Buckets(buckets)))
@@ -183,6 +190,15 @@ impl Metrics {
 
     /// The page.
     pub fn encode(&self) -> String {
+        exemplar::without(&self.encode_with_exemplars())
+    }
+
+    /// The page for somebody who accepts this (an `Accept` header's value): with exemplars if that [wants them](wants_exemplars).
+    pub fn encode_for(&self, accept: &str) -> String {
+        if wants_exemplars(accept) { self.encode_with_exemplars() } else { self.encode() }
+    }
+
+    fn encode_with_exemplars(&self) -> String {
         let hooks = self.0.hooks.lock().expect(UNPOISONED).clone();
         hooks.iter().for_each(|refresh| refresh());
         let mut page = String::new();

@@ -162,6 +162,11 @@ impl Stories {
         story
     }
 
+    /// The last so many, the latest one first.
+    pub fn last(&self, limit: usize) -> Vec<Arc<Story>> {
+        self.latest().iter().rev().take(limit).cloned().collect()
+    }
+
     /// Those of a request, the earliest first, so many of the latest at most.
     pub fn find(&self, id: &str, limit: usize) -> Vec<Arc<Story>> {
         let mut found: Vec<_> =
@@ -189,6 +194,8 @@ mod tests {
         stories.begin("a", "router").tell("received", [("at", 9usize.into())]);
         assert_eq!(at("a", 9), [Fact::Number(2.0), Fact::Number(9.0)]);
         assert_eq!(at("a", 1), [Fact::Number(9.0)], "the latest");
+        let last: Vec<String> = stories.last(2).iter().map(|story| story.id.clone()).collect();
+        assert_eq!(last, ["a", "c"]);
     }
 
     #[test]

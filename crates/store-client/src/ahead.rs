@@ -7,7 +7,9 @@
 use std::time::Instant;
 
 use kvasir_proto::{convert, v1};
+use kvasir_rpc::trace;
 use kvasir_types::{Deadline, Epoch, SegmentDescriptor};
+use tonic::Request;
 
 use crate::{
     Error, Origin,
@@ -69,7 +71,7 @@ impl Offer<'_> {
             checksums: convert::bytes16(&sum.checksum),
             named: Some(self.reservation(share, epoch)),
         };
-        let call = async |mut client: Client| client.commit(commit).await;
+        let call = async |mut client: Client| client.commit(trace::carry(Request::new(commit))).await;
         let response = self.inner.peers.call(&share.node, until, call).await?;
         if let Some(view) = &response.view {
             self.inner.newer(&share.node, view);

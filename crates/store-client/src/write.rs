@@ -17,9 +17,11 @@ use futures_util::{
     stream,
 };
 use kvasir_proto::{convert, v1};
+use kvasir_rpc::trace;
 use kvasir_transfer::{Batch, Checksum, Op, Priority, Range};
 use kvasir_types::{BlockHash, Deadline, Epoch, MemberId, PROTOCOL_VERSION, RequestId, SegmentDescriptor};
 use tokio::sync::Mutex;
+use tonic::Request;
 
 use crate::{
     Error, Inner, MAX_CALLS, MAX_HASHES, Origin,
@@ -256,7 +258,7 @@ impl Offer<'_> {
             ended: self.inner.peers.take_ended(&share.node),
             epoch: epoch.0,
         };
-        let call = async |mut client: Client| client.put(message).await;
+        let call = async |mut client: Client| client.put(trace::carry(Request::new(message))).await;
         let response = self.inner.peers.call(&share.node, self.deadline, call).await?;
         if let Some(view) = &response.view
             && response.states.is_empty()
@@ -331,7 +333,7 @@ impl Offer<'_> {
             named: None,
         };
         // Also with nothing to commit: it gives the room back at once.
-        let call = async |mut client: Client| client.commit(commit).await;
+        let call = async |mut client: Client| client.commit(trace::carry(Request::new(commit))).await;
         let committed = self.inner.peers.call(&share.node, until, call).await?.committed as usize;
         // Where not all were, it does not say which.
         report.fates.extend(written.iter().take(committed).map(|sum| (sum.block, Fate::Written)));
@@ -343,7 +345,7 @@ impl Offer<'_> {
 
     async fn reserve(&self, share: &Share, epoch: Epoch) -> Result<v1::ReserveResponse, Error> {
         let message = self.reservation(share, epoch);
-        let call = async |mut client: Client| client.reserve(message).await;
+        let call = async |mut client: Client| client.reserve(trace::carry(Request::new(message))).await;
         self.inner.peers.call(&share.node, self.deadline, call).await
     }
 

@@ -7,7 +7,7 @@ mod vllm;
 use kvasir_cluster::ModelInfo;
 use kvasir_engine::Handle;
 use kvasir_runtime::metrics::{
-    Counter, EncodeLabelSet, EncodeLabelValue, Family, Gauge, Histogram, LATENCY_SECONDS, set_total,
+    Counter, EncodeLabelSet, EncodeLabelValue, Family, Gauge, LATENCY_SECONDS, TracedHistogram, set_total,
 };
 use kvasir_transfer::TransferEngine;
 use kvasir_types::Role;
@@ -89,11 +89,11 @@ pub(crate) struct Metrics {
     works_as: Family<[(&'static str, &'static str); 1], Gauge>,
     moved: Counter,
     /// From the arrival of a request to its first token, in seconds.
-    pub(crate) ttft: Histogram,
+    pub(crate) ttft: TracedHistogram,
     /// Between two tokens of an answer, in seconds.
-    pub(crate) inter_token: Histogram,
+    pub(crate) inter_token: TracedHistogram,
     /// From asking a prefill worker until the whole prompt had landed, in seconds.
-    pub(crate) handoff: Histogram,
+    pub(crate) handoff: TracedHistogram,
     /// Bytes that this worker wrote into decode workers' memory.
     pub(crate) handoff_bytes: Counter,
 }
@@ -113,17 +113,17 @@ impl Metrics {
                 .counter("kvasir_worker_prefill_attempts_failed", "Prefill workers that failed a handoff"),
             works_as: page.gauges("kvasir_worker_works_as", "1 for what the worker works as now, 0 for the other"),
             moved: page.counter("kvasir_worker_role_changes", "Times the worker began to work as something else"),
-            ttft: page.histogram(
+            ttft: page.traced_histogram(
                 "kvasir_worker_ttft_seconds",
                 "From a request's arrival to its first token",
                 LATENCY_SECONDS,
             ),
-            inter_token: page.histogram(
+            inter_token: page.traced_histogram(
                 "kvasir_worker_inter_token_seconds",
                 "Between two tokens of an answer",
                 TOKEN_SECONDS,
             ),
-            handoff: page.histogram(
+            handoff: page.traced_histogram(
                 "kvasir_worker_handoff_seconds",
                 "From asking a prefill worker until the whole prompt had landed",
                 LATENCY_SECONDS,

@@ -79,9 +79,9 @@ pub async fn run(
     let desk = {
         let (id, registry) = (host.id.clone(), Arc::downgrade(&registry));
         Desk::new(operators, move |asked: &Asked<'_>| {
-            let Asked { who, what, on, result } = *asked;
+            let Asked { who, what, on, result, many } = *asked;
             if let Some(registry) = registry.upgrade() {
-                kvasir_cluster::audit(&*registry, &Audit { member: &id, who, what, on, result });
+                kvasir_cluster::audit(&*registry, &Audit { member: &id, who, what, on, result, many });
             }
         })
     };

@@ -114,6 +114,7 @@ impl Stages {
         self.enter(Stage::Serving);
         let mut now = self.now();
         now.run += 1;
+        (now.moved, now.blocks_lost) = (0, 0);
         if now.give_up.is_triggered() {
             now.give_up = Shutdown::new();
         }
@@ -313,5 +314,30 @@ impl Duties {
             tokio::time::sleep(LOOK).await;
         }
         self.goes_on(run, Stage::Drained).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_drain_that_begins_anew_counts_anew() {
+        let stages = Stages::new();
+        let moved = || stages.now().moved;
+        assert_eq!(stages.leave_by(Instant::now()), Some(1));
+        stages.enter(Stage::Draining);
+        assert!(stages.move_all(3) && !stages.move_all(9), "at its deadline, once");
+        assert_eq!(stages.leave_by(Instant::now()), None, "the same drain with another deadline");
+        assert_eq!(moved(), 3);
+        stages.enter(Stage::Drained);
+        stages.serve();
+        let given = stages.give_up();
+        assert_eq!(moved(), 0, "who serves again has moved nobody");
+        assert_eq!(stages.leave_by(Instant::now()), Some(3));
+        stages.enter(Stage::Draining);
+        assert!(moved() == 0 && !given.is_triggered());
+        assert!(stages.move_all(1) && given.is_triggered());
+        assert_eq!(moved(), 1);
     }
 }

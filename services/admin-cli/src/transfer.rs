@@ -1,18 +1,22 @@
 //! `kvasirctl transfer`: over what members reach one another and how fast that goes, as it was lately and as it is now.
 
-use std::io::{IsTerminal as _, Write as _};
+use std::{
+    collections::HashMap,
+    io::{IsTerminal as _, Write as _},
+};
 
 use anyhow::{Context as _, bail};
 use clap::{Args, Subcommand};
 use kvasir_cluster::{Member, View};
 use kvasir_proto::v1::{MeasureEvent, MeasureRequest, paths_client::PathsClient};
-use kvasir_types::{PROTOCOL_VERSION, PeerTraffic};
+use kvasir_types::{PROTOCOL_VERSION, PeerTraffic, Role};
 use serde::Serialize;
+use serde_json::Value;
 
 use crate::{
     gather,
     output::{Answer, Usage},
-    probe,
+    probe::{self, Way},
     render::{self, Table},
     session::Session,
 };
@@ -84,6 +88,9 @@ struct End {
     role: String,
     /// Transport and address.
     offers: Vec<(String, String)>,
+    /// How fast it writes prompts into decode workers' memory, as routers count with it; `None`: it has not yet, or no router
+    /// knows.
+    hands_over_bytes_per_second: Option<f64>,
 }
 
 /// From one that moves blocks to one whose memory it moves them to or from.
@@ -111,17 +118,38 @@ struct Topology {
 async fn topology(session: &Session) -> anyhow::Result<Answer> {
     let (way, view) = (session.way()?, session.view().await?);
     let report = gather::ask_all(&view, &way).await;
-    let ends = view.members.iter().filter_map(end);
+    let speeds = handover_speeds(&view, &way).await;
+    let ends = view.members.iter().filter_map(|member| end(member, &speeds));
     let legs = report.transfers().into_iter().flat_map(|told| told.peers.iter().map(|peer| leg(told.member, peer)));
     let topology = Topology { members: ends.collect(), ways: legs.collect() };
     Ok(session.output().show(&topology, || show(&topology)).into())
 }
 
-fn end(member: &Member) -> Option<End> {
+/// What routers have heard of the workers' hand-overs, by worker: from the first router that tells.
+async fn handover_speeds(view: &View, way: &Way) -> HashMap<String, f64> {
+    for router in view.role(Role::Router) {
+        if let Ok(state) = probe::admin(&router.admin, "/console/state", None, way).await {
+            let workers = state["workers"].as_array().into_iter().flatten();
+            let speed = |worker: &Value| {
+                let speed = worker["told"]["handoff_bytes_per_second"].as_f64()?;
+                (speed > 0.0).then(|| Some((worker["id"].as_str()?.to_owned(), speed))).flatten()
+            };
+            return workers.filter_map(speed).collect();
+        }
+    }
+    HashMap::new()
+}
+
+fn end(member: &Member, speeds: &HashMap<String, f64>) -> Option<End> {
     let segment = member.segment.as_ref()?;
     let offers = segment.transports.iter();
     let offers = offers.map(|offer| (offer.kind.to_string(), probe::printable(&offer.address)));
-    Some(End { member: member.id.to_string(), role: member.works_as().to_string(), offers: offers.collect() })
+    Some(End {
+        member: member.id.to_string(),
+        role: member.works_as().to_string(),
+        offers: offers.collect(),
+        hands_over_bytes_per_second: speeds.get(member.id.as_str()).copied(),
+    })
 }
 
 fn leg(from: &str, peer: &PeerTraffic) -> Leg {
@@ -142,10 +170,11 @@ fn leg(from: &str, peer: &PeerTraffic) -> Leg {
 
 fn show(topology: &Topology) -> String {
     let Topology { members, ways } = topology;
-    let mut table = Table::new(&["MEMBER", "ROLE", "REACHED BY"]);
-    for End { member, role, offers } in members {
+    let mut table = Table::new(&["MEMBER", "ROLE", "HANDS OVER AT", "REACHED BY"]);
+    for End { member, role, offers, hands_over_bytes_per_second } in members {
         let offers: Vec<String> = offers.iter().map(|(kind, address)| format!("{kind} {address}")).collect();
-        table.row(vec![member.clone(), role.clone(), offers.join(", ")]);
+        let rate = hands_over_bytes_per_second.map_or_else(|| "-".to_owned(), speed);
+        table.row(vec![member.clone(), role.clone(), rate, offers.join(", ")]);
     }
     if table.is_empty() {
         return "no worker or store node is there\n".to_owned();
@@ -371,6 +400,7 @@ mod tests {
             member: format!("decode-{at}"),
             role: "decode".to_owned(),
             offers: vec![("tcp".to_owned(), format!("10.0.0.{at}:7000"))],
+            hands_over_bytes_per_second: (at == 1).then_some(2.5e9),
         };
         let peer = PeerTraffic {
             name: "decode-1".into(),
@@ -389,7 +419,12 @@ mod tests {
         };
         let topology = |count| Topology { members: (0..count).map(end).collect(), ways: vec![leg("decode-0", &peer)] };
         let few = show(&topology(2));
-        assert!(few.contains("tcp 10.0.0.1:7000") && few.contains("tcp 1.50 GB/s"), "{few}");
+        assert!(
+            few.lines().any(|line| line.starts_with("decode-1") && line.contains(" 2.50 GB/s  tcp 10.0.0.1:7000")),
+            "{few}"
+        );
+        assert!(few.lines().any(|line| line.starts_with("decode-0") && line.contains(" -  ")), "{few}");
+        assert!(few.contains("tcp 1.50 GB/s"), "{few}");
         let many = show(&topology(11));
         assert!(many.contains("16.4 ms") && many.contains("1.50 GB/s") && !many.contains('\\'), "{many}");
         let none = show(&Topology { members: vec![end(0)], ways: vec![] });

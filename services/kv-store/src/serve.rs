@@ -115,9 +115,9 @@ pub(crate) async fn start(
         // Not held, as in `Drain`.
         let (id, registry) = (id.clone(), Arc::downgrade(registry));
         Desk::new(operators, move |asked: &Asked<'_>| {
-            let Asked { who, what, on, result } = *asked;
+            let Asked { who, what, on, result, many } = *asked;
             if let Some(registry) = registry.upgrade() {
-                kvasir_cluster::audit(&*registry, &Audit { member: &id, who, what, on, result });
+                kvasir_cluster::audit(&*registry, &Audit { member: &id, who, what, on, result, many });
             }
         })
     };

@@ -85,7 +85,7 @@ type Answer<T> = Result<Response<T>, Status>;
 impl v1::store_server::Store for StoreService {
     async fn lookup(&self, request: Request<v1::LookupRequest>) -> Answer<v1::LookupResponse> {
         let _timer = self.metrics.time(Call::Lookup);
-        let span = debug_span!("lookup", blocks = request.get_ref().hashes.len() / size_of::<BlockHash>());
+        let span = debug_span!("lookup", blocks = blocks(&request.get_ref().hashes));
         trace::adopt(&span, request.metadata());
         Ok(Response::new(self.look_up(request.get_ref()).instrument(span).await?))
     }
@@ -99,12 +99,16 @@ impl v1::store_server::Store for StoreService {
 
     async fn reserve(&self, request: Request<v1::ReserveRequest>) -> Answer<v1::ReserveResponse> {
         let _timer = self.metrics.time(Call::Reserve);
-        Ok(Response::new(self.make_room(request.get_ref())?))
+        let span =
+            trace::part_of(request.metadata(), || debug_span!("reserve", blocks = blocks(&request.get_ref().hashes)));
+        Ok(Response::new(span.in_scope(|| self.make_room(request.get_ref()))?))
     }
 
     async fn commit(&self, request: Request<v1::CommitRequest>) -> Answer<v1::CommitResponse> {
         let _timer = self.metrics.time(Call::Commit);
-        Ok(Response::new(self.make_visible(request.get_ref()).await?))
+        let span =
+            trace::part_of(request.metadata(), || debug_span!("commit", blocks = blocks(&request.get_ref().hashes)));
+        Ok(Response::new(self.make_visible(request.get_ref()).instrument(span).await?))
     }
 
     async fn used(&self, request: Request<v1::UsedRequest>) -> Answer<v1::UsedResponse> {
@@ -130,7 +134,9 @@ impl v1::store_server::Store for StoreService {
 
     async fn put(&self, request: Request<v1::PutRequest>) -> Answer<v1::PutResponse> {
         let _timer = self.metrics.time(Call::Put);
-        Ok(Response::new(self.take_in(request.get_ref()).await?))
+        let span =
+            trace::part_of(request.metadata(), || debug_span!("put", blocks = blocks(&request.get_ref().hashes)));
+        Ok(Response::new(self.take_in(request.get_ref()).instrument(span).await?))
     }
 
     async fn report(&self, request: Request<v1::ReportRequest>) -> Answer<v1::ReportResponse> {
@@ -191,6 +197,11 @@ impl v1::store_server::Store for StoreService {
             ..status
         }))
     }
+}
+
+/// How many a message names.
+fn blocks(hashes: &[u8]) -> usize {
+    hashes.len() / size_of::<BlockHash>()
 }
 
 impl StoreService {

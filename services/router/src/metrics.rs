@@ -26,13 +26,17 @@
 //! | `kvasir_router_indexed_blocks`, `…_indexed_holdings` | | blocks that some worker is known to hold; the same, once for each worker |
 //! | `kvasir_router_feeds_connected` | | workers that tell what they hold |
 //! | `kvasir_router_feed_resyncs_total` | `cause` | times a worker's cache was learned anew: `gap` (changes were lost), `reconnect` |
+//!
+//! The distributions of what a request waited for name a trace in each bucket, if traces are recorded.
 
 use std::{
     sync::Arc,
     time::{Duration, Instant},
 };
 
-use kvasir_runtime::metrics::{Counter, Family, Gauge, Histogram, LATENCY_SECONDS, Metrics as Page};
+use kvasir_runtime::metrics::{
+    Counter, Family, Gauge, Histogram, LATENCY_SECONDS, Metrics as Page, TraceId, TracedHistogram,
+};
 use kvasir_types::Role;
 
 use crate::{
@@ -144,14 +148,14 @@ pub(crate) struct Metrics {
     predicted_cached_tokens: Counter,
     upstream_errors: Family<[(&'static str, &'static str); 1], Counter>,
     not_let_in: Family<[(&'static str, &'static str); 1], Counter>,
-    wait: Histogram,
+    wait: TracedHistogram,
     turned_away: Family<[(&'static str, &'static str); 1], Counter>,
     second_tries: Family<[(&'static str, &'static str); 1], Counter>,
-    moved: Histogram,
+    moved: TracedHistogram,
     inflight: Gauge,
-    ttft: Histogram,
-    inter_token: Histogram,
-    request: Histogram,
+    ttft: TracedHistogram,
+    inter_token: TracedHistogram,
+    request: TracedHistogram,
     prompt_tokens: Counter,
     cached_tokens: Counter,
     output_tokens: Counter,
@@ -174,22 +178,30 @@ impl Metrics {
             ),
             upstream_errors: page.counters("kvasir_router_upstream_errors", "Failed calls to decode workers"),
             not_let_in: page.counters("kvasir_router_not_let_in", "Requests refused for want of room or by a limit"),
-            wait: page.histogram("kvasir_router_wait_seconds", "Waiting for a place at the workers", LATENCY_SECONDS),
+            wait: page.traced_histogram(
+                "kvasir_router_wait_seconds",
+                "Waiting for a place at the workers",
+                LATENCY_SECONDS,
+            ),
             turned_away: page.counters("kvasir_router_turned_away", "Requests without a key that is known"),
             second_tries: page.counters("kvasir_router_second_tries", "Tries after a worker's failure"),
-            moved: page.histogram(
+            moved: page.traced_histogram(
                 "kvasir_router_move_seconds",
                 "A worker's failure within an answer to the next token",
                 LATENCY_SECONDS,
             ),
             inflight: page.gauge("kvasir_router_inflight", "Generation requests under way"),
-            ttft: page.histogram("kvasir_router_ttft_seconds", "Request head to first token", LATENCY_SECONDS),
-            inter_token: page.histogram(
+            ttft: page.traced_histogram("kvasir_router_ttft_seconds", "Request head to first token", LATENCY_SECONDS),
+            inter_token: page.traced_histogram(
                 "kvasir_router_inter_token_seconds",
                 "Between two tokens of an answer",
                 INTER_TOKEN_SECONDS,
             ),
-            request: page.histogram("kvasir_router_request_seconds", "Request head to end of answer", LATENCY_SECONDS),
+            request: page.traced_histogram(
+                "kvasir_router_request_seconds",
+                "Request head to end of answer",
+                LATENCY_SECONDS,
+            ),
             prompt_tokens: page.counter("kvasir_router_prompt_tokens", "Tokens of prompts"),
             cached_tokens: page.counter("kvasir_router_cached_tokens", "Tokens of prompts that were not computed"),
             output_tokens: page.counter("kvasir_router_output_tokens", "Tokens of answers"),
@@ -255,7 +267,7 @@ impl Metrics {
 
     /// A request had its turn after so long.
     pub(crate) fn waited(&self, wait: Duration) {
-        self.wait.observe(wait.as_secs_f64());
+        self.wait.observe(wait.as_secs_f64(), TraceId::current());
     }
 
     /// A request was not let in.
@@ -283,13 +295,13 @@ impl Metrics {
 
     /// An answer went on elsewhere, so long after its worker failed.
     pub(crate) fn moved(&self, pause: Duration) {
-        self.moved.observe(pause.as_secs_f64());
+        self.moved.observe(pause.as_secs_f64(), TraceId::current());
     }
 
     /// A generation request that was let in; it counts as under way until the guard is dropped.
     pub(crate) fn admitted(&self) -> Inflight {
         self.inflight.inc();
-        Inflight { metrics: self.clone(), start: Instant::now() }
+        Inflight { metrics: self.clone(), start: Instant::now(), trace: TraceId::current() }
     }
 }
 
@@ -297,6 +309,8 @@ impl Metrics {
 pub(crate) struct Inflight {
     metrics: Metrics,
     start: Instant,
+    /// Known where the request is let in: its end may be noticed by somebody who has no span of it.
+    trace: Option<TraceId>,
 }
 
 impl Inflight {
@@ -304,7 +318,7 @@ impl Inflight {
     pub(crate) fn begun(self, prompt_tokens: usize, choices: usize, slo: Slo) -> Progress {
         let now = Instant::now();
         let ttft = (now - self.start).as_secs_f64();
-        self.metrics.ttft.observe(ttft);
+        self.metrics.ttft.observe(ttft, self.trace);
         self.metrics.in_time("ttft", ttft * 1e3 <= slo.ttft_ms);
         self.metrics.prompt_tokens.inc_by(prompt_tokens as u64);
         let tpot = TokenTime { target: Duration::from_secs_f64(slo.tpot_ms / 1e3), ..TokenTime::default() };
@@ -340,7 +354,7 @@ impl Progress {
     pub(crate) fn token(&mut self, choice: usize) {
         let (now, metrics) = (Instant::now(), &self.inflight.metrics);
         if let Some(last) = self.last[choice].replace(now) {
-            metrics.inter_token.observe((now - last).as_secs_f64());
+            metrics.inter_token.observe((now - last).as_secs_f64(), self.inflight.trace);
             self.tpot.gaps += 1;
             self.tpot.time += now - last;
         }
@@ -362,7 +376,7 @@ impl Progress {
 impl Drop for Progress {
     fn drop(&mut self) {
         let metrics = &self.inflight.metrics;
-        metrics.request.observe(self.inflight.start.elapsed().as_secs_f64());
+        metrics.request.observe(self.inflight.start.elapsed().as_secs_f64(), self.inflight.trace);
         let TokenTime { target, gaps, time } = self.tpot;
         if gaps > 0 {
             metrics.in_time("tpot", time <= target * gaps);

@@ -94,9 +94,9 @@ pub async fn run(config: Config, context: Context, registry: Arc<dyn Registry>) 
     let desk = {
         let (id, registry) = (id.clone(), Arc::downgrade(&registry));
         Desk::new(operators_known, move |asked: &Asked<'_>| {
-            let Asked { who, what, on, result } = *asked;
+            let Asked { who, what, on, result, many } = *asked;
             if let Some(registry) = registry.upgrade() {
-                kvasir_cluster::audit(&*registry, &Audit { member: &id, who, what, on, result });
+                kvasir_cluster::audit(&*registry, &Audit { member: &id, who, what, on, result, many });
             }
         })
     };
@@ -152,7 +152,8 @@ pub async fn run(config: Config, context: Context, registry: Arc<dyn Registry>) 
             Ok(())
         }
     });
-    operators.open(Arc::clone(&app), http::Surroundings { id: id.clone(), members: registry.view(), settings: page });
+    let around = http::Surroundings::new(id.clone(), registry.view(), page, context.tasks.clone());
+    operators.open(Arc::clone(&app), around);
     let http = listening.advertised;
     let server = Server { listener: listening.listener, routes: http::routes(app), limits: config.limits.clone(), tls };
 

@@ -25,10 +25,9 @@ fn unusable() -> [(Document, &'static str); 2] {
 }
 
 /// Writes a document over whatever is there, as somebody with access to etcd may.
-async fn put(cluster: &Cluster, document: Document) -> Result<()> {
+async fn put(cluster: &Cluster, scope: Scope, document: Document) -> Result<()> {
     let etcd = EtcdConfig { endpoints: vec![cluster.etcd_endpoint().to_owned()], ..EtcdConfig::default() };
     let (registry, _) = kvasir_cluster::connect_etcd(etcd).await?;
-    let scope = Scope::all(Role::Router);
     let revision = registry.settings_of(&scope).await?.map_or(0, |found| found.revision());
     registry.set(&scope, &Document { revision, ..document }, &[]).await?;
     Ok(())
@@ -118,6 +117,7 @@ async fn what_an_operator_sets_counts_everywhere_and_what_nobody_checked_counts_
             acted_on(cluster, &set).await?;
             two_at_once(cluster, &token).await?;
             kept_when_unusable(cluster, &set, &not).await?;
+            shown_of_those_who_are_gone(cluster).await?;
 
             // etcd goes: nothing can be set, and all that was set counts.
             let admin = cluster.node(Service::Router, 0).admin().to_owned();
@@ -249,6 +249,21 @@ async fn acted_on(cluster: &Cluster, set: &impl AsyncFn(&Cluster, &[&'static str
     Ok(())
 }
 
+/// What is set for a member stays when it goes, and is shown.
+async fn shown_of_those_who_are_gone(cluster: &Cluster) -> Result<()> {
+    let gone = Scope::one(Role::Router, "router-9".parse()?);
+    let set = [("policy".to_owned(), json!("random"))].into();
+    put(cluster, gone, Document { who: "bob".to_owned(), set, ..Document::default() }).await?;
+    let shown = well(cluster, &["config", "get"]).await?;
+    let line = shown.lines().find(|line| line.contains("router-9")).with_context(|| shown.clone())?;
+    ensure!(line.starts_with("router/router-9 (gone)") && line.contains("random") && line.contains("bob"), "{shown}");
+    ensure!(!shown.lines().any(|line| line.starts_with("router (gone)")), "a role is never gone: {shown}");
+    let all = json_of(cluster, &["config", "get"]).await?;
+    let gone: Vec<_> = all.as_array().into_iter().flatten().filter(|one| one["gone"] == true).collect();
+    ensure!(gone.len() == 1 && gone[0]["scope"] == "router/router-9", "{all}");
+    Ok(())
+}
+
 /// Of two operators who have seen the same, one is told.
 async fn two_at_once(cluster: &Cluster, token: &str) -> Result<()> {
     let revision = json_of(cluster, &["config", "get", "router"]).await?["revision"].to_string();
@@ -272,7 +287,7 @@ async fn kept_when_unusable(
 ) -> Result<()> {
     for (document, why) in unusable() {
         let foreign = document.form != 1;
-        put(cluster, document).await?;
+        put(cluster, Scope::all(Role::Router), document).await?;
         for router in 0..2 {
             says(cluster, router, 1.0).await?;
             ensure!(status_of(cluster, router, 81).await? == 400 && status_of(cluster, router, 80).await? == 200);

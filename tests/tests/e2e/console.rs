@@ -4,6 +4,7 @@ use anyhow::{Context, Result, ensure};
 use kvasir_tests::{
     Cluster, Service,
     wait::{self, SOON},
+    workspace,
 };
 use serde_json::Value;
 
@@ -20,6 +21,7 @@ async fn the_console_is_one_page_and_shows_the_cluster() -> Result<()> {
     Cluster::builder()
         .prefill(2)
         .decode(2)
+        .set(Service::Decode, "decode.local_prefill_tokens", 0)
         .run(async |cluster| {
             let router = cluster.node(Service::Router, 0);
             let (status, page) = router.admin_page("/console").await?;
@@ -55,9 +57,80 @@ async fn the_console_is_one_page_and_shows_the_cluster() -> Result<()> {
             }
             ensure!(told["router"] == "router-0" && told["policy"] == "kv-aware", "{told:#}");
             ensure!(told["wrong"] == Value::Array(Vec::new()), "{told:#}");
-            Ok(())
+            the_way_of_a_request_is_shown(cluster).await
         })
         .await
+}
+
+/// As the page asks for it: which requests there were, then the way of one through router, decode and prefill worker.
+async fn the_way_of_a_request_is_shown(cluster: &Cluster) -> Result<()> {
+    let router = cluster.node(Service::Router, 0);
+    // Not what somebody has read already.
+    let body = chat(cluster.model(), &format!("From the end to the beginning. {}", long(120)));
+    cluster.client().post_as("console-1", "/v1/chat/completions", &body).await?;
+    let ask = async |page: &str| -> Result<Value> {
+        let (status, text) = router.admin_page(page).await?;
+        ensure!(status == 200, "{page}: HTTP {status}: {text}");
+        Ok(serde_json::from_str(&text)?)
+    };
+    let listed = ask("/console/requests").await?;
+    let latest = &listed["requests"][0];
+    ensure!(latest["id"] == "console-1" && latest["over"] == true && latest["step"] == "answered", "{listed:#}");
+    ensure!(latest["output_tokens"].as_f64() > Some(0.0) && latest["took_us"].as_u64() > Some(0), "{latest:#}");
+
+    let told = wait::until("all three have told of its end", SOON, async || {
+        let told = ask("/console/request?id=console-1").await.ok()?;
+        let stories = told["stories"].as_array()?;
+        (stories.len() == 3 && stories.iter().all(|story| story["over"] == true)).then_some(told)
+    })
+    .await?;
+    ensure!(told["not_reached"] == Value::Array(Vec::new()), "{told:#}");
+    let story = |part: &str| {
+        let stories = told["stories"].as_array().into_iter().flatten();
+        stories.into_iter().find(|story| story["part"] == part).with_context(|| format!("{part}: {told:#}"))
+    };
+    let (route, decode, prefill) = (story("router")?, story("decode")?, story("prefill")?);
+    ensure!(route["member"] == "router-0", "{route:#}");
+    ensure!((&decode["member"], &prefill["member"]) == (&latest["worker"], &latest["prefill"]), "{told:#}, {latest:#}");
+    for (story, step) in [(route, "placed"), (decode, "prefill landed"), (prefill, "written")] {
+        let steps = story["steps"].as_array().context("steps")?;
+        ensure!(steps.iter().any(|told| told["step"] == step), "no {step:?}: {story:#}");
+        let times: Vec<_> = steps.iter().map(|step| step["at_us"].as_u64()).collect();
+        ensure!(times.is_sorted() && times.iter().all(Option::is_some), "{times:?}");
+    }
+
+    // Nobody of that name, no name, and one that would be more than a name.
+    let nobody = ask("/console/request?id=nobody").await?;
+    ensure!(nobody["stories"] == Value::Array(Vec::new()), "{nobody:#}");
+    for odd in ["", "?id=", "?id=%3Cimg%20src=x%3E", "?id=a&more=1"] {
+        let (status, text) = router.admin_page(&format!("/console/request{odd}")).await?;
+        ensure!(status == 400, "{odd}: HTTP {status}: {text}");
+    }
+    Ok(())
+}
+
+#[test]
+fn the_page_shows_what_it_is_told_as_text() -> Result<()> {
+    let page = std::fs::read_to_string(workspace::root().join("services/router/src/http/console.html"))?;
+    let makes_markup = [
+        "innerHTML",
+        "outerHTML",
+        "insertAdjacent",
+        "document.write",
+        "createContextualFragment",
+        "DOMParser",
+        "setHTML",
+        "eval(",
+        "Function(",
+        "srcdoc",
+        "javascript:",
+        ".href",
+        "setAttribute(\"on",
+    ];
+    for way in makes_markup {
+        ensure!(!page.contains(way), "the page makes markup, links or code of a text: {way}");
+    }
+    Ok(())
 }
 
 #[tokio::test]

@@ -1,13 +1,15 @@
-//! A cluster whose etcd begins to ask who calls.
+//! A cluster whose etcd begins to ask who calls, and one whose etcd is called by TLS.
 
-use std::process::Command;
+use std::{fs, path::Path, process::Command};
 
 use anyhow::{Result, ensure};
 use kvasir_tests::{
     Client, Cluster, Service,
+    etcd::Guard,
     wait::{self, SOON},
     workspace,
 };
+use rcgen::{BasicConstraints, CertificateParams, DistinguishedName, IsCa, Issuer, KeyPair};
 use serde_json::{Value, json};
 
 use crate::prompts::{QUESTION, chat, text};
@@ -35,6 +37,18 @@ async fn guard(etcd: &str) -> Result<()> {
     Ok(())
 }
 
+/// What services say while etcd is away.
+const AWAY: [&str; 2] = ["etcd is away", "registration not renewed"];
+
+/// Whether etcd answers everybody (1), or nobody (0).
+async fn up(cluster: &Cluster, wanted: f64) -> Option<()> {
+    for node in cluster.nodes() {
+        let metrics = node.metrics().await.ok()?;
+        (metrics.sum("kvasir_cluster_registry_up") == wanted).then_some(())?;
+    }
+    Some(())
+}
+
 /// Exit status of `kvasirctl status -o json`, what it prints, and what it says.
 fn status(cluster: &Cluster, words: &[&str], variables: &[(&str, &str)]) -> Result<(Option<i32>, Value, String)> {
     let mut command = Command::new(workspace::binary("kvasirctl")?);
@@ -49,7 +63,7 @@ async fn a_cluster_goes_on_when_etcd_begins_to_ask_who_calls_and_when_it_forgets
     let dir = tempfile::tempdir()?;
     let file = |name: &str, text: &str| -> Result<String> {
         let path = dir.path().join(name);
-        std::fs::write(&path, text)?;
+        fs::write(&path, text)?;
         Ok(path.to_string_lossy().into_owned())
     };
     let (password, wrong) = (file("password", "secret\n")?, file("wrong", "secre\n")?);
@@ -63,7 +77,7 @@ async fn a_cluster_goes_on_when_etcd_begins_to_ask_who_calls_and_when_it_forgets
     }
     builder
         .run(async |cluster| {
-            for warning in ["etcd is away", "registration not renewed"] {
+            for warning in AWAY {
                 cluster.expect_warning(warning);
             }
             let body = chat(cluster.model(), QUESTION);
@@ -93,13 +107,6 @@ async fn a_cluster_goes_on_when_etcd_begins_to_ask_who_calls_and_when_it_forgets
             // Who comes now shows the password at once; who is there does when it is asked.
             cluster.join(Service::Decode).await?;
             cluster.etcd().kill();
-            let up = async |cluster: &Cluster, wanted: f64| {
-                for node in cluster.nodes() {
-                    let metrics = node.metrics().await.ok()?;
-                    (metrics.sum("kvasir_cluster_registry_up") == wanted).then_some(())?;
-                }
-                Some(())
-            };
             wait::until("all miss etcd", SOON, async || up(cluster, 0.0).await).await?;
             ensure!(text(&cluster.client().chat(&body).await?) == answer, "requests go on");
             cluster.etcd().restart().await?;
@@ -113,4 +120,82 @@ async fn a_cluster_goes_on_when_etcd_begins_to_ask_who_calls_and_when_it_forgets
             Ok(())
         })
         .await
+}
+
+/// A new authority, and certificates of its for etcd and its clients; each takes the place of the one before, as a mounted
+/// secret's does.
+fn issue(dir: &Path) -> Result<()> {
+    let put = |name: &str, text: String| {
+        fs::write(dir.join("new"), text)?;
+        fs::rename(dir.join("new"), dir.join(name))
+    };
+    let mut params = CertificateParams::default();
+    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    let key = KeyPair::generate()?;
+    put("authority.pem", params.self_signed(&key)?.pem())?;
+    let issuer = Issuer::new(params, key);
+    for (who, names) in [("etcd", vec!["127.0.0.1".to_owned()]), ("client", Vec::new())] {
+        let key = KeyPair::generate()?;
+        let mut params = CertificateParams::new(names)?;
+        params.distinguished_name = DistinguishedName::new(); // a common name would be a user's for etcd
+        put(&format!("{who}.pem"), params.signed_by(&key, &issuer)?.pem())?;
+        put(&format!("{who}.key"), key.serialize_pem())?;
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_cluster_whose_etcd_is_called_by_tls_answers_and_certificates_may_be_renewed() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    issue(dir.path())?;
+    let file = |name: &str| dir.path().join(name).to_string_lossy().into_owned();
+    let guard = Guard {
+        authority: dir.path().join("authority.pem"),
+        certificate: dir.path().join("etcd.pem"),
+        key: dir.path().join("etcd.key"),
+    };
+    let mut builder = Cluster::builder().guarded_etcd(guard);
+    for service in [Service::Router, Service::Prefill, Service::Decode, Service::KvStore] {
+        for (key, value) in [
+            ("tls.authority", file("authority.pem")),
+            ("tls.certificate", file("client.pem")),
+            ("tls.key", file("client.key")),
+        ] {
+            builder = builder.set(service, &format!("registry.etcd.{key}"), value);
+        }
+    }
+    let run = builder.run(async |cluster| {
+        for warning in AWAY {
+            cluster.expect_warning(warning);
+        }
+        let body = chat(cluster.model(), QUESTION);
+        let answer = text(&cluster.client().chat(&body).await?).to_owned();
+        let (authority, certificate, key) = (file("authority.pem"), file("client.pem"), file("client.key"));
+        let known = ["--etcd-authority", &authority, "--etcd-certificate", &certificate, "--etcd-key", &key];
+        let (code, told, said) = status(cluster, &known, &[])?;
+        ensure!(code == Some(0) && told.to_string().contains("decode-0"), "{code:?} {told} {said}");
+        let (code, _, said) = status(cluster, &[], &[])?;
+        ensure!(code == Some(1) && said.contains("registry.etcd.tls"), "in the clear: {code:?} {said}");
+
+        // Its clock is asked for by TLS, too: one more than there are members.
+        let mut doctor = Command::new(workspace::binary("kvasirctl")?);
+        doctor.args(["--etcd", cluster.etcd_endpoint(), "doctor", "cluster", "-o", "json"]).args(known);
+        let findings: Value = serde_json::from_slice(&doctor.output()?.stdout)?;
+        let clocks = findings.as_array().into_iter().flatten().find(|finding| finding["what"] == "clocks");
+        let found = clocks.and_then(|clocks| clocks["found"].as_str()).unwrap_or_default();
+        ensure!(found.starts_with(&format!("{} differ", cluster.nodes().len() + 1)), "{findings:#}");
+
+        // Another authority, and certificates of its for all: who has them comes back to etcd, and new ones are let in.
+        cluster.etcd().kill();
+        wait::until("all miss etcd", SOON, async || up(cluster, 0.0).await).await?;
+        issue(dir.path())?;
+        cluster.etcd().restart().await?;
+        wait::until("all have etcd again", SOON, async || up(cluster, 1.0).await).await?;
+        cluster.join(Service::Decode).await?;
+        let (code, told, said) = status(cluster, &known, &[])?;
+        ensure!(code == Some(0) && told.to_string().contains("decode-1"), "{code:?} {told} {said}");
+        ensure!(text(&cluster.client().chat(&body).await?) == answer, "the answer is the same");
+        Ok(())
+    });
+    run.await
 }

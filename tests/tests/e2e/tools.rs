@@ -1,9 +1,18 @@
 //! `kvasirctl`'s tools against clusters that are there: load, the live view, findings, the bundle, large clusters.
 
-use std::process::{Command, Output};
+use std::{
+    fs::File,
+    io::Write as _,
+    path::Path,
+    process::{Child, Command, Output, Stdio},
+};
 
 use anyhow::{Context as _, Result, ensure};
-use kvasir_tests::{Cluster, Etcd, Members, Service, workspace};
+use kvasir_tests::{
+    Cluster, Etcd, Members, Service,
+    wait::{self, SOON},
+    workspace,
+};
 use serde_json::Value;
 
 use crate::ctl::ctl;
@@ -104,6 +113,7 @@ async fn top_doctor_and_the_bundle_look_at_a_whole_cluster() -> Result<()> {
             let rows: Value = serde_json::from_str(&ctl(cluster, &["top", "-o", "json"])?)?;
             ensure!(rows[0]["output_tokens_per_s"].as_f64().is_some(), "{rows}");
 
+            top_on_a_terminal(cluster.etcd_endpoint(), dir.path()).await?;
             let findings: Value = serde_json::from_str(&ctl(cluster, &["doctor", "cluster", "-o", "json"])?)?;
             let all = findings.as_array().context("findings")?;
             ensure!(all.iter().all(|finding| finding["level"] == "ok"), "{findings}");
@@ -132,6 +142,58 @@ async fn top_doctor_and_the_bundle_look_at_a_whole_cluster() -> Result<()> {
             Ok(())
         })
         .await
+}
+
+/// A program that is killed with its test.
+struct Killed(Child);
+
+impl Drop for Killed {
+    fn drop(&mut self) {
+        let _ended = self.0.kill().and_then(|()| self.0.wait());
+    }
+}
+
+/// On a terminal (made by util-linux' `script`): keys sort, `q` leaves, and the terminal is as it was.
+async fn top_on_a_terminal(etcd: &str, dir: &Path) -> Result<()> {
+    let program = workspace::binary("kvasirctl")?;
+    let top = format!("{} --etcd {etcd} top --interval 3600", program.display());
+    let session = format!("a=$(stty -g); {top}; echo ended-$?; b=$(stty -g); test \"$a\" = \"$b\" && echo restored");
+    let file = dir.join("screen");
+    let mut command = Command::new("script");
+    command.args(["--quiet", "--command", &session, "/dev/null"]).env("KVASIR_CONFIG", "no/such/file");
+    command.env("SHELL", "/bin/sh").env("TERM", "xterm").stdin(Stdio::piped()).stdout(File::create(&file)?);
+    let mut child = Killed(command.spawn().context("script, of util-linux")?);
+    let mut keys = child.0.stdin.take().context("keys")?;
+    let mut read = 0;
+    // What is drawn from where the last mark was found up to this one.
+    let mut until = async |mark: &str| {
+        let what = format!("{mark:?} is on the screen");
+        let drawn = wait::until(&what, SOON, async || {
+            let all = std::fs::read(&file).ok()?;
+            let new = String::from_utf8_lossy(all.get(read..)?).into_owned();
+            let at = new.find(mark)?;
+            Some((new[..at].to_owned(), at + mark.len()))
+        });
+        let (drawn, more) = drawn.await?;
+        read += more;
+        anyhow::Ok(drawn)
+    };
+    let first = until("by load; keys").await?;
+    ensure!(first.contains("\u{1b}[?1049h") && first.contains("3 workers: "), "its own screen: {first:?}");
+    until("prefill-0").await?;
+    for (key, mark) in [("b", "by blocks"), ("n", "by name"), ("t", "by tokens"), ("x", "by tokens"), ("f", "by ttft")]
+    {
+        keys.write_all(key.as_bytes())?;
+        until(mark).await?;
+    }
+    keys.write_all(b"q")?;
+    let left = until("ended-0").await?;
+    ensure!(left.contains("\u{1b}[?25h\u{1b}[?1049l"), "the screen before it: {left:?}");
+    until("restored").await?;
+    drop(keys);
+    let ended = wait::until("script ends", SOON, async || child.0.try_wait().ok().flatten()).await?;
+    ensure!(ended.success(), "{ended}");
+    Ok(())
 }
 
 #[tokio::test]

@@ -1,14 +1,23 @@
 //! The way of one request through all processes, as a collector of OpenTelemetry's hears of it.
 
+use std::{
+    path::Path,
+    process::Command,
+    time::{SystemTime, UNIX_EPOCH},
+};
+
 use anyhow::{Context, Result, ensure};
 use kvasir_tests::{
-    Builder, Client, Cluster, Service,
+    Builder, Client, Cluster, Process, Service,
     collector::{Collector, Span},
     wait::{self, SOON},
 };
-use serde_json::Value;
+use serde_json::{Value, json};
 
-use crate::prompts::{chat, long};
+use crate::{
+    chart::manifests::tool,
+    prompts::{chat, long},
+};
 
 /// What the client's own spans say.
 const TRACE: &str = "0af7651916cd43dd8448eb211c80319c";
@@ -46,7 +55,8 @@ async fn one_request_is_one_tree_of_spans_in_all_processes() -> Result<()> {
             let spans = wait::until("all spans have come", SOON, async || {
                 let spans = collector.trace(TRACE);
                 let here = |name: &str| spans.iter().any(|span| span.name == name);
-                ["request", "decode", "prefill", "lookup"].iter().all(|name| here(name)).then_some(spans.clone())
+                let all = ["request", "decode", "prefill", "lookup", "write_back", "put"];
+                all.iter().all(|name| here(name)).then_some(spans.clone())
             })
             .await?;
             // As ARCHITECTURE.md has the way of one request.
@@ -57,7 +67,12 @@ async fn one_request_is_one_tree_of_spans_in_all_processes() -> Result<()> {
             let prefill = child(&spans, "prefill", &handoff.id)?;
             let find = child(&spans, "find", &prefill.id)?;
             let lookup = child(&spans, "lookup", &find.id)?;
+            // What the prefill worker computed goes to the store afterwards, because of this request.
+            let written = child(&spans, "write_back", &prefill.id)?;
+            let put = child(&spans, "put", &written.id)?;
             for (span, service) in [
+                (written, "kvasir-prefill-worker"),
+                (put, "kvasir-kv-store"),
                 (request, "kvasir-router"),
                 (queue, "kvasir-router"),
                 (begin, "kvasir-router"),
@@ -70,11 +85,89 @@ async fn one_request_is_one_tree_of_spans_in_all_processes() -> Result<()> {
                 ensure!(span.began <= span.ended, "{span:?}");
             }
             ensure!(queue.ended <= begin.began && begin.began <= decode.began, "{queue:?}, {begin:?}, {decode:?}");
-            let ids = [request, decode, prefill].map(|span| span.request.clone());
+            let ids = [request, decode, prefill, written].map(|span| span.request.clone());
             ensure!(ids[0].is_some() && ids.iter().all(|id| *id == ids[0]), "one request id: {ids:?}");
-            Ok(())
+            buckets_name_the_trace(cluster).await
         })
         .await
+}
+
+/// What took time, of the one request that there was, by service.
+const TIMED: [(Service, &[&str]); 3] = [
+    (
+        Service::Router,
+        &["kvasir_router_ttft_seconds", "kvasir_router_inter_token_seconds", "kvasir_router_request_seconds"],
+    ),
+    (
+        Service::Decode,
+        &["kvasir_worker_ttft_seconds", "kvasir_worker_inter_token_seconds", "kvasir_worker_handoff_seconds"],
+    ),
+    (Service::Prefill, &["kvasir_worker_store_lookup_seconds"]),
+];
+
+/// Who asks for OpenMetrics is told whose the values in the buckets are; a Prometheus that reads the pages has them.
+async fn buckets_name_the_trace(cluster: &Cluster) -> Result<()> {
+    let exemplar = format!("# {{trace_id=\"{TRACE}\"}} ");
+    for (service, names) in TIMED {
+        let url = format!("http://{}/metrics", cluster.node(service, 0).admin());
+        let scrape = reqwest::Client::new().get(&url).header("accept", "application/openmetrics-text; version=1.0.0");
+        let answer = scrape.send().await?;
+        let kind = answer.headers().get("content-type").cloned().context("a content type")?;
+        ensure!(kind.to_str()?.starts_with("application/openmetrics-text"), "{kind:?}");
+        let page = answer.text().await?;
+        ensure!(page.ends_with("# EOF\n"), "{page}");
+        for name in names {
+            let bucket = format!("{name}_bucket{{");
+            let told = page.lines().any(|line| line.starts_with(&bucket) && line.contains(&exemplar));
+            ensure!(told, "no bucket of {name} names the trace: {page}");
+        }
+        ensure!(!reqwest::get(&url).await?.text().await?.contains("trace_id"), "nobody asked for it");
+    }
+    let dir = tempfile::tempdir()?;
+    let prometheus = Prometheus::start(cluster, dir.path()).await?;
+    for name in TIMED.iter().flat_map(|(_, names)| names.iter()) {
+        wait::until(&format!("Prometheus has the trace of {name}"), SOON, async || {
+            let found = prometheus.exemplars(&format!("{name}_bucket")).await.ok()?;
+            found.contains(&TRACE.to_owned()).then_some(())
+        })
+        .await?;
+    }
+    Ok(())
+}
+
+/// A real one, that reads the pages of a cluster several times a second.
+struct Prometheus {
+    _process: Process,
+    address: String,
+}
+
+impl Prometheus {
+    async fn start(cluster: &Cluster, dir: &Path) -> Result<Self> {
+        let targets: Vec<_> = cluster.nodes().iter().map(|node| node.admin()).collect();
+        let config = json!({
+            "global": {"scrape_interval": "500ms", "scrape_timeout": "500ms"},
+            "scrape_configs": [{"job_name": "kvasir", "static_configs": [{"targets": targets}]}],
+        });
+        let file = dir.join("prometheus.json");
+        std::fs::write(&file, config.to_string())?;
+        let address = std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?.to_string();
+        let mut command = Command::new(tool("prometheus")?);
+        command.arg("--config.file").arg(&file).arg("--storage.tsdb.path").arg(dir.join("data"));
+        command.args(["--web.listen-address", &address, "--enable-feature", "exemplar-storage"]);
+        let process = Process::spawn("prometheus", command, dir)?;
+        Ok(Self { _process: process, address })
+    }
+
+    /// The traces that buckets of that name told of.
+    async fn exemplars(&self, name: &str) -> Result<Vec<String>> {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs();
+        let (address, from, to) = (&self.address, now - 3600, now + 3600);
+        let url = format!("http://{address}/api/v1/query_exemplars?query={name}&start={from}&end={to}");
+        let answer: Value = reqwest::get(url).await?.json().await?;
+        let series = answer["data"].as_array().context("series")?;
+        let all = series.iter().filter_map(|series| series["exemplars"].as_array()).flatten();
+        Ok(all.filter_map(|one| Some(one["labels"]["trace_id"].as_str()?.to_owned())).collect())
+    }
 }
 
 #[tokio::test]

@@ -93,9 +93,14 @@ async fn ways_are_measured_for_operators_one_at_a_time_and_end_with_either_end()
                 beside(cluster, &all.iter().map(String::as_str).collect::<Vec<_>>()).await
             };
 
-            let topology = well(cluster, &["transfer", "topology"]).await?;
-            let row = topology.lines().find(|line| line.starts_with("prefill-0") && line.contains("B/s"));
-            ensure!(row.is_some() && topology.contains("kv-store-0"), "{topology}");
+            let topology = async || {
+                let topology = well(cluster, &["transfer", "topology"]).await.ok()?;
+                // Its hand-overs as routers count with them, which they hear a moment later, and its ways.
+                let of_prefill = topology.lines().filter(|line| line.starts_with("prefill-0") && line.contains("B/s"));
+                (of_prefill.count() == 2).then_some(topology)
+            };
+            let topology = wait::until("both speeds are told", SOON, topology).await?;
+            ensure!(topology.contains("HANDS OVER AT") && topology.contains("kv-store-0"), "{topology}");
             let topology: Value = serde_json::from_str(&well(cluster, &["transfer", "topology", "-o", "json"]).await?)?;
             let ways = topology["ways"].as_array().context("ways")?;
             ensure!(ways.iter().any(|way| way["bytes_per_second"].as_f64() > Some(0.0)), "{topology}");

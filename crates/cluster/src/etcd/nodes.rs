@@ -27,7 +27,7 @@ use http::Uri;
 use hyper_util::rt::TokioIo;
 use kvasir_rpc::files;
 use tokio::{
-    io::{AsyncRead, AsyncWrite},
+    io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _},
     net::TcpStream,
     task::spawn_blocking,
 };
@@ -141,16 +141,47 @@ fn address(endpoint: &str, tls: bool) -> Result<&str, String> {
 trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
 
-/// Connects by TLS.
+/// Connects by TLS, to speak gRPC.
 async fn secured(tls: EtcdTls, uri: Uri, limit: Duration) -> io::Result<TokioIo<Box<dyn Stream>>> {
+    Ok(TokioIo::new(connected(tls, uri, PROTOCOL, limit).await?))
+}
+
+/// A page of one of the nodes by HTTP, its head included, at most 16 KiB; the node is called as it is for everything else. For
+/// whoever wants to know how it is: what it keeps is asked for by gRPC.
+///
+/// # Errors
+/// It can't be reached, is not what is configured, or takes longer than `request_timeout_ms`.
+pub async fn page(config: &EtcdConfig, endpoint: &str, path: &str) -> io::Result<String> {
+    const MOST: u64 = 16 << 10;
+    let limit = Duration::from_millis(config.request_timeout_ms);
+    let address = address(endpoint, config.tls.is_some()).map_err(io::Error::other)?;
+    let ask = async {
+        let mut stream: Box<dyn Stream> = match config.tls.clone() {
+            None => Box::new(TcpStream::connect(address).await?),
+            Some(tls) => connected(tls, address.parse().map_err(io::Error::other)?, b"http/1.1", limit).await?,
+        };
+        stream.write_all(format!("GET {path} HTTP/1.0\r\nhost: {address}\r\n\r\n").as_bytes()).await?;
+        let mut page = Vec::new();
+        // Go's servers close TLS without a word now and then; what has come by then is the page.
+        match stream.take(MOST).read_to_end(&mut page).await {
+            Err(error) if error.kind() != io::ErrorKind::UnexpectedEof => Err(error),
+            _ => Ok(String::from_utf8_lossy(&page).into_owned()),
+        }
+    };
+    tokio::time::timeout(limit, ask).await.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))?
+}
+
+/// Connects by TLS, to speak that.
+async fn connected(tls: EtcdTls, uri: Uri, speaks: &[u8], limit: Duration) -> io::Result<Box<dyn Stream>> {
     let host = uri.host().unwrap_or_default().trim_start_matches('[').trim_end_matches(']').to_owned();
     let name = tls.server_name.clone().unwrap_or_else(|| host.clone());
     let name = ServerName::try_from(name).map_err(io::Error::other)?;
     let connecting = async {
         let stream = TcpStream::connect((host.as_str(), uri.port_u16().unwrap_or(2379))).await?;
         stream.set_nodelay(true)?;
-        let shown = show(tls).await.map_err(|(key, reason)| io::Error::other(format!("{key}: {reason}")))?;
-        TlsConnector::from(shown).connect(name, stream).await.map_err(|error| match error.kind() {
+        let mut shown = show(tls).await.map_err(|(key, reason)| io::Error::other(format!("{key}: {reason}")))?;
+        shown.alpn_protocols = vec![speaks.to_vec()];
+        TlsConnector::from(Arc::new(shown)).connect(name, stream).await.map_err(|error| match error.kind() {
             // What a server does that hears a greeting it can't read.
             io::ErrorKind::UnexpectedEof => {
                 io::Error::other(rustls::Error::InvalidMessage(rustls::InvalidMessage::InvalidContentType))
@@ -159,14 +190,13 @@ async fn secured(tls: EtcdTls, uri: Uri, limit: Duration) -> io::Result<TokioIo<
         })
     };
     let silent = |_| Err(io::Error::new(io::ErrorKind::TimedOut, "no connection in time"));
-    let stream = tokio::time::timeout(limit, connecting).await.unwrap_or_else(silent)?;
-    Ok(TokioIo::new(Box::new(stream)))
+    Ok(Box::new(tokio::time::timeout(limit, connecting).await.unwrap_or_else(silent)?))
 }
 
 /// What the files hold now; or which setting is wrong, and why.
-async fn show(tls: EtcdTls) -> Result<Arc<ClientConfig>, (&'static str, String)> {
+async fn show(tls: EtcdTls) -> Result<ClientConfig, (&'static str, String)> {
     let read = spawn_blocking(move || read(&tls)).await;
-    read.unwrap_or_else(|error| Err(("registry.etcd.tls", error.to_string()))).map(Arc::new)
+    read.unwrap_or_else(|error| Err(("registry.etcd.tls", error.to_string())))
 }
 
 fn read(tls: &EtcdTls) -> Result<ClientConfig, (&'static str, String)> {
@@ -185,7 +215,7 @@ fn read(tls: &EtcdTls) -> Result<ClientConfig, (&'static str, String)> {
         .with_safe_default_protocol_versions()
         .map_err(|error| untrusted(&error))?
         .with_webpki_verifier(verifier.map_err(|error| untrusted(&error))?);
-    let mut client = match (&tls.certificate, &tls.key) {
+    let client = match (&tls.certificate, &tls.key) {
         (Some(certificate), Some(key)) => {
             let chain = files::certificates(certificate).map_err(|why| (CERTIFICATE, told(certificate, &why)))?;
             let secret = files::private_key(key).map_err(|why| (KEY, told(key, &why)))?;
@@ -196,7 +226,6 @@ fn read(tls: &EtcdTls) -> Result<ClientConfig, (&'static str, String)> {
         (Some(_), None) => return Err((KEY, "not set, and the certificate is: they belong together".to_owned())),
         (None, Some(_)) => return Err((CERTIFICATE, "not set, and the key is: they belong together".to_owned())),
     };
-    client.alpn_protocols = vec![PROTOCOL.to_vec()];
     Ok(client)
 }
 

@@ -19,7 +19,7 @@ use std::{
 use etcd_client::{Compare, CompareOp, GetOptions, Txn, TxnOp, TxnOpResponse, WatchStream};
 use tokio::{sync::watch, time::sleep};
 
-use super::call::Etcd;
+use super::{call::Etcd, check};
 use crate::{
     Error, EtcdConfig,
     settings::{Change, Document, MAX_CHANGES, MAX_DOCUMENTS, Scope, Settings},
@@ -169,6 +169,18 @@ impl Kept {
         let surplus = found.kvs().len().saturating_sub(MAX_CHANGES);
         Ok(found.kvs().iter().skip(surplus).filter_map(|kv| Change::parse(kv.value())).collect())
     }
+}
+
+/// All that is set, for members that are gone, too; for tools that keep no registry.
+///
+/// # Errors
+/// [`Error::Unreachable`] if it can't be read.
+pub async fn read_settings(config: &EtcdConfig) -> Result<Settings, Error> {
+    check(config)?;
+    let (etcd, kept) = (Etcd::new(config).await?, Kept::new(config));
+    kept.read(&etcd).await?;
+    let seen = kept.seen.borrow().as_deref().cloned();
+    Ok(seen.unwrap_or_default())
 }
 
 /// Whether the next message of a watch tells of a change.

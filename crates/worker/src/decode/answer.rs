@@ -3,7 +3,7 @@
 use std::{sync::Arc, time::Instant};
 
 use kvasir_proto::v1::{Finished, GenerateEvent, finished::Reason, generate_event::Event};
-use kvasir_runtime::story::Story;
+use kvasir_runtime::{metrics::TraceId, story::Story};
 use kvasir_types::{FinishReason, Sampled, TokenId};
 
 use crate::{caller::Caller, error::Error, host::Host, metrics::Outcome};
@@ -14,6 +14,7 @@ pub(super) struct Answer {
     host: Arc<Host>,
     story: Arc<Story>,
     started: Instant,
+    trace: Option<TraceId>,
     choices: Vec<Choice>,
     /// The first choice's first token, once sent. A prefill that is repeated must not send another.
     first: Option<TokenId>,
@@ -27,9 +28,10 @@ struct Choice {
 }
 
 impl Answer {
+    /// In the request's span.
     pub(super) fn new(caller: Caller<GenerateEvent>, host: Arc<Host>, choices: u32, story: Arc<Story>) -> Self {
         let choices = vec![Choice::default(); choices as usize];
-        Self { caller, host, story, started: Instant::now(), choices, first: None }
+        Self { caller, host, story, started: Instant::now(), trace: TraceId::current(), choices, first: None }
     }
 
     /// Who waits for it.
@@ -66,9 +68,9 @@ impl Answer {
         let (now, is_first) = (Instant::now(), self.sent_tokens() == 0);
         let choice = &mut self.choices[choice as usize];
         match choice.last.replace(now) {
-            Some(last) => self.host.metrics.inter_token.observe((now - last).as_secs_f64()),
+            Some(last) => self.host.metrics.inter_token.observe((now - last).as_secs_f64(), self.trace),
             None if is_first => {
-                self.host.metrics.ttft.observe((now - self.started).as_secs_f64());
+                self.host.metrics.ttft.observe((now - self.started).as_secs_f64(), self.trace);
                 self.story.tell("first token", []);
             }
             None => {}

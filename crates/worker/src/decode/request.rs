@@ -12,7 +12,7 @@ use std::{sync::Arc, time::Instant};
 
 use kvasir_engine::{Admission, Event};
 use kvasir_proto::v1;
-use kvasir_runtime::chain;
+use kvasir_runtime::{chain, metrics::TraceId};
 use kvasir_transfer::Revoke;
 use kvasir_types::TokenId;
 
@@ -203,7 +203,7 @@ async fn prefill_elsewhere(
         let attempt = Attempt { host, peers, request, landing: &landing, candidate, open_fences };
         match remote::attempt(attempt, answer).await {
             Ok(landed) => {
-                host.metrics.handoff.observe(started.elapsed().as_secs_f64());
+                host.metrics.handoff.observe(started.elapsed().as_secs_f64(), TraceId::current());
                 let computed = (landed.done.computed as usize).min(request.prompt.len());
                 let v1::PrefillDone { from_cache, from_peer, from_store, computed: of_prompt, bytes_written } =
                     landed.done;

@@ -105,7 +105,7 @@ impl DecodeService {
             tokens = checked.prompt.len()
         );
         trace::adopt(&span, metadata);
-        let answer = Answer::new(caller, self.host.clone(), checked.choices, checked.story.clone());
+        let answer = span.in_scope(|| Answer::new(caller, self.host.clone(), checked.choices, checked.story.clone()));
         let work = request::run(self.host.clone(), self.peers.clone(), checked, sequence, answer);
         self.host.tasks.spawn_in(Kind::Request, "decode", span, async move {
             work.await;

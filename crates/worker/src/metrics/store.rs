@@ -1,6 +1,6 @@
 //! What a worker counts of its dealings with the KV store.
 
-use kvasir_runtime::metrics::{Counter, Family, FloatGauge, Gauge, Histogram, LATENCY_SECONDS};
+use kvasir_runtime::metrics::{Counter, Family, FloatGauge, Gauge, LATENCY_SECONDS, TracedHistogram};
 
 type Labels = [(&'static str, &'static str); 1];
 
@@ -9,9 +9,9 @@ type Labels = [(&'static str, &'static str); 1];
 pub(crate) struct StoreMetrics {
     decisions: Family<Labels, Counter>,
     /// Of a lookup, in seconds.
-    pub(crate) lookup: Histogram,
+    pub(crate) lookup: TracedHistogram,
     /// Of reading a run that was found, in seconds.
-    pub(crate) read: Histogram,
+    pub(crate) read: TracedHistogram,
     pub(crate) read_bytes: Counter,
     /// Prompt tokens computed while the blocks behind them were read.
     pub(crate) meanwhile_tokens: Counter,
@@ -44,12 +44,12 @@ impl StoreMetrics {
         let this = Self {
             decisions: page
                 .counters("kvasir_worker_store_decisions", "Prompts by how the store's blocks were decided on"),
-            lookup: page.histogram(
+            lookup: page.traced_histogram(
                 "kvasir_worker_store_lookup_seconds",
                 "From asking the store until it was known what it has",
                 LATENCY_SECONDS,
             ),
-            read: page.histogram(
+            read: page.traced_histogram(
                 "kvasir_worker_store_read_seconds",
                 "Reading the blocks of a prompt from the store",
                 LATENCY_SECONDS,

@@ -16,6 +16,7 @@ use std::{
 };
 
 use kvasir_engine::Admission;
+use kvasir_runtime::metrics::TraceId;
 use kvasir_store_client::Found;
 use kvasir_types::{Deadline, RequestId};
 use tracing::{Instrument, debug_span, field};
@@ -90,7 +91,7 @@ impl Store {
         span.record("bytes", report.bytes);
         let took = started.elapsed();
         lock(&self.costs).read(report.bytes, took, Instant::now());
-        self.metrics.read.observe(took.as_secs_f64());
+        self.metrics.read.observe(took.as_secs_f64(), TraceId::current());
         // The engine had nothing else to do when it got the head: what it has computed since is the head, as far as that goes.
         let meanwhile = (computed() - before).min((head * self.layout.block_size as usize) as u64);
         self.metrics.meanwhile_tokens.inc_by(meanwhile);
@@ -132,7 +133,7 @@ impl Store {
         let block_bytes = self.layout.block_bytes() as u64;
         let mut found = self.client.find(request, blocks, wanted.start, block_bytes, until).await;
         let took = started.elapsed();
-        self.metrics.lookup.observe(took.as_secs_f64());
+        self.metrics.lookup.observe(took.as_secs_f64(), TraceId::current());
         if let Some(error) = found.take_error() {
             went_without(&error, until);
         }

@@ -2,6 +2,7 @@
 
 use std::{collections::VecDeque, ops::Range, sync::Arc};
 
+use kvasir_rpc::trace::Here;
 use kvasir_types::{BlockHash, RequestId};
 
 /// Blocks of one chain.
@@ -15,6 +16,8 @@ pub(super) struct Entry<S> {
     pub(super) range: Range<usize>,
     /// Where their bytes are.
     pub(super) source: S,
+    /// Whose doing it is.
+    pub(super) trace: Here,
 }
 
 impl<S: Clone> Entry<S> {
@@ -27,6 +30,7 @@ impl<S: Clone> Entry<S> {
             chain: Arc::clone(&self.chain),
             range: self.range.start..end,
             source: self.source.clone(),
+            trace: self.trace.clone(),
         };
         self.range.start = end;
         first
@@ -109,7 +113,14 @@ mod tests {
 
     fn entry(name: u8, range: Range<usize>) -> Entry<u8> {
         let chain = vec![BlockHash([name; 16]); range.end].into();
-        Entry { request: "test".parse().unwrap(), tenant: "".into(), chain, range, source: name }
+        Entry {
+            request: "test".parse().unwrap(),
+            tenant: "".into(),
+            chain,
+            range,
+            source: name,
+            trace: Here::nowhere(),
+        }
     }
 
     fn drain(queue: &mut Queue<u8>, limit: usize) -> Vec<(u8, Range<usize>)> {
@@ -140,7 +151,7 @@ mod tests {
         let name = |name: usize| BlockHash([name as u8; 16]);
         let mut queue = Queue::new(4);
         let chain: Arc<[BlockHash]> = (0..9).map(name).collect();
-        let entry = Entry { request: "test".parse().unwrap(), tenant: "".into(), chain, range: 8..9, source: 0u8 };
+        let entry = Entry { chain, range: 8..9, ..entry(0, 0..1) };
         assert!(!queue.join(name(8), |_| true), "nothing to join");
         queue.push(entry);
         assert!(!queue.join(name(6), |_| true), "not the one before");

@@ -18,11 +18,13 @@ use std::{
 };
 
 use kvasir_engine::{Handle, Leaving, OnEvict, Pinned};
+use kvasir_rpc::trace::Here;
 use kvasir_runtime::Kind;
 use kvasir_store_client::{Origin, StoreClient};
 use kvasir_transfer::TransferEngine;
 use kvasir_types::{BlockHash, BlockId, Deadline, KvLayout, ModelFingerprint, RequestId};
 use tokio::sync::{Notify, oneshot, watch};
+use tracing::{Instrument, debug_span, field::Empty};
 
 use super::{
     Parts, lock,
@@ -182,7 +184,8 @@ impl Evicted {
         let (index, request) = (chain.len() - 1, shared.evicted_by.clone());
         let source = Source::Copied(Arc::new(copies.ending_with(index)));
         // Whoever finds it again may be another than who computed it: it is nobody's.
-        self.to.push(Entry { request, tenant: "".into(), chain: chain.into(), range: index..index + 1, source });
+        let (range, trace) = (index..index + 1, Here::nowhere());
+        self.to.push(Entry { request, tenant: "".into(), chain: chain.into(), range, source, trace });
     }
 }
 
@@ -231,7 +234,7 @@ impl WriteBack {
         !self.0.prefix_cache
     }
 
-    /// Queues what a request has finished, as far as the policy wants it.
+    /// Queues what a request has finished, as far as the policy wants it. In its span: writing it is a part of the same trace.
     pub(crate) fn offer(&self, finished: Finished) {
         let shared = &self.0;
         let Finished { request, tenant, chain, first, held } = finished;
@@ -247,7 +250,7 @@ impl WriteBack {
             None => return,
         };
         if !range.is_empty() && self.wants_finished() {
-            self.push(Entry { request, tenant, chain, range, source });
+            self.push(Entry { request, tenant, chain, range, source, trace: Here::current() });
         }
     }
 
@@ -290,7 +293,12 @@ async fn run(shared: Arc<Shared>, mut pace: Pace) -> anyhow::Result<()> {
         };
         match entry {
             Some(entry) => {
-                let bytes = shared.write(entry).await;
+                let span = entry.trace.later(
+                    || debug_span!("write_back", request_id = %entry.request, blocks = entry.range.len(), bytes = Empty),
+                );
+                let bytes = shared.write(entry).instrument(span.clone()).await;
+                span.record("bytes", bytes);
+                drop(span);
                 tokio::time::sleep(pace.after(bytes, Instant::now())).await;
             }
             None => shared.work.notified().await,
@@ -301,7 +309,7 @@ async fn run(shared: Arc<Shared>, mut pace: Pace) -> anyhow::Result<()> {
 impl Shared {
     /// Offers some blocks; how many bytes were written.
     async fn write(&self, entry: Entry<Source>) -> u64 {
-        let Entry { request, tenant, chain, range, source } = entry;
+        let Entry { request, tenant, chain, range, source, trace: _ } = entry;
         let Some(kept) = self.keep(&chain[range.clone()], source).await else { return 0 };
         let places = kept.places(&self.layout, range.clone());
         let end = range.start + places.len();

@@ -10,7 +10,6 @@ use std::{collections::BTreeMap, time::Duration};
 use anyhow::{Context as _, bail, ensure};
 use clap::{Args, Subcommand};
 use kvasir_cluster::{Change, Found, Member, Scope, View};
-use kvasir_types::Role;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tokio::time::Instant;
@@ -127,6 +126,8 @@ pub(crate) struct SetFor {
     /// Why it can't be used, as far as that can be said from here.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) unusable: Option<String>,
+    /// It is for a member that does not run now. If one of that name comes back, it counts.
+    pub(crate) gone: bool,
 }
 
 /// What was changed.
@@ -265,26 +266,22 @@ async fn running(member: &Member, way: &Way) -> Result<Running, String> {
 }
 
 async fn set_for(session: &Session) -> anyhow::Result<Vec<SetFor>> {
-    let (registry, _) = kvasir_cluster::connect_etcd(session.etcd()?).await?;
-    // Without its future the registry does not follow what is set: it is asked for each that may have something.
-    let view = View::clone(&registry.view().borrow());
-    let roles = [Role::Router, Role::Prefill, Role::Decode, Role::KvStore].map(Scope::all);
-    let each = members(&view).map(|member| Scope::one(member.role, member.id.clone()));
+    let (etcd, view) = (session.etcd()?, session.view().await?);
+    let settings = kvasir_cluster::read_settings(&etcd).await?;
     let mut all = Vec::new();
-    for scope in roles.into_iter().chain(each) {
-        let found = registry.settings_of(&scope).await?;
+    for (scope, found) in settings.documents {
+        let gone = scope.member.is_some() && members_of(&view, &scope).is_empty();
         let scope = scope.to_string();
         match found {
-            None => {}
-            Some(Found::Unusable { revision, reason }) => {
+            Found::Unusable { revision, reason } => {
                 let (who, set) = (String::new(), BTreeMap::new());
-                all.push(SetFor { scope, revision, at_ms: 0, who, set, unusable: Some(reason) });
+                all.push(SetFor { scope, revision, at_ms: 0, who, set, unusable: Some(reason), gone });
             }
-            Some(Found::Document(document)) if document.set.is_empty() => {}
-            Some(Found::Document(document)) => {
+            Found::Document(document) if document.set.is_empty() => {}
+            Found::Document(document) => {
                 let set = document.set.into_iter().map(show::shown_value).collect();
                 let (revision, at_ms, who) = (document.revision, document.at_ms, document.who);
-                all.push(SetFor { scope, revision, at_ms, who, set, unusable: None });
+                all.push(SetFor { scope, revision, at_ms, who, set, unusable: None, gone });
             }
         }
     }

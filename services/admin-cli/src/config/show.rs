@@ -51,11 +51,12 @@ pub(super) fn documents(all: &[SetFor]) -> String {
     let mut table = Table::new(&["FOR", "KEY", "VALUE", "LAST CHANGE (UTC)", "BY"]);
     let mut unusable = String::new();
     for found in all {
+        let whom = if found.gone { format!("{} (gone)", found.scope) } else { found.scope.clone() };
         for (key, value) in &found.set {
-            table.row(vec![found.scope.clone(), printable(key), text(value), utc(found.at_ms), printable(&found.who)]);
+            table.row(vec![whom.clone(), printable(key), text(value), utc(found.at_ms), printable(&found.who)]);
         }
         if let Some(why) = &found.unusable {
-            unusable += &format!("{}: what is set can't be used: {}\n", found.scope, printable(why));
+            unusable += &format!("{whom}: what is set can't be used: {}\n", printable(why));
         }
     }
     let table = if table.is_empty() { String::new() } else { table.render() };

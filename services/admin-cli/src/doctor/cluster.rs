@@ -6,7 +6,7 @@ use std::{
 };
 
 use futures_util::{StreamExt, stream};
-use kvasir_cluster::{Member, View};
+use kvasir_cluster::{EtcdConfig, Member, View};
 
 use super::Finding;
 use crate::{
@@ -54,10 +54,7 @@ pub(super) async fn look(session: &Session) -> anyhow::Result<Vec<Finding>> {
     findings.extend(members(&report));
     findings.extend(versions(&view));
     findings.extend(addresses(&view));
-    // Its page of versions, whose header tells the time, is asked for in the clear only.
-    let clear = etcd.endpoints.iter().filter(|_| etcd.tls.is_none());
-    let etcds = clear.map(|endpoint| endpoint.trim_start_matches("http://").to_owned());
-    findings.extend(clocks(etcds.collect(), &view, &way).await);
+    findings.extend(clocks(&etcd, &view, &way).await);
     Ok(findings)
 }
 
@@ -158,18 +155,18 @@ fn host(address: &str) -> &str {
 }
 
 /// Everybody's clock beside this machine's, by the Date header of a small page.
-async fn clocks(etcds: Vec<String>, view: &View, way: &Way) -> Vec<Finding> {
+async fn clocks(etcd: &EtcdConfig, view: &View, way: &Way) -> Vec<Finding> {
     let admins = view.members.iter().filter(|member| !member.admin.is_empty());
-    let admins = admins.map(|member| (member.id.to_string(), member.admin.clone(), "/health"));
-    let all = etcds.into_iter().map(|address| (format!("etcd {address}"), address, "/version")).chain(admins);
-    let skews: Vec<Option<(String, f64)>> = stream::iter(all)
-        .map(async |(name, address, path)| {
-            let page = probe::text(&address, path, way.limit).await.ok()?;
-            Some((name, skew(&page, SystemTime::now())?))
-        })
-        .buffered(AT_ONCE)
-        .collect()
-        .await;
+    let of_members = stream::iter(admins).map(async |member| {
+        let page = probe::text(&member.admin, "/health", way.limit).await.ok()?;
+        Some((member.id.to_string(), skew(&page, SystemTime::now())?))
+    });
+    let of_etcd = stream::iter(&etcd.endpoints).map(async |endpoint| {
+        let page = kvasir_cluster::etcd_page(etcd, endpoint, "/version").await.ok()?;
+        Some((format!("etcd {endpoint}"), skew(&page, SystemTime::now())?))
+    });
+    let mut skews: Vec<Option<(String, f64)>> = of_etcd.buffered(AT_ONCE).collect().await;
+    skews.extend(of_members.buffered(AT_ONCE).collect::<Vec<_>>().await);
     let skews: Vec<(String, f64)> = skews.into_iter().flatten().collect();
     let wrong: Vec<&(String, f64)> = skews.iter().filter(|(_, skew)| skew.abs() > SKEW).collect();
     if wrong.is_empty() {

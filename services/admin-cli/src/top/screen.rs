@@ -38,8 +38,9 @@ impl Screen {
 
     /// Draws from the top; what does not fit is cut off.
     pub(super) fn draw(&self, head: &str, body: &str) -> anyhow::Result<()> {
-        let (rows, columns) = tcgetwinsize(std::io::stdout())
-            .map_or((24, 80), |size| (usize::from(size.ws_row), usize::from(size.ws_col)));
+        // A serial line, or a terminal that nobody has told, has no size: then it is the usual one.
+        let size = tcgetwinsize(std::io::stdout()).ok().filter(|size| size.ws_row > 0 && size.ws_col > 0);
+        let (rows, columns) = size.map_or((24, 80), |size| (usize::from(size.ws_row), usize::from(size.ws_col)));
         let mut frame = "\x1b[H".to_owned();
         let lines: Vec<&str> = head.lines().chain(body.lines()).take(rows.max(2) - 1).collect();
         for line in lines {

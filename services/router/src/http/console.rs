@@ -2,8 +2,9 @@
 //!
 //! | call | |
 //! | --- | --- |
-//! | `GET /console` (and `/`) | the page; it fetches nothing but `/console/state`, `/metrics` and `/route/explain`, and changes nothing |
+//! | `GET /console` (and `/`) | the page; it fetches nothing but what is named here, `/metrics` and `/route/explain`, and changes nothing |
 //! | `GET /console/state` | members as the metadata has them, workers as this router sees them, the planner's board |
+//! | `GET /console/requests`, `GET /console/request?id=` | the latest requests, and the way of one ([`ways`](super::ways)) |
 
 use std::{sync::Arc, time::Instant};
 
@@ -15,13 +16,18 @@ use axum::{
 };
 use http::{HeaderName, header};
 use kvasir_cluster::{Member, View};
+use kvasir_runtime::Tasks;
 use kvasir_types::MemberId;
 use serde::Serialize;
-use tokio::sync::watch;
+use tokio::{
+    runtime::Handle,
+    sync::{Semaphore, watch},
+};
 
 use super::{
     app::{App, unix_now_ms},
     routing::{Operators, Refusal},
+    ways,
 };
 use crate::{
     fleet::{Crew, Fleet, Worker},
@@ -43,6 +49,24 @@ pub(crate) struct Surroundings {
     pub(crate) members: watch::Receiver<Arc<View>>,
     /// Where what is set is changed.
     pub(crate) settings: kvasir_settings::Page,
+    /// Where requests are served, and what is asked of workers lives.
+    pub(crate) runtime: Handle,
+    pub(crate) tasks: Tasks,
+    /// Places for those who look at a request's way.
+    pub(super) looks: Arc<Semaphore>,
+}
+
+impl Surroundings {
+    /// Of this router; to be called where it serves requests.
+    pub(crate) fn new(
+        id: MemberId,
+        members: watch::Receiver<Arc<View>>,
+        settings: kvasir_settings::Page,
+        tasks: Tasks,
+    ) -> Self {
+        let (runtime, looks) = (Handle::current(), Arc::new(Semaphore::new(ways::MAX_LOOKS)));
+        Self { id, members, settings, runtime, tasks, looks }
+    }
 }
 
 pub(super) fn routes() -> Router<Operators> {
@@ -50,6 +74,7 @@ pub(super) fn routes() -> Router<Operators> {
         .route("/", get(|| async { Redirect::temporary("/console") }))
         .route("/console", get(page))
         .route("/console/state", get(state))
+        .merge(ways::routes())
 }
 
 async fn page() -> impl IntoResponse {
@@ -118,6 +143,8 @@ struct Told {
     total_blocks: u64,
     prefill_tokens_per_second: f64,
     step_ms: f64,
+    /// What it wrote into decode workers' memory, while it did: what routing counts with. 0: it has not yet.
+    handoff_bytes_per_second: f64,
     prefilled_tokens: u64,
     sampled_tokens: u64,
 }
@@ -189,6 +216,7 @@ impl ShownWorker {
                 total_blocks: load.total_blocks,
                 prefill_tokens_per_second: finite(load.prefill_tokens_per_second),
                 step_ms: finite(load.step_seconds * 1e3),
+                handoff_bytes_per_second: finite(load.handoff_bytes_per_second),
                 prefilled_tokens: totals.prefilled_tokens,
                 sampled_tokens: totals.sampled_tokens,
             }

@@ -32,6 +32,7 @@ mod tokenize;
 mod tokens;
 mod tools;
 mod types;
+mod ways;
 mod wire;
 
 use std::sync::Arc;
@@ -44,7 +45,7 @@ use axum::{
     response::{IntoResponse, Response},
     routing::{MethodRouter, get, post},
 };
-use http::{HeaderName, HeaderValue, Method, Uri, Version, header};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Uri, Version, header};
 use kvasir_rpc::trace;
 use kvasir_runtime::{
     admin::{HEALTH, READY},
@@ -160,11 +161,13 @@ async fn ready(State(app): State<Arc<App>>) -> impl IntoResponse {
     }
 }
 
-async fn metrics(State(app): State<Arc<App>>, method: Method, uri: Uri) -> Response {
+async fn metrics(State(app): State<Arc<App>>, method: Method, uri: Uri, headers: HeaderMap) -> Response {
     if !app.public_metrics {
         return no_path(method, uri).await.into_response(); // as if it were not there
     }
-    ([(header::CONTENT_TYPE, kvasir_runtime::metrics::CONTENT_TYPE)], app.context.metrics.encode()).into_response()
+    let accept = headers.get(header::ACCEPT).and_then(|accept| accept.to_str().ok()).unwrap_or_default();
+    let page = app.context.metrics.encode_for(accept);
+    ([(header::CONTENT_TYPE, kvasir_runtime::metrics::CONTENT_TYPE)], page).into_response()
 }
 
 async fn no_path(method: Method, uri: Uri) -> Error {

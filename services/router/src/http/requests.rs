@@ -19,7 +19,7 @@ use std::{
 
 use kvasir_runtime::{
     Shutdown,
-    story::{Stories, Story},
+    story::{Fact, Stories, Story},
 };
 use kvasir_types::RequestId;
 use serde::Serialize;
@@ -81,6 +81,61 @@ pub(crate) struct Shown {
     prompt_tokens: usize,
     tokens: u64,
     age_ms: u64,
+}
+
+/// A request, also one that is over, as its story has it. Its field names are a public surface.
+#[derive(Debug, Default, Serialize)]
+pub(crate) struct Recent {
+    id: String,
+    began_unix_us: u64,
+    /// Until its last step; of one that is not over, until now.
+    took_us: u64,
+    over: bool,
+    /// Its last step.
+    step: &'static str,
+    #[serde(skip_serializing_if = "String::is_empty")]
+    why: String,
+    tenant: String,
+    model: String,
+    /// Who had it last.
+    worker: String,
+    prefill: String,
+    prompt_tokens: f64,
+    output_tokens: f64,
+    /// Times it went on elsewhere.
+    moves: usize,
+}
+
+impl Recent {
+    fn of(story: &Story) -> Self {
+        let (steps, over) = story.read();
+        let took = steps.last().filter(|_| over).map_or_else(|| story.began.elapsed(), |last| last.at);
+        let mut recent = Self {
+            id: story.id.clone(),
+            began_unix_us: story.began_unix_us,
+            took_us: took.as_micros() as u64,
+            over,
+            ..Self::default()
+        };
+        for step in steps {
+            recent.step = step.name;
+            recent.why.clear();
+            recent.moves += usize::from(step.name == "moves");
+            for (name, fact) in step.facts {
+                match (step.name, name, fact) {
+                    ("placed", "worker", Fact::Text(text)) => recent.worker = text,
+                    ("placed", "prefill", Fact::Text(text)) => recent.prefill = text,
+                    (_, "tenant", Fact::Text(text)) => recent.tenant = text,
+                    (_, "model", Fact::Text(text)) => recent.model = text,
+                    (_, "why", Fact::Text(text)) => recent.why = text,
+                    (_, "prompt_tokens", Fact::Number(number)) => recent.prompt_tokens = number,
+                    (_, "output_tokens", Fact::Number(number)) => recent.output_tokens = number,
+                    _ => {}
+                }
+            }
+        }
+        recent
+    }
 }
 
 impl Entry {
@@ -206,6 +261,11 @@ impl Requests {
         lock(&self.live).by_number.values().filter(|entry| entry.story.id == id).cloned().collect()
     }
 
+    /// The last ones, whether they are over or not, the latest first.
+    pub(crate) fn latest(&self, limit: usize) -> Vec<Recent> {
+        self.stories.last(limit).iter().map(|story| Recent::of(story)).collect()
+    }
+
     /// What became of those of that name.
     pub(crate) fn stories(&self, id: &str) -> Vec<Value> {
         let told = |story: Arc<Story>| {
@@ -213,7 +273,6 @@ impl Requests {
             let steps: Vec<Value> = steps
                 .into_iter()
                 .map(|step| {
-                    use kvasir_runtime::story::Fact;
                     let fact = |fact: Fact| match fact {
                         Fact::Text(text) => json!(text),
                         Fact::Number(number) => json!(number),
@@ -292,5 +351,16 @@ mod tests {
         assert_eq!(names, ["received", "tokenized", "placed", "first token", "left"]);
         assert_eq!(story["steps"][2]["facts"]["reason"], "cache");
         assert_eq!(story["steps"][4]["facts"]["output_tokens"], 3.0);
+
+        let latest = serde_json::to_value(requests.latest(9)).unwrap();
+        assert_eq!(
+            (&latest[0]["id"], &latest[0]["step"], &latest[0]["over"]),
+            (&json!("r-2"), &json!("received"), &json!(false))
+        );
+        let ended = &latest[1];
+        assert_eq!((&ended["id"], &ended["step"], &ended["over"]), (&json!("r-1"), &json!("left"), &json!(true)));
+        assert_eq!((&ended["worker"], &ended["prefill"]), (&json!("decode-0"), &json!("prefill-0")));
+        assert_eq!((&ended["prompt_tokens"], &ended["output_tokens"]), (&json!(7.0), &json!(3.0)));
+        assert_eq!(requests.latest(1).len(), 1);
     }
 }

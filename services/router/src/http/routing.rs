@@ -82,7 +82,7 @@ pub(crate) fn admin(operators: Operators) -> Router {
 }
 
 /// What can't be done, and why.
-pub(super) struct Refusal(StatusCode, String);
+pub(super) struct Refusal(pub(super) StatusCode, pub(super) String);
 
 impl Refusal {
     fn bad(why: impl std::fmt::Display) -> Self {
