@@ -16,15 +16,7 @@
 #ifndef KVASIR_ABI_H
 #define KVASIR_ABI_H
 
-#ifdef __CUDACC_RTC__
-typedef unsigned char uint8_t;
-typedef unsigned short uint16_t;
-typedef unsigned int uint32_t;
-typedef unsigned long long uint64_t;
-typedef int int32_t;
-#else
-#include <stdint.h>
-#endif
+#include "types.h"
 
 /* Element types of weights and of cached keys and values. */
 #define KVASIR_BF16 0
@@ -103,7 +95,6 @@ typedef struct {
 typedef struct {
     const float *src; /* [rows][ld_src], gate beside up */
     uint16_t *hi, *lo; /* [rows][ld] */
-    const uint32_t *count; /* null, or how many rows there really are (device memory), at most `rows` */
     uint32_t rows, width, ld_src, ld, activation, pad;
 } gate_args;
 
