@@ -1,0 +1,189 @@
+// Linear maps of many tokens: bound by the tensor cores.
+//
+// A block takes 128 rows of weights and a tile of tokens; units of both pass through shared memory, some on their way while one
+// is multiplied. Pieces of 16 bytes lie there so that the eight threads of a quarter warp find them in eight different banks.
+// Where tokens are too few to fill the device, the slices of the columns go to blocks of their own, and `linear_sum` adds them.
+#include "products.cuh"
+
+#define WIDE_WARPS (KVASIR_WIDE_THREADS / 32)
+
+// A unit of both sides in shared memory.
+template <typename T, u32 planes, u32 tokens> struct Stage {
+    static const u32 row_bytes = KVASIR_K_UNIT * Stored<T>::bytes, pieces = row_bytes / 16;
+    static const u32 weight_bytes = KVASIR_WIDE_ROWS * row_bytes;
+    static const u32 x_pieces = KVASIR_K_UNIT * 2 / 16, x_bytes = tokens * KVASIR_K_UNIT * 2;
+    static const u32 bytes = weight_bytes + planes * x_bytes;
+
+    // Where piece `piece` of a row of weights is.
+    static KVASIR_DEVICE u32 weight_at(u32 row, u32 piece) {
+        u32 swizzled = Stored<T>::bytes == 1 ? piece : Stored<T>::bytes == 2 ? piece ^ (row % 2 * 4) : piece ^ row % 2;
+        return row * row_bytes + 16 * swizzled;
+    }
+    static KVASIR_DEVICE u32 x_at(u32 plane, u32 token, u32 piece) {
+        u32 swizzled = Stored<T>::bytes == 1 ? piece ^ token % 2 : piece ^ (token % 2 * 4);
+        return weight_bytes + plane * x_bytes + token * (KVASIR_K_UNIT * 2) + 16 * swizzled;
+    }
+};
+
+template <typename T, bool blocks, bool exact, u32 tokens> KVASIR_DEVICE void linear_wide(const linear_args &args) {
+    constexpr u32 terms = exact ? Stored<T>::exact_terms : Stored<T>::fast_terms, planes = exact ? 2 : 1;
+    constexpr u32 stages = KVASIR_WIDE_STAGES(Stored<T>::bytes);
+    // Warps lie side by side over tokens, 32 each, and then over rows.
+    constexpr u32 across = tokens / 32, row_tiles = KVASIR_WIDE_ROWS / (WIDE_WARPS / across) / 16, token_tiles = 4;
+    typedef Stage<T, planes, tokens> Unit;
+    static_assert(stages * Unit::bytes == KVASIR_WIDE_SHARED(Stored<T>::bytes, planes, tokens), "as the host asks for it");
+    KVASIR_DYNAMIC_SHARED(shared);
+
+    Batch batch = batch_of<T>(args, blockIdx.z / args.splits);
+    u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+    u32 warp_row = warp / across * row_tiles * 16, warp_token = warp % across * 32;
+    u32 first_row = blockIdx.y * KVASIR_WIDE_ROWS, units = args.k / KVASIR_K_UNIT;
+    u32 split = blockIdx.z % args.splits, slices = KVASIR_K_SLICES / args.splits;
+    u32 first_slice = split * slices, first_unit = slice_begin(units, first_slice);
+    u32 end_unit = slice_begin(units, first_slice + slices);
+    u64 row_bytes = (u64)args.ld_w * Stored<T>::bytes;
+
+    for (u32 first = blockIdx.x * tokens; first < batch.rows; first += gridDim.x * tokens) {
+        // The rows of activations that this thread copies pieces of.
+        constexpr u32 copies = tokens * Unit::x_pieces / KVASIR_WIDE_THREADS, rows_a_copy = KVASIR_WIDE_THREADS / Unit::x_pieces;
+        u64 x_from[copies];
+        bool there[copies];
+#pragma unroll
+        for (u32 i = 0; i < copies; i++) {
+            u32 token = first + i * rows_a_copy + threadIdx.x / Unit::x_pieces;
+            there[i] = token < batch.rows;
+            x_from[i] = (there[i] ? row_of_x(args, batch, token) : 0) + threadIdx.x % Unit::x_pieces * 8;
+        }
+        auto load = [&](u32 unit) {
+            u8 *to = shared + (unit - first_unit) % stages * Unit::bytes;
+            const u8 *from = batch.weights + (u64)unit * Unit::row_bytes;
+#pragma unroll
+            for (u32 i = threadIdx.x; i < KVASIR_WIDE_ROWS * Unit::pieces; i += KVASIR_WIDE_THREADS) {
+                u32 row = i / Unit::pieces, piece = i % Unit::pieces;
+                cp_async16(to + Unit::weight_at(row, piece), from + min(first_row + row, args.n - 1) * row_bytes + 16 * piece);
+            }
+#pragma unroll
+            for (u32 i = 0; i < copies; i++) {
+                u32 token = i * rows_a_copy + threadIdx.x / Unit::x_pieces;
+#pragma unroll
+                for (u32 plane = 0; plane < planes; plane++) {
+                    cp_async16_if(to + Unit::x_at(plane, token, threadIdx.x % Unit::x_pieces),
+                                  batch.x[plane] + x_from[i] + unit * KVASIR_K_UNIT, there[i]);
+                }
+            }
+        };
+        for (u32 i = 0; i + 1 < stages; i++) {
+            if (first_unit + i < end_unit) load(first_unit + i);
+            cp_async_commit();
+        }
+        f32 total[row_tiles][token_tiles][4];
+        u32 unit = first_unit;
+        for (u32 slice = first_slice; slice < first_slice + slices; slice++) {
+            f32 chain[row_tiles][token_tiles][4] = {}, sum[row_tiles][token_tiles][4] = {};
+            for (u32 end = slice_begin(units, slice + 1); unit < end; unit++) {
+                cp_async_wait<stages - 2>();
+                __syncthreads();
+                if (unit + stages - 1 < end_unit) load(unit + stages - 1);
+                cp_async_commit();
+                const u8 *at = shared + (unit - first_unit) % stages * Unit::bytes;
+#pragma unroll
+                for (u32 step = 0; step < PRODUCT_STEPS; step++) {
+                    uint4 x[token_tiles][planes];
+#pragma unroll
+                    for (u32 tile = 0; tile < token_tiles; tile++) {
+#pragma unroll
+                        for (u32 plane = 0; plane < planes; plane++) {
+                            x[tile][plane] =
+                                load16(at + Unit::x_at(plane, warp_token + 8 * tile + g, column_of<T>(step, t) / 8));
+                        }
+                    }
+#pragma unroll
+                    for (u32 r = 0; r < row_tiles; r++) {
+                        u32 halves[2][terms][4];
+#pragma unroll
+                        for (u32 half = 0; half < 2; half++) {
+                            RawRow<T> raw;
+#pragma unroll
+                            for (u32 i = 0; i < RawRow<T>::loads; i++) {
+                                // Only this step's loads are used; the compiler leaves out the others.
+                                raw.data[i] = load16(at + Unit::weight_at(warp_row + 16 * r + 8 * half + g, raw_at<T>(i, t) / 16));
+                            }
+                            widen_step<terms>(raw, step, halves[half]);
+                        }
+#pragma unroll
+                        for (u32 tile = 0; tile < token_tiles; tile++) {
+                            add_step<terms, planes>(chain[r][tile], halves[0], halves[1], x[tile]);
+                        }
+                    }
+                }
+                if (blocks && ends_scale_block(unit, end)) {
+                    f32 scale = block_scale(args, batch, first_row, unit);
+#pragma unroll
+                    for (u32 r = 0; r < row_tiles; r++) {
+#pragma unroll
+                        for (u32 tile = 0; tile < token_tiles; tile++) {
+#pragma unroll
+                            for (u32 j = 0; j < 4; j++) {
+                                sum[r][tile][j] = __fmaf_rn(scale, chain[r][tile][j], sum[r][tile][j]);
+                                chain[r][tile][j] = 0.0f;
+                            }
+                        }
+                    }
+                }
+            }
+#pragma unroll
+            for (u32 r = 0; r < row_tiles; r++) {
+#pragma unroll
+                for (u32 tile = 0; tile < token_tiles; tile++) {
+#pragma unroll
+                    for (u32 j = 0; j < 4; j++) {
+                        f32 mine = blocks ? sum[r][tile][j] : chain[r][tile][j];
+                        total[r][tile][j] = slice == first_slice ? mine : total[r][tile][j] + mine;
+                        if (args.splits == 1) continue;
+                        u32 token = first + warp_token + 8 * tile + 2 * t + j % 2;
+                        u32 n = first_row + warp_row + 16 * r + g + 8 * (j / 2);
+                        if (token < batch.rows && n < args.n) args.partials[((u64)slice * args.rows + token) * args.n + n] = mine;
+                    }
+                }
+            }
+        }
+        cp_async_wait<0>();
+        __syncthreads();
+        if (args.splits > 1) continue;
+#pragma unroll
+        for (u32 r = 0; r < row_tiles; r++) {
+#pragma unroll
+            for (u32 tile = 0; tile < token_tiles; tile++) {
+#pragma unroll
+                for (u32 j = 0; j < 4; j++) {
+                    u32 token = first + warp_token + 8 * tile + 2 * t + j % 2;
+                    u32 n = first_row + warp_row + 16 * r + g + 8 * (j / 2);
+                    if (token >= batch.rows || n >= args.n) continue;
+                    batch.out[(u64)(batch.first + token) * args.ld_out + n] =
+                        finish(total[r][tile][j], blocks ? nullptr : batch.scale, args.bias, n);
+                }
+            }
+        }
+    }
+}
+
+#define WIDE(tokens, name, T, blocks, mode)                                                                                     \
+    extern "C" __global__ void __launch_bounds__(KVASIR_WIDE_THREADS)                                                           \
+        linear_wide##tokens##_##name##_##mode(const linear_args args) {                                                         \
+        linear_wide<T, blocks, mode##_mode, tokens>(args);                                                                      \
+    }                                                                                                                           \
+    KVASIR_EXPORT(linear_wide##tokens##_##name##_##mode, linear_args);
+
+FOR_EVERY_WEIGHT(WIDE, 64)
+FOR_EVERY_WEIGHT(WIDE, 128)
+FOR_BLOCK_SCALED(WIDE, 64)
+
+// Adds the slices that blocks of their own left.
+extern "C" __global__ void __launch_bounds__(KVASIR_ROW_THREADS) linear_sum(const linear_args args) {
+    u32 n = blockIdx.x * KVASIR_ROW_THREADS + threadIdx.x, row = blockIdx.y;
+    if (n >= args.n) return;
+    f32 total = args.partials[(u64)row * args.n + n];
+    for (u32 slice = 1; slice < KVASIR_K_SLICES; slice++) total += args.partials[((u64)slice * args.rows + row) * args.n + n];
+    args.out[(u64)row * args.ld_out + n] = finish(total, args.scale, args.bias, n);
+}
+KVASIR_EXPORT(linear_sum, linear_args);
