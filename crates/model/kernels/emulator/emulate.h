@@ -16,7 +16,6 @@
 #define __host__
 #define __constant__
 #define __forceinline__ inline
-#define __noinline__ __attribute__((noinline))
 #define __launch_bounds__(...)
 #define __grid_constant__
 #define __align__(n) alignas(n)
@@ -284,10 +283,10 @@ static inline f32 __fdiv_rn(f32 a, f32 b) { return a / b; }
 static inline f32 __frcp_rn(f32 a) { return 1.0f / a; }
 static inline f32 __fsqrt_rn(f32 a) { return sqrtf(a); }
 static inline f32 rsqrtf(f32 a) { return (f32)(1.0 / sqrt((f64)a)); }
-static inline f32 __expf(f32 a) { return expf(a); }
-static inline f32 __logf(f32 a) { return logf(a); }
-static inline f32 __sinf(f32 a) { return sinf(a); }
-static inline f32 __cosf(f32 a) { return cosf(a); }
+#define __expf expf
+#define __logf logf
+#define __sinf sinf
+#define __cosf cosf
 static inline f32 __fdividef(f32 a, f32 b) { return a / b; }
 static inline f32 fast_exp(f32 a) { return expf(a); }
 static inline f32 fast_exp2(f32 a) { return exp2f(a); }
