@@ -262,11 +262,11 @@ typedef struct {
 #define KVASIR_DECODE_ROWS 16
 #define KVASIR_PROMPT_ROWS(dim) ((dim) == 256 ? 32 : 64)
 #define KVASIR_DECODE_STAGES 2
-/* Bytes of the ring, of tiles widened from e4m3, of queries, weights, and what warps tell each other. terms: exact 2, fast 1;
- * bytes: of a cached element. */
+/* Bytes of the ring, of tiles widened from e4m3, of queries, weights, totals, what warps tell each other, and where a part's rows
+ * lie. terms: exact 2, fast 1; bytes: of a cached element. */
 #define KVASIR_ATTEND_SHARED(dim, bytes, terms, rows, stages, totals)                                                           \
     (2 * KVASIR_TILE * (dim) * ((stages) * (bytes) + ((bytes) == 1 ? 2 : 0)) + (rows) * (dim) * 2 * (terms) +                   \
-     (rows) * (KVASIR_TILE + 8) * 2 * (terms) + (totals) * (rows) * ((dim) * 4 + 8) + 4 * (rows) * 4)
+     (rows) * (KVASIR_TILE + 8) * 2 * (terms) + (totals) * (rows) * (dim) * 4 + 4 * (rows) * 4 + 2 * KVASIR_PART * 8)
 #define KVASIR_DECODE_SHARED(dim, bytes, terms)                                                                                 \
     KVASIR_ATTEND_SHARED(dim, bytes, terms, KVASIR_DECODE_ROWS, KVASIR_DECODE_STAGES, 0)
 #define KVASIR_PROMPT_SHARED(dim, bytes, terms) KVASIR_ATTEND_SHARED(dim, bytes, terms, KVASIR_PROMPT_ROWS(dim), 1, 1)
@@ -314,13 +314,13 @@ typedef struct {
     uint32_t fast;             /* KVASIR_EXACT or KVASIR_FAST, as the kernels before; KVASIR_EXACT after attend_any */
 } merge_args;
 
-/* ---- experts.cu: block KVASIR_ROW_THREADS, no dynamic shared memory unless said ------------------------------------------ */
+/* ---- experts.cu: block KVASIR_ROW_THREADS, no dynamic shared memory unless said -------------------------- */
 #define KVASIR_SOFTMAX 0
 #define KVASIR_SIGMOID 1
 #define KVASIR_MAX_EXPERTS 4096
 #define KVASIR_MAX_TOP_K 64
 
-/* Which experts each row goes to: ascending by expert, with weights. Grid (rows), dynamic shared memory 8 * experts bytes.
+/* Which experts each row goes to: ascending by expert, with weights. Grid (rows), dynamic shared memory 12 * experts bytes.
  * Semantics of cpu/mlp.rs `choose`. */
 typedef struct {
     const float *scores;     /* [rows][ld] as the router gave them */
@@ -356,7 +356,7 @@ typedef struct {
 
 /* ---- blocks.cu: block KVASIR_ROW_THREADS ------------------------------------------------------------------------------ */
 
-/* Whole blocks, pairs independent of one another. Grid (pairs, y): y blocks share a pair. */
+/* Whole blocks, pairs independent of one another. Grid (pairs, y): y thread blocks share a pair. */
 typedef struct {
     uint8_t *arena;
     const uint32_t *pairs; /* [pairs][2]: from, to */
@@ -389,7 +389,7 @@ typedef struct {
 
 /* ---- sample.cu --------------------------------------------------------------------------------------------------------- */
 
-/* For each row of logits: soft-capped already; bias added, then what the bitmap forbids taken out; then the largest value, the
+/* For each row of logits, soft-capped already: bias added (a token at most once a row), then what the bitmap forbids taken out; then the largest value, the
  * logarithm of the sum of exponentials, and the KVASIR_SHORTLIST largest by value, the lower token first on a tie (missing
  * ones: token KVASIR_NONE, minus infinity). Grid (rows), block KVASIR_SHORTLIST_THREADS. Logits are changed in place by bias
  * and mask. */

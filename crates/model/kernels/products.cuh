@@ -18,8 +18,7 @@
 // slices are added in ascending order.
 #pragma once
 
-#include "abi.h"
-#include "common.cuh"
+#include "rows.cuh"
 
 // Stored types, and how many bf16 terms hold one.
 template <typename T> struct Stored;
@@ -177,9 +176,6 @@ KVASIR_DEVICE f32 block_scale(const linear_args &args, const Batch &batch, u32 n
 KVASIR_DEVICE bool ends_scale_block(u32 unit, u32 slice_end) {
     return unit + 1 == slice_end || (unit + 1) % (KVASIR_SCALE_BLOCK / KVASIR_K_UNIT) == 0;
 }
-
-// The names of modes in names of kernels.
-static const bool exact_mode = true, fast_mode = false;
 
 // `define(size, name, type, scaled by squares, mode)` for every type of weight.
 #define FOR_EVERY_WEIGHT(define, size)                                                                                          \

@@ -4,6 +4,9 @@
 #include "abi.h"
 #include "common.cuh"
 
+// What the last part of a kernel's name says of its arithmetic.
+static const bool exact_mode = true, fast_mode = false;
+
 // The sum over all threads of a block of KVASIR_ROW_THREADS, in one order, to every thread. `room` is for one call at a time:
 // all threads must have passed the next barrier before it is used again.
 KVASIR_DEVICE f32 block_sum(f32 value, f32 (&room)[KVASIR_ROW_THREADS / 32]) {
