@@ -19,6 +19,9 @@
 #if defined(__CUDACC__)
 
 #define KVASIR_DEVICE __device__ __forceinline__
+#ifndef INFINITY
+#define INFINITY __int_as_float(0x7f800000)
+#endif
 #define KVASIR_EXPORT(name, Args)
 #define KVASIR_EXPORT_TABLE(name)
 #define KVASIR_TABLE(type, name, count) \
@@ -98,15 +101,34 @@ KVASIR_DEVICE f32 high_bf16(u32 pair) { return float_of(pair & 0xffff0000u); }
 KVASIR_DEVICE f32 low_f16(u32 pair) { f16 x; x.bits = (u16)pair; return to_f32(x); }
 KVASIR_DEVICE f32 high_f16(u32 pair) { f16 x; x.bits = (u16)(pair >> 16); return to_f32(x); }
 
-// Four e4m3 (a word of memory) to two words of two bf16 or f16 each, exact; NaN becomes a NaN.
-KVASIR_DEVICE void e4m3x4_to_bf16(u32 word, u32 &low, u32 &high) {
-    e4m3 a, b, c, d;
-    a.bits = (u8)word, b.bits = (u8)(word >> 8), c.bits = (u8)(word >> 16), d.bits = (u8)(word >> 24);
-    low = bits_of(to_f32(a)) >> 16 | (bits_of(to_f32(b)) & 0xffff0000u);
-    high = bits_of(to_f32(c)) >> 16 | (bits_of(to_f32(d)) & 0xffff0000u);
+// Four e4m3 (a word of memory) to two words of two bf16 or f16 each, exact. Sizes are moved into the place of the other format's
+// exponent and multiplied by what the biases differ by. As bf16 a NaN becomes 480: weights hold none.
+KVASIR_DEVICE u32 e4m3x2_to_bf16(u32 x) { // bytes 1 and 3
+    u32 size = (x & 0x7f007f00u) >> 4, y;
+#if defined(__CUDACC__)
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(y) : "r"(size), "r"(0x7b807b80u), "r"(0x80008000u)); // 2¹²⁰, and nothing
+#else
+    f32 scale = float_of((120u + 127u) << 23);
+    y = bits_of(float_of(size << 16) * scale) >> 16 | (bits_of(float_of(size & 0xffff0000u) * scale) & 0xffff0000u);
+#endif
+    return y | (x & 0x80008000u);
 }
+KVASIR_DEVICE void e4m3x4_to_bf16(u32 word, u32 &low, u32 &high) {
+    low = e4m3x2_to_bf16(__byte_perm(word, 0, 0x1404));
+    high = e4m3x2_to_bf16(__byte_perm(word, 0, 0x3424));
+}
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 890
+KVASIR_DEVICE u32 e4m3x2_to_f16(u32 x) { // bytes 1 and 3; a NaN becomes 480 here too
+    u32 size = (x & 0x7f007f00u) >> 1, y;
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(y) : "r"(size), "r"(0x5c005c00u)); // 2⁸
+    return y | (x & 0x80008000u);
+}
+#endif
 KVASIR_DEVICE void e4m3x4_to_f16(u32 word, u32 &low, u32 &high) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 890
+    low = e4m3x2_to_f16(__byte_perm(word, 0, 0x1404));
+    high = e4m3x2_to_f16(__byte_perm(word, 0, 0x3424));
+#elif defined(__CUDACC__)
     asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(low) : "h"((u16)word));
     asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(high) : "h"((u16)(word >> 16)));
 #else
