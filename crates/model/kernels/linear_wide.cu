@@ -7,23 +7,23 @@
 
 #define WIDE_WARPS (KVASIR_WIDE_THREADS / 32)
 
-// A unit of both sides in shared memory.
+// A unit of both sides in shared memory: rows of weights, then each plane's rows of activations.
 template <typename T, u32 planes, u32 tokens> struct Stage {
     static const u32 row_bytes = KVASIR_K_UNIT * Stored<T>::bytes, pieces = row_bytes / 16;
     static const u32 weight_bytes = KVASIR_WIDE_ROWS * row_bytes;
-    static const u32 x_pieces = KVASIR_K_UNIT * 2 / 16, x_bytes = tokens * KVASIR_K_UNIT * 2;
-    static const u32 bytes = weight_bytes + planes * x_bytes;
-
-    // Where piece `piece` of a row of weights is.
-    static KVASIR_DEVICE u32 weight_at(u32 row, u32 piece) {
-        u32 swizzled = Stored<T>::bytes == 1 ? piece : Stored<T>::bytes == 2 ? piece ^ (row % 2 * 4) : piece ^ row % 2;
-        return row * row_bytes + 16 * swizzled;
-    }
-    static KVASIR_DEVICE u32 x_at(u32 plane, u32 token, u32 piece) {
-        u32 swizzled = Stored<T>::bytes == 1 ? piece ^ token % 2 : piece ^ (token % 2 * 4);
-        return weight_bytes + plane * x_bytes + token * (KVASIR_K_UNIT * 2) + 16 * swizzled;
-    }
+    static const u32 x_row_bytes = KVASIR_K_UNIT * 2, x_pieces = x_row_bytes / 16;
+    static const u32 bytes = weight_bytes + planes * tokens * x_row_bytes;
 };
+
+// Where a piece of a row is, counted from the first row.
+template <typename T> KVASIR_DEVICE u32 weight_at(u32 row, u32 piece) {
+    u32 swizzled = Stored<T>::bytes == 1 ? piece : Stored<T>::bytes == 2 ? piece ^ (row % 2 * 4) : piece ^ row % 2;
+    return row * (KVASIR_K_UNIT * Stored<T>::bytes) + 16 * swizzled;
+}
+template <typename T> KVASIR_DEVICE u32 x_at(u32 token, u32 piece) {
+    u32 swizzled = Stored<T>::bytes == 1 ? piece ^ token % 2 : piece ^ (token % 2 * 4);
+    return token * (KVASIR_K_UNIT * 2) + 16 * swizzled;
+}
 
 template <typename T, bool blocks, bool exact, u32 tokens> KVASIR_DEVICE void linear_wide(const linear_args &args) {
     constexpr u32 terms = exact ? Stored<T>::exact_terms : Stored<T>::fast_terms, planes = exact ? 2 : 1;
@@ -60,14 +60,14 @@ template <typename T, bool blocks, bool exact, u32 tokens> KVASIR_DEVICE void li
 #pragma unroll
             for (u32 i = threadIdx.x; i < KVASIR_WIDE_ROWS * Unit::pieces; i += KVASIR_WIDE_THREADS) {
                 u32 row = i / Unit::pieces, piece = i % Unit::pieces;
-                cp_async16(to + Unit::weight_at(row, piece), from + min(first_row + row, args.n - 1) * row_bytes + 16 * piece);
+                cp_async16(to + weight_at<T>(row, piece), from + min(first_row + row, args.n - 1) * row_bytes + 16 * piece);
             }
 #pragma unroll
             for (u32 i = 0; i < copies; i++) {
                 u32 token = i * rows_a_copy + threadIdx.x / Unit::x_pieces;
 #pragma unroll
                 for (u32 plane = 0; plane < planes; plane++) {
-                    cp_async16_if(to + Unit::x_at(plane, token, threadIdx.x % Unit::x_pieces),
+                    cp_async16_if(to + Unit::weight_bytes + plane * tokens * Unit::x_row_bytes + x_at<T>(token, threadIdx.x % Unit::x_pieces),
                                   batch.x[plane] + x_from[i] + unit * KVASIR_K_UNIT, there[i]);
                 }
             }
@@ -93,8 +93,9 @@ template <typename T, bool blocks, bool exact, u32 tokens> KVASIR_DEVICE void li
                     for (u32 tile = 0; tile < token_tiles; tile++) {
 #pragma unroll
                         for (u32 plane = 0; plane < planes; plane++) {
-                            x[tile][plane] =
-                                load16(at + Unit::x_at(plane, warp_token + 8 * tile + g, column_of<T>(step, t) / 8));
+                            u32 token = warp_token + 8 * tile + g;
+                            x[tile][plane] = load16(at + Unit::weight_bytes + plane * tokens * Unit::x_row_bytes +
+                                                    x_at<T>(token, column_of<T>(step, t) / 8));
                         }
                     }
 #pragma unroll
@@ -106,7 +107,7 @@ template <typename T, bool blocks, bool exact, u32 tokens> KVASIR_DEVICE void li
 #pragma unroll
                             for (u32 i = 0; i < RawRow<T>::loads; i++) {
                                 // Only this step's loads are used; the compiler leaves out the others.
-                                raw.data[i] = load16(at + Unit::weight_at(warp_row + 16 * r + 8 * half + g, raw_at<T>(i, t) / 16));
+                                raw.data[i] = load16(at + weight_at<T>(warp_row + 16 * r + 8 * half + g, raw_at<T>(i, t) / 16));
                             }
                             widen_step<terms>(raw, step, halves[half]);
                         }
