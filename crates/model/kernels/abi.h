@@ -88,7 +88,7 @@ typedef struct {
     uint32_t rows, width, ld_x, ld_change, ld;
     float eps, post_eps;
     uint32_t pad;
-} norm_args;
+} rms_norm_args;
 
 /* planes = activation(src[.., 0..width]) * src[.., width..2*width]. Grid (rows, ceil(ld / KVASIR_ROW_THREADS)).
  * Names: gate_exact, gate_fast. */
@@ -411,7 +411,7 @@ typedef struct {
 /* ---- all: sizes of the structs, in this order, to be compared when a module is loaded ------------------------------------
  * `kvasir_abi_sizes` is a __device__ const uint32_t[KVASIR_ABI_STRUCTS]. */
 #define KVASIR_ABI_SIZES                                                                                                        \
-    {sizeof(kvasir_kv), sizeof(kvasir_group), sizeof(kvasir_unit), sizeof(kvasir_run), sizeof(embed_args), sizeof(norm_args),    \
+    {sizeof(kvasir_kv), sizeof(kvasir_group), sizeof(kvasir_unit), sizeof(kvasir_run), sizeof(embed_args), sizeof(rms_norm_args),    \
      sizeof(gate_args), sizeof(split_args), sizeof(soft_cap_args), sizeof(gather_rows_args), sizeof(scale_bias_args),            \
      sizeof(widen_args), sizeof(rotations_args), sizeof(heads_args), sizeof(latent_keys_args), sizeof(latent_queries_args),      \
      sizeof(linear_args), sizeof(attend_args), sizeof(merge_args), sizeof(route_args), sizeof(group_args), sizeof(combine_args), \

@@ -14,10 +14,10 @@
 
 // What a cached type is multiplied as.
 template <typename T> struct Operand {
-    static const bool is_bf16 = false;
+    static constexpr bool is_bf16 = false;
 };
 template <> struct Operand<bf16> {
-    static const bool is_bf16 = true;
+    static constexpr bool is_bf16 = true;
 };
 
 template <bool is_bf16> KVASIR_DEVICE void multiply(f32 (&sum)[4], const u32 (&a)[4], const u32 (&b)[2]) {
@@ -55,16 +55,16 @@ template <u32 dim> KVASIR_DEVICE u32 value_piece(u32 row, u32 piece) {
 
 // The parts of shared memory, as KVASIR_ATTEND_SHARED counts them.
 template <typename T, u32 dim, bool exact, u32 rows, u32 stages, bool totals> struct Layout {
-    static const u32 terms = exact ? 2 : 1, widened = sizeof(T) == 1 ? 2 : 0;
-    static const u32 tile_bytes = KVASIR_TILE * dim * sizeof(T), wide_bytes = KVASIR_TILE * dim * widened;
-    static const u32 keys = 0, values = stages * tile_bytes;
-    static const u32 wide_keys = 2 * stages * tile_bytes, wide_values = wide_keys + wide_bytes;
-    static const u32 queries = wide_values + wide_bytes, query_bytes = rows * dim * 2;
-    static const u32 weights = queries + terms * query_bytes;
-    static const u32 weight_row = (KVASIR_TILE + 8) * 2, weight_bytes = rows * weight_row;
-    static const u32 totals_at = weights + terms * weight_bytes;
-    static const u32 maxima = totals_at + (totals ? rows * dim * 4 : 0);
-    static const u32 places = maxima + 4 * rows * 4;
+    static constexpr u32 terms = exact ? 2 : 1, widened = sizeof(T) == 1 ? 2 : 0;
+    static constexpr u32 tile_bytes = KVASIR_TILE * dim * sizeof(T), wide_bytes = KVASIR_TILE * dim * widened;
+    static constexpr u32 keys = 0, values = stages * tile_bytes;
+    static constexpr u32 wide_keys = 2 * stages * tile_bytes, wide_values = wide_keys + wide_bytes;
+    static constexpr u32 queries = wide_values + wide_bytes, query_bytes = rows * dim * 2;
+    static constexpr u32 weights = queries + terms * query_bytes;
+    static constexpr u32 weight_row = (KVASIR_TILE + 8) * 2, weight_bytes = rows * weight_row;
+    static constexpr u32 totals_at = weights + terms * weight_bytes;
+    static constexpr u32 maxima = totals_at + (totals ? rows * dim * 4 : 0);
+    static constexpr u32 places = maxima + 4 * rows * 4;
     static_assert(places + 2 * KVASIR_PART * 8 == KVASIR_ATTEND_SHARED(dim, sizeof(T), terms, rows, stages, totals),
                   "as the host asks for it");
 };

@@ -23,12 +23,12 @@ KVASIR_DEVICE u32 largest_of(const u32 *keys, u32 count) {
 }
 
 extern "C" __global__ void __launch_bounds__(KVASIR_ROW_THREADS) route(const route_args args) {
-    KVASIR_DYNAMIC_SHARED(shared);
+    KVASIR_DYNAMIC_SHARED(room_of_experts);
     KVASIR_SHARED(f32[KVASIR_ROW_THREADS / 32], room);
     KVASIR_SHARED(u32[KVASIR_MAX_TOP_K], chosen);
     KVASIR_SHARED(f32[KVASIR_MAX_TOP_K], weights);
     u32 experts = args.experts, lane = threadIdx.x % 32;
-    f32 *scores = (f32 *)shared, *worth = scores + experts;
+    f32 *scores = (f32 *)room_of_experts, *worth = scores + experts;
     u32 *keys = (u32 *)(worth + experts);
     const f32 *given = args.scores + (u64)blockIdx.x * args.ld;
 
@@ -104,8 +104,8 @@ extern "C" __global__ void __launch_bounds__(KVASIR_ROW_THREADS) route(const rou
 KVASIR_EXPORT(route, route_args);
 
 extern "C" __global__ void __launch_bounds__(KVASIR_GROUP_THREADS) group(const group_args args) {
-    KVASIR_DYNAMIC_SHARED(shared);
-    u32 *counts = (u32 *)shared, *places = counts + args.experts, lane = threadIdx.x % 32;
+    KVASIR_DYNAMIC_SHARED(room_of_experts);
+    u32 *counts = (u32 *)room_of_experts, *places = counts + args.experts, lane = threadIdx.x % 32;
     u32 all = args.rows * args.top_k;
     for (u32 i = threadIdx.x; i < args.experts; i += KVASIR_GROUP_THREADS) counts[i] = 0;
     __syncthreads();

@@ -6,7 +6,7 @@
 #include "products.cuh"
 
 // Units of which loads are under way: 64 registers.
-template <typename T> struct Ahead { static const u32 units = Stored<T>::bytes == 1 ? 8 : Stored<T>::bytes == 2 ? 4 : 2; };
+template <typename T> struct Ahead { static constexpr u32 units = Stored<T>::bytes == 1 ? 8 : Stored<T>::bytes == 2 ? 4 : 2; };
 
 template <typename T, bool blocks, bool exact, u32 tiles> KVASIR_DEVICE void linear_narrow(const linear_args &args) {
     constexpr u32 terms = exact ? Stored<T>::exact_terms : Stored<T>::fast_terms, planes = exact ? 2 : 1;

@@ -9,10 +9,10 @@
 
 // A unit of both sides in shared memory: rows of weights, then each plane's rows of activations.
 template <typename T, u32 planes, u32 tokens> struct Stage {
-    static const u32 row_bytes = KVASIR_K_UNIT * Stored<T>::bytes, pieces = row_bytes / 16;
-    static const u32 weight_bytes = KVASIR_WIDE_ROWS * row_bytes;
-    static const u32 x_row_bytes = KVASIR_K_UNIT * 2, x_pieces = x_row_bytes / 16;
-    static const u32 bytes = weight_bytes + planes * tokens * x_row_bytes;
+    static constexpr u32 row_bytes = KVASIR_K_UNIT * Stored<T>::bytes, pieces = row_bytes / 16;
+    static constexpr u32 weight_bytes = KVASIR_WIDE_ROWS * row_bytes;
+    static constexpr u32 x_row_bytes = KVASIR_K_UNIT * 2, x_pieces = x_row_bytes / 16;
+    static constexpr u32 bytes = weight_bytes + planes * tokens * x_row_bytes;
 };
 
 // Where a piece of a row is, counted from the first row.
@@ -44,31 +44,33 @@ template <typename T, bool blocks, bool exact, u32 tokens> KVASIR_DEVICE void li
     u64 row_bytes = (u64)args.ld_w * Stored<T>::bytes;
 
     for (u32 first = blockIdx.x * tokens; first < batch.rows; first += gridDim.x * tokens) {
-        // The rows of activations that this thread copies pieces of.
-        constexpr u32 copies = tokens * Unit::x_pieces / KVASIR_WIDE_THREADS, rows_a_copy = KVASIR_WIDE_THREADS / Unit::x_pieces;
-        u64 x_from[copies];
-        bool there[copies];
+        // This thread copies the same piece of every so manieth row: of weights, and of activations, which may lie anywhere.
+        constexpr u32 pieces = Unit::pieces, row_step = KVASIR_WIDE_THREADS / pieces;
+        constexpr u32 x_pieces = Unit::x_pieces, token_step = KVASIR_WIDE_THREADS / x_pieces, copies = tokens / token_step;
+        u32 row = threadIdx.x / pieces, piece = threadIdx.x % pieces;
+        u32 token = threadIdx.x / x_pieces, x_piece = threadIdx.x % x_pieces;
+        const u8 *weights_from = batch.weights + (first_row + row) * row_bytes + 16 * piece;
+        u32 x_from[copies]; // in sixteen bytes
 #pragma unroll
         for (u32 i = 0; i < copies; i++) {
-            u32 token = first + i * rows_a_copy + threadIdx.x / Unit::x_pieces;
-            there[i] = token < batch.rows;
-            x_from[i] = (there[i] ? row_of_x(args, batch, token) : 0) + threadIdx.x % Unit::x_pieces * 8;
+            u32 index = first + token + i * token_step;
+            x_from[i] = (u32)(index < batch.rows ? row_of_x(args, batch, index) / 8 : 0) + x_piece;
         }
         auto load = [&](u32 unit) {
             u8 *to = shared + (unit - first_unit) % stages * Unit::bytes;
-            const u8 *from = batch.weights + (u64)unit * Unit::row_bytes;
+            const u8 *from = weights_from + (u64)unit * Unit::row_bytes;
 #pragma unroll
-            for (u32 i = threadIdx.x; i < KVASIR_WIDE_ROWS * Unit::pieces; i += KVASIR_WIDE_THREADS) {
-                u32 row = i / Unit::pieces, piece = i % Unit::pieces;
-                cp_async16(to + weight_at<T>(row, piece), from + min(first_row + row, args.n - 1) * row_bytes + 16 * piece);
+            for (u32 i = 0; i < KVASIR_WIDE_ROWS / row_step; i++) {
+                cp_async16_if(to + weight_at<T>(row + i * row_step, piece), from + i * row_step * row_bytes,
+                              first_row + row + i * row_step < args.n);
             }
 #pragma unroll
             for (u32 i = 0; i < copies; i++) {
-                u32 token = i * rows_a_copy + threadIdx.x / Unit::x_pieces;
+                bool there = first + token + i * token_step < batch.rows;
 #pragma unroll
                 for (u32 plane = 0; plane < planes; plane++) {
-                    cp_async16_if(to + Unit::weight_bytes + plane * tokens * Unit::x_row_bytes + x_at<T>(token, threadIdx.x % Unit::x_pieces),
-                                  batch.x[plane] + x_from[i] + unit * KVASIR_K_UNIT, there[i]);
+                    cp_async16_if(to + Unit::weight_bytes + plane * tokens * Unit::x_row_bytes + x_at<T>(token + i * token_step, x_piece),
+                                  (const uint4 *)batch.x[plane] + (x_from[i] + unit * (KVASIR_K_UNIT / 8)), there);
                 }
             }
         };
@@ -169,7 +171,7 @@ template <typename T, bool blocks, bool exact, u32 tokens> KVASIR_DEVICE void li
 }
 
 #define WIDE(tokens, name, T, blocks, mode)                                                                                     \
-    extern "C" __global__ void __launch_bounds__(KVASIR_WIDE_THREADS)                                                           \
+    extern "C" __global__ void __launch_bounds__(KVASIR_WIDE_THREADS, tokens == 64 ? 2 : 1)                                   \
         linear_wide##tokens##_##name##_##mode(const linear_args args) {                                                         \
         linear_wide<T, blocks, mode##_mode, tokens>(args);                                                                      \
     }                                                                                                                           \

@@ -22,11 +22,11 @@
 
 // Stored types, and how many bf16 terms hold one.
 template <typename T> struct Stored;
-template <> struct Stored<bf16> { static const u32 bytes = 2, exact_terms = 1, fast_terms = 1; };
-template <> struct Stored<f16> { static const u32 bytes = 2, exact_terms = 2, fast_terms = 2; };
-template <> struct Stored<f32> { static const u32 bytes = 4, exact_terms = 3, fast_terms = 2; };
-template <> struct Stored<e4m3> { static const u32 bytes = 1, exact_terms = 1, fast_terms = 1; };
-template <> struct Stored<i8> { static const u32 bytes = 1, exact_terms = 1, fast_terms = 1; };
+template <> struct Stored<bf16> { static constexpr u32 bytes = 2, exact_terms = 1, fast_terms = 1; };
+template <> struct Stored<f16> { static constexpr u32 bytes = 2, exact_terms = 2, fast_terms = 2; };
+template <> struct Stored<f32> { static constexpr u32 bytes = 4, exact_terms = 3, fast_terms = 2; };
+template <> struct Stored<e4m3> { static constexpr u32 bytes = 1, exact_terms = 1, fast_terms = 1; };
+template <> struct Stored<i8> { static constexpr u32 bytes = 1, exact_terms = 1, fast_terms = 1; };
 
 // Steps of 32 columns in a unit.
 #define PRODUCT_STEPS (KVASIR_K_UNIT / 32)
@@ -39,7 +39,7 @@ template <typename T> KVASIR_DEVICE u32 column_of(u32 step, u32 t) {
 
 // What a thread has of one row in one unit, as it is stored: 16 columns.
 template <typename T> struct RawRow {
-    static const u32 loads = Stored<T>::bytes; // of sixteen bytes
+    static constexpr u32 loads = Stored<T>::bytes; // of sixteen bytes
     uint4 data[loads];
 };
 

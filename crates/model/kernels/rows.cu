@@ -21,7 +21,7 @@ KVASIR_EXPORT(embed, embed_args);
 #define NORM_STEP (4 * KVASIR_ROW_THREADS)
 #define NORM_KEPT 8
 
-extern "C" __global__ void __launch_bounds__(KVASIR_ROW_THREADS) norm(const norm_args args) {
+extern "C" __global__ void __launch_bounds__(KVASIR_ROW_THREADS) rms_norm(const rms_norm_args args) {
     KVASIR_SHARED(f32[KVASIR_ROW_THREADS / 32], of_change);
     KVASIR_SHARED(f32[KVASIR_ROW_THREADS / 32], of_row);
     u32 row = blockIdx.x, width = args.width, first = 4 * threadIdx.x;
@@ -78,7 +78,7 @@ extern "C" __global__ void __launch_bounds__(KVASIR_ROW_THREADS) norm(const norm
         put_planes4(args.hi, args.lo, to + i, make_float4(0.0f, 0.0f, 0.0f, 0.0f));
     }
 }
-KVASIR_EXPORT(norm, norm_args);
+KVASIR_EXPORT(rms_norm, rms_norm_args);
 
 template <bool exact> KVASIR_DEVICE void gate_row(const gate_args &args) {
     u32 row = blockIdx.x, i = blockIdx.y * KVASIR_ROW_THREADS + threadIdx.x;
