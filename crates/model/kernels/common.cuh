@@ -20,7 +20,7 @@
 
 #define KVASIR_DEVICE __device__ __forceinline__
 #ifndef INFINITY
-#define INFINITY __int_as_float(0x7f800000)
+#define INFINITY (1.0f / 0.0f)
 #endif
 #define KVASIR_EXPORT(name, Args)
 #define KVASIR_EXPORT_TABLE(name)
