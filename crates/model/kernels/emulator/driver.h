@@ -109,7 +109,36 @@ struct Driver {
 
 Driver &driver();
 
+// The context that this thread has made current.
+extern thread_local void *current_context __attribute__((tls_model("initial-exec"), visibility("hidden")));
+
+// Whether any stream is captured into a graph.
+bool capturing(Driver &d);
+
+struct Locked {
+    Driver &d = driver();
+    std::lock_guard<std::recursive_mutex> held{d.lock};
+    Driver *operator->() { return &d; }
+};
+
+// What every call on the device must first know.
+#define READY(d)                                                  \
+    Locked d;                                                     \
+    if (!d->initialized) return NOT_INITIALIZED;                  \
+    if (current_context == nullptr) return INVALID_CONTEXT;       \
+    if (d->fault != 0) return d->fault
+
+// Calls that may not be made while any stream is captured (in the global mode, the strictest).
+#define NOT_IN_CAPTURE(d)                                                                     \
+    if (capturing(*d.operator->())) {                                                         \
+        for (Stream *s : d->streams)                                                          \
+            if (s->capture) s->capture->invalid = true;                                       \
+        return STREAM_CAPTURE_UNSUPPORTED;                                                    \
+    }
+
 } // namespace kvemu
+
+#define API extern "C" __attribute__((visibility("default")))
 
 // For libcublasLt: work on a stream, and whether bytes are on the device.
 extern "C" int kvemu_add_work(void *stream, std::function<int()> work, u32 kernels);
