@@ -37,8 +37,6 @@
  * the units u*s/8 .. u*(s+1)/8 (integer division). */
 #define KVASIR_K_UNIT 64
 #define KVASIR_K_SLICES 8
-/* Scales of fp8 weights in squares of so many rows and columns. */
-#define KVASIR_SCALE_BLOCK 128
 
 /* Attention: positions of a part (sums begin anew) and of a tile (one softmax step). */
 #define KVASIR_PART 256
@@ -135,9 +133,9 @@ typedef struct {
  * Grid (rows, ceil(ld / KVASIR_ROW_THREADS)); writes all `ld` columns. */
 typedef struct {
     const void *from;   /* [rows][ld] of dtype */
-    const float *scale; /* null, [rows], or [ceil(rows/128)][ceil(ld/128)] where by_block */
+    const float *scale; /* null or [rows] */
     uint16_t *to;       /* [rows][ld] */
-    uint32_t rows, ld, dtype, by_block, to_f16, pad;
+    uint32_t rows, ld, dtype, pad, to_f16, pad2;
 } widen_args;
 
 /* ---- rope.cu: block KVASIR_ROW_THREADS, no dynamic shared memory ---------------------------------------------------- */
@@ -198,16 +196,15 @@ typedef struct {
 /* ---- linear.cu -------------------------------------------------------------------------------------------------------
  * out[r][n] = (sum over k of x[r][k] * w[n][k]) * scale + bias[n]. All of them give the same bits for a row.
  *
- * Names: linear_{narrow8,narrow16,wide64,wide128}_{bf16,f16,f32,e4m3,i8,e4m3b}_{exact,fast}; e4m3b is e4m3 with scales in
- * squares of 128 × 128 (it has no wide128). The number is tokens of a tile. (Which fits when is the host's to say; up to 16
- * tokens narrow, from some 96 on wide128.)
+ * Names: linear_{narrow8,wide64,wide128}_{bf16,f16,f32,e4m3,i8}_{exact,fast}; there is no wide128 of f32. The number is tokens
+ * of a tile. (Which fits when is the host's to say: up to 8 tokens narrow, from some 96 on wide128.)
  *
  *   narrow  block KVASIR_NARROW_THREADS, no dynamic shared memory,
  *           grid (ceil(n / KVASIR_NARROW_ROWS), y, batch): y tiles of tokens side by side, each block takes every y-th:
  *           ceil(rows / tile), or 1 with groups
  *   wide    block KVASIR_WIDE_THREADS, dynamic shared memory KVASIR_WIDE_SHARED(bytes of a weight, planes (exact 2, fast 1),
- *           tile), grid (y as above, ceil(n / KVASIR_WIDE_ROWS), batch * splits). splits 1, 2, 4 or 8: above 1, slices go to
- *           `partials` and linear_sum must follow; not with groups, and with batch 1 only.
+ *           tile), grid (y as above, ceil(n / KVASIR_WIDE_ROWS), batch * splits). splits 1, or KVASIR_K_SLICES: then each slice
+ *           has blocks of its own and goes to `partials`, and linear_sum must follow; not with groups, and with batch 1 only.
  */
 #define KVASIR_NARROW_THREADS 256
 #define KVASIR_NARROW_ROWS 16
@@ -225,7 +222,7 @@ typedef struct {
 
 typedef struct {
     const void *w;              /* [matrices][n][ld_w], matrices w_stride elements apart */
-    const float *scale;         /* null, [matrices][n], or (e4m3b) [matrices][ceil(n/128)][ceil(k/128)] */
+    const float *scale;         /* null or [matrices][n] */
     const float *bias;          /* [n] or null; with several matrices null */
     const uint16_t *x_hi, *x_lo; /* [..][ld_x]; of batch b at + b * x_stride */
     const uint32_t *x_rows;     /* row of x of each row, or null: its own */
@@ -238,15 +235,14 @@ typedef struct {
 } linear_args;
 
 /* linear_sum: adds the slices of `partials` in order, then scale (per row of w, or none) and bias. Takes linear_args.
- * Block KVASIR_ROW_THREADS, grid (ceil(n / KVASIR_ROW_THREADS), rows). For e4m3b the scale is in the partials already: pass
- * null. */
+ * Block KVASIR_ROW_THREADS, grid (ceil(n / KVASIR_ROW_THREADS), rows). */
 
 /* ---- attention.cu, attend_any.cu -------------------------------------------------------------------------------------
  * Rows of a unit: its tokens × query heads that share a KV head, token by token. A token at position p sees 0..=p, or the
  * last `window` of those. Parts are numbered by position / KVASIR_PART; a row's first part is that of the first position it
  * sees.
  *
- * Names: attend_decode_{f16,bf16,e4m3}_{32,64,96,128,256}_{exact,fast}    one part per block → partials, then attend_merge
+ * Names: attend_decode_{f16,bf16,e4m3}_{32,64,128,256}_{exact,fast}    one part per block → partials, then attend_merge
  *        attend_prompt_{…same…}                                           all parts in one block → planes
  *        attend_any_{bf16,f16,f32,e4m3}                                   any shape; both ways (parts > 0, or 0)
  * decode and prompt give the same bits. any has an order of its own: a model uses it always or never.
@@ -273,7 +269,7 @@ typedef struct {
 #define KVASIR_ANY_THREADS 256
 #define KVASIR_ANY_ROWS 16
 /* v_dim: of the values, also where they are part of the keys. */
-#define KVASIR_ANY_SHARED(k_dim, v_dim) (4 * KVASIR_ANY_ROWS * ((k_dim) + KVASIR_TILE + 8 + (v_dim)))
+#define KVASIR_ANY_SHARED(k_dim, v_dim) (4 * KVASIR_ANY_ROWS * ((k_dim) + KVASIR_TILE + 8 + 2 * (v_dim)))
 
 /* Neighbouring tokens of one sequence, and query heads of a group (counted inside it). tokens 0: nothing to do. */
 typedef struct {

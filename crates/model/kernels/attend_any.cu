@@ -8,19 +8,24 @@
 // Widest key and value: a thread's columns.
 #define ANY_WIDEST 1024
 
-// What rows tell each other, behind queries and scores.
+// Rows whose sums of a column are added up at a time: a value is read once for all of them.
+#define ANY_SIDE_BY_SIDE 4
+
+// What rows tell each other, behind queries, scores, sums and totals.
 struct AnyRow {
     f32 max, sum, factor, total_max, total_sum, unused[3];
 };
 
 template <typename T> KVASIR_DEVICE void attend_any(const attend_args &args) {
-    constexpr u32 rows_at_most = KVASIR_ANY_ROWS, key_columns = ANY_WIDEST / 32, columns = ANY_WIDEST / KVASIR_ANY_THREADS;
+    constexpr u32 rows_at_most = KVASIR_ANY_ROWS, key_columns = ANY_WIDEST / 32;
     KVASIR_DYNAMIC_SHARED(shared);
     kvasir_unit unit = args.units[blockIdx.x];
     if (unit.tokens == 0) return;
     u32 kv_head = blockIdx.y, rows = unit.tokens * unit.heads, k_dim = args.kv.k_dim, v_dim = args.v_dim;
     u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    f32 *q = (f32 *)shared, *scores = q + rows_at_most * k_dim, *totals = scores + rows_at_most * KVASIR_TILE;
+    // Of sums and totals a thread touches its own columns only.
+    f32 *q = (f32 *)shared, *scores = q + rows_at_most * k_dim, *sums = scores + rows_at_most * KVASIR_TILE;
+    f32 *totals = sums + rows_at_most * v_dim;
     AnyRow *running = (AnyRow *)(totals + rows_at_most * v_dim);
 
     u32 begin = first_seen(unit.position, args.window), end = unit.position + unit.tokens;
@@ -36,7 +41,9 @@ template <typename T> KVASIR_DEVICE void attend_any(const attend_args &args) {
     if (threadIdx.x < rows) running[threadIdx.x].total_max = LOWEST, running[threadIdx.x].total_sum = 0.0f;
 
     for (u32 part = first_part; part <= last_part; part++) {
-        f32 sums[columns][rows_at_most] = {};
+        for (u32 r = 0; r < rows_at_most; r++) {
+            for (u32 column = threadIdx.x; column < v_dim; column += KVASIR_ANY_THREADS) sums[r * v_dim + column] = 0.0f;
+        }
         if (threadIdx.x < rows) running[threadIdx.x].max = LOWEST, running[threadIdx.x].sum = 0.0f;
         u32 from = max(begin, part * KVASIR_PART), to = min(end, (part + 1) * KVASIR_PART);
         for (u32 tile = from / KVASIR_TILE * KVASIR_TILE; tile < to; tile += KVASIR_TILE) {
@@ -54,15 +61,15 @@ template <typename T> KVASIR_DEVICE void attend_any(const attend_args &args) {
                         key[c] = i < k_dim ? to_f32(from_cache[i]) : 0.0f;
                     }
                 }
+#pragma unroll 1
                 for (u32 r = 0; r < rows; r++) {
                     f32 score = LOWEST;
                     if (there) {
                         f32 dot = 0.0f;
 #pragma unroll
                         for (u32 c = 0; c < key_columns; c++) {
-                            if (32 * c >= k_dim) break;
                             u32 i = 32 * c + lane;
-                            dot = __fmaf_rn(i < k_dim ? q[r * k_dim + i] : 0.0f, key[c], dot);
+                            if (i < k_dim) dot = __fmaf_rn(q[r * k_dim + i], key[c], dot);
                         }
                         dot = warp_sum(dot);
                         UnitRow row = row_of_unit(args, unit, kv_head, r);
@@ -88,60 +95,56 @@ template <typename T> KVASIR_DEVICE void attend_any(const attend_args &args) {
                 }
             }
             __syncthreads();
+#pragma unroll 1
+            for (u32 column = threadIdx.x; column < v_dim; column += KVASIR_ANY_THREADS) {
+#pragma unroll 1
+                for (u32 first = 0; first < rows; first += ANY_SIDE_BY_SIDE) {
+                    f32 mine[ANY_SIDE_BY_SIDE];
+                    // Rows beyond the last have room of their own, and weights that nobody looks at.
 #pragma unroll
-            for (u32 c = 0; c < columns; c++) {
-                u32 column = c * KVASIR_ANY_THREADS + threadIdx.x;
-                if (column >= v_dim) break;
+                    for (u32 r = 0; r < ANY_SIDE_BY_SIDE; r++) {
+                        mine[r] = first + r < rows ? sums[(first + r) * v_dim + column] * running[first + r].factor : 0.0f;
+                    }
+                    for (u32 j = tile_first; j < tile_end; j++) {
+                        u32 position = tile + j, block = args.tables[unit.table + position / args.kv.block_size];
+                        f32 value = to_f32(((const T *)value_at(args.kv, block, position % args.kv.block_size, kv_head))[column]);
 #pragma unroll
-                for (u32 r = 0; r < rows_at_most; r++) {
-                    if (r < rows) sums[c][r] *= running[r].factor;
-                }
-                for (u32 j = tile_first; j < tile_end; j++) {
-                    u32 position = tile + j, block = args.tables[unit.table + position / args.kv.block_size];
-                    f32 value = to_f32(((const T *)value_at(args.kv, block, position % args.kv.block_size, kv_head))[column]);
+                        for (u32 r = 0; r < ANY_SIDE_BY_SIDE; r++) {
+                            f32 weight = first + r < rows ? scores[(first + r) * KVASIR_TILE + j] : 0.0f;
+                            if (weight != 0.0f) mine[r] = __fmaf_rn(weight, value, mine[r]);
+                        }
+                    }
 #pragma unroll
-                    for (u32 r = 0; r < rows_at_most; r++) {
-                        if (r >= rows) break;
-                        f32 weight = scores[r * KVASIR_TILE + j];
-                        if (weight != 0.0f) sums[c][r] = __fmaf_rn(weight, value, sums[c][r]);
+                    for (u32 r = 0; r < ANY_SIDE_BY_SIDE; r++) {
+                        if (first + r < rows) sums[(first + r) * v_dim + column] = mine[r];
                     }
                 }
             }
         }
         // Everyone has the part's running sums from behind the last barrier on.
-#pragma unroll
-        for (u32 r = 0; r < rows_at_most; r++) {
-            if (r >= rows) break;
+#pragma unroll 1
+        for (u32 r = 0; r < rows; r++) {
             UnitRow row = row_of_unit(args, unit, kv_head, r);
             Running mine = {running[r].max, running[r].sum};
             if (args.parts > 0) {
                 u64 at = partial_at(args, row, part);
                 if (at == KVASIR_NO_SLOT) continue;
-#pragma unroll
-                for (u32 c = 0; c < columns; c++) {
-                    u32 column = c * KVASIR_ANY_THREADS + threadIdx.x;
-                    if (column < v_dim) args.partial_sums[at * v_dim + column] = sums[c][r];
+                for (u32 column = threadIdx.x; column < v_dim; column += KVASIR_ANY_THREADS) {
+                    args.partial_sums[at * v_dim + column] = sums[r * v_dim + column];
                 }
                 if (threadIdx.x == 0) args.partial_max[2 * at] = mine.max, args.partial_max[2 * at + 1] = mine.sum;
                 continue;
             }
             Merged by = merge<true>({running[r].total_max, running[r].total_sum}, mine);
-#pragma unroll
-            for (u32 c = 0; c < columns; c++) {
-                u32 column = c * KVASIR_ANY_THREADS + threadIdx.x;
-                if (column >= v_dim) break;
-                f32 *total = totals + r * v_dim + column;
-                *total = merged(by, by.mine == 0.0f ? 0.0f : *total, sums[c][r]);
-                if (part < last_part) continue;
-                // The last part: what a thread summed up it also writes.
-                Place place = place_of_head(row.place, args.heads, args.ld, args.head_ld);
-                put_planes(args.hi, args.lo, place.at + column, *total / by.running.sum);
-            }
-            if (part == last_part) {
-                Place place = place_of_head(row.place, args.heads, args.ld, args.head_ld);
-                for (u32 i = v_dim + threadIdx.x; i < place.width; i += KVASIR_ANY_THREADS) {
-                    put_planes(args.hi, args.lo, place.at + i, 0.0f);
+            Place place = place_of_head(row.place, args.heads, args.ld, args.head_ld);
+            for (u32 column = threadIdx.x; column < place.width; column += KVASIR_ANY_THREADS) {
+                f32 value = 0.0f;
+                if (column < v_dim) {
+                    f32 *total = totals + r * v_dim + column;
+                    *total = merged(by, by.mine == 0.0f ? 0.0f : *total, sums[r * v_dim + column]);
+                    value = *total / by.running.sum;
                 }
+                if (part == last_part) put_planes(args.hi, args.lo, place.at + column, value);
             }
         }
         if (args.parts > 0) return;

@@ -112,7 +112,7 @@ template <typename T, u32 dim, bool exact, u32 row_warps, u32 stages, bool promp
         u8 *to = shared + (values ? At::values : At::keys) + (tile - first_tile) % stages * At::tile_bytes;
         const u64 *place = places + tile * KVASIR_TILE % (2 * KVASIR_PART);
         const u8 *from = args.kv.arena + (values ? to_values : 0);
-#pragma unroll
+#pragma unroll 4
         for (u32 i = threadIdx.x; i < KVASIR_TILE * pieces; i += KVASIR_ATTEND_THREADS) {
             u32 row = i / pieces, piece = i % pieces;
             u64 at = place[row];
@@ -125,7 +125,7 @@ template <typename T, u32 dim, bool exact, u32 row_warps, u32 stages, bool promp
     auto raise = [&](u32 tile, bool values) {
         const u8 *from = shared + (values ? At::values : At::keys) + (tile - first_tile) % stages * At::tile_bytes;
         u8 *to = shared + (values ? At::wide_values : At::wide_keys);
-#pragma unroll
+#pragma unroll 2
         for (u32 i = threadIdx.x; i < KVASIR_TILE * pieces; i += KVASIR_ATTEND_THREADS) {
             u32 row = i / pieces, piece = i % pieces * 2;
             uint4 v = load16(from + 16 * i), low, high;
@@ -141,6 +141,7 @@ template <typename T, u32 dim, bool exact, u32 row_warps, u32 stages, bool promp
     u32 first_part = first_tile / TILES_A_PART;
     find(first_part);
     if (prompt) find(first_part + 1);
+#pragma unroll 1
     for (u32 i = threadIdx.x; i < rows_at_most * dim / 8; i += KVASIR_ATTEND_THREADS) {
         u32 row = i / (dim / 8), piece = i % (dim / 8);
         float4 low = make_float4(0.0f, 0.0f, 0.0f, 0.0f), high = low;
@@ -161,6 +162,7 @@ template <typename T, u32 dim, bool exact, u32 row_warps, u32 stages, bool promp
     }
     __syncthreads();
     // Keys and values take turns; the values of the last tile of these follow in the loop.
+#pragma unroll 1
     for (u32 i = 0; i < stages; i++) {
         if (i < tiles) load(first_tile + i, false);
         cp_async_commit();
@@ -345,26 +347,28 @@ template <typename T, u32 dim, bool exact, u32 row_warps, u32 stages, bool promp
             }
             Merged by = merge<exact>(total[half], running);
             total[half] = by.running;
-            Place place = place_of_head(mine[half].place, args.heads, args.ld, args.head_ld);
+            u32 row = warp_row + g + 8 * half;
+            if (last && side == 0 && t == 0) maxima[row] = by.running.sum;
 #pragma unroll
             for (u32 c = 0; c < column_tiles; c++) {
                 u32 column = (side * column_tiles + c) * 8 + 2 * t;
-                float2 *so_far = (float2 *)(shared + At::totals_at + ((warp_row + g + 8 * half) * dim + column) * 4);
+                float2 *so_far = (float2 *)(shared + At::totals_at + (row * dim + column) * 4);
                 float2 value = by.mine == 0.0f ? make_float2(0.0f, 0.0f) : *so_far;
-                value.x = merged(by, value.x, sums[c][2 * half]);
-                value.y = merged(by, value.y, sums[c][2 * half + 1]);
-                if (!last) {
-                    *so_far = value;
-                } else {
-                    put_planes(args.hi, args.lo, place.at + column, value.x / by.running.sum);
-                    put_planes(args.hi, args.lo, place.at + column + 1, value.y / by.running.sum);
-                }
+                *so_far = make_float2(merged(by, value.x, sums[c][2 * half]), merged(by, value.y, sums[c][2 * half + 1]));
             }
-            if (!last || side != 0) continue;
-            for (u32 column = dim + t; column < place.width; column += 4) put_planes(args.hi, args.lo, place.at + column, 0.0f);
         }
     }
     cp_async_wait<0>();
+    if (!prompt) return;
+    __syncthreads();
+    // A warp a row.
+    for (u32 row = warp; row < rows; row += ATTEND_WARPS) {
+        Place place = place_of_head(row_of_unit(args, unit, kv_head, row).place, args.heads, args.ld, args.head_ld);
+        const f32 *from = (const f32 *)(shared + At::totals_at) + row * dim;
+        for (u32 column = lane; column < place.width; column += 32) {
+            put_planes(args.hi, args.lo, place.at + column, column < dim ? from[column] / maxima[row] : 0.0f);
+        }
+    }
 }
 
 #define ATTEND(name, T, dim, mode)                                                                                              \
@@ -383,6 +387,5 @@ template <typename T, u32 dim, bool exact, u32 row_warps, u32 stages, bool promp
     ATTEND(e4m3, e4m3, dim, exact) ATTEND(e4m3, e4m3, dim, fast)
 ATTEND_TYPES(32)
 ATTEND_TYPES(64)
-ATTEND_TYPES(96)
 ATTEND_TYPES(128)
 ATTEND_TYPES(256)

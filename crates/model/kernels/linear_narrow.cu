@@ -5,10 +5,10 @@
 // memory. Activations are so few that they come out of the caches.
 #include "products.cuh"
 
-// Units of which loads are under way: 64 registers.
-template <typename T> struct Ahead { static constexpr u32 units = Stored<T>::bytes == 1 ? 8 : Stored<T>::bytes == 2 ? 4 : 2; };
+// Units of which loads are under way: up to 64 registers.
+template <typename T> struct Ahead { static constexpr u32 units = Stored<T>::bytes == 4 ? 2 : 4; };
 
-template <typename T, bool blocks, bool exact, u32 tiles> KVASIR_DEVICE void linear_narrow(const linear_args &args) {
+template <typename T, bool exact, u32 tiles> KVASIR_DEVICE void linear_narrow(const linear_args &args) {
     constexpr u32 terms = exact ? Stored<T>::exact_terms : Stored<T>::fast_terms, planes = exact ? 2 : 1;
     constexpr u32 ahead = Ahead<T>::units, tokens = 8 * tiles;
     KVASIR_SHARED(f32[KVASIR_K_SLICES * KVASIR_NARROW_ROWS * 8 * tiles], sums);
@@ -44,7 +44,7 @@ template <typename T, bool blocks, bool exact, u32 tiles> KVASIR_DEVICE void lin
             there[tile] = token < batch.rows;
             x_at[tile] = there[tile] ? row_of_x(args, batch, token) : 0;
         }
-        f32 chain[tiles][4] = {}, sum[tiles][4] = {};
+        f32 chain[tiles][4] = {};
         for (u32 group = begin; group < end; group += ahead) {
 #pragma unroll
             for (u32 i = 0; i < ahead; i++) {
@@ -67,17 +67,6 @@ template <typename T, bool blocks, bool exact, u32 tiles> KVASIR_DEVICE void lin
                     }
                 }
                 if (unit + ahead < end) load(raw[i], unit + ahead);
-                if (blocks && ends_scale_block(unit, end)) {
-                    f32 scale = block_scale(args, batch, first_row, unit);
-#pragma unroll
-                    for (u32 tile = 0; tile < tiles; tile++) {
-#pragma unroll
-                        for (u32 j = 0; j < 4; j++) {
-                            sum[tile][j] = __fmaf_rn(scale, chain[tile][j], sum[tile][j]);
-                            chain[tile][j] = 0.0f;
-                        }
-                    }
-                }
             }
         }
         // sums[slice][token][row]
@@ -86,7 +75,7 @@ template <typename T, bool blocks, bool exact, u32 tiles> KVASIR_DEVICE void lin
 #pragma unroll
             for (u32 j = 0; j < 4; j++) {
                 u32 token = 8 * tile + 2 * t + j % 2, row = g + 8 * (j / 2);
-                sums[(slice * tokens + token) * KVASIR_NARROW_ROWS + row] = blocks ? sum[tile][j] : chain[tile][j];
+                sums[(slice * tokens + token) * KVASIR_NARROW_ROWS + row] = chain[tile][j];
             }
         }
         __syncthreads();
@@ -96,20 +85,21 @@ template <typename T, bool blocks, bool exact, u32 tiles> KVASIR_DEVICE void lin
             f32 total = sums[i];
 #pragma unroll
             for (u32 s = 1; s < KVASIR_K_SLICES; s++) total += sums[s * tokens * KVASIR_NARROW_ROWS + i];
-            batch.out[(u64)(batch.first + token) * args.ld_out + n] = finish(total, blocks ? nullptr : batch.scale, args.bias, n);
+            batch.out[(u64)(batch.first + token) * args.ld_out + n] = finish(total, batch.scale, args.bias, n);
         }
         __syncthreads();
     }
 }
 
-#define NARROW(tokens, name, T, blocks, mode)                                                                                   \
+#define NARROW(tokens, T, mode)                                                                                                 \
     extern "C" __global__ void __launch_bounds__(KVASIR_NARROW_THREADS, 2)                                                      \
-        linear_narrow##tokens##_##name##_##mode(const linear_args args) {                                                       \
-        linear_narrow<T, blocks, mode##_mode, tokens / 8>(args);                                                                \
+        linear_narrow##tokens##_##T##_##mode(const linear_args args) {                                                          \
+        linear_narrow<T, mode##_mode, tokens / 8>(args);                                                                        \
     }                                                                                                                           \
-    KVASIR_EXPORT(linear_narrow##tokens##_##name##_##mode, linear_args);
+    KVASIR_EXPORT(linear_narrow##tokens##_##T##_##mode, linear_args);
 
-FOR_EVERY_WEIGHT(NARROW, 8)
-FOR_EVERY_WEIGHT(NARROW, 16)
-FOR_BLOCK_SCALED(NARROW, 8)
-FOR_BLOCK_SCALED(NARROW, 16)
+FOR_BOTH_MODES(NARROW, 8, bf16)
+FOR_BOTH_MODES(NARROW, 8, f16)
+FOR_BOTH_MODES(NARROW, 8, f32)
+FOR_BOTH_MODES(NARROW, 8, e4m3)
+FOR_BOTH_MODES(NARROW, 8, i8)

@@ -6,6 +6,8 @@
 #include "products.cuh"
 
 #define WIDE_WARPS (KVASIR_WIDE_THREADS / 32)
+// Sums of a token in shared memory, rows of weights side by side; the distance keeps a warp's banks apart.
+#define OUT_ROW (KVASIR_WIDE_ROWS + 4)
 
 // A unit of both sides in shared memory: rows of weights, then each plane's rows of activations.
 template <typename T, u32 planes, u32 tokens> struct Stage {
@@ -25,7 +27,7 @@ template <typename T> KVASIR_DEVICE u32 x_at(u32 token, u32 piece) {
     return token * (KVASIR_K_UNIT * 2) + 16 * swizzled;
 }
 
-template <typename T, bool blocks, bool exact, u32 tokens> KVASIR_DEVICE void linear_wide(const linear_args &args) {
+template <typename T, bool exact, u32 tokens> KVASIR_DEVICE void linear_wide(const linear_args &args) {
     constexpr u32 terms = exact ? Stored<T>::exact_terms : Stored<T>::fast_terms, planes = exact ? 2 : 1;
     constexpr u32 stages = KVASIR_WIDE_STAGES(Stored<T>::bytes);
     // Warps lie side by side over tokens, 32 each, and then over rows.
@@ -81,7 +83,7 @@ template <typename T, bool blocks, bool exact, u32 tokens> KVASIR_DEVICE void li
         f32 total[row_tiles][token_tiles][4];
         u32 unit = first_unit;
         for (u32 slice = first_slice; slice < first_slice + slices; slice++) {
-            f32 chain[row_tiles][token_tiles][4] = {}, sum[row_tiles][token_tiles][4] = {};
+            f32 chain[row_tiles][token_tiles][4] = {};
             for (u32 end = slice_begin(units, slice + 1); unit < end; unit++) {
                 cp_async_wait<stages - 2>();
                 __syncthreads();
@@ -119,20 +121,6 @@ template <typename T, bool blocks, bool exact, u32 tokens> KVASIR_DEVICE void li
                         }
                     }
                 }
-                if (blocks && ends_scale_block(unit, end)) {
-                    f32 scale = block_scale(args, batch, first_row, unit);
-#pragma unroll
-                    for (u32 r = 0; r < row_tiles; r++) {
-#pragma unroll
-                        for (u32 tile = 0; tile < token_tiles; tile++) {
-#pragma unroll
-                            for (u32 j = 0; j < 4; j++) {
-                                sum[r][tile][j] = __fmaf_rn(scale, chain[r][tile][j], sum[r][tile][j]);
-                                chain[r][tile][j] = 0.0f;
-                            }
-                        }
-                    }
-                }
             }
 #pragma unroll
             for (u32 r = 0; r < row_tiles; r++) {
@@ -140,46 +128,59 @@ template <typename T, bool blocks, bool exact, u32 tokens> KVASIR_DEVICE void li
                 for (u32 tile = 0; tile < token_tiles; tile++) {
 #pragma unroll
                     for (u32 j = 0; j < 4; j++) {
-                        f32 mine = blocks ? sum[r][tile][j] : chain[r][tile][j];
-                        total[r][tile][j] = slice == first_slice ? mine : total[r][tile][j] + mine;
-                        if (args.splits == 1) continue;
-                        u32 token = first + warp_token + 8 * tile + 2 * t + j % 2;
-                        u32 n = first_row + warp_row + 16 * r + g + 8 * (j / 2);
-                        if (token < batch.rows && n < args.n) args.partials[((u64)slice * args.rows + token) * args.n + n] = mine;
+                        total[r][tile][j] = slice == first_slice ? chain[r][tile][j] : total[r][tile][j] + chain[r][tile][j];
                     }
                 }
             }
         }
         cp_async_wait<0>();
         __syncthreads();
-        if (args.splits > 1) continue;
+        // By way of shared memory, token by token, so that neighbours in memory are written together.
+        static_assert(tokens * OUT_ROW * 4 <= stages * Unit::bytes, "there is room");
+        f32 *staged = (f32 *)shared;
 #pragma unroll
         for (u32 r = 0; r < row_tiles; r++) {
 #pragma unroll
             for (u32 tile = 0; tile < token_tiles; tile++) {
 #pragma unroll
                 for (u32 j = 0; j < 4; j++) {
-                    u32 token = first + warp_token + 8 * tile + 2 * t + j % 2;
-                    u32 n = first_row + warp_row + 16 * r + g + 8 * (j / 2);
-                    if (token >= batch.rows || n >= args.n) continue;
-                    batch.out[(u64)(batch.first + token) * args.ld_out + n] =
-                        finish(total[r][tile][j], blocks ? nullptr : batch.scale, args.bias, n);
+                    u32 index = warp_token + 8 * tile + 2 * t + j % 2;
+                    staged[index * OUT_ROW + warp_row + 16 * r + g + 8 * (j / 2)] = total[r][tile][j];
                 }
             }
         }
+        __syncthreads();
+        u32 n = first_row + threadIdx.x % KVASIR_WIDE_ROWS;
+        for (u32 i = threadIdx.x / KVASIR_WIDE_ROWS; i < tokens; i += KVASIR_WIDE_THREADS / KVASIR_WIDE_ROWS) {
+            u32 index = first + i;
+            if (index >= batch.rows || n >= args.n) break;
+            f32 sum = staged[i * OUT_ROW + n - first_row];
+            if (args.splits > 1) {
+                args.partials[((u64)first_slice * args.rows + index) * args.n + n] = sum;
+            } else {
+                batch.out[(u64)(batch.first + index) * args.ld_out + n] = finish(sum, batch.scale, args.bias, n);
+            }
+        }
+        __syncthreads();
     }
 }
 
-#define WIDE(tokens, name, T, blocks, mode)                                                                                     \
-    extern "C" __global__ void __launch_bounds__(KVASIR_WIDE_THREADS, tokens == 64 ? 2 : 1)                                   \
-        linear_wide##tokens##_##name##_##mode(const linear_args args) {                                                         \
-        linear_wide<T, blocks, mode##_mode, tokens>(args);                                                                      \
+#define WIDE(tokens, T, mode)                                                                                                   \
+    extern "C" __global__ void __launch_bounds__(KVASIR_WIDE_THREADS, tokens == 64 ? 2 : 1)                                     \
+        linear_wide##tokens##_##T##_##mode(const linear_args args) {                                                            \
+        linear_wide<T, mode##_mode, tokens>(args);                                                                              \
     }                                                                                                                           \
-    KVASIR_EXPORT(linear_wide##tokens##_##name##_##mode, linear_args);
+    KVASIR_EXPORT(linear_wide##tokens##_##T##_##mode, linear_args);
 
-FOR_EVERY_WEIGHT(WIDE, 64)
-FOR_EVERY_WEIGHT(WIDE, 128)
-FOR_BLOCK_SCALED(WIDE, 64)
+FOR_BOTH_MODES(WIDE, 64, bf16)
+FOR_BOTH_MODES(WIDE, 64, f16)
+FOR_BOTH_MODES(WIDE, 64, f32)
+FOR_BOTH_MODES(WIDE, 64, e4m3)
+FOR_BOTH_MODES(WIDE, 64, i8)
+FOR_BOTH_MODES(WIDE, 128, bf16)
+FOR_BOTH_MODES(WIDE, 128, f16)
+FOR_BOTH_MODES(WIDE, 128, e4m3)
+FOR_BOTH_MODES(WIDE, 128, i8)
 
 // Adds the slices that blocks of their own left.
 extern "C" __global__ void __launch_bounds__(KVASIR_ROW_THREADS) linear_sum(const linear_args args) {

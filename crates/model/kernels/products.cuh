@@ -166,23 +166,5 @@ KVASIR_DEVICE f32 finish(f32 sum, const f32 *scale, const f32 *bias, u32 n) {
     return sum;
 }
 
-// The scale of the weights' square that has row n of the weights and unit `unit` of the columns.
-KVASIR_DEVICE f32 block_scale(const linear_args &args, const Batch &batch, u32 n, u32 unit) {
-    u32 across = (args.k + KVASIR_SCALE_BLOCK - 1) / KVASIR_SCALE_BLOCK;
-    return batch.scale[n / KVASIR_SCALE_BLOCK * across + unit / (KVASIR_SCALE_BLOCK / KVASIR_K_UNIT)];
-}
-
-// Whether a sum over units is to be scaled and begun anew after this one.
-KVASIR_DEVICE bool ends_scale_block(u32 unit, u32 slice_end) {
-    return unit + 1 == slice_end || (unit + 1) % (KVASIR_SCALE_BLOCK / KVASIR_K_UNIT) == 0;
-}
-
-// `define(size, name, type, scaled by squares, mode)` for every type of weight.
-#define FOR_EVERY_WEIGHT(define, size)                                                                                          \
-    define(size, bf16, bf16, false, exact) define(size, bf16, bf16, false, fast)                                                \
-    define(size, f16, f16, false, exact) define(size, f16, f16, false, fast)                                                    \
-    define(size, f32, f32, false, exact) define(size, f32, f32, false, fast)                                                    \
-    define(size, e4m3, e4m3, false, exact) define(size, e4m3, e4m3, false, fast)                                                \
-    define(size, i8, i8, false, exact) define(size, i8, i8, false, fast)
-
-#define FOR_BLOCK_SCALED(define, size) define(size, e4m3b, e4m3, true, exact) define(size, e4m3b, e4m3, true, fast)
+// `define(size, type, mode)` for types of weights.
+#define FOR_BOTH_MODES(define, size, T) define(size, T, exact) define(size, T, fast)

@@ -19,7 +19,7 @@ KVASIR_EXPORT(embed, embed_args);
 
 // Columns of one step of a block, and how many steps of a row stay in registers from the sum to the product.
 #define NORM_STEP (4 * KVASIR_ROW_THREADS)
-#define NORM_KEPT 8
+#define NORM_KEPT 4
 
 extern "C" __global__ void __launch_bounds__(KVASIR_ROW_THREADS) rms_norm(const rms_norm_args args) {
     KVASIR_SHARED(f32[KVASIR_ROW_THREADS / 32], of_change);
@@ -139,10 +139,7 @@ extern "C" __global__ void __launch_bounds__(KVASIR_ROW_THREADS) widen(const wid
     if (i >= args.ld) return;
     u64 at = (u64)row * args.ld + i;
     f32 value = stored(args.from, args.dtype, at);
-    if (args.scale) {
-        u32 across = (args.ld + KVASIR_SCALE_BLOCK - 1) / KVASIR_SCALE_BLOCK;
-        value *= args.by_block ? args.scale[row / KVASIR_SCALE_BLOCK * across + i / KVASIR_SCALE_BLOCK] : args.scale[row];
-    }
+    if (args.scale) value *= args.scale[row];
     args.to[at] = args.to_f16 ? to_f16(value).bits : to_bf16(value).bits;
 }
 KVASIR_EXPORT(widen, widen_args);

@@ -109,7 +109,7 @@ void attend(const Case &c) {
         all.push_back({0, 0, 0, 0, 0, 0});
         return all;
     };
-    bool tensor_cores = !c.latent && c.dtype != KVASIR_F32 && (dim == 32 || dim == 64 || dim == 96 || dim == 128 || dim == 256);
+    bool tensor_cores = !c.latent && c.dtype != KVASIR_F32 && (dim == 32 || dim == 64 || dim == 128 || dim == 256);
     std::vector<u16> bits[3][2]; // of any, exact and fast: of both planes
     auto run = [&](const std::string &kernel, u32 which, bool partial, u32 most, u32 threads, u32 shared, f64 limit) {
         Planes out((size_t)rows * ld);
