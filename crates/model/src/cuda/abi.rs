@@ -56,7 +56,7 @@ pub(super) fn prompt_shared(dim: usize, bytes: usize, terms: usize) -> usize {
 
 /// Shared memory of `attend_any*`.
 pub(super) fn any_shared(k_dim: usize, v_dim: usize) -> usize {
-    4 * ANY_ROWS * (k_dim + TILE + 8 + v_dim)
+    4 * ANY_ROWS * (k_dim + TILE + 8 + 2 * v_dim)
 }
 
 /// Shared memory of `route`.

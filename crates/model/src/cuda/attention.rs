@@ -12,7 +12,7 @@ use super::{
 use crate::{Error, cpu::Compute, weights::Dtype};
 
 /// Widths of heads that there are kernels with tensor cores for.
-const DIMS: [usize; 5] = [32, 64, 96, 128, 256];
+const DIMS: [usize; 4] = [32, 64, 128, 256];
 
 /// The kernels of a model's attention. Which they are is a function of model, layout, arithmetic and device, never of a batch.
 pub(super) struct Attends {

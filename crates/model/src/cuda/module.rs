@@ -1,12 +1,14 @@
 //! Kernels on the device: the image that fits it, functions by name, and launching them.
 //!
 //! Images are built ahead (`scripts/kernels`, sources in `kernels/`) and travel in the binary: machine code for compute
-//! capabilities 8.x and 9.x, and PTX, which the driver turns into machine code for whatever comes later.
+//! capabilities 8.x and 9.x, and PTX, which the driver turns into machine code for whatever comes later. They are packed
+//! (gzip): machine code shrinks to a fifth.
 
 use std::{
     cell::RefCell,
     collections::HashMap,
     ffi::{CString, c_void},
+    io::Read,
     ptr,
     sync::Arc,
 };
@@ -19,9 +21,9 @@ use super::{
 };
 use crate::Error;
 
-const SM_80: &[u8] = include_bytes!("../../kernels/built/sm_80.cubin");
-const SM_90: &[u8] = include_bytes!("../../kernels/built/sm_90.cubin");
-const PTX: &[u8] = include_bytes!("../../kernels/built/compute_80.ptx");
+const SM_80: &[u8] = include_bytes!("../../kernels/built/sm_80.cubin.gz");
+const SM_90: &[u8] = include_bytes!("../../kernels/built/sm_90.cubin.gz");
+const PTX: &[u8] = include_bytes!("../../kernels/built/compute_80.ptx.gz");
 
 /// The image for a compute capability: machine code runs on later devices of the same generation, PTX on all later ones.
 fn image(capability: (u32, u32)) -> Option<(&'static str, &'static [u8])> {
@@ -31,6 +33,12 @@ fn image(capability: (u32, u32)) -> Option<(&'static str, &'static [u8])> {
         (9, _) => Some(("sm_90.cubin", SM_90)),
         _ => Some(("compute_80.ptx", PTX)),
     }
+}
+
+fn unpack(packed: &[u8]) -> std::io::Result<Vec<u8>> {
+    let mut image = Vec::new();
+    flate2::read::GzDecoder::new(packed).read_to_end(&mut image)?;
+    Ok(image)
 }
 
 /// The kernels, loaded.
@@ -65,8 +73,9 @@ impl Module {
         let Some((name, image)) = image(context.capability) else {
             return Err(refused(format!("compute capability {major}.{minor}, but kernels need at least 8.0")));
         };
+        let mut image = unpack(image).map_err(|error| refused(format!("{name} can't be unpacked: {error}")))?;
         // The driver takes PTX as text that ends with a zero.
-        let image = [image, &[0]].concat();
+        image.push(0);
         let mut raw = ptr::null_mut();
         // SAFETY: writes one handle; the image is whole and lives until the call returns.
         let loaded =

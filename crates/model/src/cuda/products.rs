@@ -40,9 +40,8 @@ pub(super) enum Many {
 #[derive(Clone, Copy)]
 struct Family {
     narrow8: Function,
-    narrow16: Function,
     wide64: Function,
-    /// Where a block has shared memory enough.
+    /// Where there is one, and a block has shared memory enough.
     wide128: Option<Function>,
 }
 
@@ -56,7 +55,7 @@ pub(super) struct Products {
 }
 
 /// Most tokens for which reading the weights is all that counts.
-const NARROW: usize = 16;
+const NARROW: usize = 8;
 /// From so many on, large tiles.
 const LARGE: usize = 96;
 
@@ -78,7 +77,6 @@ impl Products {
             let shared = |tile| abi::wide_shared(dtype.bytes(), planes, tile);
             self.families[abi::code(dtype) as usize][compute as usize] = Some(Family {
                 narrow8: find("narrow8", 0)?,
-                narrow16: find("narrow16", 0)?,
                 wide64: find("wide64", shared(64))?,
                 wide128: find("wide128", shared(128)).ok(),
             });
@@ -175,21 +173,17 @@ impl Products {
         };
         let tiles = |tile: usize| if grouped { 1 } else { rows.div_ceil(tile) };
         if tokens <= NARROW {
-            let (kernel, tile) = if tokens <= 8 { (family.narrow8, 8) } else { (family.narrow16, 16) };
-            let grid = [w.rows.div_ceil(abi::NARROW_ROWS), tiles(tile), batch];
-            return stream.launch(kernel, grid, abi::NARROW_THREADS, &args);
+            let grid = [w.rows.div_ceil(abi::NARROW_ROWS), tiles(NARROW), batch];
+            return stream.launch(family.narrow8, grid, abi::NARROW_THREADS, &args);
         }
         let (kernel, tile) = match family.wide128 {
             Some(wide128) if tokens > LARGE => (wide128, 128),
             _ => (family.wide64, 64),
         };
         let panels = w.rows.div_ceil(abi::WIDE_ROWS);
-        let mut splits = 1;
-        if matches!(many, Many::Single) && abi::K_SLICES * rows * w.rows * 4 <= PARTIALS {
-            while splits < abi::K_SLICES && panels * tiles(tile) * splits < self.processors {
-                splits *= 2;
-            }
-        }
+        // Where there are fewer tiles than processors, each slice has a block of its own.
+        let room = matches!(many, Many::Single) && abi::K_SLICES * rows * w.rows * 4 <= PARTIALS;
+        let splits = if room && panels * tiles(tile) < self.processors { abi::K_SLICES } else { 1 };
         args.splits = splits as u32;
         stream.launch(kernel, [tiles(tile), panels, batch * splits], abi::WIDE_THREADS, &args)?;
         if splits > 1 {
