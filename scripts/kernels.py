@@ -3,6 +3,7 @@
 import concurrent.futures
 import ctypes
 import glob
+import gzip
 import hashlib
 import os
 import re
@@ -26,8 +27,8 @@ def read(name):
         return file.read()
 
 
-def compile(units, headers, arch, verbose):
-    """The compiled image of a program that includes these files, and the compiler's log."""
+def compile(units, files, arch, verbose):
+    """The compiled image of a program that includes the units of these files, and the compiler's log."""
     nvrtc = library()
     nvrtc.nvrtcGetErrorString.restype = ctypes.c_char_p
 
@@ -35,7 +36,6 @@ def compile(units, headers, arch, verbose):
         if code != 0:
             sys.exit(f"kernels: {nvrtc.nvrtcGetErrorString(code).decode()} ({arch})\n{log}")
 
-    files = {name: read(name) for name in headers + units}
     program = ctypes.c_void_p()
     source = "".join(f'#include "{name}"\n' for name in units).encode()
     names = (ctypes.c_char_p * len(files))(*[name.encode() for name in files])
@@ -80,26 +80,29 @@ def main():
     headers = sorted(os.path.basename(path) for kind in ("cuh", "h") for path in glob.glob(f"{KERNELS}/*.{kind}"))
     if "--try" in arguments:
         units = [os.path.basename(path) for path in arguments[arguments.index("--try") + 1 :]]
-        image, log = compile(units, headers, "sm_90", True)
+        image, log = compile(units, {name: read(name) for name in headers + units}, "sm_90", True)
         print(usage(log) or log)
         warnings = [line for line in log.splitlines() if "warning" in line or "error" in line]
         print("\n".join(warnings), f"{len(image)} bytes", sep="\n")
         return
+    files = {name: read(name) for name in sorted(units + headers)}
     # NVRTC compiles a program at a time in a process, so a process each.
     with concurrent.futures.ProcessPoolExecutor(2) as pool:
-        jobs = {name: pool.submit(compile, units, headers, arch, verbose and name.endswith("cubin")) for name, arch in TARGETS.items()}
+        jobs = {name: pool.submit(compile, units, files, arch, verbose and name.endswith("cubin")) for name, arch in TARGETS.items()}
         images = {name: job.result() for name, job in jobs.items()}
     os.makedirs(f"{KERNELS}/built", exist_ok=True)
     for name, (image, log) in images.items():
-        with open(f"{KERNELS}/built/{name}", "wb") as file:
-            file.write(image)
-        print(f"{name}: {len(image)} bytes")
+        packed = gzip.compress(image, 9, mtime=0)
+        with open(f"{KERNELS}/built/{name}.gz", "wb") as file:
+            file.write(packed)
+        print(f"{name}: {len(image)} bytes, packed {len(packed)}")
         if log.strip("\0\n "):
             print(usage(log) if verbose else log)
     with open(f"{KERNELS}/built/SOURCES", "w") as file:
         file.write(f"# NVRTC {version} {' '.join(FLAGS)}\n")
-        for name in sorted(units + headers) + [f"built/{name}" for name in TARGETS]:
-            file.write(f"{hashlib.sha256(read(name)).hexdigest()}  {name}\n")
+        files |= {f"built/{name}.gz": read(f"built/{name}.gz") for name in TARGETS}
+        for name, text in files.items():
+            file.write(f"{hashlib.sha256(text).hexdigest()}  {name}\n")
 
 
 main()

@@ -1,6 +1,6 @@
 // Tests of the emulated machine itself: that it computes what a device computes, and that it sees what a device would punish.
 //
-//   crates/model/kernels/emulator/build OUT_DIR selftest && OUT_DIR/selftest
+//   crates/model/kernels/emulator/build OUT_DIR && OUT_DIR/selftest
 
 #include "../common.cuh"
 
