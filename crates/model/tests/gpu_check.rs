@@ -25,6 +25,13 @@ fn the_emulated_machine_does_as_a_device_would() {
 }
 
 #[test]
+fn kernels_that_travel_were_built_from_these_sources() {
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../scripts/kernels");
+    let output = Command::new(script).arg("--check").output().unwrap();
+    assert!(output.status.success(), "{}", text(&output));
+}
+
+#[test]
 fn every_kernel_is_near_double_precision() {
     let dir = emulated::built();
     let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels/check");
@@ -32,7 +39,13 @@ fn every_kernel_is_near_double_precision() {
     let files = files.filter(|path| path.extension().is_some_and(|extension| extension == "cpp"));
     let program = dir.join("kernel-check");
     let compiler = std::env::var_os("CXX").unwrap_or_else(|| "g++".into());
-    let compiled = Command::new(compiler).args(["-std=c++17", "-O1", "-o"]).arg(&program).args(files).arg("-ldl").output().unwrap();
+    let compiled = Command::new(compiler)
+        .args(["-std=c++17", "-O1", "-o"])
+        .arg(&program)
+        .args(files)
+        .arg("-ldl")
+        .output()
+        .unwrap();
     assert!(compiled.status.success(), "{}", text(&compiled));
     let output = Command::new(program).arg(dir.join("libcuda.so")).args(["emulated", "2"]).output().unwrap();
     assert!(output.status.success(), "{}", text(&output));

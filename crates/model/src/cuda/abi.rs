@@ -148,7 +148,7 @@ structs! {
     }
     args ScaleBias { y: u64, scale: u64, bias: u64, rows: u32, width: u32, ld: u32, pad: u32 }
     args Widen {
-        from: u64, scale: u64, to: u64, rows: u32, ld: u32, dtype: u32, by_block: u32, to_f16: u32, pad: u32,
+        from: u64, scale: u64, to: u64, rows: u32, ld: u32, dtype: u32, pad: u32, to_f16: u32, pad2: u32,
     }
     args RotationsArgs {
         positions: u64, frequencies: u64, cos: u64, sin: u64, rows: u32, half: u32, magnitude: f32, pad: u32,
