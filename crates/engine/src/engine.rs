@@ -118,6 +118,8 @@ pub struct Engine {
     sampler: Sampler,
     mask_threads: MaskThreads,
     last_step: LastStep,
+    /// The runner said that it is of no use any more.
+    broken: bool,
 }
 
 impl Engine {
@@ -144,6 +146,7 @@ impl Engine {
             sampler: Sampler::default(),
             mask_threads,
             last_step: LastStep::default(),
+            broken: false,
         }
     }
 
@@ -159,7 +162,7 @@ impl Engine {
 
     /// What is going on now, and the totals so far.
     pub fn stats(&self) -> Stats {
-        self.scheduler.stats()
+        Stats { broken: self.broken, ..self.scheduler.stats() }
     }
 
     #[cfg(test)]
@@ -265,10 +268,35 @@ impl Engine {
         if copies.is_empty() {
             return Ok(());
         }
+        self.take_landed()?;
         match catch_unwind(AssertUnwindSafe(|| self.runner.copy_blocks(copies))) {
-            Ok(copied) => copied.map_err(|error| Error::Runner(Arc::new(error))),
+            Ok(copied) => copied.map_err(|error| self.failed(error)),
             Err(panic) => Err(Error::RunnerBroken { reason: panic_text(panic.as_ref()) }),
         }
+    }
+
+    /// Tells the runner what others have written, before it reads any of it.
+    fn take_landed(&mut self) -> Result<(), Error> {
+        if self.scheduler.landed_blocks.is_empty() {
+            return Ok(());
+        }
+        match catch_unwind(AssertUnwindSafe(|| self.runner.landed(&self.scheduler.landed_blocks))) {
+            Ok(Ok(())) => {
+                self.scheduler.landed_blocks.clear();
+                Ok(())
+            }
+            Ok(Err(error)) => Err(self.failed(error)),
+            Err(panic) => Err(Error::RunnerBroken { reason: panic_text(panic.as_ref()) }),
+        }
+    }
+
+    /// What the runner could not do. After some errors it can't do anything: then nobody is let in any more.
+    fn failed(&mut self, error: kvasir_model::Error) -> Error {
+        if error.is_fatal() {
+            self.broken = true;
+            self.intake.close();
+        }
+        Error::Runner(Arc::new(error))
     }
 
     /// How long the last [`step`](Self::step) took: for the statistics ([`crate::PrefillTimes`]).
@@ -296,6 +324,12 @@ impl Engine {
     /// Plans a step, computes it, tells what came out.
     pub fn step(&mut self) -> Progress {
         self.last_step = LastStep::default();
+        if self.broken {
+            for seq in self.scheduler.ids() {
+                self.scheduler.fail(seq, Error::Closed);
+            }
+            return Progress::Idle;
+        }
         self.scheduler.duty = self.intake.duty();
         self.scheduler.limit(self.intake.limits());
         let adopted = self.scheduler.adopt();
@@ -342,6 +376,7 @@ impl Engine {
 
     /// Computes the batch. Sequences whose layer sink panicked are ended here.
     fn run(&mut self, work: &[Work]) -> Result<Logits, Error> {
+        self.take_landed()?;
         for item in work.iter().filter(|item| item.last) {
             if let Some(constrained) = self.scheduler.get_mut(item.key).and_then(|s| s.constrained.as_mut()) {
                 constrained.send(&item.drafts, &self.mask_threads);
@@ -385,7 +420,7 @@ impl Engine {
             self.scheduler.fail(seq, Error::SinkPanicked);
         }
         let logits = match result {
-            Ok(computed) => computed.map_err(|error| Error::Runner(Arc::new(error)))?,
+            Ok(computed) => computed.map_err(|error| self.failed(error))?,
             Err(panic) => return Err(Error::RunnerBroken { reason: panic_text(panic.as_ref()) }),
         };
         let rows: usize = work.iter().map(Work::rows).sum();

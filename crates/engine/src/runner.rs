@@ -28,6 +28,12 @@ pub trait Runner: Send {
 
     /// Copies whole blocks, `(from, to)`, before the next run.
     fn copy_blocks(&mut self, copies: &[(BlockId, BlockId)]) -> Result<(), Error>;
+
+    /// Others have written these blocks of the arena, which the next run or copy may read.
+    fn landed(&mut self, blocks: &[BlockId]) -> Result<(), Error> {
+        let _ = blocks;
+        Ok(())
+    }
 }
 
 /// A model backend as a runner.
@@ -58,5 +64,9 @@ impl<B: Backend> Runner for ModelRunner<B> {
 
     fn copy_blocks(&mut self, copies: &[(BlockId, BlockId)]) -> Result<(), Error> {
         self.backend.copy_blocks(copies)
+    }
+
+    fn landed(&mut self, blocks: &[BlockId]) -> Result<(), Error> {
+        self.backend.landed(blocks)
     }
 }

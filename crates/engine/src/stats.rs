@@ -23,6 +23,8 @@ pub struct Stats {
     pub waiting_tokens: u64,
     /// Tokens that the sequences being computed lack before their next one can be sampled.
     pub prefilling_tokens: u64,
+    /// Whether the device it computes on failed, and nothing will be computed any more.
+    pub broken: bool,
     /// Steps that computed something.
     pub steps: u64,
     /// Prompt tokens computed (after a preemption: again).

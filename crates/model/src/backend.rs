@@ -75,6 +75,16 @@ pub trait Backend: Send {
     /// A block that the arena does not have; nothing was copied then.
     fn copy_blocks(&mut self, copies: &[(BlockId, BlockId)]) -> Result<(), Error>;
 
+    /// Somebody else has written these blocks of the arena: a peer, a store. A backend that computes with a copy of them in
+    /// a device's memory takes them over before the next `forward`; one that computes in the arena has nothing to do.
+    ///
+    /// # Errors
+    /// A block that the arena does not have, a device that failed.
+    fn landed(&mut self, blocks: &[BlockId]) -> Result<(), Error> {
+        let _ = blocks;
+        Ok(())
+    }
+
     /// Computes one step: K and V of every input's tokens into the blocks of its table, and the logits asked for. Attention
     /// reads K and V back from the arena, those of this very step too.
     ///
@@ -85,6 +95,28 @@ pub trait Backend: Send {
     /// # Errors
     /// The whole batch is checked before anything is written: on an error the arena is as before.
     fn forward(&mut self, batch: &[SeqInput<'_>], after_layer: &mut dyn FnMut(usize)) -> Result<Logits, Error>;
+}
+
+impl Backend for Box<dyn Backend> {
+    fn spec(&self) -> &ModelConfig {
+        (**self).spec()
+    }
+
+    fn groups(&self) -> &KvGroups {
+        (**self).groups()
+    }
+
+    fn copy_blocks(&mut self, copies: &[(BlockId, BlockId)]) -> Result<(), Error> {
+        (**self).copy_blocks(copies)
+    }
+
+    fn landed(&mut self, blocks: &[BlockId]) -> Result<(), Error> {
+        (**self).landed(blocks)
+    }
+
+    fn forward(&mut self, batch: &[SeqInput<'_>], after_layer: &mut dyn FnMut(usize)) -> Result<Logits, Error> {
+        (**self).forward(batch, after_layer)
+    }
 }
 
 /// Checks a batch against the model and the arena: after this no index derived from it is out of bounds.

@@ -1,8 +1,9 @@
 //! What can go wrong between a folder on disk and a row of logits.
 //!
-//! Two kinds: the folder is not one we can serve (told to the operator at start, naming file and tensor), or the caller
+//! Three kinds: the folder is not one we can serve (told to the operator at start, naming file and tensor), the caller
 //! handed in a batch that makes no sense (a bug of the engine's, answered with an error because the alternative is a
-//! write outside the arena). Neither goes away by trying again.
+//! write outside the arena), or a device failed ([`Error::is_fatal`] says whether anything can be computed on it after
+//! that). None goes away by trying the same again here; another worker may fare better after a device's failure.
 
 use std::path::PathBuf;
 
@@ -228,11 +229,90 @@ pub enum Error {
         /// Blocks in the arena.
         blocks: usize,
     },
+    /// There is no such device, or nothing to reach one by.
+    #[error("cuda:{ordinal}: {reason}")]
+    NoDevice {
+        /// Which was asked for.
+        ordinal: usize,
+        /// What is missing.
+        reason: String,
+    },
+    /// A device has no kernels of ours that it could run, or the binary's do not fit its host side.
+    #[error("{device}: {reason}")]
+    Kernels {
+        /// The device.
+        device: String,
+        /// What does not fit.
+        reason: String,
+    },
+    /// Weights, scratch and blocks do not fit into the device's memory.
+    #[error(
+        "{device}: {free} of {total} bytes are free, but weights take {weights}, scratch for {tokens} tokens a step \
+         {scratch}, and {blocks} blocks of {block_bytes} bytes {}: {fit} blocks would fit (kv.memory_bytes {})",
+        blocks * block_bytes,
+        fit * block_bytes
+    )]
+    DeviceTooSmall {
+        /// The device.
+        device: String,
+        /// Bytes that were free.
+        free: usize,
+        /// Bytes that there are.
+        total: usize,
+        /// Bytes of the model's weights there.
+        weights: usize,
+        /// Bytes that a step computes in.
+        scratch: usize,
+        /// Tokens of the largest step.
+        tokens: usize,
+        /// Blocks wanted.
+        blocks: usize,
+        /// Bytes of one.
+        block_bytes: usize,
+        /// Blocks for which there is room.
+        fit: usize,
+    },
+    /// A device had no memory left for what it was asked to do, which was not done.
+    #[error("{device}: out of memory in {call}")]
+    DeviceOutOfMemory {
+        /// The device.
+        device: String,
+        /// What was called.
+        call: &'static str,
+    },
+    /// A device failed: nothing can be computed on it any more by this process.
+    #[error("{device}: {call} failed: {reason}")]
+    Device {
+        /// The device.
+        device: String,
+        /// What was called, perhaps long after what failed.
+        call: &'static str,
+        /// What the driver says.
+        reason: String,
+    },
+    /// The model asks for something that kernels do not compute.
+    #[error("{device}: {what}")]
+    NotOnDevice {
+        /// The device.
+        device: String,
+        /// What that is, and what is possible.
+        what: String,
+    },
 }
 
 impl Error {
-    /// Whether trying again may help: never. Another worker serves the same folder and would get the same batch.
+    /// Whether trying again may help. Another worker serves the same folder and would get the same batch: never, unless a
+    /// device failed, which others do not share.
     pub fn retry(&self) -> Retry {
-        Retry::Never
+        if matches!(self, Self::Device { .. } | Self::DeviceOutOfMemory { .. }) {
+            Retry::Elsewhere
+        } else {
+            Retry::Never
+        }
+    }
+
+    /// Whether the backend is of no use any more: a device that was lost or touched memory that is not there.
+    pub fn is_fatal(&self) -> bool {
+        matches!(self, Self::Device { .. })
     }
 }

@@ -3,7 +3,7 @@
 //! Reading order: [`Folder`] opens a directory and checks it whole (`config`, `rope`, `weights`, `fingerprint`); a family
 //! (`families`) turns its configuration into a description of what is to be computed ([`graph`]); a [`Backend`] computes
 //! steps of many sequences at once over the block layout of `kvasir_types::KvLayout`; [`cpu`] is the backend for plain
-//! processors, the reference the others are measured against. [`quantize`] makes folders with 8-bit weights.
+//! processors, the reference the others are measured against, [`cuda`] the one for NVIDIA GPUs; [`Device`] chooses. [`quantize`] makes folders with 8-bit weights.
 //!
 //! This crate knows token ids, tensors and blocks. It knows no text, no scheduler, no network and no async runtime.
 
@@ -13,6 +13,8 @@ mod backend;
 mod config;
 mod cost;
 pub mod cpu;
+pub mod cuda;
+mod device;
 mod error;
 mod families;
 mod fingerprint;
@@ -26,6 +28,7 @@ mod weights;
 pub use backend::{Backend, Logits, SeqInput};
 pub use config::ModelConfig;
 pub use cost::Cost;
+pub use device::{BadDevice, Device, Options};
 pub use error::Error;
 pub use families::supported as supported_families;
 pub use folder::Folder;

@@ -3,7 +3,7 @@
 use std::{net::SocketAddr, path::PathBuf};
 
 use kvasir_cluster::RegistryConfig;
-use kvasir_model::cpu::Compute;
+use kvasir_model::{Device, cpu::Compute};
 use kvasir_runtime::{AdminConfig, LogConfig, ShutdownConfig, TraceConfig};
 use kvasir_types::{KvDtype, Transports};
 use serde::{Deserialize, Serialize};
@@ -69,7 +69,10 @@ pub struct ModelConfig {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct EngineConfig {
-    /// Threads that compute. 0: one for every core. Default 0.
+    /// What computes: `cpu`; `cuda:N`, NVIDIA GPU number N of the machine, or the worker does not start; or `auto`, the first
+    /// GPU where there is one whose memory has room for weights and blocks, else the CPU. Default cpu.
+    pub device: Device,
+    /// Threads that compute, on a CPU. 0: one for every core. Default 0.
     pub threads: usize,
     /// How activations are multiplied with bf16 and 8-bit weights: `exact` (they stay f32) or `fast` (rounded to bf16, as
     /// PyTorch and llama.cpp do: up to twice the speed on processors with AVX-512 BF16). Workers of different kinds
@@ -286,6 +289,7 @@ impl Default for EngineConfig {
     fn default() -> Self {
         let engine = kvasir_engine::Config::default();
         Self {
+            device: Device::default(),
             threads: 0,
             compute: Compute::Exact,
             chunk_tokens: engine.chunk_tokens,

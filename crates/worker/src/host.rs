@@ -11,7 +11,7 @@ use std::{
 use anyhow::{Context as _, ensure};
 use kvasir_cluster::{ModelInfo, Registry, View};
 use kvasir_engine::{Handle, ModelRunner, Parts, Spill};
-use kvasir_model::{Folder, cpu::CpuBackend};
+use kvasir_model::{Device, Folder, Options};
 use kvasir_proto::convert;
 use kvasir_rpc::Rpc;
 use kvasir_runtime::{Context, Kind, Tasks, chain, story::Stories};
@@ -23,7 +23,7 @@ use tokio::sync::watch;
 use tonic::Status;
 
 use crate::{
-    config::{Config, WriteBackPolicy},
+    config::{Config, Speculation, WriteBackPolicy},
     directory::Members,
     duty::Duty,
     error::Error,
@@ -114,8 +114,9 @@ impl Host {
             0 => std::thread::available_parallelism().map_or(1, usize::from),
             threads => threads,
         };
-        let backend = CpuBackend::with_compute(&folder, layout, transfer.memory(), threads, config.engine.compute)
-            .with_context(|| format!("model.path {}", path.display()))?;
+        let options = options(&config, threads);
+        let backend = Device::open(&folder, layout, transfer.memory(), options)
+            .with_context(|| format!("model.path {} on {}", path.display(), options.device))?;
         let model = ModelInfo {
             name: model_name(&config)?,
             fingerprint: folder.fingerprint_of(config.engine.compute),
@@ -276,6 +277,17 @@ impl Host {
             None => Ok(convert::tokens(ids).into()),
         }
     }
+}
+
+/// How the model is computed. A step has at most the batch's tokens, and those that are guessed.
+pub(crate) fn options(config: &Config, threads: usize) -> Options {
+    let engine = &config.engine;
+    let guessed = match engine.speculation.kind {
+        Speculation::Off => 0,
+        Speculation::Ngram | Speculation::Draft => engine.max_running * engine.speculation.tokens,
+    };
+    let max_tokens = engine.max_batch_tokens + guessed;
+    Options { device: engine.device, compute: engine.compute, threads, max_tokens }
 }
 
 fn keep_whole_prompts(groups: &KvGroups) -> bool {

@@ -5,13 +5,13 @@ use std::{io::ErrorKind, path::Path, sync::Arc};
 use anyhow::{Context as _, ensure};
 use kvasir_engine::{Constraints, DraftModel, ModelRunner, NGrams, Proposer};
 use kvasir_grammar::Grammars;
-use kvasir_model::{
-    Folder,
-    cpu::{CpuBackend, HostArena},
-};
+use kvasir_model::{Device, Folder, cpu::HostArena};
 use kvasir_runtime::chain;
 
-use crate::config::{Config, Speculation};
+use crate::{
+    config::{Config, Speculation},
+    host,
+};
 
 /// What makes answers follow grammars, if the folder's tokenizer allows it: it is not needed for anything else.
 pub(crate) fn grammars(folder: &Folder, path: &Path) -> anyhow::Result<Option<Arc<dyn Constraints>>> {
@@ -55,7 +55,7 @@ fn draft_model(config: &Config, target: &Folder, threads: usize) -> anyhow::Resu
         layout.block_bytes()
     );
     let arena = HostArena::new(blocks * layout.block_bytes()).context("engine.speculation.memory_bytes")?;
-    let backend = CpuBackend::with_compute(&folder, layout, arena, threads, config.engine.compute).with_context(at)?;
+    let backend = Device::open(&folder, layout, arena, host::options(config, threads)).with_context(at)?;
     tracing::info!(model = %path.display(), blocks, "draft model loaded");
     Ok(DraftModel::new(Box::new(ModelRunner::new(backend)), &layout, blocks, config.engine.chunk_tokens))
 }

@@ -48,11 +48,17 @@ impl Pulse {
     }
 
     /// Watches the engine: after `limit` without a step that it should have made, the worker is not ready, until the next.
+    /// Returns when its device has failed.
     pub(crate) async fn watch(self, engine: Handle, health: Health, limit: Duration, draining: impl Fn() -> bool) {
         let mut watched = Watched::new(Instant::now());
         loop {
             tokio::time::sleep(LOOK).await;
-            let works = watched.look(&engine.stats(), Instant::now(), limit);
+            let stats = engine.stats();
+            if stats.broken {
+                self.0.store(false, Relaxed);
+                return health.set_not_ready("the device failed");
+            }
+            let works = watched.look(&stats, Instant::now(), limit);
             if self.0.swap(works, Relaxed) == works || draining() {
                 continue;
             }

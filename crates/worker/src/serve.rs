@@ -155,12 +155,14 @@ fn watch_engine(host: &Arc<Host>, context: &Context) {
     let (pulse, engine, health) = (host.pulse.clone(), host.engine.clone(), context.health.clone());
     let limit = Duration::from_millis(host.config.engine.stuck_ms);
     let draining = context.shutdown.clone();
-    context.tasks.spawn(Kind::Background, "engine watch", async move {
+    // What a device that failed held is lost: others go on with the requests sooner if this process ends.
+    context.tasks.spawn(Kind::Critical, "engine watch", async move {
         tokio::select! {
-            () = pulse.watch(engine, health, limit, || draining.is_triggered()) => {}
-            () = draining.wait() => {}
+            () = pulse.watch(engine, health, limit, || draining.is_triggered()) => {
+                anyhow::bail!("the device that the model is computed on failed, see the requests' errors")
+            }
+            () = draining.wait() => Ok(()),
         }
-        Ok(())
     });
 }
 

@@ -228,6 +228,15 @@ pub(crate) async fn answers_agree(
     Ok(())
 }
 
+/// Asks so many of the folder's questions that the reference did not hesitate with, one after the other.
+pub(crate) async fn some_agree(cluster: &Cluster, folder: &Path, count: usize, kv_dtype: KvDtype) -> Result<()> {
+    let (vocabulary, lines) = (Vocabulary::load(folder)?, golden::load(folder)?);
+    for line in lines.iter().filter(|line| line.margin >= MARGIN).take(count) {
+        compare(&cluster.client(), cluster.model(), &vocabulary, line, kv_dtype).await?;
+    }
+    Ok(())
+}
+
 async fn compare(client: &Client, model: &str, vocabulary: &Vocabulary, line: &Line, kv_dtype: KvDtype) -> Result<()> {
     let answer = client
         .chat(&json!({

@@ -20,6 +20,7 @@ mod engines;
 mod faults;
 mod front;
 mod golden;
+mod gpu;
 mod guarded;
 mod http_errors;
 mod image;

@@ -28,6 +28,7 @@ mod sharing;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
+    ops::Range,
     panic::{AssertUnwindSafe, catch_unwind},
 };
 
@@ -65,10 +66,21 @@ pub(crate) struct Scheduler {
     next_pin: u64,
     pub duty: Duty,
     spill: Option<Box<dyn Spill>>,
+    /// Blocks that others have written since the runner was told last.
+    pub landed_blocks: Vec<BlockId>,
     /// Steps planned so far: the only clock there is.
     steps: u64,
     /// The totals among the statistics; the rest is counted when asked for.
     pub totals: Stats,
+}
+
+/// The blocks of a table, in all groups, that are there and have these numbers.
+fn written(table: &Table, numbers: Range<usize>) -> impl Iterator<Item = BlockId> {
+    let of_group = move |ids: &'_ Vec<BlockId>| {
+        let end = numbers.end.min(ids.len());
+        ids[numbers.start.min(end)..end].to_vec()
+    };
+    table.ids().iter().flat_map(of_group).filter(|block| *block != BlockId::GONE).collect::<Vec<_>>().into_iter()
 }
 
 impl Scheduler {
@@ -86,6 +98,7 @@ impl Scheduler {
             next_pin: 0,
             duty: Duty::Mixed,
             spill,
+            landed_blocks: Vec::new(),
             steps: 0,
             totals: Stats::default(),
         }
@@ -248,6 +261,7 @@ impl Scheduler {
         }
         self.cache.fence(table, landed.div_ceil(self.block_size));
         self.totals.landed_tokens += (landed - before) as u64;
+        self.landed_blocks.extend(written(table, before / self.block_size..landed.div_ceil(self.block_size)));
         // The block of the last token stays open: if the first output token never comes, `compute` computes the last
         // prompt token here, which writes to that block once more.
         self.advance(key, landed, landed.min(known - 1));
@@ -289,6 +303,9 @@ impl Scheduler {
         if computed >= landing.start {
             sequence.landing = None;
             if landing.end > computed {
+                let blocks = computed / self.block_size..landing.end.div_ceil(self.block_size);
+                self.landed_blocks
+                    .extend(sequence.table().into_iter().flat_map(|table| written(table, blocks.clone())));
                 self.advance(key, landing.end, landing.end);
             }
         }

@@ -57,9 +57,10 @@ pub fn models() -> PathBuf {
 
 /// A backend over an arena of its own.
 pub struct Bench {
-    pub backend: CpuBackend,
+    pub backend: Box<dyn Backend>,
     pub memory: Arc<TestMemory>,
     pub layout: KvLayout,
+    blocks: u32,
     next: u32,
 }
 
@@ -71,10 +72,23 @@ impl Bench {
     }
 
     pub fn with_compute(folder: &Folder, block_size: u32, dtype: KvDtype, threads: usize, compute: Compute) -> Self {
+        Self::over(folder, block_size, dtype, BLOCKS, |layout, memory| {
+            Box::new(CpuBackend::with_compute(folder, layout, memory, threads, compute).unwrap())
+        })
+    }
+
+    /// One over an arena of so many blocks.
+    pub fn over(
+        folder: &Folder,
+        block_size: u32,
+        dtype: KvDtype,
+        blocks: u32,
+        backend: impl FnOnce(KvLayout, Arc<dyn HostMemory>) -> Box<dyn Backend>,
+    ) -> Self {
         let layout = folder.kv_layout(block_size, dtype);
-        let memory = TestMemory::new(layout.block_bytes() * BLOCKS as usize);
-        let backend = CpuBackend::with_compute(folder, layout, memory.clone(), threads, compute).unwrap();
-        Self { backend, memory, layout, next: 0 }
+        let memory = TestMemory::new(layout.block_bytes() * blocks as usize);
+        let backend = backend(layout, memory.clone());
+        Self { backend, memory, layout, blocks, next: 0 }
     }
 
     /// A table per group of layers for `tokens` tokens.
@@ -87,8 +101,8 @@ impl Bench {
         (0..self.layout.blocks_for(tokens))
             .map(|_| {
                 self.next += 1;
-                assert!(self.next <= BLOCKS);
-                BlockId((self.next * 101) % BLOCKS)
+                assert!(self.next <= self.blocks);
+                BlockId((self.next * 101) % self.blocks)
             })
             .collect()
     }

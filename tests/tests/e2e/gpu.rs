@@ -1,0 +1,56 @@
+//! Workers that compute on a GPU beside workers that compute on a processor. The GPU is an emulated one, which takes seconds
+//! for what a real one does in milliseconds: few questions.
+
+use std::{fs::File, net::Ipv4Addr, path::Path, process::Command};
+
+use anyhow::{Context, Result, ensure};
+use kvasir_tests::{Cluster, Service, golden::KvDtype, net::Place, workspace};
+
+use crate::golden::some_agree;
+
+#[tokio::test]
+async fn a_gpu_reads_prompts_for_processors_that_answer() -> Result<()> {
+    with_gpu(Service::Prefill).await
+}
+
+#[tokio::test]
+async fn a_processor_reads_prompts_for_gpus_that_answer() -> Result<()> {
+    with_gpu(Service::Decode).await
+}
+
+/// Workers of one kind compute on an emulated device, the others do not; answers are the reference's, and blocks moved.
+async fn with_gpu(service: Service) -> Result<()> {
+    let folder = workspace::demo_model();
+    let enter = vec!["env".to_owned(), format!("LD_LIBRARY_PATH={}", driver()?)];
+    let place = Place { address: Ipv4Addr::LOCALHOST.into(), enter };
+    Cluster::builder()
+        .model(&folder)
+        .kv_store(0)
+        .worker("engine.max_batch_tokens", 128)
+        .worker("engine.chunk_tokens", 64)
+        .set(Service::Decode, "decode.local_prefill_tokens", 0)
+        .set(service, "engine.device", "cuda:0")
+        .place(service, 0, place)
+        .run(async |cluster| {
+            some_agree(cluster, &folder, 2, KvDtype::default()).await?;
+            let log = cluster.node(service, 0).process.log();
+            ensure!(log.contains("cuda backend ready"), "{log}");
+            let peers = cluster.node(Service::Prefill, 0).status().await?.peers;
+            let written = peers.iter().map(|peer| peer.written_bytes).sum::<u64>();
+            ensure!(written > 0, "blocks go from one to the other: {peers:?}");
+            Ok(())
+        })
+        .await
+}
+
+/// The folder of the emulated device's driver, built if nobody has.
+fn driver() -> Result<String> {
+    let out = Path::new(env!("CARGO_TARGET_TMPDIR")).join("emulated-cuda");
+    std::fs::create_dir_all(&out)?;
+    let lock = File::create(out.join("lock"))?;
+    lock.lock()?;
+    let build = workspace::root().join("crates/model/kernels/emulator/build");
+    let built = Command::new(build).arg(&out).output().context("kernels' build for this machine")?;
+    ensure!(built.status.success(), "kernels are not built: {}", String::from_utf8_lossy(&built.stderr));
+    Ok(out.to_string_lossy().into_owned())
+}
