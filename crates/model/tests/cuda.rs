@@ -7,14 +7,17 @@ mod common;
 #[path = "common/emulated.rs"]
 mod emulated;
 
-use common::{Bench, answer, assert_same_bits, furthest, golden, logprobs_apart, models, nan_max, tiny, tokens};
+use common::{
+    Bench, TestMemory, answer, argmax, assert_same_bits, furthest, golden, logprobs_apart, models, nan_max, tiny,
+    tokens,
+};
 use emulated::emulated;
 use kvasir_model::{
     Backend, Folder, SeqInput,
     cpu::Compute,
     cuda::{CudaBackend, Options},
 };
-use kvasir_types::{KvDtype, TokenId};
+use kvasir_types::{BlockId, KvDtype, TokenId};
 
 const OPTIONS: Options = Options { ordinal: 0, compute: Compute::Exact, max_tokens: 64 };
 
@@ -45,6 +48,53 @@ fn the_demo_model_answers_as_the_reference_does() {
     }
 }
 
+/// One term of each activation instead of two, as most programs compute.
+#[test]
+fn fast_products_are_near_the_reference() {
+    emulated();
+    let dir = models().join("demo");
+    let folder = Folder::open(&dir).unwrap();
+    let mut bench = Bench::over(&folder, 16, KvDtype::F16, BLOCKS, |layout, memory| {
+        Box::new(CudaBackend::new(&folder, layout, memory, Options { compute: Compute::Fast, ..OPTIONS }).unwrap())
+    });
+    for line in golden(&dir).iter().step_by(20) {
+        let prompt = tokens(&line.prompt_ids);
+        bench.forget();
+        let tables = bench.tables(prompt.len());
+        let first = bench.prefill(&prompt, &tables, prompt.len());
+        let apart = logprobs_apart(&first, line);
+        assert!(apart < 0.2, "log-probabilities differ by {apart}");
+        assert_eq!(argmax(&first).0, line.output_ids[0]);
+    }
+}
+
+/// Keys and values in the host's arena are complete when `after_layer` says so, layer by layer.
+#[test]
+fn a_layer_is_not_written_again_after_it_was_announced() {
+    emulated();
+    let folder = Folder::open(&models().join("tiny/gemma3")).unwrap();
+    let (layout, groups) = (folder.kv_layout(8, KvDtype::Bf16), folder.kv_groups());
+    let memory = TestMemory::new(layout.block_bytes() * BLOCKS as usize);
+    let mut backend = CudaBackend::new(&folder, layout, memory.clone(), OPTIONS).unwrap();
+    let prompt: Vec<TokenId> = (0..50).map(|i| TokenId(i * 13 % 1532)).collect();
+    let tables: Vec<Vec<BlockId>> =
+        (0..groups.len() as u32).map(|group| (8 * group..8 * group + 7).rev().map(BlockId).collect()).collect();
+    let layer_of = |layer: usize| -> Vec<u8> {
+        let (group, place) = groups.place(layer);
+        let slice = |&block| &memory.bytes()[layout.layer_offset(block, place)..][..layout.layer_bytes()];
+        tables[group].iter().flat_map(slice).copied().collect()
+    };
+    let mut announced = Vec::new();
+    let input = SeqInput { tokens: &prompt, start: 0, tables: &tables, rows: 0 };
+    let logits = backend.forward(&[input], &mut |_| announced.push(layer_of(announced.len()))).unwrap();
+    assert!(logits.is_empty());
+    assert_eq!(announced.len(), folder.config().layers.len());
+    for (layer, bytes) in announced.iter().enumerate() {
+        assert!(bytes.iter().any(|&byte| byte != 0));
+        assert_eq!(*bytes, layer_of(layer), "layer {layer}");
+    }
+}
+
 /// Whole rows of logits beside the processor's, of every family, in two cuts and companies.
 #[test]
 fn every_family_computes_what_the_processor_does() {
@@ -64,12 +114,17 @@ fn every_family_computes_what_the_processor_does() {
             }
             rows
         };
-        let ours = rows(bench(&folder, 16, KvDtype::F32), 41);
-        let others = rows(bench(&folder, 8, KvDtype::F32), 13);
-        assert_same_bits(&ours, &others, &name);
-        let expected = rows(Bench::new(&folder, 16, KvDtype::F32, 1), 41);
-        let apart = furthest(&ours, &expected);
-        println!("{name}: logits differ by {apart}");
-        assert!(nan_max(0.0, apart) < 0.02, "{name}: logits differ by {apart}");
+        // In f16 a difference in the last place may be rounded to one of a thousandth. Few do both: emulating takes its time.
+        let in_f16 = ["deepseek-v2", "gemma2", "gemma3", "llama3-untied", "mistral-window"].contains(&name.as_str());
+        let dtypes = [(KvDtype::F32, 0.02), (KvDtype::F16, 0.1)];
+        for (dtype, tolerance) in dtypes.into_iter().take(if in_f16 { 2 } else { 1 }) {
+            let ours = rows(bench(&folder, 16, dtype), 41);
+            let others = rows(bench(&folder, 8, dtype), 13);
+            assert_same_bits(&ours, &others, &name);
+            let expected = rows(Bench::new(&folder, 16, dtype, 1), 41);
+            let apart = furthest(&ours, &expected);
+            println!("{name}, {dtype:?}: logits differ by {apart}");
+            assert!(nan_max(0.0, apart) < tolerance, "{name}, {dtype:?}: logits differ by {apart}");
+        }
     }
 }

@@ -47,7 +47,7 @@ fn every_kernel_is_near_double_precision() {
         .output()
         .unwrap();
     assert!(compiled.status.success(), "{}", text(&compiled));
-    let output = Command::new(program).arg(dir.join("libcuda.so")).args(["emulated", "2"]).output().unwrap();
+    let output = Command::new(program).arg(dir.join("libcuda.so")).args(["emulated", "4"]).output().unwrap();
     assert!(output.status.success(), "{}", text(&output));
     assert!(text(&output).contains("attend_decode_f16_128_exact"), "{}", text(&output));
 }

@@ -7,7 +7,7 @@ use std::{
 };
 
 use kvasir_model::{Logits, SeqInput};
-use kvasir_types::BlockHash;
+use kvasir_types::{BlockHash, BlockId};
 
 use super::rig::*;
 use crate::{
@@ -146,7 +146,7 @@ impl Runner for Stuck {
         self.0.run(batch, layer)
     }
 
-    fn copy_blocks(&mut self, _: &[(kvasir_types::BlockId, kvasir_types::BlockId)]) -> Result<(), kvasir_model::Error> {
+    fn copy_blocks(&mut self, _: &[(BlockId, BlockId)]) -> Result<(), kvasir_model::Error> {
         unreachable!("nothing is forked here")
     }
 }
@@ -171,6 +171,45 @@ fn a_full_channel_refuses_requests_and_delays_the_rest() {
     flood.join().unwrap();
     until("the answer is there", || handle.stats().finished == 1);
     drop((handle, hear));
+    join(thread);
+}
+
+/// Notes which blocks landed; its device is lost.
+struct Lost(ScriptedRunner, mpsc::Sender<Vec<BlockId>>);
+
+impl Runner for Lost {
+    fn spec(&self) -> &RunnerSpec {
+        self.0.spec()
+    }
+
+    fn run(&mut self, _: &[SeqInput<'_>], _: &mut dyn FnMut(usize)) -> Result<Logits, kvasir_model::Error> {
+        Err(kvasir_model::Error::Device { device: "cuda:0".into(), call: "cuLaunchKernel", reason: "lost".into() })
+    }
+
+    fn copy_blocks(&mut self, _: &[(BlockId, BlockId)]) -> Result<(), kvasir_model::Error> {
+        unreachable!("nothing is forked here")
+    }
+
+    fn landed(&mut self, blocks: &[BlockId]) -> Result<(), kvasir_model::Error> {
+        self.1.send(blocks.to_vec()).unwrap();
+        Ok(())
+    }
+}
+
+#[test]
+fn a_runner_hears_what_landed_before_it_runs_and_nobody_is_let_in_once_its_device_is_lost() {
+    let (tell, landed) = mpsc::channel();
+    let (handle, thread) = spawn(config(), layout(), 24, Box::new(Lost(runner(), tell)));
+    let (seq, hear) = ask(&handle, 1, 2);
+    let Ok(Event::Admitted(admission)) = hear.recv_timeout(SOON) else { panic!("it is admitted") };
+    handle.landed(seq, 2 * BLOCK);
+    handle.compute(seq, None);
+    assert!(hears(&hear, |event| matches!(event, Event::Failed(Error::Runner(error)) if error.is_fatal())));
+    assert_eq!(landed.recv_timeout(SOON).unwrap(), admission.tables[0][..2]);
+    until("it says so", || handle.stats().broken);
+    let refused = handle.admit(request(&prompt(1, 4), greedy(1), Mode::Generate), Client::default().sink());
+    assert!(matches!(refused.unwrap_err().error, Error::Closed));
+    drop(handle);
     join(thread);
 }
 
