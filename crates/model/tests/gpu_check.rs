@@ -1,8 +1,6 @@
 //! What runs on a GPU machine, on the emulated device: the emulated machine's own tests, every kernel against double precision,
 //! and `kvasir-gpu-check`, as `scripts/gpu-check` calls them.
 
-#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
-
 #[path = "common/emulated.rs"]
 mod emulated;
 
