@@ -9,7 +9,7 @@
 //!   itself here, and a model that knows its tokenizer prefers it anyway.
 //! - **White space between JSON tokens is bounded** ([`WHITE_SPACE`]): a model that prefers blanks could otherwise write
 //!   little else until `max_tokens`.
-//! - **Every limit is set** ([`limits`]), as schemas come from clients. llguidance counts its work in steps of its own, so
+//! - **Every limit is set** (`limits`), as schemas come from clients. llguidance counts its work in steps of its own, so
 //!   the limits hold on any machine. What they refuse is refused at once, or ends the answer with an error.
 
 #![forbid(unsafe_code)]

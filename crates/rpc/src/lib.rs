@@ -34,7 +34,7 @@ pub use tls::{Error, TlsConfig};
 use tls::Tls;
 
 /// Calls of one connection that were given up and are kept in mind all the same, by the one who is called until it accepts
-/// them and by the caller for [`REMEMBERED`]. More than can be read from a socket before those read are accepted (a mebibyte,
+/// them and by the caller for `REMEMBERED`. More than can be read from a socket before those read are accepted (a mebibyte,
 /// at some thirty bytes each); a kilobyte each at most.
 pub const GIVEN_UP: usize = 1 << 16;
 /// How long a caller remembers: longer than frames are under way.

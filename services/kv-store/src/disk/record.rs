@@ -47,7 +47,7 @@ pub struct Record {
     pub parent: u32,
     /// What decides which node has it: how the hash of its placement group's first block begins.
     pub group: u64,
-    /// Whose it is: see [`super::Origins`].
+    /// Whose it is: see `super::Origins`.
     pub origin: u32,
 }
 

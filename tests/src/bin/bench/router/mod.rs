@@ -7,8 +7,8 @@
 //! within a repetition. smg and sglang-router pass bodies on without tokenizing; Dynamo's frontend does the same work as
 //! ours, in front of its own simulated worker.
 //!
-//! More rows: a [`Load`](plan::Load) for what all routers are given, with its row in [`goals`]; or a function beside
-//! [`hold::run`] for what only ours does: [`moved`] kills workers, [`alone`] runs parts of ours by themselves. How good our choices of
+//! More rows: a [`Load`] for what all routers are given, with its row in [`goals`]; or a function beside
+//! [`hold::run`] for what only ours does: [`moved`] kills workers, [`alone`](mod@alone) runs parts of ours by themselves. How good our choices of
 //! workers are, [`simulated`] tells, without a clock.
 //!
 //! All of it runs in a network namespace of its own where one can be had: a part of Dynamo listens on every address.
