@@ -12,12 +12,12 @@
 //! Expressions are the library's own, compiled by it. A tokenizer with any other step, or one that fails a trial when it is
 //! loaded, is the library's alone.
 
-use std::sync::LazyLock;
-
 use kvasir_types::TokenId;
 use tokenizers::{
     Model as _, OffsetReferential, OffsetType, PreTokenizerWrapper, SplitDelimiterBehavior, Tokenizer, utils::SysRegex,
 };
+
+use super::vocab::LETTERS;
 
 /// What GPT-2 takes for a word (its encoder.py), as the library has it.
 const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
@@ -162,19 +162,7 @@ fn cut(cuts: &[Cut], text: &str, word: &mut dyn FnMut(&str) -> tokenizers::Resul
     cut(others, &text[end..], word)
 }
 
-/// Bytes as letters, so that each has a form that can be printed (GPT-2's `bytes_to_unicode`): printable ones stand for
-/// themselves, the others are counted from 256 on.
-static LETTERS: LazyLock<[char; 256]> = LazyLock::new(|| {
-    let mut next = 256;
-    std::array::from_fn(|byte| match byte {
-        0x21..=0x7e | 0xa1..=0xac | 0xae..=0xff => char::from(byte as u8),
-        _ => {
-            next += 1;
-            char::from_u32(next - 1).unwrap_or(char::REPLACEMENT_CHARACTER)
-        }
-    })
-});
-
+/// Writes a word's bytes as letters.
 fn spell(word: &str, spelled: &mut String) {
     spelled.clear();
     let letters = &*LETTERS;

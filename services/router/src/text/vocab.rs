@@ -8,7 +8,10 @@
 //! that undone, decoding is concatenation, and a table does it without asking the tokenizer. Of other tokenizers the
 //! table is good for naming single tokens (log-probabilities), not for decoding: see [`super::detok`].
 
-use std::collections::HashSet;
+use std::{
+    collections::{HashMap, HashSet},
+    sync::LazyLock,
+};
 
 use kvasir_types::TokenId;
 use tokenizers::{DecoderWrapper, Tokenizer};
@@ -25,7 +28,8 @@ impl Vocab {
     /// Reads the table out of a tokenizer.
     pub(crate) fn of(tokenizer: &Tokenizer) -> Self {
         let concatenates = tokenizer.get_decoder().is_some_and(is_byte_level);
-        let byte_of = printable_bytes();
+        let byte_of: HashMap<char, u8> = LETTERS.iter().copied().zip(0..=u8::MAX).collect();
+        let byte_of = |letter: char| byte_of.get(&letter).copied();
         let mut tokens: Vec<(u32, String)> =
             tokenizer.get_vocab(true).into_iter().map(|(text, id)| (id, text)).collect();
         tokens.sort_unstable();
@@ -79,16 +83,15 @@ fn is_byte_level(decoder: &DecoderWrapper) -> bool {
     }
 }
 
-/// GPT-2's table backwards: which byte a printable character stands for. Bytes that are printable in Latin-1 stand for
-/// themselves; the others, in order, are the characters from U+0100 on.
-fn printable_bytes() -> impl Fn(char) -> Option<u8> {
-    let printable = |byte: u8| matches!(byte, b'!'..=b'~' | 0xA1..=0xAC | 0xAE..=0xFF);
-    let others: Vec<u8> = (0..=255u8).filter(|&byte| !printable(byte)).collect();
-    move |c: char| match u8::try_from(c as u32) {
-        Ok(byte) => printable(byte).then_some(byte),
-        Err(_) => others.get(c as usize - 0x100).copied(),
-    }
-}
+/// Bytes as letters, so that each has a form that can be printed (GPT-2's `bytes_to_unicode`): those that are printable in
+/// Latin-1 stand for themselves; the others, in order, are the characters from U+0100 on.
+pub(super) static LETTERS: LazyLock<[char; 256]> = LazyLock::new(|| {
+    let mut others = '\u{100}'..;
+    std::array::from_fn(|byte| match byte as u8 {
+        printable @ (b'!'..=b'~' | 0xA1..=0xAC | 0xAE..=0xFF) => char::from(printable),
+        _ => others.next().expect("there are more characters than bytes"),
+    })
+});
 
 fn push_byte_level(text: &str, byte_of: &impl Fn(char) -> Option<u8>, out: &mut Vec<u8>) {
     // A token with a character outside the table (an added one, `<|tool▁call|>`) stands for itself as a whole; so does
@@ -114,7 +117,8 @@ mod tests {
 
     #[test]
     fn every_byte_has_exactly_one_printable_character() {
-        let byte_of = printable_bytes();
+        let byte_of: HashMap<char, u8> = LETTERS.iter().copied().zip(0..=u8::MAX).collect();
+        let byte_of = |letter: char| byte_of.get(&letter).copied();
         let bytes: Vec<u8> = (0..0x200).filter_map(char::from_u32).filter_map(byte_of).collect();
         let distinct: HashSet<u8> = bytes.iter().copied().collect();
         assert_eq!((bytes.len(), distinct.len()), (256, 256));
