@@ -4,6 +4,10 @@
 //! is restarted, when somebody's rights change. A call that it refuses for that is made again with a new one, and the
 //! password is read anew for it, so that one exchanged on disk counts at once.
 //!
+//! etcd may begin to ask while we are connected. It tells who shows no certificate that a token is wanted; whoever shows one
+//! that names nobody it takes for a user without a name, who may do nothing. So where etcd did not ask when we came, a call
+//! that it denies is made again with a token.
+//!
 //! Checking a password is made to be slow: one that was refused is not shown again for a while.
 
 use std::{path::PathBuf, time::Duration};
@@ -28,6 +32,8 @@ pub(super) struct Account {
 struct Proof {
     /// How many tokens there were.
     tokens: u64,
+    /// The last time etcd gave none, because it did not ask who calls.
+    unasked: bool,
     refused: Option<Refused>,
 }
 
@@ -55,6 +61,11 @@ impl Account {
         self.proof.lock().await.tokens
     }
 
+    /// Whether there is no token because etcd did not ask for any, as far as we know.
+    pub(super) async fn is_unasked(&self) -> bool {
+        self.proof.lock().await.unasked
+    }
+
     /// Who it is.
     pub(super) fn username(&self) -> &str {
         &self.username
@@ -75,9 +86,9 @@ impl Account {
             return Err(Trouble::Refused(refused.why.clone()));
         }
         match client.update_user(Some((self.username.clone(), password.clone()))).await {
-            Ok(()) => {}
+            Ok(()) => proof.unasked = false,
             // The user may be told to us before etcd begins to ask.
-            Err(error) if message(&error).contains("authentication is not enabled") => {}
+            Err(error) if message(&error).contains("authentication is not enabled") => proof.unasked = true,
             Err(error) if message(&error).contains("authentication failed") => {
                 let why = format!(
                     "it knows no user {:?} with the password in {} (registry.etcd.username, password_file)",

@@ -283,8 +283,8 @@ impl Etcd {
             tokens = account.tokens().await;
         }
         let mut answer = call(self.client.clone()).await;
-        if answer.as_ref().is_err_and(account::wants_token)
-            && let Some(account) = &self.account
+        if let (Err(error), Some(account)) = (&answer, &self.account)
+            && (account::wants_token(error) || account::is_denied(error) && account.is_unasked().await)
         {
             account.prove(&mut self.client.clone(), tokens).await?;
             answer = call(self.client.clone()).await;

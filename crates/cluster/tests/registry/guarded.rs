@@ -41,6 +41,13 @@ struct World {
 impl World {
     /// With a user who may do what is needed below our prefix, and nothing else.
     async fn start() -> Self {
+        let world = Self::open().await;
+        Client::connect([&world.clear], None).await.unwrap().auth_enable().await.unwrap();
+        world
+    }
+
+    /// The same before it asks who calls.
+    async fn open() -> Self {
         let files = tempfile::tempdir().unwrap();
         issue(files.path());
         let clear = format!("127.0.0.1:{}", free_port());
@@ -61,7 +68,6 @@ impl World {
         let ours = Permission::new(PermissionType::Readwrite, "/kvasir/v1/").with_prefix();
         root.role_grant_permission("kvasir", ours).await.unwrap();
         root.user_grant_role("kvasir", "kvasir").await.unwrap();
-        root.auth_enable().await.unwrap();
         std::fs::write(files.path().join("password"), format!("{PASSWORD}\n")).unwrap();
         Self { etcd, clear, files }
     }
@@ -135,6 +141,30 @@ async fn what_is_missing_or_wrong_is_told_in_one_line_that_says_what_to_do() {
         let error = Process::with_etcd(config).await.map(drop).unwrap_err();
         assert!(matches!(error, Error::Refused { .. }) && error.to_string().contains(told), "{error}, not {told}");
     }
+}
+
+/// A certificate that names nobody is a user without a name for an etcd that begins to ask: it denies, where it would ask
+/// whoever shows none for a token.
+#[tokio::test]
+async fn who_came_before_etcd_asked_is_known_to_it_once_it_does() {
+    let world = World::open().await;
+    let (one, two) =
+        (Process::with_etcd(world.config()).await.unwrap(), Process::with_etcd(world.config()).await.unwrap());
+    one.registry.register(member("a", 1)).await.unwrap();
+    two.sees(&["a"]).await;
+
+    Client::connect([&world.clear], None).await.unwrap().auth_enable().await.unwrap();
+    one.registry.register(member("b", 2)).await.unwrap();
+    two.registry.register(member("c", 3)).await.unwrap();
+    for process in [&one, &two] {
+        process.sees(&["a", "b", "c"]).await;
+    }
+
+    // Who has shown a password and may not do it after all is told so.
+    let prefix = RoleRevokePermissionOptions::new().with_prefix();
+    world.root().await.role_revoke_permission("kvasir", "/kvasir/v1/", Some(prefix)).await.unwrap();
+    let denied = one.registry.register(member("d", 4)).await.unwrap_err();
+    assert!(matches!(denied, Error::Refused { .. }) && denied.to_string().contains("may not read"), "{denied}");
 }
 
 #[tokio::test]
