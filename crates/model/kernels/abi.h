@@ -215,6 +215,10 @@ typedef struct {
 #define KVASIR_WIDE_SHARED(weight_bytes, planes, tile)                                                                          \
     (KVASIR_WIDE_STAGES(weight_bytes) * KVASIR_K_UNIT * (KVASIR_WIDE_ROWS * (weight_bytes) + (tile) * 2 * (planes)))
 
+/* Weights that share a scale, where it is not a row's. */
+#define KVASIR_SCALE_ROWS 16
+#define KVASIR_SCALE_COLS 128
+
 /* Rows that go through one of several matrices. */
 typedef struct {
     uint32_t matrix, first, count, pad;
@@ -222,7 +226,7 @@ typedef struct {
 
 typedef struct {
     const void *w;              /* [matrices][n][ld_w], matrices w_stride elements apart */
-    const float *scale;         /* null or [matrices][n] */
+    const float *scale;         /* null or [matrices][n]; with scale_blocks see below */
     const float *bias;          /* [n] or null; with several matrices null */
     const uint16_t *x_hi, *x_lo; /* [..][ld_x]; of batch b at + b * x_stride */
     const uint32_t *x_rows;     /* row of x of each row, or null: its own */
@@ -231,7 +235,10 @@ typedef struct {
     float *partials;            /* [KVASIR_K_SLICES][rows][n]; used where splits > 1 */
     uint64_t w_stride, x_stride, out_stride, scale_stride; /* elements; x and out strides count only without groups */
     uint32_t rows, n, k, ld_w, ld_x, ld_out; /* k padded: multiple of KVASIR_K_UNIT */
-    uint32_t splits, pad;
+    uint32_t splits;
+    uint32_t scale_blocks; /* 0, or ceil(k / KVASIR_SCALE_COLS): then weights of one byte have a scale for each block of
+                            * KVASIR_SCALE_ROWS rows and KVASIR_SCALE_COLS columns, [matrices][ceil(n / KVASIR_SCALE_ROWS)][scale_blocks]
+                            * pairs of the scale and its quotient by the next block's (of the last block of a row: 1) */
 } linear_args;
 
 /* linear_sum: adds the slices of `partials` in order, then scale (per row of w, or none) and bias. Takes linear_args.

@@ -67,6 +67,15 @@ template <typename T, bool exact, u32 tiles> KVASIR_DEVICE void linear_narrow(co
                     }
                 }
                 if (unit + ahead < end) load(raw[i], unit + ahead);
+                if (Stored<T>::bytes == 1 && batch.pairs && (unit + 1 == end || ends_block(unit))) {
+                    float2 pair = pairs_of(args, batch, first_row)[block_of(unit)];
+                    f32 factor = unit + 1 == end ? pair.x : pair.y;
+#pragma unroll
+                    for (u32 tile = 0; tile < tiles; tile++) {
+#pragma unroll
+                        for (u32 j = 0; j < 4; j++) chain[tile][j] *= factor;
+                    }
+                }
             }
         }
         // sums[slice][token][row]

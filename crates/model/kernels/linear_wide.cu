@@ -121,6 +121,18 @@ template <typename T, bool exact, u32 tokens> KVASIR_DEVICE void linear_wide(con
                         }
                     }
                 }
+                if (Stored<T>::bytes == 1 && batch.pairs && (unit + 1 == end || ends_block(unit))) {
+#pragma unroll
+                    for (u32 r = 0; r < row_tiles; r++) {
+                        float2 pair = pairs_of(args, batch, first_row + warp_row + 16 * r)[block_of(unit)];
+                        f32 factor = unit + 1 == end ? pair.x : pair.y;
+#pragma unroll
+                        for (u32 tile = 0; tile < token_tiles; tile++) {
+#pragma unroll
+                            for (u32 j = 0; j < 4; j++) chain[r][tile][j] *= factor;
+                        }
+                    }
+                }
             }
 #pragma unroll
             for (u32 r = 0; r < row_tiles; r++) {
@@ -188,6 +200,6 @@ extern "C" __global__ void __launch_bounds__(KVASIR_ROW_THREADS) linear_sum(cons
     if (n >= args.n) return;
     f32 total = args.partials[(u64)row * args.n + n];
     for (u32 slice = 1; slice < KVASIR_K_SLICES; slice++) total += args.partials[((u64)slice * args.rows + row) * args.n + n];
-    args.out[(u64)row * args.ld_out + n] = finish(total, args.scale, args.bias, n);
+    args.out[(u64)row * args.ld_out + n] = finish(total, args.scale_blocks ? nullptr : args.scale, args.bias, n);
 }
 KVASIR_EXPORT(linear_sum, linear_args);

@@ -16,6 +16,9 @@
 //
 // Columns are cut in KVASIR_K_SLICES slices whose bounds depend on the width alone. A slice is one chain of mmas from zero;
 // slices are added in ascending order.
+//
+// Where blocks of weights share a scale, a chain is in units of the scale of the block that it has come to: from one block to
+// the next it is multiplied by the quotient of their scales, and at the end of the slice by the last one's.
 #pragma once
 
 #include "rows.cuh"
@@ -128,7 +131,8 @@ KVASIR_DEVICE u32 slice_begin(u32 units, u32 slice) { return units * slice / KVA
 // Which rows go through which matrix, for one block of the grid.
 struct Batch {
     const u8 *weights;
-    const f32 *scale;
+    const f32 *scale;   // of rows, or null
+    const float2 *pairs; // of blocks, or null
     const u16 *x[2];
     f32 *out;
     u32 first, rows;
@@ -146,7 +150,10 @@ template <typename T> KVASIR_DEVICE Batch batch_of(const linear_args &args, u32 
         x_at = index * args.x_stride, out_at = index * args.out_stride;
     }
     batch.weights = (const u8 *)args.w + matrix * args.w_stride * Stored<T>::bytes;
-    batch.scale = args.scale ? args.scale + matrix * args.scale_stride : nullptr;
+    const f32 *scale = args.scale ? args.scale + matrix * args.scale_stride : nullptr;
+    bool blocks = Stored<T>::bytes == 1 && args.scale_blocks > 0;
+    batch.scale = blocks ? nullptr : scale;
+    batch.pairs = blocks ? (const float2 *)scale : nullptr;
     batch.x[0] = args.x_hi + x_at;
     batch.x[1] = args.x_lo + x_at;
     batch.out = args.out + out_at;
@@ -157,6 +164,15 @@ template <typename T> KVASIR_DEVICE Batch batch_of(const linear_args &args, u32 
 KVASIR_DEVICE u64 row_of_x(const linear_args &args, const Batch &batch, u32 i) {
     u32 row = batch.first + i;
     return (u64)(args.x_rows ? args.x_rows[row] : row) * args.ld_x;
+}
+
+// Whether a block of columns ends with `unit`, and which one it is.
+KVASIR_DEVICE bool ends_block(u32 unit) { return (unit + 1) % (KVASIR_SCALE_COLS / KVASIR_K_UNIT) == 0; }
+KVASIR_DEVICE u32 block_of(u32 unit) { return unit / (KVASIR_SCALE_COLS / KVASIR_K_UNIT); }
+
+// The pairs of the block of rows that begins with `row`.
+KVASIR_DEVICE const float2 *pairs_of(const linear_args &args, const Batch &batch, u32 row) {
+    return batch.pairs + (u64)(min(row, args.n - 1) / KVASIR_SCALE_ROWS) * args.scale_blocks;
 }
 
 // What is done to a finished sum.

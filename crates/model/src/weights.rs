@@ -4,10 +4,10 @@
 //! file = [header length: u64 le][header: JSON name → {dtype, shape, data_offsets}][tensor bytes]
 //! ```
 //!
-//! Weights stay in the type they are stored in (8-bit ones beside a `weight_scale`, as compressed-tensors writes them) and
-//! are widened while a kernel loads them, so a model costs its file's
-//! size in page cache once, however many processes serve it, and nothing more. A folder holds one `model.safetensors` or
-//! an index that says which shard holds which tensor.
+//! Weights stay in the type they are stored in (8-bit ones beside a `weight_scale`, as compressed-tensors writes them, or a
+//! `weight_scale_inv`, as DeepSeek does) and are widened while a kernel loads them, so a model costs its file's size in page
+//! cache once, however many processes serve it, and nothing more. A folder holds one `model.safetensors` or an index that
+//! says which shard holds which tensor.
 //!
 //! Everything in these files comes from outside: header lengths and offsets are checked against the file's real length,
 //! shapes against the configuration, shard names against leaving the folder, before a byte of a tensor is touched.
@@ -80,36 +80,80 @@ impl Dtype {
     }
 }
 
+/// Rows, and columns, of a block of weights that share a scale.
+pub(crate) const BLOCK: usize = 128;
+
+/// What stored elements are multiplied by.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Scale<'a> {
+    /// They are the numbers themselves.
+    None,
+    /// One for each row.
+    Rows(&'a [f32]),
+    /// One for each block of [`BLOCK`]` × `[`BLOCK`] (those at the ends are smaller): `[blocks of rows][blocks of columns]`.
+    Blocks(&'a [f32]),
+}
+
 /// One weight: a matrix of `rows × cols` (a vector is one row) inside a mapped file.
 #[derive(Clone, Debug)]
 pub(crate) struct Tensor {
-    file: Arc<MappedFile>,
-    start: usize,
+    data: Data,
     pub(crate) dtype: Dtype,
     pub(crate) rows: usize,
     pub(crate) cols: usize,
-    /// What each row is multiplied by; empty for types that need none.
+    /// As [`Scale`] has it; empty for types that need none.
     scale: Arc<[f32]>,
+    /// Whether those are of blocks.
+    blocks: bool,
+}
+
+/// Where a tensor's bytes are.
+#[derive(Clone, Debug)]
+enum Data {
+    Mapped { file: Arc<MappedFile>, start: usize },
+    Made(Arc<[u8]>),
 }
 
 impl Tensor {
-    /// What each row is multiplied by; empty for types that need none.
-    pub(crate) fn scale(&self) -> &[f32] {
-        &self.scale
+    /// What its elements are multiplied by.
+    pub(crate) fn scale(&self) -> Scale<'_> {
+        match (self.scale.is_empty(), self.blocks) {
+            (true, _) => Scale::None,
+            (false, false) => Scale::Rows(&self.scale),
+            (false, true) => Scale::Blocks(&self.scale),
+        }
+    }
+
+    /// The same; if blocks of it share a scale then as the numbers themselves.
+    pub(crate) fn without_blocks(&self) -> Self {
+        if !self.blocks {
+            return self.clone();
+        }
+        let data = Data::Made(self.to_f32().iter().flat_map(|value| value.to_le_bytes()).collect());
+        Self { data, dtype: Dtype::F32, rows: self.rows, cols: self.cols, scale: Arc::default(), blocks: false }
     }
 
     /// Its bytes: row-major, little-endian, of no particular alignment.
     pub(crate) fn bytes(&self) -> &[u8] {
         let len = self.rows * self.cols * self.dtype.bytes();
-        &self.file.bytes()[self.start..self.start + len]
+        match &self.data {
+            Data::Mapped { file, start } => &file.bytes()[*start..start + len],
+            Data::Made(bytes) => bytes,
+        }
     }
 
     /// One row, widened into `out`.
     pub(crate) fn row_into(&self, row: usize, out: &mut [f32]) {
         let width = self.cols * self.dtype.bytes();
         widen(&self.bytes()[row * width..(row + 1) * width], self.dtype, out);
-        if let Some(scale) = self.scale.get(row) {
-            out.iter_mut().for_each(|value| *value *= scale);
+        match self.scale() {
+            Scale::None => {}
+            Scale::Rows(scale) => out.iter_mut().for_each(|value| *value *= scale[row]),
+            Scale::Blocks(scale) => {
+                let scale = &scale[row / BLOCK * self.cols.div_ceil(BLOCK)..];
+                let blocks = out.chunks_mut(BLOCK).zip(scale);
+                blocks.for_each(|(block, scale)| block.iter_mut().for_each(|value| *value *= scale));
+            }
         }
     }
 
@@ -167,7 +211,8 @@ impl Weights {
         }
         let Index { weight_map } = read_json(&index, MAX_INDEX_BYTES)?;
         let mut shards = HashMap::new();
-        let names = expected::tensors(config).into_iter().flat_map(|(name, _)| [scale_of(&name), name]);
+        let names = expected::tensors(config).into_iter();
+        let names = names.flat_map(|(name, _)| [scale_of(&name), inverse_of(&name), name]);
         for name in names {
             let Some(file) = weight_map.get(&name) else { continue }; // reported below, where it is needed
             if !is_plain_shard_name(file) {
@@ -195,9 +240,11 @@ impl Weights {
         for (name, shape) in expected::tensors(config) {
             let mut tensor = shard_of(&name, &shape)?.tensor(&name, &shape)?;
             if tensor.dtype.is_scaled() {
-                let name = scale_of(&name);
-                let scale = shard_of(&name, &[tensor.rows, 1])?.scale(&name, tensor.rows)?;
-                tensor.scale = spread(&scale, tensor.rows);
+                let inverse = inverse_of(&name);
+                let is_there = shard_of(&inverse, &[]).is_ok_and(|shard| shard.entries.contains_key(&inverse));
+                let name = if is_there { inverse } else { scale_of(&name) };
+                let (scale, blocks) = shard_of(&name, &[tensor.rows, 1])?.scale(&name, &tensor)?;
+                (tensor.scale, tensor.blocks) = (spread(&scale, tensor.rows), blocks);
                 tensors.insert(name, scale); // as every tensor that matters, for the fingerprint
             }
             tensors.insert(name, tensor);
@@ -222,7 +269,10 @@ impl Weights {
 
     /// Tells the system how the mapped files will be read next; advice only.
     pub(crate) fn advise_sampling(&self, sampling: bool) {
-        self.tensors.values().for_each(|tensor| tensor.file.advise(tensor.start, tensor.bytes().len(), sampling));
+        for tensor in self.tensors.values() {
+            let Data::Mapped { file, start } = &tensor.data else { continue };
+            file.advise(*start, tensor.bytes().len(), sampling);
+        }
     }
 }
 
@@ -231,7 +281,12 @@ fn scale_of(weight: &str) -> String {
     format!("{weight}_scale")
 }
 
-/// A scale for each of `rows` rows.
+/// What DeepSeek's files call it: to multiply by all the same, an inverse of what the weight was multiplied by.
+fn inverse_of(weight: &str) -> String {
+    format!("{weight}_scale_inv")
+}
+
+/// A scale for each of `rows` rows, or for each block.
 fn spread(scale: &Tensor, rows: usize) -> Arc<[f32]> {
     match scale.to_f32()[..] {
         [one] => vec![one; rows].into(),
@@ -286,15 +341,19 @@ impl Shard {
             [rows, cols] => (rows, cols),
             _ => unreachable!("expected shapes are vectors and matrices"),
         };
-        Ok(Tensor { file: self.file.clone(), start: entry.start, dtype, rows, cols, scale: Arc::default() })
+        let data = Data::Mapped { file: self.file.clone(), start: entry.start };
+        Ok(Tensor { data, dtype, rows, cols, scale: Arc::default(), blocks: false })
     }
 
-    /// The scale of a weight of `rows` rows: one for each, or one for all.
-    fn scale(&self, name: &str, rows: usize) -> Result<Tensor, Error> {
-        let (shape, one): (&[usize], _) = match self.entries.get(name).map(|entry| entry.shape.as_slice()) {
-            Some([] | [1] | [1, 1]) => (&[1], true),
-            Some([n]) if *n == rows => (&[rows], false),
-            _ => (&[rows, 1], false), // or an error that says so
+    /// The scale of a weight, one for each row, for each block, or for all; and whether it is for blocks.
+    fn scale(&self, name: &str, weight: &Tensor) -> Result<(Tensor, bool), Error> {
+        let rows = weight.rows;
+        let of_blocks = [rows.div_ceil(BLOCK), weight.cols.div_ceil(BLOCK)];
+        let (shape, one, blocks): (&[usize], _, _) = match self.entries.get(name).map(|entry| entry.shape.as_slice()) {
+            Some([] | [1] | [1, 1]) => (&[1], true, false),
+            Some([n]) if *n == rows => (&[rows], false, false),
+            Some(shape) if shape == of_blocks => (&of_blocks, false, true),
+            _ => (&[rows, 1], false, false), // or an error that says so
         };
         let scale = match self.entries.get(name) {
             // An element is an element, whatever the shape around it.
@@ -305,7 +364,7 @@ impl Shard {
         if scale.dtype.is_scaled() || !scale.to_f32().iter().all(usable) {
             return Err(Error::BadScale { tensor: name.to_owned(), file: self.path.clone() });
         }
-        Ok(scale)
+        Ok((scale, blocks))
     }
 }
 

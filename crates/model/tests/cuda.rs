@@ -16,6 +16,7 @@ use kvasir_model::{
     Backend, Folder, SeqInput,
     cpu::Compute,
     cuda::{CudaBackend, Options},
+    quantize::{Scheme, quantize},
 };
 use kvasir_types::{BlockId, KvDtype, TokenId};
 
@@ -99,32 +100,45 @@ fn a_layer_is_not_written_again_after_it_was_announced() {
 #[test]
 fn every_family_computes_what_the_processor_does() {
     for name in tiny() {
-        let folder = Folder::open(&models().join("tiny").join(&name)).unwrap();
-        let prompt: Vec<TokenId> = (0..70).map(|i| TokenId(i * 37 % 1532)).collect();
-        let rows = |mut bench: Bench, chunk: usize| {
-            let (tables, company) = (bench.tables(prompt.len()), bench.tables(prompt.len()));
-            let mut rows = Vec::new();
-            for start in (0..prompt.len()).step_by(chunk) {
-                let end = (start + chunk).min(prompt.len());
-                let tables = bench.with_gone(&tables, start);
-                let own = SeqInput { tokens: &prompt[start..end], start, tables: &tables, rows: end - start };
-                let other = SeqInput { tokens: &prompt[..3], start: 0, tables: &company, rows: 2 };
-                let logits = bench.backend.forward(&[own, other], &mut |_| {}).unwrap();
-                rows.extend_from_slice(&logits.rows[..(end - start) * logits.vocab]);
-            }
-            rows
-        };
-        // In f16 a difference in the last place may be rounded to one of a thousandth. Few do both: emulating takes its time.
-        let in_f16 = ["deepseek-v2", "gemma2", "gemma3", "llama3-untied", "mistral-window"].contains(&name.as_str());
-        let dtypes = [(KvDtype::F32, 0.02), (KvDtype::F16, 0.1)];
-        for (dtype, tolerance) in dtypes.into_iter().take(if in_f16 { 2 } else { 1 }) {
-            let ours = rows(bench(&folder, 16, dtype), 41);
-            let others = rows(bench(&folder, 8, dtype), 13);
-            assert_same_bits(&ours, &others, &name);
-            let expected = rows(Bench::new(&folder, 16, dtype, 1), 41);
-            let apart = furthest(&ours, &expected);
-            println!("{name}, {dtype:?}: logits differ by {apart}");
-            assert!(nan_max(0.0, apart) < tolerance, "{name}, {dtype:?}: logits differ by {apart}");
+        computes_what_the_processor_does(&name, &Folder::open(&models().join("tiny").join(&name)).unwrap());
+    }
+}
+
+/// The same where blocks of 8-bit weights share a scale: wider than a block, of experts, of latents.
+#[test]
+fn scales_of_blocks_are_the_processors() {
+    for name in ["demo", "tiny/qwen3-moe", "tiny/deepseek-v3"] {
+        let dir = tempfile::tempdir().unwrap();
+        quantize(&models().join(name), dir.path(), Scheme::Fp8Block).unwrap();
+        computes_what_the_processor_does(name, &Folder::open(dir.path()).unwrap());
+    }
+}
+
+fn computes_what_the_processor_does(name: &str, folder: &Folder) {
+    let prompt: Vec<TokenId> = (0..70).map(|i| TokenId(i * 37 % 1532)).collect();
+    let rows = |mut bench: Bench, chunk: usize| {
+        let (tables, company) = (bench.tables(prompt.len()), bench.tables(prompt.len()));
+        let mut rows = Vec::new();
+        for start in (0..prompt.len()).step_by(chunk) {
+            let end = (start + chunk).min(prompt.len());
+            let tables = bench.with_gone(&tables, start);
+            let own = SeqInput { tokens: &prompt[start..end], start, tables: &tables, rows: end - start };
+            let other = SeqInput { tokens: &prompt[..3], start: 0, tables: &company, rows: 2 };
+            let logits = bench.backend.forward(&[own, other], &mut |_| {}).unwrap();
+            rows.extend_from_slice(&logits.rows[..(end - start) * logits.vocab]);
         }
+        rows
+    };
+    // In f16 a difference in the last place may be rounded to one of a thousandth. Few do both: emulating takes its time.
+    let in_f16 = ["deepseek-v2", "gemma2", "gemma3", "llama3-untied", "mistral-window"].contains(&name);
+    let dtypes = [(KvDtype::F32, 0.02), (KvDtype::F16, 0.1)];
+    for (dtype, tolerance) in dtypes.into_iter().take(if in_f16 { 2 } else { 1 }) {
+        let ours = rows(bench(folder, 16, dtype), 41);
+        let others = rows(bench(folder, 8, dtype), 13);
+        assert_same_bits(&ours, &others, name);
+        let expected = rows(Bench::new(folder, 16, dtype, 1), 41);
+        let apart = furthest(&ours, &expected);
+        println!("{name}, {dtype:?}: logits differ by {apart}");
+        assert!(nan_max(0.0, apart) < tolerance, "{name}, {dtype:?}: logits differ by {apart}");
     }
 }

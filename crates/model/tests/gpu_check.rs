@@ -45,9 +45,26 @@ fn every_kernel_is_near_double_precision() {
         .output()
         .unwrap();
     assert!(compiled.status.success(), "{}", text(&compiled));
-    let output = Command::new(program).arg(dir.join("libcuda.so")).args(["emulated", "4"]).output().unwrap();
+    let output = Command::new(&program).arg(dir.join("libcuda.so")).args(["emulated", "4"]).output().unwrap();
     assert!(output.status.success(), "{}", text(&output));
     assert!(text(&output).contains("attend_decode_f16_128_exact"), "{}", text(&output));
+
+    // Times of single kernels mean nothing here; that they run and are told does.
+    let json = dir.join("speed.json");
+    let output = Command::new(&program)
+        .arg(dir.join("libcuda.so"))
+        .args(["emulated", "quick-speed"])
+        .arg(&json)
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", text(&output));
+    let rows: serde_json::Value = serde_json::from_str(&fs::read_to_string(&json).unwrap()).unwrap();
+    for (row, what) in rows.as_array().unwrap().iter().zip(["attention, batch 2", "blocks to the host"]) {
+        assert!(
+            row["what"].as_str().unwrap().starts_with(what) && row["of_copies"].as_f64().unwrap() > 0.0,
+            "{rows:#}"
+        );
+    }
 }
 
 /// The whole program; and that it takes no device that is not one unless it is told to.
@@ -67,12 +84,20 @@ fn gpu_check_says_what_is_right_and_what_is_there() {
     assert!(text(&output).contains("no GPU to check"), "{}", text(&output));
     assert_eq!(check(&["--only", "nothing"]).status.code(), Some(2));
 
-    let output = check(&["--emulated", "--quick", "--json", json.to_str().unwrap()]);
+    // PyTorch's figures, made up: that they are set beside ours is what shows.
+    let baseline = work.path().join("baseline.json");
+    let theirs = r#"{"matrix_tflops": 700.0, "rows": [{"what": "prefill of 256 tokens", "seconds": 1e6}]}"#;
+    fs::write(&baseline, theirs).unwrap();
+    let baseline = ["--baseline", baseline.to_str().unwrap()];
+    assert_eq!(check(&["--baseline", "none"]).status.code(), Some(2));
+    let output = check(&[&["--emulated", "--quick", "--json", json.to_str().unwrap()][..], &baseline].concat());
     assert!(output.status.success(), "{}", text(&output));
     let report: serde_json::Value = serde_json::from_str(&fs::read_to_string(&json).unwrap()).unwrap();
     let rows = report["rows"].as_array().unwrap();
     assert!(rows.iter().any(|row| row["met"] == true) && rows.iter().all(|row| row["met"] != false), "{report:#}");
-    for what in ["golden answers", "decode, batch 1", "prefill", "blocks landed"] {
+    for what in
+        ["golden answers", "decode, batch 1", "prefill", "prefill of 256 tokens, beside PyTorch", "blocks landed"]
+    {
         assert!(rows.iter().any(|row| row["what"].as_str().unwrap().contains(what)), "{what}: {report:#}");
     }
 }

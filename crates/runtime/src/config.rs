@@ -38,6 +38,9 @@ pub trait Config: Default + Serialize + DeserializeOwned + Send + Sync + 'static
     /// notices: `from the next request on`. All others are read at start.
     const LIVE: &'static [(&'static str, &'static str)] = &[];
 
+    /// Flags of their own for keys that are often said by hand: the flag, its key, and what it does in a few words.
+    const FLAGS: &'static [(&'static str, &'static str, &'static str)] = &[];
+
     /// Checks what the types can't.
     ///
     /// # Errors

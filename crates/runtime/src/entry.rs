@@ -190,7 +190,9 @@ fn arguments<C: Config>(
         }
     })?;
     let file = matches.get_one::<PathBuf>("config").cloned();
-    let set = matches.get_many::<String>("set").into_iter().flatten().cloned().collect();
+    let flags =
+        C::FLAGS.iter().filter_map(|(flag, key, _)| Some(format!("{key}={}", matches.get_one::<String>(flag)?)));
+    let set = flags.chain(matches.get_many::<String>("set").into_iter().flatten().cloned()).collect();
     // What is not UTF-8 can't be ours: keys and values are.
     let env = env
         .into_iter()
@@ -232,6 +234,9 @@ fn command<C: Config>(service: &Service) -> Command {
                 .action(ArgAction::SetTrue)
                 .help("Prints the configuration that results, as YAML, and exits"),
         )
+        .args(C::FLAGS.iter().map(|(flag, key, help)| {
+            Arg::new(*flag).long(*flag).value_name("VALUE").help(format!("{help}; the same as --set {key}="))
+        }))
 }
 
 /// The list of keys with their defaults.

@@ -371,6 +371,9 @@ impl Default for SpillConfig {
 /// Guesses this far ahead are hardly ever right, and each costs a row of logits.
 const MAX_DRAFTS: usize = 16;
 
+/// Flags of workers, and of whatever contains one: [`kvasir_runtime::Config::FLAGS`].
+pub const FLAGS: &[(&str, &str, &str)] = &[("device", "engine.device", "What computes: auto, cpu or cuda:N")];
+
 /// What may be changed while a worker runs.
 const LIVE: &[(&str, &str)] = &[
     ("log.filter", "at once"),
@@ -389,6 +392,7 @@ const LIVE: &[(&str, &str)] = &[
 
 impl kvasir_runtime::Config for Config {
     const LIVE: &'static [(&'static str, &'static str)] = LIVE;
+    const FLAGS: &'static [(&'static str, &'static str, &'static str)] = FLAGS;
 
     fn verify(&self) -> Result<(), String> {
         self.check().map_err(|error| error.to_string())

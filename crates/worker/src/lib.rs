@@ -36,7 +36,7 @@ mod store;
 mod watch;
 
 pub use config::{
-    Config, DecodeConfig, EngineConfig, Fetch, KvConfig, ModelConfig, PrefillConfig, SpillConfig, StoreConfig,
+    Config, DecodeConfig, EngineConfig, FLAGS, Fetch, KvConfig, ModelConfig, PrefillConfig, SpillConfig, StoreConfig,
     WriteBackConfig, WriteBackPolicy,
 };
 pub use kvasir_types::Role;

@@ -83,7 +83,9 @@ impl Default for Config {
     }
 }
 
-impl kvasir_runtime::Config for Config {}
+impl kvasir_runtime::Config for Config {
+    const FLAGS: &'static [(&'static str, &'static str, &'static str)] = kvasir_worker::FLAGS;
+}
 
 impl Config {
     /// Checks what the types can't, before any part is started.

@@ -1,4 +1,5 @@
 // check LIBCUDA IMAGE [ROUNDS]: runs every kernel on random inputs of odd sizes and compares with sums in double precision.
+// check LIBCUDA IMAGE speed|quick-speed [JSON]: times single kernels.
 //
 //   LIBCUDA  libcuda.so.1, or the emulated one
 //   IMAGE    the cubin or PTX with the kernels; `emulated` for the emulated device
@@ -31,6 +32,11 @@ struct Driver {
     int (*release)(u64);
     int (*to_device)(u64, const void *, size_t, void *);
     int (*to_host)(void *, u64, size_t, void *);
+    int (*within)(u64, u64, size_t, void *);
+    int (*fill)(u64, unsigned char, size_t, void *);
+    int (*host_allocate)(void **, size_t, unsigned);
+    int (*host_release)(void *);
+    int (*host_at)(u64 *, void *, unsigned);
 } driver;
 void *module;
 std::set<Bytes *> memory;
@@ -75,6 +81,11 @@ void open(const char *libcuda, const char *image) {
     find(driver.release, "cuMemFree_v2");
     find(driver.to_device, "cuMemcpyHtoDAsync_v2");
     find(driver.to_host, "cuMemcpyDtoHAsync_v2");
+    find(driver.within, "cuMemcpyDtoDAsync_v2");
+    find(driver.fill, "cuMemsetD8Async");
+    find(driver.host_allocate, "cuMemHostAlloc");
+    find(driver.host_release, "cuMemFreeHost");
+    find(driver.host_at, "cuMemHostGetDevicePointer_v2");
     must(driver.init(0), "cuInit");
     int device;
     void *context;
@@ -99,17 +110,38 @@ Bytes::~Bytes() {
 }
 
 void launch(const std::string &kernel, Grid grid, u32 threads, u32 shared, const void *args, size_t bytes) {
-    void *function;
-    must(driver.function(&function, module, kernel.c_str()), "cuModuleGetFunction of " + kernel);
-    if (shared > 48 << 10) must(driver.set_attribute(function, 8, (int)shared), "shared memory of " + kernel);
     for (Bytes *each : memory) must(driver.to_device(each->device, each->host.data(), each->host.size(), nullptr), "copying");
-    std::vector<u8> copy((const u8 *)args, (const u8 *)args + bytes);
-    void *parameters[] = {copy.data()};
-    must(driver.launch(function, grid.x, grid.y, grid.z, threads, 1, 1, shared, nullptr, parameters, nullptr), "launching " + kernel);
+    fire(kernel, grid, threads, shared, args, bytes);
     must(driver.synchronise(nullptr), kernel);
     for (Bytes *each : memory) must(driver.to_host(each->host.data(), each->device, each->host.size(), nullptr), "copying");
     must(driver.synchronise(nullptr), "copying");
 }
+
+void fire(const std::string &kernel, Grid grid, u32 threads, u32 shared, const void *args, size_t bytes) {
+    static std::map<std::string, void *> known;
+    void *&function = known[kernel];
+    if (function == nullptr) must(driver.function(&function, module, kernel.c_str()), "cuModuleGetFunction of " + kernel);
+    if (shared > 48 << 10) must(driver.set_attribute(function, 8, (int)shared), "shared memory of " + kernel);
+    std::vector<u8> copy((const u8 *)args, (const u8 *)args + bytes);
+    void *parameters[] = {copy.data()};
+    must(driver.launch(function, grid.x, grid.y, grid.z, threads, 1, 1, shared, nullptr, parameters, nullptr), "launching " + kernel);
+}
+void copy(u64 to, u64 from, u64 bytes) { must(driver.within(to, from, bytes, nullptr), "copying"); }
+void wait() { must(driver.synchronise(nullptr), "waiting"); }
+
+Device::Device(u64 bytes) : bytes(bytes) { must(driver.allocate(&at, bytes + 64), "cuMemAlloc"); }
+Device::~Device() { driver.release(at); }
+void Device::fill(u8 byte) { must(driver.fill(at, byte, bytes, nullptr), "cuMemsetD8Async"); }
+void Device::put(const void *from) {
+    must(driver.to_device(at, from, bytes, nullptr), "copying");
+    wait();
+}
+Shared::Shared(u64 bytes) {
+    must(driver.host_allocate(&host, bytes, 2), "cuMemHostAlloc"); // mapped
+    must(driver.host_at(&device, host, 0), "cuMemHostGetDevicePointer");
+}
+Shared::~Shared() { driver.host_release(host); }
+void Shared::download(u64 from, u64 bytes) { must(driver.to_host(host, from, bytes, nullptr), "copying"); }
 
 void record(const std::string &kernel, double error, double limit) {
     Worst &worst = results[kernel];
@@ -203,10 +235,15 @@ f64 write(u8 *to, u32 dtype, size_t i, f32 value) {
 
 int main(int count, char **values) {
     if (count < 3) {
-        fprintf(stderr, "usage: check LIBCUDA IMAGE [ROUNDS]\n");
+        fprintf(stderr, "usage: check LIBCUDA IMAGE [ROUNDS | speed [JSON] | quick-speed [JSON]]\n");
         return 1;
     }
-    u32 rounds = count > 3 ? (u32)atoi(values[3]) : 12;
+    std::string what = count > 3 ? values[3] : "12";
+    if (what == "speed" || what == "quick-speed") {
+        check::open(values[1], values[2]);
+        return check::speed(what == "quick-speed", count > 4 ? values[4] : nullptr) ? 0 : 1;
+    }
+    u32 rounds = (u32)atoi(what.c_str());
     check::open(values[1], values[2]);
     check::rows(rounds);
     check::heads(rounds);

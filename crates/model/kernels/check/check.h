@@ -30,6 +30,37 @@ template <typename Args> void launch(const std::string &kernel, Grid grid, u32 t
     launch(kernel, grid, threads, shared, &args, sizeof args);
 }
 
+// The same without any copying, and without waiting; and waiting for all of it.
+void fire(const std::string &kernel, Grid grid, u32 threads, u32 shared, const void *args, size_t bytes);
+template <typename Args> void fire(const std::string &kernel, Grid grid, u32 threads, u32 shared, const Args &args) {
+    fire(kernel, grid, threads, shared, &args, sizeof args);
+}
+void copy(u64 to, u64 from, u64 bytes);
+void wait();
+
+// Memory of the device alone.
+struct Device {
+    explicit Device(u64 bytes);
+    template <typename T> explicit Device(const std::vector<T> &values) : Device(values.size() * sizeof(T)) { put(values.data()); }
+    ~Device();
+    Device(const Device &) = delete;
+    Device &operator=(const Device &) = delete;
+    void fill(u8 byte);
+    void put(const void *from);
+    u64 at = 0, bytes;
+};
+
+// Memory of the host that the device writes to.
+struct Shared {
+    explicit Shared(u64 bytes);
+    ~Shared();
+    Shared(const Shared &) = delete;
+    Shared &operator=(const Shared &) = delete;
+    void download(u64 from, u64 bytes);
+    void *host = nullptr;
+    u64 device = 0;
+};
+
 // How far off a kernel was, and how far it may be. The worst of all calls is what is told in the end; NaN is the worst of all.
 void record(const std::string &kernel, double error, double limit);
 inline void require(const std::string &kernel, bool right) { record(kernel, right ? 0 : INFINITY, 1); }
@@ -98,5 +129,7 @@ void rows(u32 rounds);
 void heads(u32 rounds);
 void experts(u32 rounds);
 void shortlist(u32 rounds);
+// Times single kernels; whether all were as fast as they are to be. `json`: where to write that, or null.
+bool speed(bool quick, const char *json);
 
 } // namespace check

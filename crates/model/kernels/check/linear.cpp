@@ -11,12 +11,19 @@ void product(u32 dtype, bool exact, Kind shape, bool many_rows, u32 widest) {
     u32 width = between(1, widest), k = padded(width), n = between(1, 300), rows = many_rows ? between(17, 150) : between(1, 16);
     u32 matrices = shape == ONE ? 1 : 3, bytes = bytes_of(dtype);
     bool scaled = bytes == 1 || between(0, 1) == 1, biased = shape == ONE && between(0, 1) == 1;
+    bool blocks = bytes == 1 && between(0, 1) == 1;
 
     Memory<u8> weights((size_t)matrices * n * k * bytes);
     std::vector<f64> w((size_t)matrices * n * k);
     for (size_t i = 0; i < w.size(); i++) w[i] = write(weights.host(), dtype, i, i % k < width ? gauss() : 0.0f);
-    Memory<f32> scale(matrices * n), bias(n);
-    for (size_t i = 0; i < matrices * n; i++) scale[i] = 0.5f + 0.01f * (f32)between(0, 100);
+    // Of rows; of blocks pairs.
+    u32 across = ceil(k, KVASIR_SCALE_COLS), down = ceil(n, KVASIR_SCALE_ROWS);
+    u32 stride = blocks ? 2 * across * down : n;
+    Memory<f32> scale((size_t)matrices * stride), bias(n);
+    for (size_t i = 0; i < (size_t)matrices * stride; i++) scale[i] = 0.5f + 0.01f * (f32)between(0, 100);
+    for (size_t i = 0; blocks && i < (size_t)matrices * across * down; i++) {
+        scale[2 * i + 1] = (i + 1) % across == 0 ? 1.0f : scale[2 * i] / scale[2 * i + 2];
+    }
     for (u32 i = 0; i < n; i++) bias[i] = gauss();
     u32 copies = shape == BATCHED ? matrices : 1;
     Planes x((size_t)rows * copies * k);
@@ -41,9 +48,10 @@ void product(u32 dtype, bool exact, Kind shape, bool many_rows, u32 widest) {
                 f64 sum = 0, squares = 0;
                 for (u32 c = 0; c < k; c++) {
                     f64 term = x.at(from + c) * w[((size_t)matrix * n + j) * k + c];
+                    if (blocks) term *= scale[matrix * stride + 2 * (j / KVASIR_SCALE_ROWS * across + c / KVASIR_SCALE_COLS)];
                     sum += term, squares += term * term;
                 }
-                f64 factor = scaled ? scale[matrix * n + j] : 1.0;
+                f64 factor = scaled && !blocks ? scale[matrix * n + j] : 1.0;
                 wanted[(size_t)r * ld_out + b * n + j] = sum * factor + (biased ? bias[j] : 0.0f);
                 size[(size_t)r * ld_out + b * n + j] = std::sqrt(squares) * factor + 1e-9;
             }
@@ -61,8 +69,9 @@ void product(u32 dtype, bool exact, Kind shape, bool many_rows, u32 widest) {
             linear_args args = {};
             args.w = weights, args.scale = scaled ? (f32 *)scale : nullptr, args.bias = biased ? (f32 *)bias : nullptr;
             args.x_hi = x.hi, args.x_lo = exact ? (u16 *)x.lo : nullptr, args.out = out, args.partials = partials;
-            args.w_stride = (u64)n * k, args.scale_stride = n;
+            args.w_stride = (u64)n * k, args.scale_stride = stride;
             args.rows = rows, args.n = n, args.k = k, args.ld_w = k, args.ld_x = copies * k, args.ld_out = ld_out, args.splits = splits;
+            args.scale_blocks = blocks ? across : 0;
             u32 batch = 1, tiles = ceil(rows, tile);
             if (shape == BATCHED) args.x_stride = k, args.out_stride = n, batch = matrices;
             if (shape == GROUPED) args.groups = groups, args.x_rows = x_rows, batch = 4, tiles = 1;

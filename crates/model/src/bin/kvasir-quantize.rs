@@ -1,12 +1,13 @@
-//! `kvasir-quantize IN OUT --to int8|fp8`: a model folder with 8-bit weights, made of one without.
+//! `kvasir-quantize IN OUT --to int8|fp8|fp8-block`: a model folder with 8-bit weights, made of one without.
 
 use std::{path::Path, process::ExitCode};
 
 use kvasir_model::quantize::{Scheme, quantize};
 
-const USAGE: &str = "usage: kvasir-quantize IN OUT --to int8|fp8\n\n\
+const USAGE: &str = "usage: kvasir-quantize IN OUT --to int8|fp8|fp8-block\n\n\
     Writes to OUT the model folder IN with the linear maps of its layers rounded to 8 bits, row by row\n\
-    (compressed-tensors, weights only); everything else is copied.";
+    (compressed-tensors, weights only) or, with fp8-block, by blocks of 128 x 128 weights that share a\n\
+    scale (as DeepSeek-V3's own files); everything else is copied.";
 
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
@@ -23,7 +24,7 @@ fn main() -> ExitCode {
         }
     };
     let Some(scheme) = Scheme::parse(scheme) else {
-        eprintln!("--to {scheme}: int8 or fp8");
+        eprintln!("--to {scheme}: int8, fp8 or fp8-block");
         return ExitCode::from(2);
     };
     match quantize(Path::new(from), Path::new(to), scheme) {

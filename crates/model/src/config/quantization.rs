@@ -1,20 +1,20 @@
 //! `quantization_config`: which 8-bit weights mean what we take them for.
 //!
-//! The weights themselves say their type (I8, F8_E4M3) and bring their scales (`…weight_scale`: one for each row, or one for
-//! all); this key says what else there might be to it. Understood are
+//! The weights themselves say their type (I8, F8_E4M3) and bring their scales (`…weight_scale` or `…weight_scale_inv`: one for
+//! each row, one for each block of 128 × 128, or one for all); this key says what else there might be to it. Understood are
 //!
 //! - `compressed-tensors` (llm-compressor, vLLM): formats `int-quantized`, `float-quantized`, `naive-quantized`; symmetric
-//!   8-bit weights, scaled by channel or tensor. Where it asks for activations quantised on the fly too, they are left as
+//!   8-bit weights, scaled by channel, tensor or block. Where it asks for activations quantised on the fly too, they are left as
 //!   they are: the weights were made without looking at activations, so that only loses less;
-//! - `fp8` (AutoFP8 and vLLM): scaled by channel or tensor, activations as above.
+//! - `fp8` (AutoFP8 and vLLM; DeepSeek-V3 and Qwen3 with `weight_block_size`): scaled likewise, activations as above.
 //!
-//! All else is refused by name: groups and blocks of weights that share a scale, zero points, packed or sparse weights,
+//! All else is refused by name: blocks of other sizes and groups that share a scale, zero points, packed or sparse weights,
 //! activations with scales measured beforehand, a quantised KV cache (ours has its own setting).
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::raw::Raw;
-use crate::Error;
+use crate::{Error, weights::BLOCK};
 
 const KEY: &str = "quantization_config";
 
@@ -40,7 +40,7 @@ fn compressed_tensors(config: &Value) -> Result<(), String> {
     for group in groups.values() {
         let weights = group.get("weights").filter(|weights| present(weights)).ok_or("a group without `weights`")?;
         one_of(weights, "type", &["int", "float"])?;
-        one_of(weights, "strategy", &["channel", "tensor"])?;
+        one_of(weights, "strategy", &["channel", "tensor", "block"])?;
         if weights.get("num_bits").and_then(Value::as_u64) != Some(8) {
             return Err("`num_bits` of weights must be 8".to_owned());
         }
@@ -48,7 +48,7 @@ fn compressed_tensors(config: &Value) -> Result<(), String> {
             return Err("asymmetric weights (zero points) are not supported".to_owned());
         }
         absent(weights, "group_size")?;
-        absent(weights, "block_structure")?;
+        blocks(weights, "block_structure")?;
         absent(group, "output_activations")?;
         let input = group.get("input_activations").filter(|input| present(input));
         if input.is_some_and(|input| !matches!(input.get("dynamic"), Some(Value::Bool(true)))) {
@@ -59,7 +59,7 @@ fn compressed_tensors(config: &Value) -> Result<(), String> {
 }
 
 fn fp8(config: &Value) -> Result<(), String> {
-    absent(config, "weight_block_size")?;
+    blocks(config, "weight_block_size")?;
     match config.get("activation_scheme").filter(|scheme| present(scheme)) {
         None => Ok(()),
         Some(_) => one_of(config, "activation_scheme", &["dynamic"]),
@@ -71,6 +71,16 @@ fn one_of(config: &Value, key: &str, supported: &[&str]) -> Result<(), String> {
         Some(value) if supported.contains(&value) => Ok(()),
         Some(value) => Err(format!("`{key}` {value} is not supported ({})", supported.join(", "))),
         None => Err(format!("`{key}` is absent")),
+    }
+}
+
+/// Blocks that share a scale, if there are any, are ours.
+fn blocks(config: &Value, key: &str) -> Result<(), String> {
+    match config.get(key).filter(|value| present(value)) {
+        Some(value) if *value != json!([BLOCK, BLOCK]) => {
+            Err(format!("`{key}` {value} is not supported ([{BLOCK}, {BLOCK}])"))
+        }
+        _ => Ok(()),
     }
 }
 
@@ -88,8 +98,6 @@ fn present(value: &Value) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
-
     use super::*;
 
     /// What llm-compressor writes for W8A16, changed by `change`.
@@ -116,6 +124,14 @@ mod tests {
             Ok(())
         );
         assert_eq!(fp8(&json!({"quant_method": "fp8", "activation_scheme": "dynamic"})), Ok(()));
+        // DeepSeek-V3's own.
+        let blocks = json!({"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]});
+        assert_eq!(fp8(&blocks), Ok(()));
+        let block = |c: &mut Value| {
+            let weights = &mut c["config_groups"]["group_0"]["weights"];
+            (weights["strategy"], weights["block_structure"]) = (json!("block"), json!([128, 128]));
+        };
+        assert_eq!(compressed(block), Ok(()));
     }
 
     #[test]
@@ -138,10 +154,10 @@ mod tests {
         refused(&format!("{weights}group_size"), json!(128), "group_size");
         refused(&format!("{weights}strategy"), json!("group"), "group");
         refused(&format!("{weights}symmetric"), json!(false), "asymmetric");
-        refused(&format!("{weights}block_structure"), json!([128, 128]), "block_structure");
+        refused(&format!("{weights}block_structure"), json!([64, 128]), "block_structure");
         refused("/config_groups/group_0/input_activations", json!({"dynamic": false}), "statically");
         refused("/config_groups/group_0/input_activations", json!({"dynamic": "local"}), "statically");
-        assert!(fp8(&json!({"weight_block_size": [128, 128]})).is_err_and(|e| e.contains("weight_block_size")));
+        assert!(fp8(&json!({"weight_block_size": [1, 128]})).is_err_and(|e| e.contains("`weight_block_size` [1,128]")));
         assert!(fp8(&json!({"activation_scheme": "static"})).is_err_and(|e| e.contains("static")));
     }
 }

@@ -55,7 +55,8 @@ impl Latent {
             },
             kv_down: linear(&spec.kv_down),
             kv_norm: RmsNorm::load(weights, &spec.kv_norm),
-            kv_up: weights.get(&format!("{}.weight", spec.kv_up.name)).clone(),
+            // Its rows are factors of sums as well as sums: of blocks that share a scale the numbers themselves are kept.
+            kv_up: weights.get(&format!("{}.weight", spec.kv_up.name)).without_blocks(),
             heads,
             rank: spec.rank,
             nope: spec.nope,

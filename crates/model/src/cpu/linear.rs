@@ -11,7 +11,7 @@ use super::{
 };
 use crate::{
     graph::{LinearSpec, NormSpec},
-    weights::{Tensor, Weights},
+    weights::{Scale, Tensor, Weights},
 };
 
 /// Activations of one task: most of a second-level cache.
@@ -52,6 +52,12 @@ impl Linear {
         Self { exact: true, ..self }
     }
 
+    /// Whether bf16 products will do, and are to be had. (Where blocks have scales, sums of 128 products are too short for
+    /// them to pay.)
+    fn is_fast(&self) -> bool {
+        !self.exact && fast::takes(self.weight.dtype) && !matches!(self.weight.scale(), Scale::Blocks(_))
+    }
+
     /// Width of its output.
     pub(super) fn width(&self) -> usize {
         self.weight.rows
@@ -72,8 +78,7 @@ impl Linear {
             return;
         }
         let cols = x.len() / tokens;
-        let fast =
-            exec.compute == Compute::Fast && maps.iter().all(|(map, _)| !map.exact && fast::takes(map.weight.dtype));
+        let fast = exec.compute == Compute::Fast && maps.iter().all(|(map, _)| map.is_fast());
         let mut flops = 0;
         let maps = maps.map(|(map, out)| {
             assert_eq!(map.weight.cols, cols, "activations are of the map's width");
@@ -129,7 +134,12 @@ impl Linear {
 impl Tensor {
     /// The tensor as kernels take it.
     pub(super) fn matrix(&self) -> Matrix<'_> {
-        Matrix::new(self.bytes(), self.dtype, self.rows, self.cols).with_scale(self.scale())
+        let matrix = Matrix::new(self.bytes(), self.dtype, self.rows, self.cols);
+        match self.scale() {
+            Scale::None => matrix,
+            Scale::Rows(scale) => matrix.with_scale(scale),
+            Scale::Blocks(scale) => matrix.with_blocks(scale),
+        }
     }
 }
 

@@ -7,6 +7,8 @@ use crate::{graph::Activation, weights::Dtype};
 
 pub(super) const K_UNIT: usize = 64;
 pub(super) const K_SLICES: usize = 8;
+pub(super) const SCALE_ROWS: usize = 16;
+pub(super) const SCALE_COLS: usize = 128;
 pub(super) const PART: usize = 256;
 const TILE: usize = 64;
 
@@ -169,7 +171,7 @@ structs! {
     args LinearArgs {
         w: u64, scale: u64, bias: u64, x_hi: u64, x_lo: u64, x_rows: u64, groups: u64, out: u64, partials: u64,
         w_stride: u64, x_stride: u64, out_stride: u64, scale_stride: u64,
-        rows: u32, n: u32, k: u32, ld_w: u32, ld_x: u32, ld_out: u32, splits: u32, pad: u32,
+        rows: u32, n: u32, k: u32, ld_w: u32, ld_x: u32, ld_out: u32, splits: u32, scale_blocks: u32,
     }
     args Attend {
         kv: Kv, q: u64, units: u64, tables: u64, partial_sums: u64, partial_max: u64, hi: u64, lo: u64,

@@ -13,9 +13,11 @@ use super::{
 use crate::{
     Error,
     graph::{LinearSpec, NormSpec},
-    weights::{Dtype, Tensor, Weights},
+    weights::{BLOCK, Dtype, Scale, Tensor, Weights},
 };
 
+/// By how much scales of neighbouring blocks may differ: sums are carried from the one's units to the other's.
+const MAX_QUOTIENT: f32 = 1e24;
 /// Where anything begins: enough for the widest loads.
 const ALIGNMENT: usize = 256;
 /// Bytes of one of the two buffers.
@@ -51,8 +53,11 @@ pub(super) struct Matrix {
     pub(super) rows: usize,
     /// Elements from row to row.
     pub(super) ld: usize,
-    /// An `f32` for each row, or 0.
+    /// An `f32` for each row, or 0. With `blocks` a pair for each block of [`abi::SCALE_ROWS`] rows and [`abi::SCALE_COLS`]
+    /// columns: its scale, and that by the next block's.
     pub(super) scale: u64,
+    /// Blocks of columns that have a scale of their own; 0 if rows have.
+    pub(super) blocks: usize,
     /// An `f32` for each row, or 0.
     pub(super) bias: u64,
 }
@@ -61,12 +66,27 @@ impl Matrix {
     /// Some of its rows.
     pub(super) fn rows(&self, first: usize, count: usize) -> Self {
         let vector = |at: u64| if at == 0 { 0 } else { at + 4 * first as u64 };
+        let scale = match self.blocks {
+            0 => vector(self.scale),
+            blocks => {
+                assert!(first.is_multiple_of(abi::SCALE_ROWS), "parts of a matrix begin where blocks do");
+                self.scale + (first / abi::SCALE_ROWS * blocks * 8) as u64
+            }
+        };
         Self {
             at: self.at + (first * self.ld * self.dtype.bytes()) as u64,
             rows: count,
-            scale: vector(self.scale),
+            scale,
             bias: vector(self.bias),
             ..self.clone()
+        }
+    }
+
+    /// `f32`s of its scales.
+    pub(super) fn scales(&self) -> usize {
+        match self.blocks {
+            0 => self.rows,
+            blocks => self.rows.div_ceil(abi::SCALE_ROWS) * blocks * 2,
         }
     }
 }
@@ -136,6 +156,12 @@ impl<'a> Loader<'a> {
 
     /// Matrices of one type and width below one another.
     pub(super) fn stack(&mut self, tensors: &[&Tensor], bias: Option<&[f32]>) -> Result<Matrix, Error> {
+        let blocked = |tensor: &&Tensor| matches!(tensor.scale(), Scale::Blocks(_));
+        let fits = |tensor: &&Tensor| blocked(tensor) && tensor.rows.is_multiple_of(abi::SCALE_ROWS);
+        if tensors.iter().any(blocked) && !(tensors.iter().all(fits) || tensors.len() == 1) {
+            // Blocks of the one would lie across the next one's: then the numbers themselves.
+            return self.plain(tensors, bias);
+        }
         let (dtype, cols) = (tensors[0].dtype, tensors[0].cols);
         let (ld, rows) = (padded(cols), tensors.iter().map(|tensor| tensor.rows).sum());
         let (width, wanted) = (cols * dtype.bytes(), ld * dtype.bytes());
@@ -149,13 +175,24 @@ impl<'a> Loader<'a> {
             whole.chunks_exact_mut(wanted).zip(from).for_each(|(to, from)| to[..width].copy_from_slice(from));
             self.bytes(&[&whole])?
         };
-        let scale = if dtype.is_scaled() {
-            self.numbers(&tensors.iter().flat_map(|tensor| tensor.scale().iter().copied()).collect::<Vec<_>>())?
-        } else {
-            0
-        };
+        let blocks = if tensors.iter().any(blocked) { cols.div_ceil(abi::SCALE_COLS) } else { 0 };
+        let mut scales = Vec::new();
+        for tensor in tensors {
+            match tensor.scale() {
+                Scale::None => {}
+                Scale::Rows(scale) => scales.extend_from_slice(scale),
+                Scale::Blocks(scale) => pairs(scale, tensor, &mut scales)?,
+            }
+        }
+        let scale = if scales.is_empty() { 0 } else { self.numbers(&scales)? };
         let bias = bias.map_or(Ok(0), |bias| self.numbers(bias))?;
-        Ok(Matrix { at, dtype, rows, ld, scale, bias })
+        Ok(Matrix { at, dtype, rows, ld, scale, blocks, bias })
+    }
+
+    /// The same, of matrices that have scales for blocks: the numbers themselves.
+    pub(super) fn plain(&mut self, tensors: &[&Tensor], bias: Option<&[f32]>) -> Result<Matrix, Error> {
+        let plain: Vec<Tensor> = tensors.iter().map(|tensor| tensor.without_blocks()).collect();
+        self.stack(&plain.iter().collect::<Vec<_>>(), bias)
     }
 
     /// A matrix of bytes that no file holds: `rows` rows, padded already.
@@ -168,7 +205,7 @@ impl<'a> Loader<'a> {
             Some(_) => self.bytes(&[&bytes()])?,
             None => self.room(rows * ld * dtype.bytes()),
         };
-        Ok(Matrix { at, dtype, rows, ld, scale: 0, bias: 0 })
+        Ok(Matrix { at, dtype, rows, ld, scale: 0, blocks: 0, bias: 0 })
     }
 
     /// The norm that `spec` describes.
@@ -213,6 +250,24 @@ impl<'a> Loader<'a> {
         }
         Ok(at)
     }
+}
+
+/// Scales of blocks as kernels take them: for each [`abi::SCALE_ROWS`] rows, pairs.
+fn pairs(scale: &[f32], tensor: &Tensor, out: &mut Vec<f32>) -> Result<(), Error> {
+    const { assert!(BLOCK == abi::SCALE_COLS && BLOCK.is_multiple_of(abi::SCALE_ROWS)) };
+    let across = tensor.cols.div_ceil(BLOCK);
+    for first in (0..tensor.rows).step_by(abi::SCALE_ROWS) {
+        let row = &scale[first / BLOCK * across..][..across];
+        for (i, &scale) in row.iter().enumerate() {
+            let quotient = row.get(i + 1).map_or(1.0, |next| scale / next);
+            if !(1.0 / MAX_QUOTIENT..=MAX_QUOTIENT).contains(&quotient) {
+                let what = format!("neighbouring blocks of weights whose scales are {quotient:e} apart");
+                return Err(Error::NotOnDevice { device: "cuda".to_owned(), what });
+            }
+            out.extend([scale, quotient]);
+        }
+    }
+    Ok(())
 }
 
 impl Filling {

@@ -101,7 +101,8 @@ impl Through<'_> {
 
         let grouped = |matrix: &Matrix, rows: usize, x_rows| {
             let one = Matrix { rows, ..matrix.clone() };
-            (one, Many::Groups { at: group.groups, count, x_rows, w: rows * matrix.ld, scale: rows })
+            let (w, scale) = (rows * matrix.ld, one.scales());
+            (one, Many::Groups { at: group.groups, count, x_rows, w, scale })
         };
         let (gate_up, many) = grouped(&mlp.gate_up, 2 * mlp.width, group.row_of);
         let both = Out { at: at(Space::GateUp), ld: 2 * mlp.width };

@@ -12,7 +12,7 @@ use crate::{
         Activation, AttentionKind, AttentionSpec, GateSpec, GatedSpec, GroupedSpec, LatentQuery, LatentSpec, LayerSpec,
         LinearSpec, MlpSpec, RoutedSpec,
     },
-    weights::{Dtype, EMBEDDING, LM_HEAD, Tensor, widen},
+    weights::{Dtype, EMBEDDING, LM_HEAD, Tensor},
 };
 
 /// Everything that has weights.
@@ -56,6 +56,7 @@ pub(super) struct Attention {
     pub(super) output: Matrix,
 }
 
+#[expect(clippy::large_enum_variant, reason = "one per layer, and boxes would only hide where weights are")]
 pub(super) enum Projections {
     Grouped(Grouped),
     Latent(Latent),
@@ -132,7 +133,8 @@ impl Model {
             Ok(Frequencies { at: loader.numbers(&frequencies)?, half, magnitude })
         });
         let ropes = ropes.collect::<Result<_, Error>>()?;
-        let embedding = loader.stack(&[loader.tensor(EMBEDDING)], None)?;
+        // Its rows are read as well as multiplied by.
+        let embedding = loader.plain(&[loader.tensor(EMBEDDING)], None)?;
         let output = match config.tied_embeddings {
             true => embedding.clone(),
             false => loader.stack(&[loader.tensor(LM_HEAD)], None)?,
@@ -211,7 +213,8 @@ impl Latent {
             kv_down: loader.linear(&spec.kv_down)?,
             kv_norm: loader.norm(&spec.kv_norm)?,
             absorb,
-            up: loader.stack(&[up], None)?,
+            // Heads begin anywhere in a block.
+            up: loader.plain(&[up], None)?,
             rank,
             nope,
             rope,
@@ -230,8 +233,7 @@ fn transposed(up: &Tensor, dtype: Dtype, heads: usize, spec: &LatentSpec) -> Vec
             let from = head * (spec.nope + spec.v_dim) + k;
             let stored = &up.bytes()[from * spec.rank * up.dtype.bytes()..][..spec.rank * up.dtype.bytes()];
             if dtype != up.dtype {
-                widen(stored, up.dtype, &mut row);
-                row.iter_mut().for_each(|value| *value *= up.scale()[from]);
+                up.row_into(from, &mut row);
             }
             for r in 0..spec.rank {
                 let to = &mut out[((head * spec.rank + r) * ld + k) * bytes..][..bytes];

@@ -155,6 +155,7 @@ impl Products {
             ld_x: x.ld as u32,
             ld_out: out.ld as u32,
             splits: 1,
+            scale_blocks: w.blocks as u32,
             ..LinearArgs::default()
         };
         // How many tokens a matrix meets, as far as the host knows.

@@ -39,22 +39,26 @@ fn distance(a: &[Vec<f32>], b: &[Vec<f32>]) -> f64 {
 fn a_weight_is_off_by_half_a_step_at_most() {
     let row: Vec<f32> = (0..999).map(|i| ((i * 7919 % 1000) as f32 - 500.0) * 0.37e-3).collect();
     let largest = row.iter().fold(0.0f32, |largest, w| largest.max(w.abs()));
-    let (mut rounded, mut back) = (Vec::new(), vec![0.0; row.len()]);
+    let mut back = vec![0.0; row.len()];
+    let round = |scheme: Scheme, row: &[f32]| {
+        let scale = scheme.scale(row.iter().copied());
+        (scale, row.iter().map(|&weight| scheme.round(weight, scale)).collect::<Vec<u8>>())
+    };
     for scheme in [Scheme::Int8, Scheme::Fp8] {
-        let scale = scheme.round(&row, &mut rounded);
+        let (scale, rounded) = round(scheme, &row);
         crate::weights::widen(&rounded, scheme.dtype(), &mut back);
         for (weight, back) in row.iter().zip(&back) {
             let step = match scheme {
                 Scheme::Int8 => largest / 127.0,
                 // Three bits of mantissa, and steps of 2⁻⁹ of the scale below the smallest normal number.
-                Scheme::Fp8 => (weight.abs() / 8.0).max(scale / 512.0),
+                Scheme::Fp8 | Scheme::Fp8Block => (weight.abs() / 8.0).max(scale / 512.0),
             };
             assert!((weight - back * scale).abs() <= step * 0.5001, "{scheme:?} {weight} {}", back * scale);
         }
     }
     for scheme in [Scheme::Int8, Scheme::Fp8] {
-        assert_eq!((scheme.round(&[0.0; 5], &mut rounded), &rounded[..]), (1.0, &[0; 5][..]));
-        let tiny = scheme.round(&[1e-42, -1e-42], &mut rounded);
+        assert_eq!(round(scheme, &[0.0; 5]), (1.0, vec![0; 5]));
+        let (tiny, _) = round(scheme, &[1e-42, -1e-42]);
         assert!(tiny > 0.0 && tiny.is_finite());
     }
 }
@@ -64,7 +68,7 @@ fn a_rounded_model_reads_back_and_answers_nearly_the_same() {
     for name in ["demo", "tiny/qwen2-tied", "tiny/llama3-untied"] {
         let exact = logits(&model(name), Compute::Exact, KvDtype::F32);
         // Seen: 0.007 and 0.028 on the demo model; 0.037 and 0.17 on random weights, whose layers amplify more.
-        for (scheme, limit) in [(Scheme::Int8, 0.06), (Scheme::Fp8, 0.25)] {
+        for (scheme, limit) in [(Scheme::Int8, 0.06), (Scheme::Fp8, 0.25), (Scheme::Fp8Block, 0.25)] {
             let out = tempfile::tempdir().unwrap();
             let report = quantize(&model(name), out.path(), scheme).unwrap();
             assert!(report.rounded > 0 && report.kept > 0 && report.bytes_after < report.bytes_before, "{report:?}");
@@ -89,9 +93,17 @@ fn a_rounded_model_reads_back_and_answers_nearly_the_same() {
 /// The kernels' scale is the folder's: against the same weights multiplied out and stored as `f32`.
 #[test]
 fn a_scaled_weight_is_its_bytes_times_its_scale() {
+    for (name, scheme) in
+        [("tiny/qwen3-f32", Scheme::Int8), ("demo", Scheme::Fp8Block), ("tiny/deepseek-v3", Scheme::Fp8Block)]
+    {
+        is_its_bytes_times_its_scale(name, scheme);
+    }
+}
+
+fn is_its_bytes_times_its_scale(name: &str, scheme: Scheme) {
     let (out, plain) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-    let name = model("tiny/qwen3-f32");
-    quantize(&name, out.path(), Scheme::Int8).unwrap();
+    let name = model(name);
+    quantize(&name, out.path(), scheme).unwrap();
     let folder = Folder::open(out.path()).unwrap();
     let mut header = Map::new();
     let mut data = Vec::new();
@@ -108,7 +120,16 @@ fn a_scaled_weight_is_its_bytes_times_its_scale() {
         &logits(out.path(), Compute::Exact, KvDtype::F32),
         &logits(plain.path(), Compute::Exact, KvDtype::F32),
     );
-    assert!(moved < 1e-5, "{moved}");
+    assert!(moved < 1e-5, "{name:?}: {moved}");
+}
+
+/// A chunked prompt has a whole one's bits where blocks share a scale too.
+#[test]
+fn blocks_keep_the_law() {
+    let out = tempfile::tempdir().unwrap();
+    quantize(&model("demo"), out.path(), Scheme::Fp8Block).unwrap();
+    let whole = logits(out.path(), Compute::Exact, KvDtype::F16);
+    assert_eq!(in_chunks(out.path(), KvDtype::F16), whole[40]);
 }
 
 #[test]
@@ -144,8 +165,13 @@ fn fp8_keys_and_values_stay_near() {
     println!("fp8 KV: logits {moved:.4}");
     assert!((1e-4..0.15).contains(&moved), "{moved}");
 
-    let folder = Folder::open(&model("demo")).unwrap();
-    let layout = folder.kv_layout(16, KvDtype::Fp8);
+    assert_eq!(in_chunks(&model("demo"), KvDtype::Fp8), fp8[40]);
+}
+
+/// The logits after the last of the tokens of [`logits`], computed seven at a time.
+fn in_chunks(dir: &Path, kv: KvDtype) -> Vec<f32> {
+    let folder = Folder::open(dir).unwrap();
+    let layout = folder.kv_layout(16, kv);
     let arena = HostArena::new(3 * layout.block_bytes()).unwrap();
     let mut backend = CpuBackend::new(&folder, layout, arena as Arc<_>, 2).unwrap();
     let tokens: Vec<_> = (0..41).map(|i| TokenId(i * 37 % 1532)).collect();
@@ -155,5 +181,5 @@ fn fp8_keys_and_values_stay_near() {
         let tokens = &tokens[start..(start + 7).min(41)];
         last = backend.forward(&[SeqInput { tokens, start, tables: &tables, rows: 1 }], &mut |_| {}).unwrap().rows;
     }
-    assert_eq!(last, fp8[40]);
+    last
 }

@@ -14,7 +14,9 @@ struct Example {
 const SERVICE: Service = Service { name: "example", about: "Shows how.\n\nAt length.", version: "1.2.3" };
 const GRACE: Duration = Duration::from_secs(3);
 
-impl Config for Example {}
+impl Config for Example {
+    const FLAGS: &'static [(&'static str, &'static str, &'static str)] = &[("name", "id", "Who it is")];
+}
 
 fn process() -> Process {
     let process = Process::default();
@@ -46,6 +48,17 @@ fn help_lists_every_key_with_its_default() {
         assert!(help.contains(line), "no {line:?} in\n{help}");
     }
     assert_eq!(printed("example --version").trim(), "example 1.2.3");
+}
+
+#[test]
+fn a_flag_of_its_own_is_a_set_that_others_follow() {
+    assert!(printed("example --help").contains("--name <VALUE>\n          Who it is; the same as --set id="));
+    assert!(printed("example --name x --print-config").starts_with("id: x\n"));
+    assert!(printed("example --set id=y --name x --print-config").starts_with("id: y\n"));
+    match parse("example --name") {
+        Err(Done::Refuse(told)) => assert!(told.contains("'--name <VALUE>'"), "{told}"),
+        other => panic!("{other:?}"),
+    }
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use kvasir_model::{cpu::Compute, quantize::Scheme};
+use kvasir_model::{Device, cpu::Compute, quantize::Scheme};
 use kvasir_types::KvDtype;
 
 /// Measures the Kvasir engine in this process: no network, no tokenizer, no cluster.
@@ -71,6 +71,9 @@ pub struct Setup {
     /// Round the weights to this first, into a folder beside the shapes; again only for other weights
     #[arg(long, value_enum)]
     pub weights: Option<Rounding>,
+    /// What computes: auto, cpu or cuda:N (the limits that shares are of stay the processor's: see kvasir-gpu-check)
+    #[arg(long, value_name = "DEVICE", default_value = "cpu")]
+    pub device: Device,
     /// Threads that compute [default: one per core]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub threads: Option<u32>,
@@ -221,6 +224,9 @@ pub struct Accuracy {
     /// Tokens of a sequence that is drawn
     #[arg(long, value_name = "TOKENS", default_value_t = 128, value_parser = clap::value_parser!(u32).range(2..))]
     pub tokens: u32,
+    /// What computes: auto, cpu or cuda:N (the limits that shares are of stay the processor's: see kvasir-gpu-check)
+    #[arg(long, value_name = "DEVICE", default_value = "cpu")]
+    pub device: Device,
     /// Threads that compute [default: one per core]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub threads: Option<u32>,
@@ -235,6 +241,9 @@ pub struct Accuracy {
 /// `limits`.
 #[derive(Args)]
 pub struct Limits {
+    /// What computes: auto, cpu or cuda:N (the limits that shares are of stay the processor's: see kvasir-gpu-check)
+    #[arg(long, value_name = "DEVICE", default_value = "cpu")]
+    pub device: Device,
     /// Threads that compute [default: one per core]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub threads: Option<u32>,
@@ -287,6 +296,8 @@ pub enum Rounding {
     Int8,
     /// 8-bit floats (e4m3), with a scale per row
     Fp8,
+    /// 8-bit floats (e4m3), with a scale per block of 128 x 128
+    Fp8Block,
 }
 
 impl Rounding {
@@ -294,6 +305,7 @@ impl Rounding {
         match self {
             Self::Int8 => Scheme::Int8,
             Self::Fp8 => Scheme::Fp8,
+            Self::Fp8Block => Scheme::Fp8Block,
         }
     }
 
@@ -301,6 +313,7 @@ impl Rounding {
         match self {
             Self::Int8 => "int8",
             Self::Fp8 => "fp8",
+            Self::Fp8Block => "fp8-block",
         }
     }
 }

@@ -12,10 +12,7 @@ use anyhow::{Context, Result, bail};
 use kvasir_engine::{
     Command, Config, Engine, Event, Mode, ModelRunner, NGrams, Parts, Priority, Progress, Proposer, Request,
 };
-use kvasir_model::{
-    Cost, Folder,
-    cpu::{CpuBackend, HostArena},
-};
+use kvasir_model::{Cost, Device, Folder, Options, cpu::HostArena};
 use kvasir_types::{BlockHash, KvLayout, Sampling, TokenId};
 
 use crate::{cli, limits, measure::forget_peak_rss, source};
@@ -80,12 +77,14 @@ impl Rig {
         let arena = HostArena::new(blocks * layout.block_bytes())
             .with_context(|| format!("{blocks} blocks of {} bytes", layout.block_bytes()))?;
         let threads = limits::threads(setup.threads);
-        let backend = CpuBackend::with_compute(&folder, layout, arena, threads, setup.compute.compute())?;
-
         let usual = Config::default();
         let chunk = plan.chunk.or_else(|| setup.chunk_tokens()).unwrap_or(usual.chunk_tokens);
+        let max_tokens = usual.max_batch_tokens.max(chunk + plan.running);
+        let options = Options { device: setup.device, compute: setup.compute.compute(), threads, max_tokens };
+        let backend = Device::open(&folder, layout, arena, options)?;
+
         let config = Config {
-            max_batch_tokens: usual.max_batch_tokens.max(chunk + plan.running),
+            max_batch_tokens: max_tokens,
             chunk_tokens: chunk,
             max_running: plan.running,
             max_waiting: plan.lengths.len().max(1),

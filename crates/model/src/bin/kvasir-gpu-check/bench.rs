@@ -62,6 +62,19 @@ fn of(cli: &Cli, limits: &Limits, folder: &Folder, compute: Compute) -> Result<V
     let cost = folder.cost();
     let kv_bytes = rig.layout.block_bytes() / rig.layout.block_size as usize * groups;
     let mut rows = Vec::new();
+    // Beside PyTorch, if it was measured: what others would run.
+    let beside = |rows: &mut Vec<Row>, what: &str, seconds: f64| {
+        let theirs = cli.baseline.iter().flat_map(|baseline| &baseline.rows).find(|row| fast && row.what == what);
+        let Some(theirs) = theirs else { return };
+        let ratio = theirs.seconds / seconds;
+        rows.push(Row {
+            what: format!("{what}, beside PyTorch"),
+            found: format!("{ratio:.2} × ({:.3} ms)", theirs.seconds * 1e3),
+            goal: "≥ 1.5 ×".to_owned(),
+            met: (!cli.quick).then_some(ratio >= 1.5),
+            json: json!({ "seconds": theirs.seconds, "ratio": ratio }),
+        });
+    };
 
     for (batch, context, share) in DECODES {
         let (batch, context) = (if cli.quick { batch.min(4) } else { batch }, cut(context));
@@ -82,6 +95,7 @@ fn of(cli: &Cli, limits: &Limits, folder: &Folder, compute: Compute) -> Result<V
             met: counts.then_some(of_floor >= share),
             json: json!({ "seconds": seconds, "bytes": bytes, "of_floor": of_floor, "tokens_per_second": batch as f64 / seconds }),
         });
+        beside(&mut rows, &format!("decode, batch {batch}, {context} tokens"), seconds);
     }
 
     rig.forget();
@@ -100,6 +114,7 @@ fn of(cli: &Cli, limits: &Limits, folder: &Folder, compute: Compute) -> Result<V
         met: of_matrix.filter(|_| counts).map(|share| share >= 0.55),
         json: json!({ "seconds": seconds, "flops_per_second": rate, "of_matrix": of_matrix, "tokens_per_second": prompt as f64 / seconds }),
     });
+    beside(&mut rows, &format!("prefill of {prompt} tokens"), seconds);
     if fast {
         rows.push(landing(cli, limits, &mut rig, prompt)?);
     }

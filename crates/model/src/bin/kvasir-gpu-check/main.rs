@@ -27,6 +27,7 @@ const USAGE: &str = "usage: kvasir-gpu-check [options]\n\n\
     --shape NAME   dimensions of the bench (llama-3.1-8b)\n\
     --only LIST    of golden, families, bench; by commas\n\
     --matrix RATE  bf16 products a second that were measured elsewhere, in TFLOP/s: prefill is then also a share of it\n\
+    --baseline F   JSON of gpu_baseline.py: the same shapes by PyTorch, to be beaten; brings --matrix too\n\
     --quick        a part of everything: to see that it works\n\
     --emulated     take an emulated device too\n\
     --json FILE    write the results there\n\n\
@@ -43,6 +44,7 @@ struct Cli {
     shape: String,
     only: Vec<String>,
     matrix: Option<f64>,
+    baseline: Option<Baseline>,
     quick: bool,
     emulated: bool,
     json: Option<PathBuf>,
@@ -56,6 +58,7 @@ fn parse(mut args: impl Iterator<Item = String>) -> Result<Option<Cli>, String> 
         shape: "llama-3.1-8b".to_owned(),
         only: ["golden", "families", "bench"].map(str::to_owned).to_vec(),
         matrix: None,
+        baseline: None,
         quick: false,
         emulated: false,
         json: None,
@@ -79,13 +82,33 @@ fn parse(mut args: impl Iterator<Item = String>) -> Result<Option<Cli>, String> 
                 let rate: f64 = value()?.parse().map_err(|_| "--matrix wants a number".to_owned())?;
                 cli.matrix = Some(rate).filter(|rate| rate.is_finite() && *rate > 0.0);
             }
+            "--baseline" => {
+                let path = value()?;
+                let text = std::fs::read_to_string(&path).map_err(|error| format!("--baseline {path}: {error}"))?;
+                cli.baseline =
+                    Some(serde_json::from_str(&text).map_err(|error| format!("--baseline {path}: {error}"))?);
+            }
             "--quick" => cli.quick = true,
             "--emulated" => cli.emulated = true,
             "--json" => cli.json = Some(value()?.into()),
             _ => return Err(format!("unknown option {arg}")),
         }
     }
+    cli.matrix = cli.matrix.or_else(|| cli.baseline.as_ref().map(|baseline| baseline.matrix_tflops));
     Ok(Some(cli))
+}
+
+/// What `gpu_baseline.py` found.
+#[derive(serde::Deserialize)]
+struct Baseline {
+    matrix_tflops: f64,
+    rows: Vec<BaselineRow>,
+}
+
+#[derive(serde::Deserialize)]
+struct BaselineRow {
+    what: String,
+    seconds: f64,
 }
 
 /// One line of the table.

@@ -22,20 +22,21 @@ pub(super) unsafe fn matmul<const D: u8>(product: Product<'_>) {
     }
 }
 
-/// `T × R` dot products of `cols` elements.
+/// `T × R` dot products of `cols` elements; rows of weights are `ld` elements apart.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn tile<const D: u8, const T: usize, const R: usize>(
     x: *const f32,
     stride: usize,
     w: *const u8,
+    ld: usize,
     cols: usize,
 ) -> [[f32; R]; T] {
     let mut sums = [[[_mm256_setzero_ps(); 2]; R]; T];
     let whole = cols / LANES * LANES;
     for k in (0..whole).step_by(LANES) {
         // SAFETY: elements k..k+16 of R rows of the matrix and T rows of the activations.
-        unsafe { step::<D, T, R>(&mut sums, x.add(k), stride, w, cols, k) };
+        unsafe { step::<D, T, R>(&mut sums, x.add(k), stride, w, ld, k) };
     }
     if whole < cols {
         // The rest of each row, padded with zeros as the law of the parent module says.
@@ -48,7 +49,7 @@ unsafe fn tile<const D: u8, const T: usize, const R: usize>(
             }
             for (r, rest) in w_rest.iter_mut().enumerate() {
                 // SAFETY: element whole + i of row r.
-                rest[i] = unsafe { portable::element::<D>(w, r * cols + whole + i) };
+                rest[i] = unsafe { portable::element::<D>(w, r * ld + whole + i) };
             }
         }
         // SAFETY: sixteen elements of each padded row.
@@ -71,14 +72,14 @@ unsafe fn step<const D: u8, const T: usize, const R: usize>(
     x: *const f32,
     stride: usize,
     w: *const u8,
-    cols: usize,
+    ld: usize,
     k: usize,
 ) {
     for half in 0..2 {
         let mut weights = [_mm256_setzero_ps(); R];
         for (r, weight) in weights.iter_mut().enumerate() {
             // SAFETY: the caller's.
-            *weight = unsafe { load::<D>(w, r * cols + k + half * HALF) };
+            *weight = unsafe { load::<D>(w, r * ld + k + half * HALF) };
         }
         for (t, row) in sums.iter_mut().enumerate() {
             // SAFETY: the caller's.

@@ -21,13 +21,14 @@ pub(super) unsafe fn matmul<const D: u8>(product: Product<'_>) {
     }
 }
 
-/// `T × R` dot products of `cols` elements.
+/// `T × R` dot products of `cols` elements; rows of weights are `ld` elements apart.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,fma,f16c")]
 unsafe fn tile<const D: u8, const T: usize, const R: usize>(
     x: *const f32,
     stride: usize,
     w: *const u8,
+    ld: usize,
     cols: usize,
 ) -> [[f32; R]; T] {
     let mut sums = [[_mm512_setzero_ps(); R]; T];
@@ -36,7 +37,7 @@ unsafe fn tile<const D: u8, const T: usize, const R: usize>(
     for k in (0..whole).step_by(LANES) {
         for (r, weight) in weights.iter_mut().enumerate() {
             // SAFETY: elements k..k+16 of row r, inside the matrix.
-            *weight = unsafe { load::<D>(w, r * cols + k) };
+            *weight = unsafe { load::<D>(w, r * ld + k) };
         }
         for (t, row) in sums.iter_mut().enumerate() {
             // SAFETY: elements k..k+16 of row t of the activations.
@@ -50,7 +51,7 @@ unsafe fn tile<const D: u8, const T: usize, const R: usize>(
         let mask = (1u16 << (cols - whole)) - 1;
         for (r, weight) in weights.iter_mut().enumerate() {
             // SAFETY: the mask covers what remains of row r; masked elements are not touched.
-            *weight = unsafe { load_masked::<D>(w, r * cols + whole, mask) };
+            *weight = unsafe { load_masked::<D>(w, r * ld + whole, mask) };
         }
         for (t, row) in sums.iter_mut().enumerate() {
             // SAFETY: as above, for row t.

@@ -75,7 +75,7 @@ struct Product<'a> {
     stride: usize,
 }
 
-/// Whether a matrix of this type can be multiplied here.
+/// Whether a matrix of this type can be multiplied here, if not blocks of it have scales.
 pub(crate) fn takes(dtype: Dtype) -> bool {
     matches!(dtype, Dtype::Bf16 | Dtype::I8 | Dtype::F8)
 }
@@ -91,6 +91,7 @@ pub(crate) unsafe fn matmul(isa: Isa, x: Packed<'_>, w: Matrix<'_>, out: &Output
     if x.tokens == 0 {
         return;
     }
+    assert!(w.blocks.is_none(), "a row's products are one sum");
     assert_eq!(x.data.len(), x.tokens * steps(w.cols), "activations are of the matrix's width");
     let kernel = match (isa.0, w.dtype) {
         #[cfg(target_arch = "x86_64")]

@@ -7,6 +7,7 @@
 //! ```text
 //! dot(x, w):  lane[i] = fma(x[k], w[k], lane[i])   for k = i, i+16, i+32 …      16 lanes, tail padded with zeros
 //!             lane[i] += lane[i+8]; += lane[i+4]; += lane[i+2]; += lane[i+1]    then a tree
+//! of blocks:  Σ over blocks of columns, ascending, of dot(…) · scale    each of its own, scaled, then added
 //! values:     acc[d] = fma(p[j], v[j][d], acc[d])  for j = 0, 1, 2 …            one order, no lanes over j
 //! ```
 //!
@@ -15,7 +16,7 @@
 
 use std::marker::PhantomData;
 
-use crate::weights::Dtype;
+use crate::weights::{BLOCK, Dtype};
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -129,8 +130,21 @@ pub(crate) struct Matrix<'a> {
     cols: usize,
     /// What each row is multiplied by; empty for none.
     scale: &'a [f32],
+    /// What blocks of it are multiplied by; not with a scale per row.
+    blocks: Option<Blocks<'a>>,
     /// Added to each row's product; empty for none.
     bias: &'a [f32],
+}
+
+/// Scales of blocks of [`BLOCK`]` × `[`BLOCK`] elements.
+#[derive(Clone, Copy)]
+struct Blocks<'a> {
+    /// `[blocks of rows][blocks of columns]`, of the whole matrix.
+    scale: &'a [f32],
+    /// Row 0's place in the whole matrix.
+    first: usize,
+    /// Blocks of columns.
+    across: usize,
 }
 
 impl<'a> Matrix<'a> {
@@ -140,7 +154,7 @@ impl<'a> Matrix<'a> {
     /// If `bytes` are not exactly the matrix.
     pub(crate) fn new(bytes: &'a [u8], dtype: Dtype, rows: usize, cols: usize) -> Self {
         assert_eq!(bytes.len(), rows * cols * dtype.bytes(), "a {rows} x {cols} matrix of {dtype:?}");
-        Self { bytes, dtype, rows, cols, scale: &[], bias: &[] }
+        Self { bytes, dtype, rows, cols, scale: &[], blocks: None, bias: &[] }
     }
 
     /// The same with an element per row that the row is multiplied by. Products are summed up unscaled, and the sum is
@@ -151,6 +165,18 @@ impl<'a> Matrix<'a> {
     pub(crate) fn with_scale(self, scale: &'a [f32]) -> Self {
         assert!(scale.is_empty() || scale.len() == self.rows, "a scale per row");
         Self { scale, ..self }
+    }
+
+    /// The same with an element for each block of [`BLOCK`]` × `[`BLOCK`] elements (those at the ends are smaller) that the
+    /// block is multiplied by, `[blocks of rows][blocks of columns]`. The products of each block of columns are summed up
+    /// unscaled, the sum is scaled, and such sums are added in ascending order.
+    ///
+    /// # Panics
+    /// If there are not as many as blocks.
+    pub(crate) fn with_blocks(self, scale: &'a [f32]) -> Self {
+        let across = self.cols.div_ceil(BLOCK);
+        assert_eq!(scale.len(), self.rows.div_ceil(BLOCK) * across, "a scale per block");
+        Self { blocks: Some(Blocks { scale, first: 0, across }), ..self }
     }
 
     /// The same with an element per row that is added to the row's products.
@@ -186,7 +212,28 @@ impl<'a> Matrix<'a> {
         let width = self.cols * self.dtype.bytes();
         let part = |all: &'a [f32]| if all.is_empty() { all } else { &all[first..first + count] };
         let (scale, bias) = (part(self.scale), part(self.bias));
-        Self { bytes: &self.bytes[first * width..(first + count) * width], rows: count, scale, bias, ..*self }
+        let blocks = self.blocks.map(|blocks| Blocks { first: blocks.first + first, ..blocks });
+        Self { bytes: &self.bytes[first * width..(first + count) * width], rows: count, scale, blocks, bias, ..*self }
+    }
+
+    /// Pieces of columns, `(first, how many)`, that are summed up apart.
+    #[inline(always)]
+    fn pieces(&self) -> impl Iterator<Item = (usize, usize)> {
+        let width = if self.blocks.is_some() { BLOCK } else { self.cols.max(1) };
+        let cols = self.cols;
+        (0..cols.div_ceil(width)).map(move |piece| (piece * width, width.min(cols - piece * width)))
+    }
+
+    /// Adds the sums of the piece that begins at column `from`, of the rows from `row` on, to those of the pieces before it.
+    #[inline(always)]
+    fn add_piece(&self, row: usize, from: usize, sums: &mut [f32], piece: &[f32]) {
+        let Some(Blocks { scale, first, across }) = self.blocks else {
+            return sums.copy_from_slice(piece); // the only one
+        };
+        for (i, (sum, value)) in sums.iter_mut().zip(piece).enumerate() {
+            let scaled = value * scale[(first + row + i) / BLOCK * across + from / BLOCK];
+            *sum = if from == 0 { scaled } else { *sum + scaled };
+        }
     }
 
     /// What is left to do to one token's products with the rows from `row` on.
@@ -291,13 +338,20 @@ macro_rules! tiled {
         let mut token = 0;
         $(
             while x.count - token >= $t {
-                // SAFETY: `matmul` has checked that all rows of `x` and `w` are inside their slices, and token + t and
-                // row + r are at most their counts; the instructions are there (see `Isa`).
-                let tile = unsafe {
-                    let weights = w.bytes.as_ptr().add($row * w.cols * w.dtype.bytes());
-                    $tile::<$d, $t, $r>(x.data.as_ptr().add(token * x.stride), x.stride, weights, w.cols)
-                };
-                for (i, mut values) in tile.into_iter().enumerate() {
+                let mut sums = [[0.0; $r]; $t];
+                for (from, cols) in w.pieces() {
+                    // SAFETY: `matmul` has checked that all rows of `x` and `w` are inside their slices, and token + t
+                    // and row + r are at most their counts; the instructions are there (see `Isa`).
+                    let tile = unsafe {
+                        let weights = w.bytes.as_ptr().add(($row * w.cols + from) * w.dtype.bytes());
+                        let x_row = x.data.as_ptr().add(token * x.stride + from);
+                        $tile::<$d, $t, $r>(x_row, x.stride, weights, w.cols, cols)
+                    };
+                    for (sums, piece) in sums.iter_mut().zip(&tile) {
+                        w.add_piece($row, from, sums, piece);
+                    }
+                }
+                for (i, mut values) in sums.into_iter().enumerate() {
                     w.finish($row, &mut values);
                     // SAFETY: nobody else writes there, as the caller of `matmul` promised.
                     unsafe { out.write(first + (token + i) * stride + $row, &values) };
@@ -360,6 +414,7 @@ pub(crate) fn accumulate(isa: Isa, p: Rows<'_>, v: Matrix<'_>, acc: &mut [f32]) 
     if p.count == 0 || v.rows == 0 {
         return;
     }
+    assert!(v.blocks.is_none(), "rows of values have a scale each, or none");
     assert!(p.data.len() >= (p.count - 1) * p.stride + v.rows, "all rows of p are there");
     assert!(acc.len() >= p.count * v.cols, "all rows of acc are there");
     // Rows of `v` are what `p` runs over: their scales belong to its elements, rounded once before the sum.

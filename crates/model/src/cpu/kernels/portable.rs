@@ -11,11 +11,12 @@ pub(super) unsafe fn matmul<const D: u8>(product: Product<'_>) {
     tiled!(product, tile::<D>, rows[1], tokens[1]);
 }
 
-/// `T × R` dot products of `cols` elements.
+/// `T × R` dot products of `cols` elements; rows of weights are `ld` elements apart.
 unsafe fn tile<const D: u8, const T: usize, const R: usize>(
     x: *const f32,
     stride: usize,
     w: *const u8,
+    ld: usize,
     cols: usize,
 ) -> [[f32; R]; T] {
     let mut out = [[0.0; R]; T];
@@ -29,7 +30,7 @@ unsafe fn tile<const D: u8, const T: usize, const R: usize>(
                 a[..part.len()].copy_from_slice(part);
                 for (i, b) in b[..part.len()].iter_mut().enumerate() {
                     // SAFETY: an element of row r of the matrix, by the caller.
-                    *b = unsafe { element::<D>(w, r * cols + step * LANES + i) };
+                    *b = unsafe { element::<D>(w, r * ld + step * LANES + i) };
                 }
                 for ((lane, a), b) in lanes.iter_mut().zip(a).zip(b) {
                     *lane = a.mul_add(b, *lane);

@@ -110,6 +110,48 @@ proptest! {
         are_the_same(run, &x, &w, [tokens, rows, cols])?;
     }
 
+    /// Blocks of weights that share a scale: right, the same bits in every variant, token by token and from any row on.
+    #[test]
+    fn blocks_of_weights_are_scaled_alike_by_every_variant(
+        (tokens, rows, cols) in (1usize..8, 1usize..300, 1usize..300),
+        dtype in dtypes(),
+        seed in any::<u64>(),
+        from in any::<prop::sample::Index>(),
+    ) {
+        let number = |i: usize| (((i as u64 + 1).wrapping_mul(seed | 1) >> 33) as f32 / (1u64 << 30) as f32) - 1.0;
+        let x: Vec<f32> = (0..tokens * cols).map(number).collect();
+        let w = stored(&(0..rows * cols).map(|i| number(i + 7919)).collect::<Vec<_>>(), dtype);
+        let across = cols.div_ceil(BLOCK);
+        let scale: Vec<f32> = (0..rows.div_ceil(BLOCK) * across).map(|i| 1.5 + number(i + 104_729)).collect();
+        let matrix = Matrix::new(&w.bytes, dtype, rows, cols).with_blocks(&scale);
+        let run = |isa, x: &[f32], first: usize| {
+            let (tokens, part) = (x.len() / cols, matrix.slice(first, rows - first));
+            let mut out = vec![f32::NAN; tokens * (rows - first)];
+            // SAFETY: one thread.
+            unsafe { matmul(isa, Rows::new(x, cols, tokens), part, &Output::new(&mut out), 0, rows - first) };
+            out
+        };
+        let expected = run(Isa::detect(), &x, 0);
+        for t in 0..tokens {
+            for r in 0..rows {
+                let terms = (0..cols).map(|k| {
+                    let scale = f64::from(scale[r / BLOCK * across + k / BLOCK]);
+                    f64::from(x[t * cols + k]) * f64::from(w.values[r * cols + k]) * scale
+                });
+                let (sum, magnitude) = terms.fold((0.0, 0.0), |(sum, size), term| (sum + term, size + term.abs()));
+                prop_assert!((f64::from(expected[t * rows + r]) - sum).abs() <= magnitude * 1e-6 + 1e-12);
+            }
+        }
+        let first = from.index(rows);
+        for isa in Isa::available() {
+            prop_assert_eq!(bits(&run(isa, &x, 0)), bits(&expected));
+            for t in 0..tokens {
+                let alone = run(isa, &x[t * cols..(t + 1) * cols], first);
+                prop_assert_eq!(bits(&alone), bits(&expected[t * rows + first..(t + 1) * rows]));
+            }
+        }
+    }
+
     #[test]
     fn values_add_up_the_same_in_any_cut(
         (rows, tokens, dim, dtype) in (1usize..14, 1usize..40, 1usize..70, dtypes()),
