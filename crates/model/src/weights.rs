@@ -14,6 +14,7 @@
 
 use std::{
     collections::HashMap,
+    ops::Range,
     path::{Component, Path, PathBuf},
     sync::Arc,
 };
@@ -102,6 +103,14 @@ impl Tensor {
     pub(crate) fn bytes(&self) -> &[u8] {
         let len = self.rows * self.cols * self.dtype.bytes();
         &self.file.bytes()[self.start..self.start + len]
+    }
+
+    /// Some of its rows.
+    pub(crate) fn part(&self, rows: Range<usize>) -> Self {
+        assert!(rows.end <= self.rows, "rows {rows:?} of {}", self.rows);
+        let scale = if self.scale.is_empty() { Arc::default() } else { self.scale[rows.clone()].into() };
+        let start = self.start + rows.start * self.cols * self.dtype.bytes();
+        Self { start, rows: rows.len(), scale, ..self.clone() }
     }
 
     /// One row, widened into `out`.

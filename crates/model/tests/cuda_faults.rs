@@ -152,7 +152,13 @@ fn an_emulated_device_is_never_taken_unasked() {
     assert!(!kvasir_model::cuda::is_there(0));
     let folder = folder();
     let layout = folder.kv_layout(16, KvDtype::F16);
-    let options = kvasir_model::Options { device: Device::Auto, compute: Compute::Exact, threads: 1, max_tokens: 16 };
+    let options = kvasir_model::Options {
+        device: Device::Auto,
+        compute: Compute::Exact,
+        threads: 1,
+        tensor_parallel: 1,
+        max_tokens: 16,
+    };
     let open = |device| {
         let memory = TestMemory::new(BLOCKS as usize * layout.block_bytes());
         Device::open(&folder, layout, memory, kvasir_model::Options { device, ..options })

@@ -5,6 +5,8 @@
 //! weights from the cache they share. With one token the same grid is a walk through the weights at the memory's speed.
 //! A token's neighbours in a block never change its bits.
 
+use std::ops::Range;
+
 use super::{
     exec::{Compute, Exec},
     kernels::{self, Matrix, Output, Rows, fast},
@@ -45,6 +47,12 @@ impl Linear {
     /// A map without a bias.
     pub(super) fn of(weight: Tensor) -> Self {
         Self { weight, bias: None, exact: false }
+    }
+
+    /// Some of its outputs.
+    pub(super) fn part(self, rows: Range<usize>) -> Self {
+        let bias = self.bias.map(|bias| bias[rows.clone()].to_vec());
+        Self { weight: self.weight.part(rows), bias, ..self }
     }
 
     /// The same, computed exactly whatever the backend's choice: where a rounding would not blur a result but flip a choice.
