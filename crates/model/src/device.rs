@@ -49,8 +49,9 @@ impl Device {
         options: Options,
     ) -> Result<Box<dyn Backend>, Error> {
         let Options { device, compute, threads, max_tokens } = options;
-        let on_cuda =
-            |ordinal, memory| CudaBackend::new(folder, layout, memory, cuda::Options { ordinal, compute, max_tokens });
+        let on_cuda = |ordinal, memory| {
+            CudaBackend::new(folder, layout, memory, cuda::Options { ordinal, compute, max_tokens, graphs: true })
+        };
         let ordinal = match device {
             Self::Cuda(ordinal) => return Ok(Box::new(on_cuda(ordinal, memory)?)),
             Self::Auto if cuda::is_there(0) => Some(0),
