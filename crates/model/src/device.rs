@@ -55,7 +55,7 @@ impl Device {
         let Options { device, compute, threads, tensor_parallel, max_tokens } = options;
         group::check(folder.config(), tensor_parallel)?;
         let on_cuda = |ordinal, memory: Arc<dyn HostMemory>| -> Result<Box<dyn Backend>, Error> {
-            let options = cuda::Options { ordinal, compute, max_tokens };
+            let options = cuda::Options { ordinal, compute, max_tokens, graphs: true };
             Ok(Box::new(CudaBackend::new(folder, layout, memory, options)?))
         };
         let ordinal = match device {
