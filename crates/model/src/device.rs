@@ -9,6 +9,8 @@ use crate::{
     Backend, Error, Folder,
     cpu::{Compute, CpuBackend},
     cuda::{self, CudaBackend},
+    group,
+    parallel::Parallel,
 };
 
 /// What computes.
@@ -33,6 +35,8 @@ pub struct Options {
     pub compute: Compute,
     /// On how many threads, where the processor does.
     pub threads: usize,
+    /// How many compute it together: so many devices, from the one named on; or parts of the processor.
+    pub tensor_parallel: usize,
     /// Tokens of the largest step, for which a device sets memory aside: larger ones are computed in several parts.
     pub max_tokens: usize,
 }
@@ -48,21 +52,32 @@ impl Device {
         memory: Arc<dyn HostMemory>,
         options: Options,
     ) -> Result<Box<dyn Backend>, Error> {
-        let Options { device, compute, threads, max_tokens } = options;
-        let on_cuda =
-            |ordinal, memory| CudaBackend::new(folder, layout, memory, cuda::Options { ordinal, compute, max_tokens });
+        let Options { device, compute, threads, tensor_parallel, max_tokens } = options;
+        group::check(folder.config(), tensor_parallel)?;
+        let on_cuda = |ordinal, memory: Arc<dyn HostMemory>| -> Result<Box<dyn Backend>, Error> {
+            let options = cuda::Options { ordinal, compute, max_tokens, graphs: true };
+            Ok(Box::new(CudaBackend::new(folder, layout, memory, options)?))
+        };
         let ordinal = match device {
-            Self::Cuda(ordinal) => return Ok(Box::new(on_cuda(ordinal, memory)?)),
+            Self::Cuda(ordinal) => return on_cuda(ordinal, memory),
             Self::Auto if cuda::is_there(0) => Some(0),
             Self::Auto | Self::Cpu => None,
         };
         if let Some(ordinal) = ordinal {
             match on_cuda(ordinal, memory.clone()) {
-                Ok(backend) => return Ok(Box::new(backend)),
+                Ok(backend) => return Ok(backend),
                 Err(error) => tracing::warn!(%error, "computing on the processor: the device is not usable"),
             }
         }
-        Ok(Box::new(CpuBackend::with_compute(folder, layout, memory, threads, compute)?))
+        if tensor_parallel == 1 {
+            return Ok(Box::new(CpuBackend::with_compute(folder, layout, memory, threads, compute)?));
+        }
+        let threads = (threads / tensor_parallel).max(1);
+        let blocks = memory.len() / layout.block_bytes();
+        let parallel = Parallel::open(folder, layout, blocks, tensor_parallel, |member| {
+            CpuBackend::rank(folder, layout, memory.clone(), member, (threads, compute))
+        })?;
+        Ok(Box::new(parallel))
     }
 }
 

@@ -290,6 +290,35 @@ pub enum Error {
         /// What the driver says.
         reason: String,
     },
+    /// A group of devices cannot divide the model in equal parts.
+    #[error("tensor_parallel {degree} does not divide the model's {count} {what} (possible: {degrees})")]
+    Degree {
+        /// How many were to compute it.
+        degree: usize,
+        /// What cannot be divided.
+        what: &'static str,
+        /// How many of them there are.
+        count: usize,
+        /// How many could compute it.
+        degrees: String,
+    },
+    /// One of several that compute a model together failed, or did not come: none of them computes any more.
+    #[error("rank {rank} of {size}: {reason}")]
+    Rank {
+        /// Who says so.
+        rank: usize,
+        /// How many there are.
+        size: usize,
+        /// What happened.
+        reason: String,
+    },
+    /// One of several that compute a model together could not take part in a step, which was not computed. Its own error says
+    /// why.
+    #[error("rank {rank} could not take part in this step")]
+    Declined {
+        /// Which.
+        rank: usize,
+    },
     /// The model asks for something that kernels do not compute.
     #[error("{device}: {what}")]
     NotOnDevice {
@@ -304,15 +333,13 @@ impl Error {
     /// Whether trying again may help. Another worker serves the same folder and would get the same batch: never, unless a
     /// device failed, which others do not share.
     pub fn retry(&self) -> Retry {
-        if matches!(self, Self::Device { .. } | Self::DeviceOutOfMemory { .. }) {
-            Retry::Elsewhere
-        } else {
-            Retry::Never
-        }
+        let elsewhere = matches!(self, Self::DeviceOutOfMemory { .. } | Self::Declined { .. });
+        if elsewhere || self.is_fatal() { Retry::Elsewhere } else { Retry::Never }
     }
 
-    /// Whether the backend is of no use any more: a device that was lost or touched memory that is not there.
+    /// Whether the backend is of no use any more: a device that was lost or touched memory that is not there, or one of several
+    /// that compute together and has ended.
     pub fn is_fatal(&self) -> bool {
-        matches!(self, Self::Device { .. })
+        matches!(self, Self::Device { .. } | Self::Rank { .. })
     }
 }

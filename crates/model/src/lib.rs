@@ -20,6 +20,8 @@ mod families;
 mod fingerprint;
 mod folder;
 pub mod graph;
+mod group;
+mod parallel;
 pub mod quantize;
 mod rope;
 pub mod shapes;

@@ -47,6 +47,12 @@ const STAMP: &str = "kvasir-shape.json";
 const VERSION: u32 = 1;
 
 impl Shape {
+    /// One of a test's own.
+    #[cfg(test)]
+    pub(crate) fn of(name: &'static str, config: &'static str) -> Self {
+        Self { name, config }
+    }
+
     /// The shape of that name.
     pub fn named(name: &str) -> Option<Self> {
         SHAPES.into_iter().find(|shape| shape.name == name)

@@ -14,6 +14,7 @@
 
 use std::{
     collections::HashMap,
+    ops::Range,
     path::{Component, Path, PathBuf},
     sync::Arc,
 };
@@ -90,8 +91,9 @@ pub(crate) enum Scale<'a> {
     None,
     /// One for each row.
     Rows(&'a [f32]),
-    /// One for each block of [`BLOCK`]` × `[`BLOCK`] (those at the ends are smaller): `[blocks of rows][blocks of columns]`.
-    Blocks(&'a [f32]),
+    /// One for each block of [`BLOCK`]` × `[`BLOCK`] (those at the ends are smaller), `[blocks of rows][blocks of columns]`, of
+    /// a matrix that this one begins in at row `first`.
+    Blocks { scale: &'a [f32], first: usize },
 }
 
 /// One weight: a matrix of `rows × cols` (a vector is one row) inside a mapped file.
@@ -103,8 +105,9 @@ pub(crate) struct Tensor {
     pub(crate) cols: usize,
     /// As [`Scale`] has it; empty for types that need none.
     scale: Arc<[f32]>,
-    /// Whether those are of blocks.
+    /// Whether those are of blocks; then of all of the matrix that this one begins in at row `first`.
     blocks: bool,
+    first: usize,
 }
 
 /// Where a tensor's bytes are.
@@ -120,7 +123,7 @@ impl Tensor {
         match (self.scale.is_empty(), self.blocks) {
             (true, _) => Scale::None,
             (false, false) => Scale::Rows(&self.scale),
-            (false, true) => Scale::Blocks(&self.scale),
+            (false, true) => Scale::Blocks { scale: &self.scale, first: self.first },
         }
     }
 
@@ -130,7 +133,15 @@ impl Tensor {
             return self.clone();
         }
         let data = Data::Made(self.to_f32().iter().flat_map(|value| value.to_le_bytes()).collect());
-        Self { data, dtype: Dtype::F32, rows: self.rows, cols: self.cols, scale: Arc::default(), blocks: false }
+        Self {
+            data,
+            dtype: Dtype::F32,
+            rows: self.rows,
+            cols: self.cols,
+            scale: Arc::default(),
+            blocks: false,
+            first: 0,
+        }
     }
 
     /// Its bytes: row-major, little-endian, of no particular alignment.
@@ -142,6 +153,21 @@ impl Tensor {
         }
     }
 
+    /// Some of its rows.
+    pub(crate) fn part(&self, rows: Range<usize>) -> Self {
+        assert!(rows.end <= self.rows, "rows {rows:?} of {}", self.rows);
+        let (from, until) = (rows.start * self.cols * self.dtype.bytes(), rows.end * self.cols * self.dtype.bytes());
+        let data = match &self.data {
+            Data::Mapped { file, start } => Data::Mapped { file: file.clone(), start: start + from },
+            Data::Made(bytes) => Data::Made(bytes[from..until].into()),
+        };
+        let scale = match self.scale() {
+            Scale::Rows(scale) => scale[rows.clone()].into(),
+            Scale::None | Scale::Blocks { .. } => self.scale.clone(),
+        };
+        Self { data, rows: rows.len(), scale, first: self.first + rows.start, ..self.clone() }
+    }
+
     /// One row, widened into `out`.
     pub(crate) fn row_into(&self, row: usize, out: &mut [f32]) {
         let width = self.cols * self.dtype.bytes();
@@ -149,8 +175,8 @@ impl Tensor {
         match self.scale() {
             Scale::None => {}
             Scale::Rows(scale) => out.iter_mut().for_each(|value| *value *= scale[row]),
-            Scale::Blocks(scale) => {
-                let scale = &scale[row / BLOCK * self.cols.div_ceil(BLOCK)..];
+            Scale::Blocks { scale, first } => {
+                let scale = &scale[(first + row) / BLOCK * self.cols.div_ceil(BLOCK)..];
                 let blocks = out.chunks_mut(BLOCK).zip(scale);
                 blocks.for_each(|(block, scale)| block.iter_mut().for_each(|value| *value *= scale));
             }
@@ -342,7 +368,7 @@ impl Shard {
             _ => unreachable!("expected shapes are vectors and matrices"),
         };
         let data = Data::Mapped { file: self.file.clone(), start: entry.start };
-        Ok(Tensor { data, dtype, rows, cols, scale: Arc::default(), blocks: false })
+        Ok(Tensor { data, dtype, rows, cols, scale: Arc::default(), blocks: false, first: 0 })
     }
 
     /// The scale of a weight, one for each row, for each block, or for all; and whether it is for blocks.

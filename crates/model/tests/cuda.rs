@@ -20,7 +20,7 @@ use kvasir_model::{
 };
 use kvasir_types::{BlockId, KvDtype, TokenId};
 
-const OPTIONS: Options = Options { ordinal: 0, compute: Compute::Exact, max_tokens: 64 };
+const OPTIONS: Options = Options { ordinal: 0, compute: Compute::Exact, max_tokens: 64, graphs: true };
 
 /// Enough for these tests: the emulated device has not much memory.
 const BLOCKS: u32 = 128;

@@ -6,11 +6,12 @@
 mod common;
 #[path = "common/emulated.rs"]
 mod emulated;
-
-use std::{env, process::Command};
+#[path = "common/faults.rs"]
+mod faults;
 
 use common::{BLOCKS, Bench, TestMemory, argmax, assert_same_bits, models, tokens};
 use emulated::emulated;
+use faults::with_faults;
 use kvasir_model::{
     Backend, Device, Error, Folder, SeqInput,
     cpu::{Compute, CpuBackend},
@@ -18,7 +19,7 @@ use kvasir_model::{
 };
 use kvasir_types::{BlockId, KvDtype, TokenId};
 
-const OPTIONS: Options = Options { ordinal: 0, compute: Compute::Exact, max_tokens: 16 };
+const OPTIONS: Options = Options { ordinal: 0, compute: Compute::Exact, max_tokens: 16, graphs: true };
 
 fn folder() -> Folder {
     Folder::open(&models().join("tiny/qwen3-tied")).unwrap()
@@ -29,23 +30,6 @@ fn bench(folder: &Folder, blocks: u32) -> Bench {
     Bench::over(folder, 16, KvDtype::F16, blocks, |layout, memory| {
         Box::new(CudaBackend::new(folder, layout, memory, OPTIONS).unwrap())
     })
-}
-
-/// Runs the named test of this file with these faults, in a process of its own; what it does there is up to `IN_CHILD`.
-fn with_faults(test: &str, faults: &[(&str, &str)], body: impl FnOnce()) {
-    const IN_CHILD: &str = "CUDA_FAULTS_CHILD";
-    if env::var_os(IN_CHILD).is_some() {
-        return body();
-    }
-    let faults = faults.iter().copied().chain([(IN_CHILD, "1")]);
-    let output = Command::new(env::current_exe().unwrap()).args(["--exact", test, "--nocapture"]).envs(faults).output();
-    let output = output.unwrap();
-    assert!(
-        output.status.success(),
-        "{}{}",
-        String::from_utf8_lossy(&output.stdout),
-        String::from_utf8_lossy(&output.stderr)
-    );
 }
 
 #[test]
@@ -152,7 +136,13 @@ fn an_emulated_device_is_never_taken_unasked() {
     assert!(!kvasir_model::cuda::is_there(0));
     let folder = folder();
     let layout = folder.kv_layout(16, KvDtype::F16);
-    let options = kvasir_model::Options { device: Device::Auto, compute: Compute::Exact, threads: 1, max_tokens: 16 };
+    let options = kvasir_model::Options {
+        device: Device::Auto,
+        compute: Compute::Exact,
+        threads: 1,
+        tensor_parallel: 1,
+        max_tokens: 16,
+    };
     let open = |device| {
         let memory = TestMemory::new(BLOCKS as usize * layout.block_bytes());
         Device::open(&folder, layout, memory, kvasir_model::Options { device, ..options })

@@ -72,6 +72,10 @@ pub struct EngineConfig {
     /// What computes: `cpu`; `cuda:N`, NVIDIA GPU number N of the machine, or the worker does not start; or `auto`, the first
     /// GPU where there is one whose memory has room for weights and blocks, else the CPU. Default cpu.
     pub device: Device,
+    /// How many compute the model together, each a part of it: so many GPUs of the machine, from the one that `device` names
+    /// on, by NCCL; or so many groups of the CPU's threads. 1, 2, 4 or 8; it must divide the model's KV heads. Workers with
+    /// different numbers pair. Default 1.
+    pub tensor_parallel: usize,
     /// Threads that compute, on a CPU. 0: one for every core. Default 0.
     pub threads: usize,
     /// How activations are multiplied with bf16 and 8-bit weights: `exact` (they stay f32) or `fast` (rounded to bf16, as
@@ -290,6 +294,7 @@ impl Default for EngineConfig {
         let engine = kvasir_engine::Config::default();
         Self {
             device: Device::default(),
+            tensor_parallel: 1,
             threads: 0,
             compute: Compute::Exact,
             chunk_tokens: engine.chunk_tokens,

@@ -287,7 +287,8 @@ pub(crate) fn options(config: &Config, threads: usize) -> Options {
         Speculation::Ngram | Speculation::Draft => engine.max_running * engine.speculation.tokens,
     };
     let max_tokens = engine.max_batch_tokens + guessed;
-    Options { device: engine.device, compute: engine.compute, threads, max_tokens }
+    let (device, compute, tensor_parallel) = (engine.device, engine.compute, engine.tensor_parallel);
+    Options { device, compute, threads, tensor_parallel, max_tokens }
 }
 
 fn keep_whole_prompts(groups: &KvGroups) -> bool {

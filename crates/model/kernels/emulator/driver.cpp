@@ -9,6 +9,7 @@
 //   EMULATED_CUDA_FAIL_AFTER  the n-th launch fails, and everything after it, as on a device that was lost
 //   EMULATED_CUDA_FAIL_CODE   how it fails (700, an illegal address)
 //   EMULATED_CUDA_NO_PINNING  host memory cannot be registered
+//   EMULATED_CUDA_NO_GRAPHS   streams cannot be captured
 //   EMULATED_CUDA_EAGER       work runs when it is queued
 //   EMULATED_CUDA_ORDER       `backward`: the last block and thread first
 //   EMULATED_CUDA_THREADS     OS threads that run blocks (as many as there are processors)
@@ -28,11 +29,13 @@ Driver &driver() {
 
 thread_local void *current_context __attribute__((tls_model("initial-exec"))) = nullptr;
 
-bool capturing(Driver &d) {
-    if (d.null_stream.capture) return true;
-    for (Stream *s : d.streams)
-        if (s->capture) return true;
-    return false;
+bool spoils_capture(Driver &d) {
+    bool spoiled = false;
+    for (Stream *s : d.streams) {
+        if (!s->capture || s->capture->mode == 2 || (s->capture->mode == 1 && s->capture->thread != std::this_thread::get_id())) continue;
+        spoiled = s->capture->invalid = true;
+    }
+    return spoiled;
 }
 
 namespace {
@@ -63,6 +66,7 @@ void Driver::initialize() {
     fail_after = number("EMULATED_CUDA_FAIL_AFTER", 0);
     fail_code = (int)number("EMULATED_CUDA_FAIL_CODE", R_ILLEGAL_ADDRESS);
     pinning = !flag("EMULATED_CUDA_NO_PINNING");
+    graphs = !flag("EMULATED_CUDA_NO_GRAPHS");
     eager = flag("EMULATED_CUDA_EAGER");
     initialized = true;
 }
@@ -90,8 +94,7 @@ void Driver::run_all() {
 Result Driver::add_work(Stream *stream, Op op) {
     if (stream->capture) {
         if (stream->capture->invalid) return STREAM_CAPTURE_INVALIDATED;
-        stream->capture->ops.push_back(std::move(op));
-        if (stream != stream->capture->origin) stream->unjoined = true;
+        stream->capture->lanes[stream->lane].ops.push_back({std::move(op)});
         return SUCCESS;
     }
     launches += op.kernels;
@@ -302,6 +305,7 @@ API int cuMemFree_v2(u64 at) {
     Locked d;
     if (!d->initialized) return NOT_INITIALIZED;
     if (at == 0) return SUCCESS;
+    NOT_IN_CAPTURE(d);
     d->run_all();
     auto found = d->device.find(at);
     if (found == d->device.end()) return INVALID_VALUE;

@@ -8,6 +8,7 @@
 #include <memory>
 #include <mutex>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "simt.h"
@@ -36,15 +37,19 @@ enum Result : int {
     STREAM_CAPTURE_UNSUPPORTED = 900,
     STREAM_CAPTURE_INVALIDATED = 901,
     STREAM_CAPTURE_UNJOINED = 904,
+    STREAM_CAPTURE_WRONG_THREAD = 908,
 };
 
 struct Stream;
+struct Graph;
 
 // A recording of an event: its place in a stream's work.
 struct Mark {
     Stream *stream = nullptr;
     bool done = false;
-    bool captured = false; // its place is in a graph
+    bool captured = false; // its place is in a graph, behind so many of a lane's
+    std::weak_ptr<Graph> graph;
+    size_t lane = 0, place = 0;
     std::chrono::steady_clock::time_point at;
 };
 struct Event {
@@ -58,16 +63,31 @@ struct Op {
     std::function<int()> run;
     u32 kernels = 0;
 };
+// What one stream did while it was captured; without `run`, an op waits for so many of another lane's.
+struct Captured {
+    Op op;
+    size_t lane = 0, place = 0;
+};
+struct Lane {
+    std::vector<Captured> ops;
+    size_t joined = 0; // so many somebody else has waited for
+};
+// Lanes wait for each other only where their streams did.
 struct Graph {
-    std::vector<Op> ops;
-    bool invalid = false;
+    std::vector<Lane> lanes{1}; // the first is that of the stream which was captured
+    bool invalid = false, ended = false;
+    int mode = 0; // who may call what meanwhile: nobody (0), all but this thread (1), all (2)
+    std::thread::id thread;
     Stream *origin = nullptr;
+
+    // Lane by lane, the others as late as can be: what waits for too little finds wrong data.
+    int replay() const;
 };
 struct Stream {
     std::deque<Op> ops;
     bool blocking = true; // waits for the null stream, and it for this
     std::shared_ptr<Graph> capture;
-    bool unjoined = false; // forked from a capture, and nobody has waited for the rest of it
+    size_t lane = 0; // of its capture
 };
 
 struct Module {
@@ -84,7 +104,7 @@ struct Driver {
     int fault = 0; // sticky
     u64 total = 0, used = 0;
     int capability = 90;
-    bool pinning = true, eager = false;
+    bool pinning = true, eager = false, graphs = true;
     u64 launches = 0, fail_after = 0;
     int fail_code = R_ILLEGAL_ADDRESS;
 
@@ -112,8 +132,8 @@ Driver &driver();
 // The context that this thread has made current.
 extern thread_local void *current_context __attribute__((tls_model("initial-exec"), visibility("hidden")));
 
-// Whether any stream is captured into a graph.
-bool capturing(Driver &d);
+// Whether a capture forbids this thread what may not be captured; such a capture is lost.
+bool spoils_capture(Driver &d);
 
 struct Locked {
     Driver &d = driver();
@@ -128,13 +148,9 @@ struct Locked {
     if (current_context == nullptr) return INVALID_CONTEXT;       \
     if (d->fault != 0) return d->fault
 
-// Calls that may not be made while any stream is captured (in the global mode, the strictest).
-#define NOT_IN_CAPTURE(d)                                                                     \
-    if (capturing(*d.operator->())) {                                                         \
-        for (Stream *s : d->streams)                                                          \
-            if (s->capture) s->capture->invalid = true;                                       \
-        return STREAM_CAPTURE_UNSUPPORTED;                                                    \
-    }
+// Calls that may not be made during a capture.
+#define NOT_IN_CAPTURE(d) \
+    if (spoils_capture(*d.operator->())) return STREAM_CAPTURE_UNSUPPORTED
 
 } // namespace kvemu
 

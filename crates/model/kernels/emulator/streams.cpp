@@ -47,6 +47,10 @@ API int cuStreamQuery(void *handle) {
     READY(d);
     Stream *stream = d->stream(handle);
     if (stream == nullptr) return INVALID_HANDLE;
+    if (stream->capture) {
+        stream->capture->invalid = true;
+        return STREAM_CAPTURE_UNSUPPORTED;
+    }
     if (stream->ops.empty()) return SUCCESS;
     d->run(stream, nullptr);
     return d->fault != 0 ? d->fault : NOT_READY;
@@ -58,12 +62,18 @@ API int cuStreamWaitEvent(void *handle, void *event, u32) {
     std::shared_ptr<Mark> mark = ((Event *)event)->mark;
     if (!mark) return SUCCESS;
     if (mark->captured) {
-        // The waiting stream joins the capture, whose work is one list in the order of the calls; or a fork ends.
-        Stream *other = d->stream(mark->stream);
-        if (other == nullptr || !other->capture) return STREAM_CAPTURE_UNSUPPORTED;
-        if (!stream->capture) stream->capture = other->capture;
-        other->unjoined = false;
-        if (stream != stream->capture->origin) stream->unjoined = true;
+        // The waiting stream joins the capture.
+        std::shared_ptr<Graph> graph = mark->graph.lock();
+        if (!graph || graph->ended || (stream->capture && stream->capture != graph)) return STREAM_CAPTURE_UNSUPPORTED;
+        if (graph->invalid) return STREAM_CAPTURE_INVALIDATED;
+        if (!stream->capture) {
+            stream->capture = graph;
+            stream->lane = graph->lanes.size();
+            graph->lanes.emplace_back();
+        }
+        if (stream->lane == mark->lane) return SUCCESS;
+        graph->lanes[stream->lane].ops.push_back({{}, mark->lane, mark->place});
+        graph->lanes[mark->lane].joined = std::max(graph->lanes[mark->lane].joined, mark->place);
         return SUCCESS;
     }
     if (stream->capture) return mark->done ? SUCCESS : STREAM_CAPTURE_UNSUPPORTED;
@@ -99,6 +109,9 @@ API int cuEventRecord(void *event, void *handle) {
     e->asked = false;
     if (stream->capture) {
         mark->captured = true;
+        mark->graph = stream->capture;
+        mark->lane = stream->lane;
+        mark->place = stream->capture->lanes[stream->lane].ops.size();
         return SUCCESS;
     }
     return d->add_work(stream, {[mark] {
@@ -143,15 +156,36 @@ API int cuLaunchHostFunc(void *handle, void (*call)(void *), void *data) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Graphs: what was captured, in the order of the calls.
+// Graphs: what was captured, lane by lane. Arguments were copied when they were captured; what they point at is read when a
+// graph runs.
 
-API int cuStreamBeginCapture_v2(void *handle, int) {
+int Graph::replay() const {
+    std::vector<size_t> done(lanes.size(), 0);
+    std::function<int(size_t, size_t)> run = [&](size_t lane, size_t until) {
+        while (done[lane] < until) {
+            const Captured &next = lanes[lane].ops[done[lane]++];
+            int result = next.op.run ? next.op.run() : run(next.lane, next.place);
+            if (result != 0) return result;
+        }
+        return 0;
+    };
+    for (size_t lane = 0; lane < lanes.size(); lane++)
+        if (int result = run(lane, lanes[lane].ops.size())) return result;
+    return 0;
+}
+
+API int cuStreamBeginCapture_v2(void *handle, int mode) {
     READY(d);
     Stream *stream = d->stream(handle);
     if (stream == nullptr) return INVALID_HANDLE;
+    if (mode < 0 || mode > 2) return INVALID_VALUE;
+    if (!d->graphs) return NOT_SUPPORTED;
     if (stream == &d->null_stream || stream->capture) return STREAM_CAPTURE_UNSUPPORTED;
     stream->capture = std::make_shared<Graph>();
     stream->capture->origin = stream;
+    stream->capture->mode = mode;
+    stream->capture->thread = std::this_thread::get_id();
+    stream->lane = 0;
     return SUCCESS;
 }
 API int cuStreamIsCapturing(void *handle, int *status) {
@@ -168,25 +202,26 @@ API int cuStreamEndCapture(void *handle, void **graph) {
     *graph = nullptr;
     if (stream == nullptr || !stream->capture || stream->capture->origin != stream) return INVALID_VALUE;
     std::shared_ptr<Graph> captured = stream->capture;
-    bool unjoined = false;
+    if (captured->mode != 2 && captured->thread != std::this_thread::get_id()) return STREAM_CAPTURE_WRONG_THREAD;
+    captured->ended = true;
     for (Stream *s : d->streams)
-        if (s->capture == captured) {
-            unjoined |= s->unjoined;
-            s->unjoined = false;
-            s->capture.reset();
-        }
+        if (s->capture == captured) s->capture.reset();
     if (captured->invalid) return STREAM_CAPTURE_INVALIDATED;
-    if (unjoined) return STREAM_CAPTURE_UNJOINED;
+    for (size_t lane = 1; lane < captured->lanes.size(); lane++)
+        if (captured->lanes[lane].joined < captured->lanes[lane].ops.size()) return STREAM_CAPTURE_UNJOINED;
     *graph = new Graph(*captured);
     return SUCCESS;
 }
 API int cuGraphGetNodes(void *graph, void **, size_t *count) {
     if (graph == nullptr || count == nullptr) return INVALID_VALUE;
-    *count = ((Graph *)graph)->ops.size();
+    *count = 0;
+    for (const Lane &lane : ((Graph *)graph)->lanes)
+        for (const Captured &captured : lane.ops) *count += captured.op.run != nullptr;
     return SUCCESS;
 }
 API int cuGraphInstantiateWithFlags(void **exec, void *graph, unsigned long long) {
     READY(d);
+    NOT_IN_CAPTURE(d);
     if (graph == nullptr) return INVALID_VALUE;
     *exec = new Graph(*(Graph *)graph);
     return SUCCESS;
@@ -199,12 +234,9 @@ API int cuGraphLaunch(void *exec, void *handle) {
     if (stream->capture) return STREAM_CAPTURE_UNSUPPORTED;
     auto graph = std::make_shared<Graph>(*(Graph *)exec);
     u32 kernels = 0;
-    for (const Op &op : graph->ops) kernels += op.kernels;
-    return d->add_work(stream, {[graph] {
-        for (const Op &op : graph->ops)
-            if (int result = op.run()) return result;
-        return 0;
-    }, kernels});
+    for (const Lane &lane : graph->lanes)
+        for (const Captured &captured : lane.ops) kernels += captured.op.kernels;
+    return d->add_work(stream, {[graph] { return graph->replay(); }, kernels});
 }
 API int cuGraphExecDestroy(void *exec) {
     delete (Graph *)exec;

@@ -31,7 +31,10 @@ use super::{
     },
     kv::{Half, KvArena},
 };
-use crate::graph::{AttentionKind, AttentionSpec};
+use crate::{
+    graph::{AttentionKind, AttentionSpec},
+    group::Place,
+};
 
 mod exact;
 mod fast;
@@ -76,10 +79,15 @@ pub(super) struct Heads {
 }
 
 impl Heads {
-    pub(super) fn of(spec: &AttentionSpec) -> Self {
+    /// Those of a rank.
+    pub(super) fn of(spec: &AttentionSpec, place: Place) -> Self {
         let AttentionSpec { heads, scale, soft_cap, window, .. } = *spec;
+        let of_rank = |heads| place.part(heads).len();
+        let heads = of_rank(heads);
         let (kv_heads, k_dim, values, v_dim) = match &spec.kind {
-            AttentionKind::Grouped(grouped) => (grouped.kv_heads, grouped.head_dim, Half::Values, grouped.head_dim),
+            AttentionKind::Grouped(grouped) => {
+                (of_rank(grouped.kv_heads), grouped.head_dim, Half::Values, grouped.head_dim)
+            }
             AttentionKind::Latent(latent) => (1, latent.rank + latent.rope, Half::Keys, latent.rank),
         };
         Self { heads, kv_heads, k_dim, values, v_dim, scale, soft_cap, window }

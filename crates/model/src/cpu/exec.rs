@@ -5,7 +5,7 @@
 
 use std::{
     marker::PhantomData,
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use serde::{Deserialize, Serialize};
@@ -14,7 +14,9 @@ use super::{
     kernels::{Isa, fast::Step},
     pool::Pool,
 };
-use crate::Error;
+#[cfg(test)]
+use crate::group::Alone;
+use crate::{Error, group::Group};
 
 /// Work that takes one thread about 5 µs: well above what a section costs.
 const SERIAL_FLOPS: usize = 400_000;
@@ -34,9 +36,11 @@ pub enum Compute {
     Fast,
 }
 
-/// The instruction set and the threads of a backend.
+/// The instruction set and the threads of a backend, and those it computes with.
 #[derive(Debug)]
 pub(super) struct Exec {
+    /// Who has which part of the model.
+    pub(super) group: Arc<dyn Group>,
     pub(super) isa: Isa,
     pub(super) compute: Compute,
     threads: usize,
@@ -47,8 +51,14 @@ pub(super) struct Exec {
 }
 
 impl Exec {
-    /// An executor of `threads` threads, the caller's among them.
+    /// An executor of `threads` threads, the caller's among them, which computes all of a model.
+    #[cfg(test)]
     pub(super) fn new(isa: Isa, compute: Compute, threads: usize) -> Result<Self, Error> {
+        Self::of(Arc::new(Alone), isa, compute, threads)
+    }
+
+    /// The same for a rank of a group.
+    pub(super) fn of(group: Arc<dyn Group>, isa: Isa, compute: Compute, threads: usize) -> Result<Self, Error> {
         let failed = |reason: String| Error::Threads { threads, reason };
         if threads == 0 {
             return Err(failed("at least one is needed".into()));
@@ -57,7 +67,7 @@ impl Exec {
             1 => None,
             _ => Some(Mutex::new(Pool::new(threads - 1).map_err(|e| failed(e.to_string()))?)),
         };
-        Ok(Self { isa, compute, threads, pool, scratch: Mutex::default() })
+        Ok(Self { group, isa, compute, threads, pool, scratch: Mutex::default() })
     }
 
     /// How many threads compute, the caller's among them.

@@ -5,7 +5,11 @@ use super::{
     layer::Rotated,
     linear::{Linear, RmsNorm},
 };
-use crate::{graph::GroupedSpec, weights::Weights};
+use crate::{
+    graph::{GroupedSpec, LinearSpec},
+    group::Place,
+    weights::Weights,
+};
 
 pub(super) struct Grouped {
     q: Linear,
@@ -16,12 +20,15 @@ pub(super) struct Grouped {
 }
 
 impl Grouped {
-    pub(super) fn load(weights: &Weights, spec: &GroupedSpec) -> Self {
+    /// The heads that are this rank's.
+    pub(super) fn load(weights: &Weights, spec: &GroupedSpec, place: Place) -> Self {
         let norm = |spec| RmsNorm::load(weights, spec);
+        // Equal parts, so heads are whole and each is with its KV head (`group::check`).
+        let heads = |spec: &LinearSpec| Linear::load(weights, spec).part(place.part(spec.outputs));
         Self {
-            q: Linear::load(weights, &spec.q),
-            k: Linear::load(weights, &spec.k),
-            v: Linear::load(weights, &spec.v),
+            q: heads(&spec.q),
+            k: heads(&spec.k),
+            v: heads(&spec.v),
             qk_norms: spec.qk_norms.as_ref().map(|(q, k)| (norm(q), norm(k))),
             head_dim: spec.head_dim,
         }

@@ -1,6 +1,10 @@
 //! Keys and values in the arena: written once per token and layer, read back by attention.
 //!
-//! The one place of the backend that touches the arena's memory. Attention reads what is in the arena even for tokens of
+//! The one place of the backend that touches the arena's memory. Several ranks share an arena: each reads and writes its own
+//! heads there, whose numbers it counts from its first. What belongs to no head (latents) is everybody's to read and the first
+//! rank's to write.
+//!
+//! Attention reads what is in the arena even for tokens of
 //! the running step, rounded to the KV dtype, so it sees the same numbers as a worker that received the block.
 #![expect(unsafe_code, reason = "the arena is shared raw memory, see kvasir_types::HostMemory")]
 
@@ -10,7 +14,7 @@ use half::slice::HalfFloatSliceExt;
 use kvasir_types::{BlockId, HostMemory, KvDtype, KvLayout};
 
 use super::kernels::{self, Isa, Matrix};
-use crate::{Error, weights::Dtype};
+use crate::{Error, group::Place, weights::Dtype};
 
 /// A block arena and how its blocks are laid out.
 pub(super) struct KvArena {
@@ -18,6 +22,10 @@ pub(super) struct KvArena {
     layout: KvLayout,
     dtype: Dtype,
     blocks: usize,
+    /// The heads that are read and written here.
+    heads: Range<usize>,
+    /// Whether they are written here.
+    writes: bool,
 }
 
 /// Which half of a layer.
@@ -29,7 +37,13 @@ pub(super) enum Half {
 
 impl KvArena {
     /// The arena in `memory`, as many whole blocks as fit.
+    #[cfg(test)]
     pub(super) fn new(memory: Arc<dyn HostMemory>, layout: KvLayout) -> Result<Self, Error> {
+        Self::of(memory, layout, Place::ALONE)
+    }
+
+    /// The same for one of several ranks.
+    pub(super) fn of(memory: Arc<dyn HostMemory>, layout: KvLayout, place: Place) -> Result<Self, Error> {
         // Block ids are 32 bits: what lies beyond could not be named.
         let blocks = (memory.len() / layout.block_bytes()).min(u32::MAX as usize);
         if blocks == 0 {
@@ -41,10 +55,13 @@ impl KvArena {
             KvDtype::F32 => Dtype::F32,
             KvDtype::Fp8 => Dtype::F8,
         };
-        Ok(Self { memory, layout, dtype, blocks })
+        let all = layout.kv_heads as usize;
+        // Without values apart from keys it is latents that are kept.
+        let (heads, writes) = if layout.v_dim == 0 { (0..all, place.rank == 0) } else { (place.part(all), true) };
+        Ok(Self { memory, layout, dtype, blocks, heads, writes })
     }
 
-    /// Copies whole blocks, in order.
+    /// Copies what it writes of whole blocks, in order.
     ///
     /// # Errors
     /// A block outside the arena; nothing was copied then.
@@ -53,17 +70,35 @@ impl KvArena {
         if let Some(block) = outside {
             return Err(Error::BlockOutOfArena { input: 0, block, blocks: self.blocks });
         }
+        let parts = self.parts();
         for &(from, to) in copies {
-            // SAFETY: both blocks are inside the arena (checked above). `from` is complete as far as its sequence goes, and
-            // `to` belongs to one who computes: nobody else touches either meanwhile (the arena's contract). `copy` allows
-            // for overlap, should they be one block.
-            unsafe {
-                let (from, to) = (self.layout.block_offset(from), self.layout.block_offset(to));
-                let base = self.memory.base();
-                std::ptr::copy(base.add(from).cast_const(), base.add(to), self.layout.block_bytes());
+            let (from, to) = (self.layout.block_offset(from), self.layout.block_offset(to));
+            for part in &parts {
+                // SAFETY: both blocks are inside the arena (checked above), and parts inside blocks. `from` is complete as far
+                // as its sequence goes, and `to` belongs to one who computes: nobody else touches these heads of either
+                // meanwhile (the arena's contract). `copy` allows for overlap, should they be one block.
+                unsafe {
+                    let base = self.memory.base();
+                    std::ptr::copy(base.add(from + part.start).cast_const(), base.add(to + part.start), part.len());
+                }
             }
         }
         Ok(())
+    }
+
+    /// What of a block is written here.
+    fn parts(&self) -> Vec<Range<usize>> {
+        let l = &self.layout;
+        if !self.writes {
+            return Vec::new();
+        }
+        if self.heads.len() == l.kv_heads as usize {
+            return vec![0..l.block_bytes()];
+        }
+        let values = l.kv_heads as usize * l.key_bytes();
+        let of = |begin: usize, bytes: usize| begin + self.heads.start * bytes..begin + self.heads.end * bytes;
+        let layers = (0..l.layers as usize).map(|layer| layer * l.layer_bytes());
+        layers.flat_map(|layer| [of(layer, l.key_bytes()), of(layer + values, l.value_bytes())]).collect()
     }
 
     /// Elements of one head's row.
@@ -79,6 +114,11 @@ impl KvArena {
         self.dtype
     }
 
+    /// How many KV heads are here.
+    pub(super) fn heads(&self) -> usize {
+        self.heads.len()
+    }
+
     pub(super) fn layout(&self) -> &KvLayout {
         &self.layout
     }
@@ -88,11 +128,14 @@ impl KvArena {
         self.blocks
     }
 
-    /// Writes one half of one token: `values` are all KV heads', one after the other. In f16 and fp8 a value beyond the range
+    /// Writes one half of one token: `values` are all its KV heads', one after the other. In f16 and fp8 a value beyond the range
     /// is kept as the largest there is: an infinite key would make its whole row of attention NaN.
     pub(super) fn write(&mut self, isa: Isa, block: BlockId, layer: usize, half: Half, slot: usize, values: &[f32]) {
         let dim = self.dim(half);
-        assert_eq!(values.len(), dim * self.layout.kv_heads as usize, "one row of all heads");
+        assert_eq!(values.len(), dim * self.heads.len(), "one row of all heads");
+        if !self.writes {
+            return;
+        }
         for (head, values) in values.chunks_exact(dim).enumerate() {
             let offset = self.offset(block, layer, half, head, slot, 1);
             // SAFETY: `offset` has checked that the token's row of this head is inside the arena, and the arena's contract
@@ -136,7 +179,8 @@ impl KvArena {
     fn offset(&self, block: BlockId, layer: usize, half: Half, head: usize, slot: usize, count: usize) -> usize {
         let l = &self.layout;
         assert!((block.0 as usize) < self.blocks && layer < l.layers as usize, "{block} layer {layer} is in the arena");
-        assert!(head < l.kv_heads as usize && slot + count <= l.block_size as usize, "head {head} slot {slot}");
+        assert!(head < self.heads.len() && slot + count <= l.block_size as usize, "head {head} slot {slot}");
+        let head = self.heads.start + head;
         let of_head = match half {
             Half::Keys => head * l.key_bytes(),
             Half::Values => l.kv_heads as usize * l.key_bytes() + head * l.value_bytes(),

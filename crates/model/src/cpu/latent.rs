@@ -18,7 +18,8 @@ use super::{
     linear::{Linear, RmsNorm},
 };
 use crate::{
-    graph::{LatentQuery, LatentSpec},
+    graph::{LatentQuery, LatentSpec, LinearSpec},
+    group::Place,
     weights::{Tensor, Weights},
 };
 
@@ -44,20 +45,23 @@ enum Query {
 }
 
 impl Latent {
-    pub(super) fn load(weights: &Weights, spec: &LatentSpec, heads: usize) -> Self {
+    /// The heads that are this rank's; every rank has the latents.
+    pub(super) fn load(weights: &Weights, spec: &LatentSpec, heads: usize, place: Place) -> Self {
         let linear = |spec| Linear::load(weights, spec);
+        let heads_of = |spec: &LinearSpec| Linear::load(weights, spec).part(place.part(spec.outputs));
+        let kv_up = weights.get(&format!("{}.weight", spec.kv_up.name));
         Self {
             q: match &spec.q {
-                LatentQuery::Direct(q) => Query::Direct(linear(q)),
+                LatentQuery::Direct(q) => Query::Direct(heads_of(q)),
                 LatentQuery::Compressed { down, norm, up } => {
-                    Query::Compressed { down: linear(down), norm: RmsNorm::load(weights, norm), up: linear(up) }
+                    Query::Compressed { down: linear(down), norm: RmsNorm::load(weights, norm), up: heads_of(up) }
                 }
             },
             kv_down: linear(&spec.kv_down),
             kv_norm: RmsNorm::load(weights, &spec.kv_norm),
             // Its rows are factors of sums as well as sums: of blocks that share a scale the numbers themselves are kept.
-            kv_up: weights.get(&format!("{}.weight", spec.kv_up.name)).without_blocks(),
-            heads,
+            kv_up: kv_up.part(place.part(kv_up.rows)).without_blocks(),
+            heads: place.part(heads).len(),
             rank: spec.rank,
             nope: spec.nope,
             rope: spec.rope,

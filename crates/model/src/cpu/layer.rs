@@ -9,7 +9,9 @@ use super::{
     mlp::Mlp,
 };
 use crate::{
+    Error,
     graph::{AttentionKind, AttentionSpec, LayerSpec},
+    group::Place,
     rope::Rotations,
     weights::Weights,
 };
@@ -47,26 +49,28 @@ pub(super) struct Rotated<'a> {
 }
 
 impl Layer {
-    pub(super) fn load(weights: &Weights, spec: &LayerSpec) -> Self {
+    /// This rank's part.
+    pub(super) fn load(weights: &Weights, spec: &LayerSpec, place: Place) -> Self {
         let norm = |spec| RmsNorm::load(weights, spec);
         Self {
             attention_norm: norm(&spec.attention_norm),
-            attention: Attention::load(weights, &spec.attention),
+            attention: Attention::load(weights, &spec.attention, place),
             attention_post_norm: spec.attention_post_norm.as_ref().map(norm),
             mlp_norm: norm(&spec.mlp_norm),
-            mlp: Mlp::load(weights, &spec.mlp),
+            mlp: Mlp::load(weights, &spec.mlp, place),
             mlp_post_norm: spec.mlp_post_norm.as_ref().map(norm),
         }
     }
 }
 
 impl Attention {
-    fn load(weights: &Weights, spec: &AttentionSpec) -> Self {
+    fn load(weights: &Weights, spec: &AttentionSpec, place: Place) -> Self {
         let projections = match &spec.kind {
-            AttentionKind::Grouped(grouped) => Projections::Grouped(Grouped::load(weights, grouped)),
-            AttentionKind::Latent(latent) => Projections::Latent(Latent::load(weights, latent, spec.heads)),
+            AttentionKind::Grouped(grouped) => Projections::Grouped(Grouped::load(weights, grouped, place)),
+            AttentionKind::Latent(latent) => Projections::Latent(Latent::load(weights, latent, spec.heads, place)),
         };
-        Self { heads: Heads::of(spec), rope: spec.rope, projections, output: Linear::load(weights, &spec.output) }
+        let output = Linear::load(weights, &spec.output).part(place.part(spec.output.outputs));
+        Self { heads: Heads::of(spec, place), rope: spec.rope, projections, output }
     }
 
     /// What is cached of every row: keys into `k` and, where they are kept apart, values into `v`; and the queries of the
@@ -99,11 +103,24 @@ impl Attention {
         }
     }
 
-    /// From what was summed up for every head back to the residual stream's width.
-    pub(super) fn output(&self, exec: &Exec, attended: &mut Vec<f32>, rows: usize, out: &mut Vec<f32>) {
+    /// From what was summed up for this rank's heads back to the residual stream's width.
+    pub(super) fn output(
+        &self,
+        exec: &Exec,
+        attended: &mut Vec<f32>,
+        rows: usize,
+        out: &mut Vec<f32>,
+    ) -> Result<(), Error> {
         if let Projections::Latent(latent) = &self.projections {
             latent.expand(exec, attended, rows);
         }
+        exec.group.all_gather(rows, attended)?;
         self.output.apply(exec, attended, rows, out);
+        exec.group.all_gather(rows, out)
+    }
+
+    /// Whether what is cached belongs to no head, so that one rank writes it for all.
+    pub(super) fn is_latent(&self) -> bool {
+        matches!(self.projections, Projections::Latent(_))
     }
 }

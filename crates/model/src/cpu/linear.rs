@@ -5,6 +5,8 @@
 //! weights from the cache they share. With one token the same grid is a walk through the weights at the memory's speed.
 //! A token's neighbours in a block never change its bits.
 
+use std::ops::Range;
+
 use super::{
     exec::{Compute, Exec},
     kernels::{self, Matrix, Output, Rows, fast},
@@ -47,6 +49,12 @@ impl Linear {
         Self { weight, bias: None, exact: false }
     }
 
+    /// Some of its outputs.
+    pub(super) fn part(self, rows: Range<usize>) -> Self {
+        let bias = self.bias.map(|bias| bias[rows.clone()].to_vec());
+        Self { weight: self.weight.part(rows), bias, ..self }
+    }
+
     /// The same, computed exactly whatever the backend's choice: where a rounding would not blur a result but flip a choice.
     pub(super) fn exact(self) -> Self {
         Self { exact: true, ..self }
@@ -55,7 +63,7 @@ impl Linear {
     /// Whether bf16 products will do, and are to be had. (Where blocks have scales, sums of 128 products are too short for
     /// them to pay.)
     fn is_fast(&self) -> bool {
-        !self.exact && fast::takes(self.weight.dtype) && !matches!(self.weight.scale(), Scale::Blocks(_))
+        !self.exact && fast::takes(self.weight.dtype) && !matches!(self.weight.scale(), Scale::Blocks { .. })
     }
 
     /// Width of its output.
@@ -138,7 +146,7 @@ impl Tensor {
         match self.scale() {
             Scale::None => matrix,
             Scale::Rows(scale) => matrix.with_scale(scale),
-            Scale::Blocks(scale) => matrix.with_blocks(scale),
+            Scale::Blocks { scale, first } => matrix.with_blocks(scale, first),
         }
     }
 }

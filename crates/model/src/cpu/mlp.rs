@@ -6,7 +6,9 @@
 
 use super::{exec::Exec, kernels, linear::Linear};
 use crate::{
-    graph::{Activation, ExpertGroups, GateSpec, GatedSpec, MlpSpec, RoutedSpec, Scoring},
+    Error,
+    graph::{Activation, ExpertGroups, GateSpec, GatedSpec, LinearSpec, MlpSpec, RoutedSpec, Scoring},
+    group::Place,
     weights::Weights,
 };
 
@@ -41,33 +43,61 @@ pub(super) struct Scratch {
     up: Vec<f32>,
     scores: Vec<f32>,
     gathered: Vec<f32>,
+    /// Of all experts, the rows that chose them.
+    gated: Vec<f32>,
     change: Vec<f32>,
 }
 
 impl Mlp {
-    pub(super) fn load(weights: &Weights, spec: &MlpSpec) -> Self {
+    /// This rank's part.
+    pub(super) fn load(weights: &Weights, spec: &MlpSpec, place: Place) -> Self {
         match spec {
-            MlpSpec::Dense(spec) => Self::Dense(Gated::load(weights, spec)),
-            MlpSpec::Routed(spec) => Self::Routed(Routed::load(weights, spec)),
+            MlpSpec::Dense(spec) => Self::Dense(Gated::load(weights, spec, place)),
+            MlpSpec::Routed(spec) => Self::Routed(Routed::load(weights, spec, place)),
         }
     }
 
-    /// Applies it to `rows` rows of `x`; the result replaces what `out` held.
-    pub(super) fn apply(&self, exec: &Exec, x: &[f32], rows: usize, scratch: &mut Scratch, out: &mut Vec<f32>) {
+    /// Applies it to `rows` rows of `x`; the result, of all ranks' parts, replaces what `out` held.
+    pub(super) fn apply(
+        &self,
+        exec: &Exec,
+        x: &[f32],
+        rows: usize,
+        scratch: &mut Scratch,
+        out: &mut Vec<f32>,
+    ) -> Result<(), Error> {
         match self {
-            Self::Dense(mlp) => mlp.apply(exec, x, rows, &mut scratch.gate, &mut scratch.up, out),
-            Self::Routed(mlp) => mlp.apply(exec, x, rows, scratch, out),
+            Self::Dense(mlp) => mlp.apply(exec, x, rows, &mut scratch.gate, &mut scratch.up, out)?,
+            Self::Routed(mlp) => mlp.apply(exec, x, rows, scratch, out)?,
         }
+        exec.group.all_gather(rows, out)
     }
 }
 
 impl Gated {
-    fn load(weights: &Weights, spec: &GatedSpec) -> Self {
-        let linear = |spec| Linear::load(weights, spec);
+    fn load(weights: &Weights, spec: &GatedSpec, place: Place) -> Self {
+        let linear = |spec: &LinearSpec| Linear::load(weights, spec).part(place.part(spec.outputs));
         Self { gate: linear(&spec.gate), up: linear(&spec.up), down: linear(&spec.down), activation: spec.activation }
     }
 
-    fn apply(&self, exec: &Exec, x: &[f32], rows: usize, gate: &mut Vec<f32>, up: &mut Vec<f32>, out: &mut Vec<f32>) {
+    /// This rank's columns of the result.
+    fn apply(
+        &self,
+        exec: &Exec,
+        x: &[f32],
+        rows: usize,
+        gate: &mut Vec<f32>,
+        up: &mut Vec<f32>,
+        out: &mut Vec<f32>,
+    ) -> Result<(), Error> {
+        self.gated(exec, x, rows, gate, up);
+        exec.group.all_gather(rows, gate)?;
+        self.down.apply(exec, gate, rows, out);
+        Ok(())
+    }
+
+    /// This rank's columns of what goes into `down`.
+    fn gated(&self, exec: &Exec, x: &[f32], rows: usize, gate: &mut Vec<f32>, up: &mut Vec<f32>) {
         Linear::apply_all(exec, x, rows, [(&self.gate, &mut *gate), (&self.up, &mut *up)]);
         let width = self.gate.width();
         exec.rows(gate, width, 20 * up.len(), |first, part| {
@@ -77,26 +107,33 @@ impl Gated {
                 Activation::GeluTanh => kernels::gelu_mul(exec.isa, part, up),
             }
         });
-        self.down.apply(exec, gate, rows, out);
     }
 }
 
 impl Routed {
-    fn load(weights: &Weights, spec: &RoutedSpec) -> Self {
+    fn load(weights: &Weights, spec: &RoutedSpec, place: Place) -> Self {
         Self {
             router: Linear::load(weights, &spec.router).exact(),
             correction: spec.gate.correction.as_ref().map(|name| weights.get(name).to_f32()),
             gate: spec.gate.clone(),
-            experts: spec.experts.iter().map(|expert| Gated::load(weights, expert)).collect(),
-            shared: spec.shared.as_ref().map(|shared| Gated::load(weights, shared)),
+            experts: spec.experts.iter().map(|expert| Gated::load(weights, expert, place)).collect(),
+            shared: spec.shared.as_ref().map(|shared| Gated::load(weights, shared, place)),
         }
     }
 
-    fn apply(&self, exec: &Exec, x: &[f32], rows: usize, scratch: &mut Scratch, out: &mut Vec<f32>) {
-        let Scratch { gate, up, scores, gathered, change } = scratch;
+    /// This rank's columns of the result. What experts' last products take is gathered once for all of them.
+    fn apply(
+        &self,
+        exec: &Exec,
+        x: &[f32],
+        rows: usize,
+        scratch: &mut Scratch,
+        out: &mut Vec<f32>,
+    ) -> Result<(), Error> {
+        let Scratch { gate, up, scores, gathered, gated, change } = scratch;
         out.clear();
         if rows == 0 {
-            return;
+            return Ok(());
         }
         let width = x.len() / rows;
         self.router.apply(exec, x, rows, scores);
@@ -107,24 +144,34 @@ impl Routed {
                 by_expert[expert].push((row, weight));
             }
         }
-        out.resize(x.len(), 0.0);
-        for (expert, chosen) in self.experts.iter().zip(&by_expert) {
-            if chosen.is_empty() {
-                continue;
-            }
+        gated.clear();
+        let in_use = || self.experts.iter().zip(&by_expert).filter(|(_, chosen)| !chosen.is_empty());
+        for (expert, chosen) in in_use() {
             gathered.clear();
             for &(row, _) in chosen {
                 gathered.extend_from_slice(&x[row * width..(row + 1) * width]);
             }
-            expert.apply(exec, gathered, chosen.len(), gate, up, change);
-            for (&(row, weight), change) in chosen.iter().zip(change.chunks_exact(width)) {
-                kernels::add_scaled(exec.isa, &mut out[row * width..(row + 1) * width], change, weight);
+            expert.gated(exec, gathered, chosen.len(), gate, up);
+            gated.extend_from_slice(gate);
+        }
+        let places: usize = by_expert.iter().map(Vec::len).sum();
+        exec.group.all_gather(places, gated)?;
+        let (columns, inner) = (exec.group.place().part(width).len(), gated.len() / places);
+        out.resize(rows * columns, 0.0);
+        let mut gated = &gated[..];
+        for (expert, chosen) in in_use() {
+            let (mine, others) = gated.split_at(chosen.len() * inner);
+            expert.down.apply(exec, mine, chosen.len(), change);
+            for (&(row, weight), change) in chosen.iter().zip(change.chunks_exact(columns)) {
+                kernels::add_scaled(exec.isa, &mut out[row * columns..(row + 1) * columns], change, weight);
             }
+            gated = others;
         }
         if let Some(shared) = &self.shared {
-            shared.apply(exec, x, rows, gate, up, change);
-            exec.rows(out, width, x.len(), |first, part| kernels::add(exec.isa, part, &change[first * width..]));
+            shared.apply(exec, x, rows, gate, up, change)?;
+            exec.rows(out, columns, x.len(), |first, part| kernels::add(exec.isa, part, &change[first * columns..]));
         }
+        Ok(())
     }
 }
 

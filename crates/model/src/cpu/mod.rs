@@ -14,6 +14,7 @@ use crate::{
     Backend, Error, Folder, Logits, ModelConfig, SeqInput,
     backend::check_batch,
     graph::AttentionKind,
+    group::{self, Alone, Group},
     rope::Rotations,
     weights::{EMBEDDING, LM_HEAD, Tensor},
 };
@@ -80,18 +81,30 @@ impl CpuBackend {
         threads: usize,
         compute: Compute,
     ) -> Result<Self, Error> {
-        Self::with_isa(folder, layout, memory, threads, compute, Isa::detect())
+        Self::of(folder, layout, memory, Arc::new(Alone), (threads, compute, Isa::detect()))
     }
 
-    fn with_isa(
+    /// One of the ranks of a group, all of which are over the same blocks.
+    pub(crate) fn rank(
         folder: &Folder,
         layout: KvLayout,
         memory: Arc<dyn HostMemory>,
-        threads: usize,
-        compute: Compute,
-        isa: Isa,
+        group: Arc<dyn Group>,
+        (threads, compute): (usize, Compute),
+    ) -> Result<Self, Error> {
+        Self::of(folder, layout, memory, group, (threads, compute, Isa::detect()))
+    }
+
+    fn of(
+        folder: &Folder,
+        layout: KvLayout,
+        memory: Arc<dyn HostMemory>,
+        group: Arc<dyn Group>,
+        (threads, compute, isa): (usize, Compute, Isa),
     ) -> Result<Self, Error> {
         let config = folder.config().clone();
+        let place = group.place();
+        group::check(&config, place.size)?;
         let expected = config.kv_layout(layout.block_size, layout.dtype);
         if layout != expected || layout.check().is_err() {
             return Err(Error::Layout { layout, expected });
@@ -106,18 +119,24 @@ impl CpuBackend {
         let frequencies =
             |rope: &crate::Rope| Frequencies { of_pairs: rope.frequencies(rotated), magnitude: rope.magnitude() };
         let backend = Self {
-            exec: Exec::new(isa, compute, threads)?,
-            kv: KvArena::new(memory, layout)?,
+            exec: Exec::of(group, isa, compute, threads)?,
+            kv: KvArena::of(memory, layout, place)?,
             ropes: config.ropes.iter().map(frequencies).collect(),
-            layers: config.layers.iter().map(|layer| Layer::load(weights, layer)).collect(),
+            layers: config.layers.iter().map(|layer| Layer::load(weights, layer, place)).collect(),
             final_norm: RmsNorm::load(weights, &config.final_norm),
-            output: Linear::of(output),
+            output: Linear::of(output).part(place.part(config.vocab)),
             embedding,
             groups: config.kv_groups(),
             config,
         };
         tracing::info!(isa = isa.as_str(), ?compute, threads, blocks = backend.kv.blocks(), "cpu backend ready");
         Ok(backend)
+    }
+
+    /// Whether all ranks go on ([`Group::agree`]).
+    #[cfg(test)]
+    pub(crate) fn agree(&self, mine: Result<(), Error>) -> Result<(), Error> {
+        self.exec.group.agree(mine)
     }
 
     /// The embeddings of the batch's tokens, a row each.
@@ -136,7 +155,7 @@ impl CpuBackend {
     /// Writes what is cached of every token of the batch for one layer.
     fn write_kv(&mut self, layer: usize, batch: &[SeqInput<'_>], k: &[f32], v: &[f32]) {
         let layout = *self.kv.layout();
-        let (heads, size) = (layout.kv_heads as usize, layout.block_size as usize);
+        let (heads, size) = (self.kv.heads(), layout.block_size as usize);
         let (k_width, v_width) = (heads * layout.k_dim as usize, heads * layout.v_dim as usize);
         let (group, place) = self.groups.place(layer);
         let positions = |seq: &SeqInput<'_>| seq.start..seq.start + seq.tokens.len();
@@ -160,11 +179,11 @@ impl CpuBackend {
         self.exec.rows(x, width, x.len(), |first, part| kernels::add(self.exec.isa, part, &change[first * width..]));
     }
 
-    /// The logits that follow the rows of `x`.
+    /// The logits that follow the rows of `x`, of this rank's part of the vocabulary.
     fn logits(&self, x: &[f32], rows: usize) -> Logits {
         let mut normed = Vec::new();
         self.final_norm.apply(&self.exec, x, &mut normed);
-        let mut logits = Logits { vocab: self.config.vocab, rows: Vec::new() };
+        let mut logits = Logits { vocab: self.output.width(), rows: Vec::new() };
         self.output.apply(&self.exec, &normed, rows, &mut logits.rows);
         if let Some(cap) = self.config.final_soft_cap {
             let (width, flops) = (logits.vocab, 20 * logits.rows.len());
@@ -209,6 +228,9 @@ impl Backend for CpuBackend {
             let last = index + 1 == self.layers.len();
             attention.project(&self.exec, &normed, rotated, (!last).then_some(&mut q), &mut k, &mut v);
             self.write_kv(index, batch, &k, &v);
+            if self.layers[index].attention.is_latent() {
+                self.exec.group.barrier()?;
+            }
             after_layer(index);
 
             let Layer { attention, attention_post_norm, mlp_norm, mlp, mlp_post_norm, .. } = &self.layers[index];
@@ -223,11 +245,11 @@ impl Backend for CpuBackend {
             let (group, place) = self.groups.place(index);
             let spans = rows.spans(batch, group);
             attend(&self.exec, &self.kv, place, attention.heads, &spans, &q, &mut attended);
-            attention.output(&self.exec, &mut attended, rows.len(), &mut change);
+            attention.output(&self.exec, &mut attended, rows.len(), &mut change)?;
             self.add(&mut x, &mut change, attention_post_norm.as_ref(), &mut normed);
 
             mlp_norm.apply(&self.exec, &x, &mut normed);
-            mlp.apply(&self.exec, &normed, rows.len(), &mut scratch, &mut change);
+            mlp.apply(&self.exec, &normed, rows.len(), &mut scratch, &mut change)?;
             self.add(&mut x, &mut change, mlp_post_norm.as_ref(), &mut normed);
         }
         Ok(self.logits(&x, rows.len()))

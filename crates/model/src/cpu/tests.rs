@@ -26,7 +26,7 @@ fn every_instruction_set_returns_the_same_logits() {
             .into_iter()
             .map(|isa| {
                 let arena = HostArena::new(layout.block_bytes() * 3 * groups as usize).unwrap();
-                let mut backend = CpuBackend::with_isa(&folder, layout, arena, 1, compute, isa).unwrap();
+                let mut backend = CpuBackend::of(&folder, layout, arena, Arc::new(Alone), (1, compute, isa)).unwrap();
                 let prompt = SeqInput { tokens: &tokens[..40], start: 0, tables: &tables, rows: 1 };
                 let first = backend.forward(&[prompt], &mut |_| {}).unwrap();
                 let next = SeqInput { tokens: &tokens[40..], start: 40, tables: &tables, rows: 1 };

@@ -25,6 +25,11 @@ pub(super) const GROUP_THREADS: u32 = 1024;
 pub(super) const MAX_EXPERTS: usize = 4096;
 pub(super) const MAX_TOP_K: usize = 64;
 
+/// The slot of a row whose keys and values go nowhere.
+pub(super) const NO_SLOT: u64 = u64::MAX;
+/// No row.
+pub(super) const NONE: u32 = u32::MAX;
+
 /// Rows of a unit of `attend_prompt`.
 pub(super) fn prompt_rows(dim: usize) -> usize {
     if dim == 256 { 32 } else { 64 }
@@ -109,7 +114,7 @@ macro_rules! structs {
         $(
             $(#[$doc])*
             #[repr(C)]
-            #[derive(Clone, Copy, Debug, Default)]
+            #[derive(Clone, Copy, Debug, Default, PartialEq)]
             pub(super) struct $name { $(pub(super) $field: $type),* }
             structs!(@$kind $name);
         )*

@@ -69,6 +69,11 @@ impl Arena {
         Ok(Self { host, registered, device, dtype: dtype(&layout), layout, blocks, copies, mirror })
     }
 
+    /// Whether the device writes the host's arena itself.
+    pub(super) fn is_pinned(&self) -> bool {
+        self.registered.is_some()
+    }
+
     /// Where a layer is that has this place in its group's blocks.
     pub(super) fn kv(&self, place: usize) -> Kv {
         let l = &self.layout;

@@ -21,7 +21,7 @@ use crate::Error;
 pub(crate) const EMULATED: &str = "emulated";
 
 /// Every function that is called: an old driver that lacks one is told apart at the door, not by a panic later.
-const FUNCTIONS: [&str; 40] = [
+const FUNCTIONS: [&str; 46] = [
     "cuInit",
     "cuDriverGetVersion",
     "cuDeviceGetCount",
@@ -58,6 +58,12 @@ const FUNCTIONS: [&str; 40] = [
     "cuModuleGetGlobal_v2",
     "cuFuncSetAttribute",
     "cuLaunchKernel",
+    "cuStreamBeginCapture_v2",
+    "cuStreamEndCapture",
+    "cuGraphInstantiateWithFlags",
+    "cuGraphLaunch",
+    "cuGraphDestroy",
+    "cuGraphExecDestroy",
     "cuGetErrorName",
     "cuGetErrorString",
     "cuDeviceTotalMem_v2",

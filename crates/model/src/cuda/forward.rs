@@ -1,20 +1,25 @@
 //! One step: launches, layer after layer, as [`crate::graph`] describes them.
 //!
-//! Nothing waits in between: the host is done with a step's launches long before the device is, and then waits layer by layer
-//! for what others look at, the keys and values in the host's arena.
+//! Nothing waits in between: the host is done with a step's launches long before the device is. Of a step with prompts in it the
+//! host then waits layer by layer for what others look at, the keys and values in the host's arena; of one that only decodes, for
+//! its end. Such a step's launches are one graph (`graphs`), so whatever is launched in a step must be what may be captured: work
+//! in `stream`, or in streams that wait for it and that it waits for, with arguments that a [`Step`]'s shape decides.
+
+use std::mem;
 
 use super::{
     CudaBackend,
     abi::{self, Embed, GatherRows, HeadsArgs, LatentKeys, LatentQueries, NormArgs, RotationsArgs, SoftCap, Split},
     attention::Ends,
     driver::Pinned,
+    graphs::Graphs,
     load::{Norm, padded},
     mlp::Through,
     model::{Grouped, Latent, Layer, Mlp, Model, Projections, Query},
     module::{Function, Module},
     products::{Many, Out, Planes},
     scratch::Space,
-    step::{Attending, Step},
+    step::{Attending, Making, Padding, Step},
 };
 use crate::{Error, Logits, SeqInput, cpu::Compute};
 
@@ -101,30 +106,51 @@ impl CudaBackend {
         batch: &[SeqInput<'_>],
         after_layer: &mut dyn FnMut(usize),
     ) -> Result<Logits, Error> {
-        let layers = self.config.layers.len();
-        let (last_group, _) = self.groups.place(layers - 1);
-        let block_size = self.arena.layout.block_size as usize;
-        let step = Step::new(batch, &self.groups, block_size, self.attends.cut, last_group);
+        let (last, _) = self.groups.place(self.config.layers.len() - 1);
+        let making = Making {
+            groups: &self.groups,
+            block_size: self.arena.layout.block_size as usize,
+            cut: self.attends.cut,
+            last,
+            padding: if self.graphs.are_wanted() { self.padding } else { Padding::None },
+        };
+        let step = Step::new(batch, making);
         let inputs = self.prepare(&step)?;
-        let launched = self.launch(&step, inputs);
+        let launched = self.run(&step, inputs).and_then(|()| self.fetch(&step));
         if launched.is_err() {
             // What was launched reads and writes what the caller frees or reuses next. If this fails, too, the first
             // error says more.
             let _ = self.stream.wait();
             launched?;
         }
-        for (layer, mirrored) in self.mirrored.iter().enumerate() {
-            mirrored.wait()?;
-            after_layer(layer);
+        if step.shape.is_none() {
+            for (layer, mirrored) in self.mirrored.iter().enumerate() {
+                mirrored.wait()?;
+                after_layer(layer);
+            }
         }
         self.stream.wait()?;
+        if step.shape.is_some() {
+            // A step that decodes is over before anyone could do much with a layer of it.
+            (0..self.mirrored.len()).for_each(after_layer);
+        }
         let vocab = self.config.vocab;
-        let mut logits = Logits { vocab, rows: vec![0.0; step.wanted.count * vocab] };
+        let mut logits = Logits { vocab, rows: vec![0.0; step.wanted.order.len() * vocab] };
         let from = self.logits.slice();
         for (row, &to) in step.wanted.order.iter().enumerate() {
             logits.rows[to * vocab..][..vocab].copy_from_slice(&from[row * vocab..][..vocab]);
         }
         Ok(logits)
+    }
+
+    /// All of a step's launches, as one where it has a shape.
+    fn run(&mut self, step: &Step, inputs: u64) -> Result<(), Error> {
+        // Borrowed apart: the launches read everything else.
+        let mut graphs = mem::replace(&mut self.graphs, Graphs::new(false));
+        let generation = self.scratch.generation;
+        let ran = graphs.run(&self.stream, step.shape.as_ref(), generation, || self.launch(step, inputs));
+        self.graphs = graphs;
+        ran
     }
 
     /// Makes room for a step and sends what the host says about it; where the device finds that.
@@ -151,7 +177,13 @@ impl CudaBackend {
         Ok(inputs)
     }
 
+    /// The launches. At their end the stream has waited for all that they set going beside it.
     fn launch(&self, step: &Step, inputs: u64) -> Result<(), Error> {
+        self.layers(step, inputs)?;
+        self.mirrored.last().map_or(Ok(()), |mirrored| self.stream.after(mirrored))
+    }
+
+    fn layers(&self, step: &Step, inputs: u64) -> Result<(), Error> {
         let at = |space| self.scratch.at(space);
         let hidden = self.config.hidden;
         let ld = padded(hidden);
@@ -513,7 +545,7 @@ impl CudaBackend {
         self.products.apply(&self.stream, &attention.output, planes, rows.count, change)
     }
 
-    /// The logits of the rows that are wanted, on their way to the host.
+    /// The logits of the rows that are wanted.
     fn output(&self, rows: Rows) -> Result<(), Error> {
         let vocab = self.config.vocab;
         let logits = Out { at: self.scratch.at(Space::Logits), ld: vocab };
@@ -524,7 +556,13 @@ impl CudaBackend {
             let grid = [count.div_ceil(abi::ROW_THREADS as usize), 1, 1];
             self.stream.launch(self.kernels.soft_cap, grid, abi::ROW_THREADS, &args)?;
         }
+        Ok(())
+    }
+
+    /// Brings the logits to the host.
+    fn fetch(&self, step: &Step) -> Result<(), Error> {
+        let bytes = 4 * step.wanted.order.len() * self.config.vocab;
         // SAFETY: pinned memory of this backend with room for them, read after the stream was waited for.
-        unsafe { self.stream.download(self.logits.as_ptr().cast(), logits.at, 4 * count) }
+        unsafe { self.stream.download(self.logits.as_ptr().cast(), self.scratch.at(Space::Logits), bytes) }
     }
 }

@@ -156,9 +156,13 @@ impl<'a> Loader<'a> {
 
     /// Matrices of one type and width below one another.
     pub(super) fn stack(&mut self, tensors: &[&Tensor], bias: Option<&[f32]>) -> Result<Matrix, Error> {
-        let blocked = |tensor: &&Tensor| matches!(tensor.scale(), Scale::Blocks(_));
-        let fits = |tensor: &&Tensor| blocked(tensor) && tensor.rows.is_multiple_of(abi::SCALE_ROWS);
-        if tensors.iter().any(blocked) && !(tensors.iter().all(fits) || tensors.len() == 1) {
+        let blocked = |tensor: &&Tensor| matches!(tensor.scale(), Scale::Blocks { .. });
+        let begins = |tensor: &&Tensor| match tensor.scale() {
+            Scale::Blocks { first, .. } => first.is_multiple_of(abi::SCALE_ROWS),
+            Scale::None | Scale::Rows(_) => false,
+        };
+        let fits = |tensor: &&Tensor| begins(tensor) && tensor.rows.is_multiple_of(abi::SCALE_ROWS);
+        if tensors.iter().any(blocked) && !(tensors.iter().all(fits) || tensors.len() == 1 && begins(&tensors[0])) {
             // Blocks of the one would lie across the next one's: then the numbers themselves.
             return self.plain(tensors, bias);
         }
@@ -181,7 +185,7 @@ impl<'a> Loader<'a> {
             match tensor.scale() {
                 Scale::None => {}
                 Scale::Rows(scale) => scales.extend_from_slice(scale),
-                Scale::Blocks(scale) => pairs(scale, tensor, &mut scales)?,
+                Scale::Blocks { scale, first } => pairs(scale, first, tensor, &mut scales)?,
             }
         }
         let scale = if scales.is_empty() { 0 } else { self.numbers(&scales)? };
@@ -253,10 +257,10 @@ impl<'a> Loader<'a> {
 }
 
 /// Scales of blocks as kernels take them: for each [`abi::SCALE_ROWS`] rows, pairs.
-fn pairs(scale: &[f32], tensor: &Tensor, out: &mut Vec<f32>) -> Result<(), Error> {
+fn pairs(scale: &[f32], begin: usize, tensor: &Tensor, out: &mut Vec<f32>) -> Result<(), Error> {
     const { assert!(BLOCK == abi::SCALE_COLS && BLOCK.is_multiple_of(abi::SCALE_ROWS)) };
     let across = tensor.cols.div_ceil(BLOCK);
-    for first in (0..tensor.rows).step_by(abi::SCALE_ROWS) {
+    for first in (begin..begin + tensor.rows).step_by(abi::SCALE_ROWS) {
         let row = &scale[first / BLOCK * across..][..across];
         for (i, &scale) in row.iter().enumerate() {
             let quotient = row.get(i + 1).map_or(1.0, |next| scale / next);

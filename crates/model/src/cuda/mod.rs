@@ -32,6 +32,7 @@ mod arena;
 mod attention;
 mod driver;
 mod forward;
+mod graphs;
 mod limits;
 mod load;
 mod mlp;
@@ -41,16 +42,19 @@ mod products;
 mod scratch;
 mod step;
 
+pub use graphs::GraphCounts;
 pub use limits::{Limits, limits};
 
 use arena::Arena;
 use attention::Attends;
 use driver::{Buffer, Context, Event, Pinned, Stream};
+use graphs::Graphs;
 use load::Loader;
-use model::Model;
+use model::{Mlp, Model};
 use module::Module;
 use products::Products;
 use scratch::{PerRow, Scratch, Space};
+use step::Padding;
 
 /// How to compute, and on which device.
 #[derive(Clone, Copy, Debug)]
@@ -61,6 +65,8 @@ pub struct Options {
     pub compute: Compute,
     /// Tokens of the largest step for which memory is set aside from the start. Larger ones take more when they come.
     pub max_tokens: usize,
+    /// Whether steps that decode run as graphs, one call each. What is computed is the same.
+    pub graphs: bool,
 }
 
 /// Whether there is a device of that number, by a driver that can be used: a real one, not one that is emulated for tests.
@@ -76,6 +82,8 @@ pub struct CudaBackend {
     // In this order they are dropped: streams wait for what is in them, memory goes, the module, and the context with the
     // last of them.
     stream: Stream,
+    graphs: Graphs,
+    padding: Padding,
     arena: Arena,
     model: Model,
     _weights: Buffer,
@@ -104,7 +112,7 @@ impl CudaBackend {
         memory: Arc<dyn HostMemory>,
         options: Options,
     ) -> Result<Self, Error> {
-        let Options { ordinal, compute, max_tokens } = options;
+        let Options { ordinal, compute, max_tokens, graphs } = options;
         let config = folder.config().clone();
         let expected = config.kv_layout(layout.block_size, layout.dtype);
         if layout != expected || layout.check().is_err() {
@@ -120,7 +128,8 @@ impl CudaBackend {
         let mut counting = Loader::counting(weights);
         let counted = Model::load(&config, &mut counting)?;
         let per_row = PerRow::of(&config, &counted);
-        let max_tokens = max_tokens.max(1);
+        // Small steps are padded.
+        let max_tokens = step::padded_rows(max_tokens.max(1));
         check_room(&context, counting.used(), per_row.total(max_tokens), max_tokens, blocks, layout.block_bytes())?;
         let mut filling = Loader::filling(weights, &context, counting.used())?;
         let model = Model::load(&config, &mut filling)?;
@@ -139,6 +148,12 @@ impl CudaBackend {
         let (written, mirrored) = (events()?, events()?);
         let (inputs, logits) = (Pinned::new(&context, 1 << 16)?, Pinned::new(&context, 1)?);
         stream.wait()?;
+        if graphs && !arena.is_pinned() {
+            tracing::warn!("without a pinned arena steps can't be graphs: every launch is a call of its own");
+        }
+        let graphs = Graphs::new(graphs && arena.is_pinned());
+        let routed = model.layers.iter().any(|layer| matches!(layer.mlp, Mlp::Routed(_)));
+        let padding = if routed { Padding::Lists } else { Padding::Rows };
         tracing::info!(
             device = context.name,
             capability = format!("{}.{}", context.capability.0, context.capability.1),
@@ -151,6 +166,8 @@ impl CudaBackend {
             groups: config.kv_groups(),
             config,
             stream,
+            graphs,
+            padding,
             arena,
             model,
             _weights: weights,
@@ -166,6 +183,13 @@ impl CudaBackend {
             _module: module,
             context,
         })
+    }
+}
+
+impl CudaBackend {
+    /// What graphs have done so far.
+    pub fn graphs(&self) -> GraphCounts {
+        self.graphs.counts
     }
 }
 

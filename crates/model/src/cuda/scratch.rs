@@ -171,12 +171,14 @@ impl PerRow {
 pub(super) struct Scratch {
     context: Arc<Context>,
     spaces: [Option<Buffer>; SPACES],
+    /// Counts the times that one of them moved.
+    pub(super) generation: u64,
 }
 
 impl Scratch {
     /// Room for steps of so many rows.
     pub(super) fn new(context: &Arc<Context>, per_row: &PerRow, rows: usize, stream: &Stream) -> Result<Self, Error> {
-        let mut this = Self { context: Arc::clone(context), spaces: [const { None }; SPACES] };
+        let mut this = Self { context: Arc::clone(context), spaces: [const { None }; SPACES], generation: 0 };
         this.make_room(per_row, rows, LOGITS, stream)?;
         this.room(Space::Partials, PARTIALS, stream)?;
         Ok(this)
@@ -208,6 +210,7 @@ impl Scratch {
         }
         // The old one may still be in use, and both may not fit.
         stream.wait()?;
+        self.generation += 1;
         *place = None;
         *place = Some(Buffer::new(&self.context, bytes)?);
         Ok(())

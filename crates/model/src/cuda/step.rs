@@ -4,7 +4,7 @@
 //! Rows (tokens) are put in an order of their own: first those of sequences with few tokens, whose attention is computed
 //! part by part side by side, then the rest. The caller's order comes back with the logits.
 
-use std::ops::Range;
+use std::{iter, ops::Range};
 
 use kvasir_types::{GroupKind, KvGroups};
 
@@ -55,12 +55,61 @@ impl Packed {
     }
 }
 
+/// What about a step decides which launches it takes, with which grids and where its inputs lie: steps of one shape are one
+/// graph.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Shape {
+    rows: usize,
+    /// Of each group of layers: runs of slots, units of attention, parts.
+    groups: Vec<[usize; 3]>,
+}
+
+#[cfg(test)]
+impl Shape {
+    /// Some shape of that many rows.
+    pub(super) fn of_rows(rows: usize) -> Self {
+        Self { rows, groups: vec![[rows, rows, 1]] }
+    }
+}
+
+/// What steps are padded to, so that few shapes serve many.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Padding {
+    /// No step is.
+    None,
+    /// Everything but rows: a row that nobody asked for would choose experts whose weights nobody needs.
+    Lists,
+    /// Rows, too.
+    Rows,
+}
+
+/// Steps with more rows are not padded.
+const MAX_PADDED: usize = 512;
+
+/// The rows that a step of so many is padded to.
+pub(super) fn padded_rows(rows: usize) -> usize {
+    match rows {
+        0..=8 => rows.next_power_of_two(),
+        9..=128 => rows.next_multiple_of(8),
+        129..=MAX_PADDED => rows.next_multiple_of(32),
+        _ => rows,
+    }
+}
+
+/// The same for parts: at most a quarter more.
+fn padded_parts(parts: usize) -> usize {
+    let step = (parts.max(1).ilog2()).saturating_sub(2);
+    parts.next_multiple_of(1 << step)
+}
+
 /// A step. Addresses are offsets in what is packed.
 #[derive(Default)]
 pub(super) struct Step {
     pub(super) packed: Packed,
-    /// All tokens.
+    /// All tokens, and rows that only fill a shape.
     pub(super) rows: usize,
+    /// Whose launches it takes, if its steps are padded to one: all logits are wanted then, and nobody waits for a layer.
+    pub(super) shape: Option<Shape>,
     pub(super) tokens: u64,
     pub(super) positions: u64,
     /// By group of layers.
@@ -110,13 +159,14 @@ pub(super) struct Split {
 
 #[derive(Default)]
 pub(super) struct Wanted {
+    /// With those that only fill a shape.
     pub(super) count: usize,
     /// Which of all rows each is.
     pub(super) row_of: u64,
     pub(super) positions: u64,
     /// Where among the caller's rows of logits each goes.
     pub(super) order: Vec<usize>,
-    /// Attention of the last layer.
+    /// Attention of the last layer, unless they are all rows.
     pub(super) attend: Attending,
     /// Whether they are all rows, in order.
     pub(super) all: bool,
@@ -131,11 +181,29 @@ struct Part {
     count: usize,
 }
 
+/// How a model's steps are made.
+#[derive(Clone, Copy)]
+pub(super) struct Making<'a> {
+    pub(super) groups: &'a KvGroups,
+    pub(super) block_size: usize,
+    pub(super) cut: Cut,
+    /// The group of the last layer.
+    pub(super) last: usize,
+    pub(super) padding: Padding,
+}
+
+/// One group's lists, before they are packed.
+struct Lists {
+    slots: Vec<u64>,
+    runs: Vec<Run>,
+    units: Units,
+}
+
 impl Step {
-    /// A step of a batch that has been checked. `last` is the group of the last layer.
-    pub(super) fn new(batch: &[SeqInput<'_>], groups: &KvGroups, block_size: usize, cut: Cut, last: usize) -> Self {
+    /// A step of a batch that has been checked.
+    pub(super) fn new(batch: &[SeqInput<'_>], making: Making<'_>) -> Self {
+        let Making { groups, block_size, cut, last, padding } = making;
         let mut step = Self::default();
-        let mut packed = Packed::default();
         let mut order: Vec<usize> = (0..batch.len()).collect();
         order.sort_by_key(|&input| batch[input].tokens.len() > FEW_TOKENS);
 
@@ -160,66 +228,156 @@ impl Step {
             }
             step.rows += tokens.len();
         }
-        let positions = |parts: &[Part]| -> Vec<u32> {
-            parts.iter().flat_map(|part| part.start..part.start + part.count).map(|position| position as u32).collect()
-        };
-        step.tokens = packed.words(order.iter().flat_map(|&input| batch[input].tokens).map(|token| token.0));
-        step.positions = packed.words(positions(&parts).into_iter());
-        step.wanted.count = row_of.len();
         step.wanted.all = row_of.len() == step.rows;
-        step.wanted.positions = packed.words(positions(&wanted).into_iter());
-        step.wanted.row_of = packed.words(row_of.into_iter());
 
         // All tables behind one another; where each begins.
         let mut table_at = vec![vec![0; batch.len()]; groups.len()];
-        let mut all = Vec::new();
+        let mut tables = Vec::new();
         for (group, begins) in table_at.iter_mut().enumerate() {
             for (input, begin) in begins.iter_mut().enumerate() {
-                *begin = all.len();
+                *begin = tables.len();
                 let needed = (batch[input].start + batch[input].tokens.len()).div_ceil(block_size);
                 let table = &batch[input].tables[group];
-                all.extend(table[..needed.min(table.len())].iter().map(|block| block.0));
+                tables.extend(table[..needed.min(table.len())].iter().map(|block| block.0));
             }
         }
-        step.tables = packed.words(all.iter().copied());
-
-        for (group, begins) in table_at.iter().enumerate() {
-            let window = match groups[group].kind {
+        let cutter = |group: usize| Cutter {
+            cut,
+            window: match groups[group].kind {
                 GroupKind::Sliding { window } => Some(window as usize),
                 GroupKind::Full | GroupKind::Recurrent => None,
-            };
-            let cutter = Cutter { cut, window, table_at: begins };
-            let (mut slots, mut runs) = (Vec::new(), Vec::new());
-            for part in &parts {
-                let table = &all[begins[part.input]..];
-                let mut at = part.start;
-                let end = part.start + part.count;
-                while at < end {
-                    let (block, slot) = (table[at / block_size], at % block_size);
-                    let count = (block_size - slot).min(end - at);
-                    runs.push(Run { block, slot: slot as u32, count: count as u32, pad: 0 });
-                    slots.extend((slot..slot + count).map(|slot| u64::from(block) * block_size as u64 + slot as u64));
-                    at += count;
-                }
-            }
+            },
+            table_at: &table_at[group],
+        };
+        let mut lists: Vec<Lists> = table_at
+            .iter()
+            .enumerate()
+            .map(|(group, begins)| {
+                let (slots, runs) = slots(&parts, begins, &tables, block_size);
+                Lists { slots, runs, units: cutter(group).units_of(&parts) }
+            })
+            .collect();
+        if padding != Padding::None && step.wanted.all && step.rows <= MAX_PADDED {
+            step.pad(&mut lists, cut, padding == Padding::Rows);
+        }
+
+        let mut packed = Packed::default();
+        let fill = step.rows - parts.iter().map(|part| part.count).sum::<usize>();
+        let positions = |parts: &[Part], fill: usize| -> Vec<u32> {
+            let positions = parts.iter().flat_map(|part| part.start..part.start + part.count);
+            positions.map(|position| position as u32).chain(iter::repeat_n(0, fill)).collect()
+        };
+        let tokens = order.iter().flat_map(|&input| batch[input].tokens).map(|token| token.0);
+        step.tokens = packed.words(tokens.chain(iter::repeat_n(0, fill)));
+        step.positions = packed.words(positions(&parts, fill).into_iter());
+        if step.wanted.all {
+            step.wanted.count = step.rows;
+        } else {
+            step.wanted.count = row_of.len();
+            step.wanted.positions = packed.words(positions(&wanted, 0).into_iter());
+            step.wanted.row_of = packed.words(row_of.into_iter());
+            let units = cutter(last).units_of(&wanted);
+            step.count(units.sums, cut);
+            step.wanted.attend = units.packed(&mut packed);
+        }
+        for Lists { slots, runs, units } in lists {
             let slots = packed.put(slots.into_iter().map(u64::to_le_bytes));
             let runs_at = packed.words(runs.iter().flat_map(|run| [run.block, run.slot, run.count, 0]));
-            let (attend, sums) = cutter.attending(&parts, &mut packed);
-            step.groups.push(OfGroup { slots, runs, runs_at, attend });
-            step.count(sums, cut);
-            if group == last {
-                let (attend, sums) = cutter.attending(&wanted, &mut packed);
-                step.wanted.attend = attend;
-                step.count(sums, cut);
-            }
+            step.count(units.sums, cut);
+            step.groups.push(OfGroup { slots, runs, runs_at, attend: units.packed(&mut packed) });
         }
+        // Last, because no shape says how long they are: where the others lie does not depend on it.
+        step.tables = packed.words(tables.into_iter());
         step.packed = packed;
         step
+    }
+
+    /// Makes it a step of some shape by filling its lists with what is nothing to do, if it is one of a kind that comes often:
+    /// few tokens a sequence, as many sequences as can be attended to at once.
+    fn pad(&mut self, lists: &mut [Lists], cut: Cut, rows: bool) {
+        let all = if rows { padded_rows(self.rows) } else { self.rows };
+        let at_once = |lists: &Lists| {
+            let Units { whole, split, .. } = &lists.units;
+            whole.is_empty() && matches!(&split[..], [split] if fits(all * padded_parts(split.parts), cut))
+        };
+        if !lists.iter().all(at_once) {
+            return;
+        }
+        let filled = |count: usize| match count.is_multiple_of(self.rows) {
+            true => count / self.rows * all, // as many for every row
+            false => padded_rows(count),
+        };
+        let mut groups = Vec::new();
+        for Lists { slots, runs, units } in lists {
+            let split = &mut units.split[0];
+            slots.resize(all, abi::NO_SLOT);
+            runs.resize(filled(runs.len()), Run::default());
+            split.units.resize(filled(split.units.len()), Unit::default());
+            split.rows.resize(all, abi::NONE);
+            split.parts = padded_parts(split.parts);
+            units.sums = all * split.parts * cut.heads;
+            groups.push([runs.len(), split.units.len(), split.parts]);
+        }
+        self.rows = all;
+        self.shape = Some(Shape { rows: all, groups });
     }
 
     fn count(&mut self, sums: usize, cut: Cut) {
         self.part_sums = self.part_sums.max(4 * sums * cut.v_dim);
         self.part_max = self.part_max.max(8 * sums);
+    }
+}
+
+/// Whether there is room for so many rows' partial sums.
+fn fits(rows: usize, cut: Cut) -> bool {
+    rows * 4 * cut.v_dim * cut.heads <= PART_SUMS
+}
+
+/// Where the keys and values of rows go, and the same as runs of slots.
+fn slots(parts: &[Part], begins: &[usize], tables: &[u32], block_size: usize) -> (Vec<u64>, Vec<Run>) {
+    let (mut slots, mut runs) = (Vec::new(), Vec::new());
+    for part in parts {
+        let table = &tables[begins[part.input]..];
+        let mut at = part.start;
+        let end = part.start + part.count;
+        while at < end {
+            let (block, slot) = (table[at / block_size], at % block_size);
+            let count = (block_size - slot).min(end - at);
+            runs.push(Run { block, slot: slot as u32, count: count as u32, pad: 0 });
+            slots.extend((slot..slot + count).map(|slot| u64::from(block) * block_size as u64 + slot as u64));
+            at += count;
+        }
+    }
+    (slots, runs)
+}
+
+/// Units before they are packed.
+#[derive(Default)]
+struct Units {
+    split: Vec<SplitUnits>,
+    whole: Vec<Unit>,
+    /// Partial sums that a launch has at most.
+    sums: usize,
+}
+
+struct SplitUnits {
+    units: Vec<Unit>,
+    parts: usize,
+    /// Neighbours.
+    rows: Vec<u32>,
+}
+
+impl Units {
+    fn packed(self, packed: &mut Packed) -> Attending {
+        let split = self.split.into_iter().map(|SplitUnits { units, parts, rows }| Split {
+            units: packed.units(&units),
+            count: units.len(),
+            parts,
+            first_row: rows.first().map_or(0, |&row| row as usize),
+            rows: rows.len(),
+            rows_at: packed.words(rows.into_iter()),
+        });
+        Attending { split: split.collect(), wholes: self.whole.len(), whole: packed.units(&self.whole) }
     }
 }
 
@@ -255,42 +413,31 @@ impl Cutter<'_> {
         }
     }
 
-    /// The units of these runs; and how many partial sums a launch has at most.
-    fn attending(&self, parts: &[Part], packed: &mut Packed) -> (Attending, usize) {
-        let mut attending = Attending::default();
+    /// The units of these runs.
+    fn units_of(&self, parts: &[Part]) -> Units {
+        let mut made = Units::default();
         let (few, many): (Vec<Part>, Vec<Part>) = parts.iter().partition(|part| part.count <= FEW_TOKENS);
-        let room = PART_SUMS / (4 * self.cut.v_dim * self.cut.heads);
-        let mut most = 0;
         let mut left = &few[..];
         while let Some(first) = left.first() {
             let (mut rows, mut widest, mut taken) = (0, 0, 0);
             for part in left {
                 let seen = self.parts(part.start..part.start + part.count).len().max(widest);
-                if taken > 0 && (rows + part.count) * seen > room {
+                if taken > 0 && !fits((rows + part.count) * seen, self.cut) {
                     break;
                 }
                 (rows, widest, taken) = (rows + part.count, seen, taken + 1);
             }
             let mut units = Vec::new();
             left[..taken].iter().for_each(|part| self.units(part, abi::DECODE_ROWS, &mut units));
-            attending.split.push(Split {
-                units: packed.units(&units),
-                count: units.len(),
-                parts: widest,
-                first_row: first.first_row,
-                rows,
-                rows_at: packed.words((first.first_row..first.first_row + rows).map(|row| row as u32)),
-            });
-            most = most.max(rows * widest * self.cut.heads);
+            let list = (first.first_row..first.first_row + rows).map(|row| row as u32).collect();
+            made.split.push(SplitUnits { units, parts: widest, rows: list });
+            made.sums = made.sums.max(rows * widest * self.cut.heads);
             left = &left[taken..];
         }
-        let mut units = Vec::new();
         // The longest come first: at the end processors wait for one another as little as may be.
-        many.iter().for_each(|part| self.units(part, self.cut.prompt_rows, &mut units));
-        units.sort_by_key(|unit| std::cmp::Reverse(unit.position));
-        attending.wholes = units.len();
-        attending.whole = packed.units(&units);
-        (attending, most)
+        many.iter().for_each(|part| self.units(part, self.cut.prompt_rows, &mut made.whole));
+        made.whole.sort_by_key(|unit| std::cmp::Reverse(unit.position));
+        made
     }
 }
 
@@ -301,6 +448,10 @@ mod tests {
     use super::*;
 
     const CUT: Cut = Cut { heads: 8, group: 4, v_dim: 64, prompt_rows: 64 };
+
+    fn making(groups: &KvGroups, padding: Padding) -> Making<'_> {
+        Making { groups, block_size: 16, cut: CUT, last: 0, padding }
+    }
 
     fn words(step: &Step, at: u64, count: usize) -> Vec<u32> {
         let bytes = &step.packed.bytes()[at as usize..][..4 * count];
@@ -314,7 +465,8 @@ mod tests {
         let long = SeqInput { tokens: &tokens[..20], start: 0, tables: &tables, rows: 2 };
         let short = SeqInput { tokens: &tokens[20..21], start: 17, tables: &tables, rows: 1 };
         let groups = KvGroups::of_layers(&[GroupKind::Full]);
-        let step = Step::new(&[long, short], &groups, 16, CUT, 0);
+        let step = Step::new(&[long, short], making(&groups, Padding::Rows));
+        assert_eq!(step.shape, None);
         assert_eq!((step.rows, step.wanted.count, step.wanted.all), (21, 3, false));
         assert_eq!(words(&step, step.tokens, 3), [20, 0, 1]);
         assert_eq!(words(&step, step.positions, 3), [17, 0, 1]);
@@ -354,8 +506,57 @@ mod tests {
         let cutter = Cutter { cut, window: None, table_at: &[0; 8] };
         // A row has 512 parts of 64 × 512 sums: 64 MiB.
         let parts: Vec<_> = (0..8).map(|i| Part { input: i, first_row: i, start: (128 << 10) - 1, count: 1 }).collect();
-        let (attending, most) = cutter.attending(&parts, &mut Packed::default());
-        assert_eq!(attending.split.iter().map(|split| split.rows).collect::<Vec<_>>(), [2, 2, 2, 2]);
-        assert!(most * 4 * 512 <= PART_SUMS);
+        let units = cutter.units_of(&parts);
+        assert_eq!(units.split.iter().map(|split| split.rows.len()).collect::<Vec<_>>(), [2, 2, 2, 2]);
+        assert!(units.sums * 4 * 512 <= PART_SUMS);
+    }
+
+    /// Steps of one shape differ in what is packed, not in where it lies.
+    #[test]
+    fn steps_that_decode_are_padded_to_a_shape() {
+        let groups = KvGroups::of_layers(&[GroupKind::Full]);
+        let tables = [(0..200).map(BlockId).collect::<Vec<_>>()];
+        let token = [TokenId(9)];
+        let batch = |starts: &[usize]| -> Vec<SeqInput<'_>> {
+            starts.iter().map(|&start| SeqInput { tokens: &token, start, tables: &tables, rows: 1 }).collect()
+        };
+        let of = |starts: &[usize], padding| Step::new(&batch(starts), making(&groups, padding));
+        let (five, seven) = (of(&[3, 900, 4, 5, 6], Padding::Rows), of(&[3, 800, 4, 5, 6, 7, 2], Padding::Rows));
+        assert_eq!(five.shape, Some(Shape { rows: 8, groups: vec![[8, 8, 4]] }));
+        assert_eq!(five.shape, seven.shape);
+        let places = |step: &Step| {
+            let OfGroup { slots, runs_at, attend, .. } = &step.groups[0];
+            let Split { units, rows_at, count, rows, parts, .. } = attend.split[0];
+            (step.tokens, step.positions, *slots, *runs_at, units, rows_at, count, rows, parts, step.tables)
+        };
+        assert_eq!(places(&five), places(&seven));
+        assert_eq!((five.rows, five.wanted.count, five.wanted.order.len()), (8, 8, 5));
+        // What fills it goes nowhere, has nothing to attend to, and nothing to be mirrored.
+        assert_eq!(words(&five, five.positions, 8), [3, 900, 4, 5, 6, 0, 0, 0]);
+        assert_eq!(words(&five, five.groups[0].slots + 8 * 5, 6), [u32::MAX; 6]);
+        assert_eq!(words(&five, five.groups[0].attend.split[0].rows_at, 8)[4..], [4, u32::MAX, u32::MAX, u32::MAX]);
+        let tokens: Vec<_> = words(&five, five.groups[0].attend.split[0].units, 48).chunks(6).map(|u| u[1]).collect();
+        assert_eq!(tokens, [1, 1, 1, 1, 1, 0, 0, 0]);
+        assert_eq!(five.groups[0].runs[5..], [Run::default(); 3]);
+        // Rows that choose experts are left as they are; lists that do not cost any are not.
+        assert_eq!(of(&[3, 900, 4, 5, 1200], Padding::Lists).shape, Some(Shape { rows: 5, groups: vec![[5, 5, 5]] }));
+        assert_eq!(of(&[3], Padding::None).shape, None);
+        // A prompt, and a step of which not all logits are wanted, have none.
+        let prompt = SeqInput { tokens: &[TokenId(1); 17], start: 0, tables: &tables, rows: 17 };
+        assert_eq!(Step::new(&[prompt], making(&groups, Padding::Rows)).shape, None);
+        let silent = SeqInput { rows: 0, ..batch(&[3])[0] };
+        assert_eq!(Step::new(&[silent], making(&groups, Padding::Rows)).shape, None);
+    }
+
+    #[test]
+    fn shapes_are_not_many_and_not_much_larger() {
+        for n in 1..=MAX_PADDED {
+            assert!(padded_rows(n) >= n && padded_rows(n) < n + n.clamp(8, 128) / 4 + 8);
+            assert!(padded_parts(n) >= n && padded_parts(n) <= n + n / 4);
+            assert_eq!(padded_rows(padded_rows(n)), padded_rows(n));
+            assert_eq!(padded_parts(padded_parts(n)), padded_parts(n));
+        }
+        let shapes: std::collections::HashSet<_> = (1..=MAX_PADDED).map(padded_rows).collect();
+        assert_eq!(shapes.len(), 4 + 15 + 12);
     }
 }

@@ -74,6 +74,9 @@ pub struct Setup {
     /// What computes: auto, cpu or cuda:N (the limits that shares are of stay the processor's: see kvasir-gpu-check)
     #[arg(long, value_name = "DEVICE", default_value = "cpu")]
     pub device: Device,
+    /// Ranks that share the work: devices from DEVICE on, or groups of the processor's threads
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=8))]
+    pub tensor_parallel: u32,
     /// Threads that compute [default: one per core]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub threads: Option<u32>,

@@ -80,7 +80,9 @@ impl Rig {
         let usual = Config::default();
         let chunk = plan.chunk.or_else(|| setup.chunk_tokens()).unwrap_or(usual.chunk_tokens);
         let max_tokens = usual.max_batch_tokens.max(chunk + plan.running);
-        let options = Options { device: setup.device, compute: setup.compute.compute(), threads, max_tokens };
+        let (device, compute, tensor_parallel) =
+            (setup.device, setup.compute.compute(), setup.tensor_parallel as usize);
+        let options = Options { device, compute, threads, tensor_parallel, max_tokens };
         let backend = Device::open(&folder, layout, arena, options)?;
 
         let config = Config {

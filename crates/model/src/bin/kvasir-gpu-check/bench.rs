@@ -57,7 +57,7 @@ fn of(cli: &Cli, limits: &Limits, folder: &Folder, compute: Compute) -> Result<V
         .into_iter()
         .fold(prompt.div_ceil(16), usize::max);
     let groups = folder.config().kv_groups().len();
-    let options = Options { ordinal: cli.ordinal, compute, max_tokens: prompt.min(2048) };
+    let options = Options { ordinal: cli.ordinal, compute, max_tokens: prompt.min(2048), graphs: true };
     let mut rig = Rig::device(folder, KvDtype::F16, (most * groups) as u32, options)?;
     let cost = folder.cost();
     let kv_bytes = rig.layout.block_bytes() / rig.layout.block_size as usize * groups;

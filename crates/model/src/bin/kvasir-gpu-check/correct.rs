@@ -21,7 +21,7 @@ struct Golden {
 }
 
 fn options(cli: &Cli) -> Options {
-    Options { ordinal: cli.ordinal, compute: Compute::Exact, max_tokens: 256 }
+    Options { ordinal: cli.ordinal, compute: Compute::Exact, max_tokens: 256, graphs: true }
 }
 
 fn read<T>(path: &Path, read: impl FnOnce(&Path) -> std::io::Result<T>) -> Result<T, Error> {

@@ -169,14 +169,15 @@ impl<'a> Matrix<'a> {
 
     /// The same with an element for each block of [`BLOCK`]` × `[`BLOCK`] elements (those at the ends are smaller) that the
     /// block is multiplied by, `[blocks of rows][blocks of columns]`. The products of each block of columns are summed up
-    /// unscaled, the sum is scaled, and such sums are added in ascending order.
+    /// unscaled, the sum is scaled, and such sums are added in ascending order. The blocks are those of a matrix that this one
+    /// begins in at row `first`.
     ///
     /// # Panics
     /// If there are not as many as blocks.
-    pub(crate) fn with_blocks(self, scale: &'a [f32]) -> Self {
+    pub(crate) fn with_blocks(self, scale: &'a [f32], first: usize) -> Self {
         let across = self.cols.div_ceil(BLOCK);
-        assert_eq!(scale.len(), self.rows.div_ceil(BLOCK) * across, "a scale per block");
-        Self { blocks: Some(Blocks { scale, first: 0, across }), ..self }
+        assert!(scale.len() >= (first + self.rows).div_ceil(BLOCK) * across, "a scale per block");
+        Self { blocks: Some(Blocks { scale, first, across }), ..self }
     }
 
     /// The same with an element per row that is added to the row's products.

@@ -123,7 +123,7 @@ proptest! {
         let w = stored(&(0..rows * cols).map(|i| number(i + 7919)).collect::<Vec<_>>(), dtype);
         let across = cols.div_ceil(BLOCK);
         let scale: Vec<f32> = (0..rows.div_ceil(BLOCK) * across).map(|i| 1.5 + number(i + 104_729)).collect();
-        let matrix = Matrix::new(&w.bytes, dtype, rows, cols).with_blocks(&scale);
+        let matrix = Matrix::new(&w.bytes, dtype, rows, cols).with_blocks(&scale, 0);
         let run = |isa, x: &[f32], first: usize| {
             let (tokens, part) = (x.len() / cols, matrix.slice(first, rows - first));
             let mut out = vec![f32::NAN; tokens * (rows - first)];
