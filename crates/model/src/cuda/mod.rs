@@ -7,6 +7,7 @@
 //! load      mapped files ──────────────────────▶  model          every weight's address
 //! step      tokens, tables, units of attention ─▶ inputs, one copy a step
 //! forward   launches, layer after layer           scratch        what a step computes in
+//! graphs    the same as one call, for steps that come often
 //! arena     the host's blocks ◀── mirror ───────  the device's blocks
 //! collective                                      what several devices, each with a part of the model, hand one another
 //! ```
