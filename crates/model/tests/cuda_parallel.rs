@@ -66,7 +66,9 @@ fn life(folder: &Folder, degree: usize, chunk: usize) -> (Vec<f32>, Vec<u8>) {
 fn devices_together_have_the_bits_of_one() {
     with_faults("devices_together_have_the_bits_of_one", &[FOUR], || {
         // Grouped heads with norms and ties, windows and soft caps, biases, experts, latents (on four).
-        for (name, degree) in [("qwen3-tied", 2), ("gemma2", 2), ("qwen2-window", 2), ("mixtral", 2), ("deepseek-v3", 4)] {
+        for (name, degree) in
+            [("qwen3-tied", 2), ("gemma2", 2), ("qwen2-window", 2), ("mixtral", 2), ("deepseek-v3", 4)]
+        {
             let folder = Folder::open(&models().join("tiny").join(name)).unwrap();
             let (one, blocks) = life(&folder, 1, 41);
             let (several, others) = life(&folder, degree, 41);
