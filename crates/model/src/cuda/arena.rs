@@ -166,20 +166,20 @@ impl Arena {
         let l = &self.layout;
         let size = l.dtype.bytes();
         let kv = [self.kv(place), self.kv_of(&self.whole, 0, place, self.first_head())];
-        let at = |half: fn(&Kv) -> u64, kv: &Kv, bytes: usize| {
-            run.block as usize * kv.block_bytes as usize + half(kv) as usize + bytes
-        };
-        let halves: [(fn(&Kv) -> u64, usize, u32); 2] =
-            [(|kv| kv.keys, l.key_bytes(), l.k_dim), (|kv| kv.values, l.value_bytes(), l.v_dim)];
+        let blocks = kv.map(|kv| u64::from(run.block) * kv.block_bytes);
+        let halves = [
+            (kv.map(|kv| kv.keys), l.key_bytes(), l.k_dim as usize * size),
+            (kv.map(|kv| kv.values), l.value_bytes(), l.v_dim as usize * size),
+        ];
         for head in 0..l.kv_heads as usize {
-            for (half, of_head, dim) in halves {
-                let row = dim as usize * size;
-                let [from, to] = kv.map(|kv| at(half, &kv, head * of_head + run.slot as usize * row));
+            for (half, of_head, row) in halves {
+                let inside = (head * of_head + run.slot as usize * row) as u64;
+                let (from, to) = (blocks[0] + half[0] + inside, blocks[1] + half[1] + inside);
                 // SAFETY: slots of a block of this step (batches are checked), which nobody else touches meanwhile (the
                 // arena's contract), in memory that lives as long as this.
                 unsafe {
-                    let to = self.host.base().add(to);
-                    self.copies.download(to, self.device.at + from as u64, run.count as usize * row)?;
+                    let to = self.host.base().add(to as usize);
+                    self.copies.download(to, self.device.at + from, run.count as usize * row)?;
                 }
             }
         }
