@@ -121,6 +121,15 @@ typedef struct {
     uint32_t rows, pad;
 } gather_rows_args;
 
+/* What ranks have gathered, rank by rank, as whole rows: to[r] = from[0][r] ‖ from[1][r] ‖ …, then zeros up to `to_stride`. Rows
+ * of a rank are `bytes` bytes, `from_stride` apart; all of these are multiples of 2. Grid (rows, ranks). */
+typedef struct {
+    const uint8_t *from; /* [ranks][rows][from_stride] */
+    uint8_t *to;         /* [rows][to_stride] */
+    uint64_t bytes, from_stride, to_stride;
+    uint32_t rows, pad;
+} side_by_side_args;
+
 /* y = y * scale + bias, for products that cuBLASLt made. Grid (rows, ceil(width / KVASIR_ROW_THREADS)). */
 typedef struct {
     float *y;           /* [rows][ld] */
@@ -372,10 +381,9 @@ typedef struct {
     uint32_t block, slot, count, pad;
 } kvasir_run;
 
-/* Keys and values of one layer of these slots: kv.arena → `to`, another arena of the same layout. Grid (runs, kv_heads). */
+/* Keys and values of one layer of these slots to another arena, which may have more heads in a block. Grid (runs, kv_heads). */
 typedef struct {
-    kvasir_kv kv;
-    uint8_t *to;
+    kvasir_kv kv, to;
     const kvasir_run *runs;
     uint32_t count, pad;
 } mirror_args;
@@ -418,7 +426,7 @@ typedef struct {
      sizeof(gate_args), sizeof(split_args), sizeof(soft_cap_args), sizeof(gather_rows_args), sizeof(scale_bias_args),            \
      sizeof(widen_args), sizeof(rotations_args), sizeof(heads_args), sizeof(latent_keys_args), sizeof(latent_queries_args),      \
      sizeof(linear_args), sizeof(attend_args), sizeof(merge_args), sizeof(route_args), sizeof(group_args), sizeof(combine_args), \
-     sizeof(copy_blocks_args), sizeof(mirror_args), sizeof(move_blocks_args), sizeof(shortlist_args)}
-#define KVASIR_ABI_STRUCTS 26
+     sizeof(copy_blocks_args), sizeof(mirror_args), sizeof(move_blocks_args), sizeof(shortlist_args), sizeof(side_by_side_args)}
+#define KVASIR_ABI_STRUCTS 27
 
 #endif

@@ -1,4 +1,5 @@
-// Blocks of the cache on their way: within the arena, to the arena that others see, and packed for a transfer.
+// Bytes on their way: blocks of the cache within the arena, to the arena that others see, and packed for a transfer; and what
+// ranks have gathered.
 #include "kv.cuh"
 
 // Copies as wide as both sides are aligned; `thread` of `threads` does its share.
@@ -27,10 +28,10 @@ extern "C" __global__ void __launch_bounds__(KVASIR_ROW_THREADS) mirror(const mi
     kvasir_run run = args.runs[blockIdx.x];
     u32 head = blockIdx.y, element = bytes_of(args.kv.dtype);
     const u8 *keys = key_at(args.kv, run.block, run.slot, head);
-    copy_bytes(args.to + (keys - args.kv.arena), keys, (u64)run.count * args.kv.k_dim * element, threadIdx.x, blockDim.x);
+    copy_bytes(key_at(args.to, run.block, run.slot, head), keys, (u64)run.count * args.kv.k_dim * element, threadIdx.x, blockDim.x);
     if (args.kv.v_dim == 0) return;
     const u8 *values = value_at(args.kv, run.block, run.slot, head);
-    copy_bytes(args.to + (values - args.kv.arena), values, (u64)run.count * args.kv.v_dim * element, threadIdx.x, blockDim.x);
+    copy_bytes(value_at(args.to, run.block, run.slot, head), values, (u64)run.count * args.kv.v_dim * element, threadIdx.x, blockDim.x);
 }
 KVASIR_EXPORT(mirror, mirror_args);
 
@@ -45,3 +46,13 @@ extern "C" __global__ void __launch_bounds__(KVASIR_ROW_THREADS) scatter_blocks(
     copy_bytes(to, args.packed + blockIdx.x * args.bytes, args.bytes, thread_in_row_of_grid(), threads_in_row_of_grid());
 }
 KVASIR_EXPORT(scatter_blocks, move_blocks_args);
+
+extern "C" __global__ void __launch_bounds__(KVASIR_ROW_THREADS) side_by_side(const side_by_side_args args) {
+    u64 row = blockIdx.x, rank = blockIdx.y, ranks = gridDim.y;
+    const u8 *from = args.from + (rank * args.rows + row) * args.from_stride;
+    u8 *whole = args.to + row * args.to_stride;
+    copy_bytes(whole + rank * args.bytes, from, args.bytes, threadIdx.x, blockDim.x);
+    if (rank + 1 < ranks) return;
+    for (u64 i = ranks * args.bytes + threadIdx.x; i < args.to_stride; i += blockDim.x) whole[i] = 0;
+}
+KVASIR_EXPORT(side_by_side, side_by_side_args);

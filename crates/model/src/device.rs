@@ -9,7 +9,7 @@ use crate::{
     Backend, Error, Folder,
     cpu::{Compute, CpuBackend},
     cuda::{self, CudaBackend},
-    group,
+    group::{self, Shared},
     parallel::Parallel,
 };
 
@@ -17,7 +17,8 @@ use crate::{
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(into = "String", try_from = "String")]
 pub enum Device {
-    /// The first CUDA device, where there is one whose memory has room for the model; else the processor.
+    /// The first CUDA device, where there is one whose memory has room for the model, or the first few of them if several are to
+    /// compute it; else the processor.
     Auto,
     /// The processor: what is computed with unless somebody says otherwise, until a GPU has run the kernels (docs/cuda.md).
     #[default]
@@ -54,13 +55,20 @@ impl Device {
     ) -> Result<Box<dyn Backend>, Error> {
         let Options { device, compute, threads, tensor_parallel, max_tokens } = options;
         group::check(folder.config(), tensor_parallel)?;
+        let blocks = memory.len() / layout.block_bytes();
+        let parallel = |open: &(dyn Fn(Arc<Shared>) -> Result<Box<dyn Backend>, Error> + Sync)| {
+            Ok(Box::new(Parallel::open(folder, layout, blocks, tensor_parallel, open)?) as Box<dyn Backend>)
+        };
         let on_cuda = |ordinal, memory: Arc<dyn HostMemory>| -> Result<Box<dyn Backend>, Error> {
             let options = cuda::Options { ordinal, compute, max_tokens, graphs: true };
-            Ok(Box::new(CudaBackend::new(folder, layout, memory, options)?))
+            if tensor_parallel == 1 {
+                return Ok(Box::new(CudaBackend::new(folder, layout, memory, options)?));
+            }
+            parallel(&|member| Ok(Box::new(CudaBackend::rank(folder, layout, memory.clone(), options, member)?)))
         };
         let ordinal = match device {
             Self::Cuda(ordinal) => return on_cuda(ordinal, memory),
-            Self::Auto if cuda::is_there(0) => Some(0),
+            Self::Auto if (0..tensor_parallel).all(cuda::is_there) => Some(0),
             Self::Auto | Self::Cpu => None,
         };
         if let Some(ordinal) = ordinal {
@@ -73,11 +81,7 @@ impl Device {
             return Ok(Box::new(CpuBackend::with_compute(folder, layout, memory, threads, compute)?));
         }
         let threads = (threads / tensor_parallel).max(1);
-        let blocks = memory.len() / layout.block_bytes();
-        let parallel = Parallel::open(folder, layout, blocks, tensor_parallel, |member| {
-            CpuBackend::rank(folder, layout, memory.clone(), member, (threads, compute))
-        })?;
-        Ok(Box::new(parallel))
+        parallel(&|member| Ok(Box::new(CpuBackend::rank(folder, layout, memory.clone(), member, (threads, compute))?)))
     }
 }
 

@@ -16,7 +16,7 @@
 //! is known and after [`PATIENCE`] if not. A group that is broken stays so.
 
 use std::{
-    fmt::Debug,
+    fmt::{self, Debug},
     ops::Range,
     sync::{
         Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock,
@@ -82,6 +82,23 @@ pub(crate) trait Group: Send + Sync + Debug {
 
     /// Breaks the group: whoever waits in it, or comes to it later, gets an error. The first reason stays.
     fn abort(&self, reason: &str);
+
+    /// Whether it is whole, without waiting for anyone.
+    ///
+    /// # Errors
+    /// A broken group.
+    fn check(&self) -> Result<(), Error>;
+
+    /// What is to be done when the group breaks, by the thread that breaks it: for what ranks wait for elsewhere.
+    fn on_abort(&self, then: Box<dyn Fn() + Send>);
+}
+
+/// [`Group::agree`] on something that each rank has made.
+pub(crate) fn agree_on<T>(group: &dyn Group, mine: Result<T, Error>) -> Result<T, Error> {
+    match mine {
+        Ok(value) => group.agree(Ok(())).map(|()| value),
+        Err(error) => Err(group.agree(Err(error)).expect_err("this rank has declined")),
+    }
 }
 
 /// A group of one.
@@ -106,6 +123,12 @@ impl Group for Alone {
     }
 
     fn abort(&self, _reason: &str) {}
+
+    fn check(&self) -> Result<(), Error> {
+        Ok(())
+    }
+
+    fn on_abort(&self, _then: Box<dyn Fn() + Send>) {}
 }
 
 /// A rank of a group of threads.
@@ -128,6 +151,17 @@ struct Hall {
     moved: Condvar,
     /// What each rank brings to a gather, alternating: who overwrites one has met all others since they read it.
     brought: Vec<[RwLock<Vec<f32>>; 2]>,
+    /// What is to be done when it breaks.
+    then: Mutex<Thens>,
+}
+
+#[derive(Default)]
+struct Thens(Vec<Box<dyn Fn() + Send>>);
+
+impl Debug for Thens {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Thens").field(&self.0.len()).finish()
+    }
 }
 
 #[derive(Debug, Default)]
@@ -154,6 +188,7 @@ impl Shared {
             meeting: Mutex::new(Meeting { here: vec![false; size], ..Meeting::default() }),
             moved: Condvar::new(),
             brought: (0..size).map(|_| Default::default()).collect(),
+            then: Mutex::default(),
         });
         (0..size).map(|rank| Arc::new(Self { rank, hall: hall.clone(), gathers: AtomicUsize::new(0) })).collect()
     }
@@ -215,7 +250,10 @@ impl Hall {
     }
 
     fn break_up(&self, meeting: &mut Meeting, reason: &str) {
-        meeting.broken.get_or_insert_with(|| reason.to_owned());
+        if meeting.broken.is_none() {
+            meeting.broken = Some(reason.to_owned());
+            self.then.lock().unwrap_or_else(PoisonError::into_inner).0.iter().for_each(|then| then());
+        }
         self.moved.notify_all();
     }
 }
@@ -263,6 +301,18 @@ impl Group for Shared {
 
     fn abort(&self, reason: &str) {
         self.hall.break_up(&mut self.hall.lock(), reason);
+    }
+
+    fn check(&self) -> Result<(), Error> {
+        self.hall.lock().broken.as_ref().map_or(Ok(()), |reason| Err(self.broken(reason)))
+    }
+
+    fn on_abort(&self, then: Box<dyn Fn() + Send>) {
+        let meeting = self.hall.lock();
+        if meeting.broken.is_some() {
+            then();
+        }
+        self.hall.then.lock().unwrap_or_else(PoisonError::into_inner).0.push(then);
     }
 }
 

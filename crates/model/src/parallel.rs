@@ -186,8 +186,9 @@ impl Backend for Parallel {
 
 impl Drop for Parallel {
     fn drop(&mut self) {
-        for Rank { orders, thread } in self.ranks.drain(..) {
-            drop(orders);
+        // All of them leave at the same time: devices part from one another together.
+        let threads: Vec<_> = self.ranks.drain(..).map(|rank| rank.thread).collect();
+        for thread in threads {
             // One that hangs in a device is left to the end of the process.
             if self.broken.is_none() || thread.is_finished() {
                 let _ = thread.join();

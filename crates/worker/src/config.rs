@@ -74,7 +74,7 @@ pub struct EngineConfig {
     pub device: Device,
     /// How many compute the model together, each a part of it: so many GPUs of the machine, from the one that `device` names
     /// on, by NCCL; or so many groups of the CPU's threads. 1, 2, 4 or 8; it must divide the model's KV heads. Workers with
-    /// different numbers pair. Default 1.
+    /// different numbers pair. A draft model is computed by one. Default 1.
     pub tensor_parallel: usize,
     /// Threads that compute, on a CPU. 0: one for every core. Default 0.
     pub threads: usize,

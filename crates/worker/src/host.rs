@@ -114,6 +114,8 @@ impl Host {
             0 => std::thread::available_parallelism().map_or(1, usize::from),
             threads => threads,
         };
+        let degree = config.engine.tensor_parallel;
+        ensure!([1, 2, 4, 8].contains(&degree), "engine.tensor_parallel: {degree}: it is 1, 2, 4 or 8");
         let options = options(&config, threads);
         let backend = Device::open(&folder, layout, transfer.memory(), options)
             .with_context(|| format!("model.path {} on {}", path.display(), options.device))?;

@@ -5,7 +5,7 @@ use std::{io::ErrorKind, path::Path, sync::Arc};
 use anyhow::{Context as _, ensure};
 use kvasir_engine::{Constraints, DraftModel, ModelRunner, NGrams, Proposer};
 use kvasir_grammar::Grammars;
-use kvasir_model::{Device, Folder, cpu::HostArena};
+use kvasir_model::{Device, Folder, Options, cpu::HostArena};
 use kvasir_runtime::chain;
 
 use crate::{
@@ -55,7 +55,9 @@ fn draft_model(config: &Config, target: &Folder, threads: usize) -> anyhow::Resu
         layout.block_bytes()
     );
     let arena = HostArena::new(blocks * layout.block_bytes()).context("engine.speculation.memory_bytes")?;
-    let backend = Device::open(&folder, layout, arena, host::options(config, threads)).with_context(at)?;
+    // So small a model takes longer to gather than to compute.
+    let options = Options { tensor_parallel: 1, ..host::options(config, threads) };
+    let backend = Device::open(&folder, layout, arena, options).with_context(at)?;
     tracing::info!(model = %path.display(), blocks, "draft model loaded");
     Ok(DraftModel::new(Box::new(ModelRunner::new(backend)), &layout, blocks, config.engine.chunk_tokens))
 }

@@ -176,6 +176,10 @@ const WRONG: &[(&[&str], &str)] = &[
         &["poolDefaults.resources.limits.memory=256Mi"],
         "pools[0].resources.limits.memory: 256Mi, but kvMemory alone is 512Mi",
     ),
+    (
+        &["pools[0].gpu.count=1", "pools[0].config.engine.tensor_parallel=2"],
+        "pools[0].gpu.count: 1, but its config.engine.tensor_parallel is 2",
+    ),
     (&["models=null"], "models"),
     (
         &["models[0].name=demo", "models[0].source.path=/x", "models[0].source.pvc.claimName=y"],

@@ -1,5 +1,5 @@
-//! Workers that compute on a GPU beside workers that compute on a processor. The GPU is an emulated one, which takes seconds
-//! for what a real one does in milliseconds: few questions.
+//! Workers that compute on GPUs beside workers that compute on a processor, by one or by two ranks. GPUs are emulated ones, which
+//! take seconds for what real ones do in milliseconds: few questions.
 
 use std::{fs::File, net::Ipv4Addr, path::Path, process::Command, time::Duration};
 
@@ -9,19 +9,22 @@ use kvasir_tests::{Cluster, Service, golden::KvDtype, net::Place, workspace};
 use crate::golden::some_agree;
 
 #[tokio::test]
-async fn a_gpu_reads_prompts_for_processors_that_answer() -> Result<()> {
-    with_gpu(Service::Prefill).await
+async fn two_gpus_read_prompts_for_processors_that_answer() -> Result<()> {
+    with_gpus(Service::Prefill, 2, 1).await
 }
 
 #[tokio::test]
-async fn a_processor_reads_prompts_for_gpus_that_answer() -> Result<()> {
-    with_gpu(Service::Decode).await
+async fn a_processor_in_two_parts_reads_prompts_for_gpus_that_answer() -> Result<()> {
+    with_gpus(Service::Decode, 1, 2).await
 }
 
-/// Workers of one kind compute on an emulated device, the others do not; answers are the reference's, and blocks moved.
-async fn with_gpu(service: Service) -> Result<()> {
+/// Workers of one kind compute on so many emulated devices each, the others on so many parts of the processor; answers are the
+/// reference's, and blocks moved.
+async fn with_gpus(service: Service, gpus: usize, parts: usize) -> Result<()> {
     let folder = workspace::demo_model();
-    let enter = vec!["env".to_owned(), format!("LD_LIBRARY_PATH={}", driver()?)];
+    let enter =
+        vec!["env".to_owned(), format!("LD_LIBRARY_PATH={}", driver()?), format!("EMULATED_CUDA_DEVICES={gpus}")];
+    let other = if service == Service::Prefill { Service::Decode } else { Service::Prefill };
     let place = Place { address: Ipv4Addr::LOCALHOST.into(), enter };
     Cluster::builder()
         .model(&folder)
@@ -30,11 +33,14 @@ async fn with_gpu(service: Service) -> Result<()> {
         .worker("engine.chunk_tokens", 64)
         .set(Service::Decode, "decode.local_prefill_tokens", 0)
         .set(service, "engine.device", "cuda:0")
+        .set(service, "engine.tensor_parallel", gpus)
+        .set(other, "engine.tensor_parallel", parts)
         .place(service, 0, place)
         .run(async |cluster| {
             some_agree(cluster, &folder, 2, KvDtype::default()).await?;
             let log = cluster.node(service, 0).process.log();
-            ensure!(log.contains("cuda backend ready"), "{log}");
+            ensure!(log.matches("cuda backend ready").count() == gpus, "{log}");
+            ensure!(log.contains("devices are connected by nccl") == (gpus > 1), "{log}");
             let peers = cluster.node(Service::Prefill, 0).status().await?.peers;
             let written = peers.iter().map(|peer| peer.written_bytes).sum::<u64>();
             ensure!(written > 0, "blocks go from one to the other: {peers:?}");

@@ -4,7 +4,8 @@
 // what only happens to be in order on a device is out of order here: a missing event shows as wrong data.
 //
 // Environment, read by `cuInit`:
-//   EMULATED_CUDA_MEMORY      bytes of device memory (1 GiB)
+//   EMULATED_CUDA_DEVICES     how many devices there are (1)
+//   EMULATED_CUDA_MEMORY      bytes of memory of each (1 GiB)
 //   EMULATED_CUDA_CAPABILITY  compute capability, 90 or 80 (90)
 //   EMULATED_CUDA_FAIL_AFTER  the n-th launch fails, and everything after it, as on a device that was lost
 //   EMULATED_CUDA_FAIL_CODE   how it fails (700, an illegal address)
@@ -44,7 +45,10 @@ constexpr size_t PAGE = 4096, ALIGN = 256, POISONED = 32ull << 20;
 constexpr unsigned char POISON = 0xff;
 constexpr const char *NAME = "emulated device (Kvasir, no GPU)";
 
-char the_context;
+// One for each device.
+char contexts[MAX_DEVICES];
+int device_of(void *context) { return (int)((char *)context - contexts); }
+bool there(Driver &d, int device) { return device >= 0 && device < d.devices; }
 
 size_t round_up(size_t bytes, size_t to) { return (bytes + to - 1) / to * to; }
 
@@ -61,6 +65,7 @@ bool flag(const char *name) {
 
 void Driver::initialize() {
     if (initialized) return;
+    devices = (int)std::min<u64>(number("EMULATED_CUDA_DEVICES", 1), MAX_DEVICES);
     total = number("EMULATED_CUDA_MEMORY", 1ull << 30);
     capability = (int)number("EMULATED_CUDA_CAPABILITY", 90);
     fail_after = number("EMULATED_CUDA_FAIL_AFTER", 0);
@@ -83,12 +88,16 @@ void Driver::run(Stream *stream, const Mark *until) {
         Op op = std::move(stream->ops.front());
         stream->ops.pop_front();
         int result = op.run();
-        if (result != 0 && fault == 0) fault = result;
+        if (result != 0 && fault == 0) {
+            fault = result;
+            moved.notify_all();
+        }
     }
 }
-void Driver::run_all() {
+void Driver::run_all(void *context) {
     run(&null_stream, nullptr);
-    for (Stream *s : std::vector<Stream *>(streams)) run(s, nullptr);
+    for (Stream *s : std::vector<Stream *>(streams))
+        if (s->context == context) run(s, nullptr);
 }
 
 Result Driver::add_work(Stream *stream, Op op) {
@@ -101,11 +110,12 @@ Result Driver::add_work(Stream *stream, Op op) {
     if (fail_after != 0 && launches >= fail_after && op.kernels > 0) {
         fprintf(stderr, "emulated device: launch %llu fails, as asked for\n", (unsigned long long)launches);
         fault = fail_code;
+        moved.notify_all();
         return (Result)fault;
     }
     if (stream == &null_stream) {
         for (Stream *s : streams)
-            if (s->blocking) run(s, nullptr);
+            if (s->blocking && s->context == current_context) run(s, nullptr);
     } else if (stream->blocking) {
         run(&null_stream, nullptr);
     }
@@ -142,6 +152,15 @@ extern "C" __attribute__((visibility("default"))) bool kvemu_on_device(const voi
     Locked d;
     return d->on_device((u64)at, bytes);
 }
+extern "C" __attribute__((visibility("default"))) bool kvemu_wait(std::function<bool()> ready, int milliseconds) {
+    Driver &d = driver();
+    // Held once, by the call that runs the work.
+    std::unique_lock<std::recursive_mutex> held(d.lock, std::adopt_lock);
+    d.moved.wait_for(held, std::chrono::milliseconds(milliseconds), [&] { return d.fault != 0 || ready(); });
+    held.release();
+    return d.fault == 0 && ready();
+}
+extern "C" __attribute__((visibility("default"))) void kvemu_moved() { driver().moved.notify_all(); }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Device and context.
@@ -158,41 +177,41 @@ API int cuDriverGetVersion(int *version) {
 API int cuDeviceGetCount(int *count) {
     Locked d;
     if (!d->initialized) return NOT_INITIALIZED;
-    *count = 1;
+    *count = d->devices;
     return SUCCESS;
 }
 API int cuDeviceGet(int *device, int ordinal) {
     Locked d;
     if (!d->initialized) return NOT_INITIALIZED;
-    if (ordinal != 0) return INVALID_DEVICE;
-    *device = 0;
+    if (!there(*d.operator->(), ordinal)) return INVALID_DEVICE;
+    *device = ordinal;
     return SUCCESS;
 }
 API int cuDeviceGetName(char *name, int length, int device) {
-    if (device != 0) return INVALID_DEVICE;
+    if (!there(driver(), device)) return INVALID_DEVICE;
     snprintf(name, (size_t)length, "%s", NAME);
     return SUCCESS;
 }
 API int cuDeviceTotalMem_v2(size_t *bytes, int device) {
     Locked d;
-    if (device != 0) return INVALID_DEVICE;
+    if (!there(*d.operator->(), device)) return INVALID_DEVICE;
     *bytes = d->total;
     return SUCCESS;
 }
 API int cuDeviceGetUuid_v2(unsigned char *uuid, int device) {
-    if (device != 0) return INVALID_DEVICE;
-    memset(uuid, 0, 16);
+    if (!there(driver(), device)) return INVALID_DEVICE;
+    memset(uuid, device, 16);
     return SUCCESS;
 }
 API int cuDeviceGetUuid(unsigned char *uuid, int device) { return cuDeviceGetUuid_v2(uuid, device); }
 API int cuDeviceGetPCIBusId(char *id, int length, int device) {
-    if (device != 0) return INVALID_DEVICE;
-    snprintf(id, (size_t)length, "0000:00:00.0");
+    if (!there(driver(), device)) return INVALID_DEVICE;
+    snprintf(id, (size_t)length, "0000:0%d:00.0", device);
     return SUCCESS;
 }
 API int cuDeviceGetAttribute(int *value, int attribute, int device) {
     Locked d;
-    if (device != 0) return INVALID_DEVICE;
+    if (!there(*d.operator->(), device)) return INVALID_DEVICE;
     switch (attribute) {
     case 1: *value = MAX_THREADS; break;                    // threads of a block
     case 2: case 3: *value = 1024; break;                   // x and y of a block
@@ -229,17 +248,18 @@ API int cuDeviceGetAttribute(int *value, int attribute, int device) {
 API int cuDevicePrimaryCtxRetain(void **context, int device) {
     Locked d;
     if (!d->initialized) return NOT_INITIALIZED;
-    if (device != 0) return INVALID_DEVICE;
-    *context = &the_context;
+    if (!there(*d.operator->(), device)) return INVALID_DEVICE;
+    *context = &contexts[device];
     return SUCCESS;
 }
-API int cuDevicePrimaryCtxRelease_v2(int) {
+API int cuDevicePrimaryCtxRelease_v2(int device) {
     Locked d;
-    d->run_all();
+    if (!there(*d.operator->(), device)) return INVALID_DEVICE;
+    d->run_all(&contexts[device]);
     return SUCCESS;
 }
 API int cuCtxSetCurrent(void *context) {
-    if (context != nullptr && context != &the_context) return INVALID_CONTEXT;
+    if (context != nullptr && !there(driver(), device_of(context))) return INVALID_CONTEXT;
     current_context = context;
     return SUCCESS;
 }
@@ -249,7 +269,7 @@ API int cuCtxGetCurrent(void **context) {
 }
 API int cuCtxGetDevice(int *device) {
     if (current_context == nullptr) return INVALID_CONTEXT;
-    *device = 0;
+    *device = device_of(current_context);
     return SUCCESS;
 }
 API int cuCtxGetStreamPriorityRange(int *least, int *greatest) {
@@ -260,7 +280,7 @@ API int cuCtxGetStreamPriorityRange(int *least, int *greatest) {
 API int cuCtxSynchronize() {
     READY(d);
     NOT_IN_CAPTURE(d);
-    d->run_all();
+    d->run_all(current_context);
     return d->fault;
 }
 
@@ -270,15 +290,16 @@ API int cuCtxSynchronize() {
 API int cuMemGetInfo_v2(size_t *free, size_t *total) {
     READY(d);
     *total = d->total;
-    *free = d->total - d->used;
+    *free = d->total - d->used[device_of(current_context)];
     return SUCCESS;
 }
 API int cuMemAlloc_v2(u64 *at, size_t bytes) {
     READY(d);
     NOT_IN_CAPTURE(d);
     if (bytes == 0) return INVALID_VALUE;
+    int device = device_of(current_context);
     u64 charged = round_up(bytes, 512);
-    if (bytes > d->total || charged > d->total - d->used) return OUT_OF_MEMORY;
+    if (bytes > d->total || charged > d->total - d->used[device]) return OUT_OF_MEMORY;
     // Pages that nobody may touch lie on both sides, and the end of the allocation lies at the page behind it.
     size_t room = round_up(round_up(bytes, ALIGN), PAGE), mapped = room + 2 * PAGE;
     void *mapping = mmap(nullptr, mapped, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -296,8 +317,8 @@ API int cuMemAlloc_v2(u64 *at, size_t bytes) {
         memset(start, POISON, POISONED);
         memset(start + bytes - POISONED, POISON, POISONED);
     }
-    d->device[(uintptr_t)start] = {(unsigned char *)mapping, mapped, bytes, charged};
-    d->used += charged;
+    d->device[(uintptr_t)start] = {(unsigned char *)mapping, mapped, bytes, charged, device};
+    d->used[device] += charged;
     *at = (u64)start;
     return SUCCESS;
 }
@@ -306,12 +327,12 @@ API int cuMemFree_v2(u64 at) {
     if (!d->initialized) return NOT_INITIALIZED;
     if (at == 0) return SUCCESS;
     NOT_IN_CAPTURE(d);
-    d->run_all();
+    d->run_all(current_context);
     auto found = d->device.find(at);
     if (found == d->device.end()) return INVALID_VALUE;
     Driver::Range range = found->second;
     d->device.erase(found);
-    d->used -= range.charged;
+    d->used[range.device] -= range.charged;
     madvise(range.mapping, range.mapped, MADV_DONTNEED);
     mprotect(range.mapping, range.mapped, PROT_NONE);
     d->freed.push_back(range);
@@ -328,13 +349,13 @@ API int cuMemHostAlloc(void **at, size_t bytes, u32) {
     size_t mapped = round_up(bytes, PAGE);
     void *mapping = mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (mapping == MAP_FAILED) return OUT_OF_MEMORY;
-    d->host[(uintptr_t)mapping] = {(unsigned char *)mapping, mapped, bytes, 0};
+    d->host[(uintptr_t)mapping] = {(unsigned char *)mapping, mapped, bytes, 0, 0};
     *at = mapping;
     return SUCCESS;
 }
 API int cuMemFreeHost(void *at) {
     Locked d;
-    d->run_all();
+    d->run_all(current_context);
     auto found = d->host.find((uintptr_t)at);
     if (found == d->host.end() || found->second.mapping == nullptr) return INVALID_VALUE;
     munmap(found->second.mapping, found->second.mapped);
@@ -348,12 +369,12 @@ API int cuMemHostRegister_v2(void *at, size_t bytes, u32) {
     if (at == nullptr || bytes == 0) return INVALID_VALUE;
     for (auto &[begin, range] : d->host)
         if (begin < (uintptr_t)at + bytes && (uintptr_t)at < begin + range.bytes) return HOST_MEMORY_ALREADY_REGISTERED;
-    d->host[(uintptr_t)at] = {nullptr, 0, bytes, 0};
+    d->host[(uintptr_t)at] = {nullptr, 0, bytes, 0, 0};
     return SUCCESS;
 }
 API int cuMemHostUnregister(void *at) {
     Locked d;
-    d->run_all();
+    d->run_all(current_context);
     auto found = d->host.find((uintptr_t)at);
     if (found == d->host.end() || found->second.mapping != nullptr) return HOST_MEMORY_NOT_REGISTERED;
     d->host.erase(found);
@@ -398,6 +419,46 @@ API int cuMemcpyDtoDAsync_v2(u64 to, u64 from, size_t bytes, void *handle) {
     if (bytes == 0) return SUCCESS;
     if (!d->on_device(to, bytes) || !d->on_device(from, bytes)) return INVALID_VALUE;
     return d->add_work(stream, {[=] { memmove((void *)to, (const void *)from, bytes); return 0; }});
+}
+
+// `CUDA_MEMCPY2D`.
+struct Copy2D {
+    size_t from_x, from_y;
+    int from_type;
+    const void *from_host;
+    u64 from_device;
+    void *from_array;
+    size_t from_pitch, to_x, to_y;
+    int to_type;
+    void *to_host;
+    u64 to_device;
+    void *to_array;
+    size_t to_pitch, width, height;
+};
+API int cuMemcpy2DAsync_v2(const Copy2D *copy, void *handle) {
+    READY(d);
+    Stream *stream = d->stream(handle);
+    if (stream == nullptr) return INVALID_HANDLE;
+    Copy2D c = *copy;
+    if (c.width == 0 || c.height == 0) return SUCCESS;
+    constexpr int HOST = 1, DEVICE = 2;
+    bool down = c.from_type == DEVICE && c.to_type == HOST, up = c.from_type == HOST && c.to_type == DEVICE;
+    if ((!down && !up) || c.from_x || c.from_y || c.to_x || c.to_y) return NOT_SUPPORTED;
+    if (c.from_pitch < c.width || c.to_pitch < c.width) return INVALID_VALUE;
+    u64 device = down ? c.from_device : c.to_device, pitch = down ? c.from_pitch : c.to_pitch;
+    if (!d->on_device(device, (c.height - 1) * pitch + c.width)) return INVALID_VALUE;
+    auto *from = down ? (const unsigned char *)c.from_device : (const unsigned char *)c.from_host;
+    auto *to = down ? (unsigned char *)c.to_host : (unsigned char *)c.to_device;
+    bool pinned = d->pinned(down ? c.to_host : c.from_host, (c.height - 1) * (down ? c.to_pitch : c.from_pitch) + c.width);
+    if (!pinned && stream->capture) return STREAM_CAPTURE_UNSUPPORTED;
+    int result = d->add_work(stream, {[=] {
+        for (size_t row = 0; row < c.height; row++) memcpy(to + row * c.to_pitch, from + row * c.from_pitch, c.width);
+        return 0;
+    }});
+    if (result != SUCCESS || pinned) return result;
+    // What is not pinned is done when the call returns.
+    d->run(stream, nullptr);
+    return d->fault;
 }
 API int cuMemsetD8Async(u64 to, unsigned char value, size_t bytes, void *handle) {
     READY(d);

@@ -5,6 +5,7 @@
 #include <deque>
 #include <functional>
 #include <map>
+#include <condition_variable>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -85,6 +86,7 @@ struct Graph {
 };
 struct Stream {
     std::deque<Op> ops;
+    void *context = nullptr; // in which it was made
     bool blocking = true; // waits for the null stream, and it for this
     std::shared_ptr<Graph> capture;
     size_t lane = 0; // of its capture
@@ -98,17 +100,21 @@ struct Function {
     u32 max_dynamic = 49152;
 };
 
+constexpr int MAX_DEVICES = 8;
+
 struct Driver {
     std::recursive_mutex lock;
     bool initialized = false;
     int fault = 0; // sticky
-    u64 total = 0, used = 0;
+    int devices = 1;
+    u64 total = 0, used[MAX_DEVICES] = {}; // of each device
+    std::condition_variable_any moved; // something has happened that work may wait for
     int capability = 90;
     bool pinning = true, eager = false, graphs = true;
     u64 launches = 0, fail_after = 0;
     int fail_code = R_ILLEGAL_ADDRESS;
 
-    struct Range { unsigned char *mapping; size_t mapped, bytes; u64 charged; };
+    struct Range { unsigned char *mapping; size_t mapped, bytes; u64 charged; int device; };
     std::map<uintptr_t, Range> device;   // by where an allocation begins
     std::map<uintptr_t, Range> host;     // pinned: allocated here (mapping) or registered (none)
     std::deque<Range> freed;             // unmapped late, so that a use after the end faults
@@ -121,7 +127,8 @@ struct Driver {
     Result add_work(Stream *stream, Op op);
     // All of a stream's work, or up to a mark.
     void run(Stream *stream, const Mark *until);
-    void run_all();
+    // All work of a device.
+    void run_all(void *context);
     Stream *stream(void *handle);
     bool on_device(u64 at, size_t bytes) const;
     bool pinned(const void *at, size_t bytes) const;
@@ -156,6 +163,10 @@ struct Locked {
 
 #define API extern "C" __attribute__((visibility("default")))
 
-// For libcublasLt: work on a stream, and whether bytes are on the device.
+// For libcublasLt and libnccl: work on a stream, and whether bytes are on a device.
 extern "C" int kvemu_add_work(void *stream, std::function<int()> work, u32 kernels);
 extern "C" bool kvemu_on_device(const void *at, size_t bytes);
+// For work that is running: waits until `ready`, while other threads use the driver; whether it came to that in time, and no
+// device has failed. And for whoever makes it so.
+extern "C" bool kvemu_wait(std::function<bool()> ready, int milliseconds);
+extern "C" void kvemu_moved();

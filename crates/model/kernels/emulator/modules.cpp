@@ -47,7 +47,7 @@ API int cuModuleLoadData(void **module, const void *image) {
 API int cuModuleLoadDataEx(void **module, const void *image, u32, int *, void **) { return cuModuleLoadData(module, image); }
 API int cuModuleUnload(void *module) {
     Locked d;
-    d->run_all();
+    d->run_all(current_context);
     delete (Module *)module;
     return SUCCESS;
 }

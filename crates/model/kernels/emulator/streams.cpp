@@ -11,6 +11,7 @@ API int cuStreamCreate(void **stream, u32 flags) {
     READY(d);
     auto *fresh = new Stream;
     fresh->blocking = !(flags & 1);
+    fresh->context = current_context;
     d->streams.push_back(fresh);
     *stream = fresh;
     return SUCCESS;
@@ -38,7 +39,7 @@ API int cuStreamSynchronize(void *handle) {
     }
     if (stream == &d->null_stream)
         for (Stream *s : d->streams)
-            if (s->blocking) d->run(s, nullptr);
+            if (s->blocking && s->context == current_context) d->run(s, nullptr);
     d->run(stream, nullptr);
     return d->fault;
 }

@@ -93,7 +93,7 @@ impl KvArena {
             return Vec::new();
         }
         if self.heads.len() == l.kv_heads as usize {
-            return vec![0..l.block_bytes()];
+            return std::iter::once(0..l.block_bytes()).collect();
         }
         let values = l.kv_heads as usize * l.key_bytes();
         let of = |begin: usize, bytes: usize| begin + self.heads.start * bytes..begin + self.heads.end * bytes;

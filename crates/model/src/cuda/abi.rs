@@ -200,12 +200,15 @@ structs! {
         rows: u32, top_k: u32, width: u32, ld_change: u32, ld_shared: u32, ld_out: u32,
     }
     args CopyBlocks { arena: u64, pairs: u64, block_bytes: u64, count: u32, pad: u32 }
-    args Mirror { kv: Kv, to: u64, runs: u64, count: u32, pad: u32 }
+    args Mirror { kv: Kv, to: Kv, runs: u64, count: u32, pad: u32 }
     args MoveBlocks {
         arena: u64, packed: u64, blocks: u64, block_bytes: u64, at: u64, bytes: u64, count: u32, pad: u32,
     }
     args Shortlist {
         logits: u64, allowed: u64, allowed_at: u64, bias_tokens: u64, bias_values: u64, bias_at: u64,
         tokens: u64, values: u64, summary: u64, rows: u32, vocab: u32, ld: u32, pad: u32,
+    }
+    args SideBySide {
+        from: u64, to: u64, bytes: u64, from_stride: u64, to_stride: u64, rows: u32, pad: u32,
     }
 }

@@ -21,7 +21,7 @@ use crate::Error;
 pub(crate) const EMULATED: &str = "emulated";
 
 /// Every function that is called: an old driver that lacks one is told apart at the door, not by a panic later.
-const FUNCTIONS: [&str; 46] = [
+const FUNCTIONS: [&str; 47] = [
     "cuInit",
     "cuDriverGetVersion",
     "cuDeviceGetCount",
@@ -46,6 +46,7 @@ const FUNCTIONS: [&str; 46] = [
     "cuMemcpyHtoDAsync_v2",
     "cuMemcpyDtoHAsync_v2",
     "cuMemcpyDtoDAsync_v2",
+    "cuMemcpy2DAsync_v2",
     "cuMemsetD8Async",
     "cuMemHostRegister_v2",
     "cuMemHostUnregister",
@@ -210,6 +211,15 @@ fn text(result: CUresult) -> String {
     }
 }
 
+/// Rows of bytes.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Rows {
+    pub(crate) width: usize,
+    /// From row to row of what is copied.
+    pub(crate) from_pitch: usize,
+    pub(crate) count: usize,
+}
+
 /// An order in which things happen on the device.
 pub(crate) struct Stream {
     pub(super) raw: sys::CUstream,
@@ -249,6 +259,33 @@ impl Stream {
         }
         // SAFETY: the caller's promise; `to` is a buffer of ours.
         self.context.check(unsafe { sys::cuMemcpyHtoDAsync_v2(to, from.cast(), bytes, self.raw) }, "cuMemcpyHtoD")
+    }
+
+    /// Copies rows from host memory to rows behind one another.
+    ///
+    /// # Safety
+    /// As for [`Stream::upload`], of every row.
+    pub(crate) unsafe fn upload_rows(&self, to: u64, from: *const u8, rows: Rows) -> Result<(), Error> {
+        let copy = sys::CUDA_MEMCPY2D {
+            srcXInBytes: 0,
+            srcY: 0,
+            srcMemoryType: sys::CUmemorytype::CU_MEMORYTYPE_HOST,
+            srcHost: from.cast(),
+            srcDevice: 0,
+            srcArray: ptr::null_mut(),
+            srcPitch: rows.from_pitch,
+            dstXInBytes: 0,
+            dstY: 0,
+            dstMemoryType: sys::CUmemorytype::CU_MEMORYTYPE_DEVICE,
+            dstHost: ptr::null_mut(),
+            dstDevice: to,
+            dstArray: ptr::null_mut(),
+            dstPitch: rows.width,
+            WidthInBytes: rows.width,
+            Height: rows.count,
+        };
+        // SAFETY: the caller's promise; `to` is a buffer of ours.
+        self.context.check(unsafe { sys::cuMemcpy2DAsync_v2(&raw const copy, self.raw) }, "cuMemcpy2D")
     }
 
     /// Copies to host memory.
@@ -439,11 +476,12 @@ impl<T> Drop for Pinned<T> {
     }
 }
 
-/// Somebody else's memory, pinned as long as this lives.
+/// Somebody else's memory, pinned as long as this lives, or by another context.
 pub(crate) struct Registered {
     base: *mut u8,
     /// Where the device sees it.
     pub(crate) at: u64,
+    ours: bool,
     context: Arc<Context>,
 }
 
@@ -451,23 +489,38 @@ pub(crate) struct Registered {
 unsafe impl Send for Registered {}
 
 impl Registered {
-    /// Pins `bytes` bytes from `base` on.
+    /// Pins `bytes` bytes from `base` on, for all devices.
     ///
     /// # Safety
     /// They are valid for as long as this lives.
     pub(crate) unsafe fn new(context: &Arc<Context>, base: *mut u8, bytes: usize) -> Result<Self, Error> {
         // SAFETY: the caller's promise. 3: portable and mapped.
         context.check(unsafe { sys::cuMemHostRegister_v2(base.cast(), bytes, 3) }, "cuMemHostRegister")?;
-        let mut this = Self { base, at: 0, context: Arc::clone(context) };
-        // SAFETY: writes one address; registered above.
-        let result = unsafe { sys::cuMemHostGetDevicePointer_v2(&raw mut this.at, base.cast(), 0) };
-        context.check(result, "cuMemHostGetDevicePointer")?;
-        Ok(this)
+        let this = Self { base, at: 0, ours: true, context: Arc::clone(context) };
+        this.found()
+    }
+
+    /// What another context has pinned so.
+    ///
+    /// # Safety
+    /// It stays pinned for as long as the device uses what this says.
+    pub(crate) unsafe fn by_another(context: &Arc<Context>, base: *mut u8) -> Result<Self, Error> {
+        Self { base, at: 0, ours: false, context: Arc::clone(context) }.found()
+    }
+
+    fn found(mut self) -> Result<Self, Error> {
+        // SAFETY: writes one address; memory that is not pinned is an error.
+        let result = unsafe { sys::cuMemHostGetDevicePointer_v2(&raw mut self.at, self.base.cast(), 0) };
+        self.context.check(result, "cuMemHostGetDevicePointer")?;
+        Ok(self)
     }
 }
 
 impl Drop for Registered {
     fn drop(&mut self) {
+        if !self.ours {
+            return;
+        }
         let _ = self.context.enter();
         // SAFETY: registered when this was made.
         let _ = unsafe { sys::cuMemHostUnregister(self.base.cast()) };

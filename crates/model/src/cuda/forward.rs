@@ -115,9 +115,11 @@ impl CudaBackend {
             padding: if self.graphs.are_wanted() { self.padding } else { Padding::None },
         };
         let step = Step::new(batch, making);
-        let inputs = self.prepare(&step)?;
+        let prepared = self.prepare(&step);
+        let inputs = self.collective.agree(prepared)?;
         let launched = self.run(&step, inputs).and_then(|()| self.fetch(&step));
-        if launched.is_err() {
+        if let Err(error) = &launched {
+            self.collective.abort(error);
             // What was launched reads and writes what the caller frees or reuses next. If this fails, too, the first
             // error says more.
             let _ = self.stream.wait();
@@ -126,15 +128,17 @@ impl CudaBackend {
         if step.shape.is_none() {
             for (layer, mirrored) in self.mirrored.iter().enumerate() {
                 mirrored.wait()?;
+                self.collective.check()?;
                 after_layer(layer);
             }
         }
         self.stream.wait()?;
+        self.collective.check()?;
         if step.shape.is_some() {
             // A step that decodes is over before anyone could do much with a layer of it.
             (0..self.mirrored.len()).for_each(after_layer);
         }
-        let vocab = self.config.vocab;
+        let vocab = self.model.output.rows;
         let mut logits = Logits { vocab, rows: vec![0.0; step.wanted.order.len() * vocab] };
         let from = self.logits.slice();
         for (row, &to) in step.wanted.order.iter().enumerate() {
@@ -167,8 +171,8 @@ impl CudaBackend {
         if self.inputs.len() < bytes.len() {
             self.inputs = Pinned::new(&self.context, bytes.len().next_power_of_two())?;
         }
-        if self.logits.len() < wanted * self.config.vocab {
-            self.logits = Pinned::new(&self.context, wanted.next_power_of_two() * self.config.vocab)?;
+        if self.logits.len() < wanted * self.model.output.rows {
+            self.logits = Pinned::new(&self.context, wanted.next_power_of_two() * self.model.output.rows)?;
         }
         self.inputs.slice()[..bytes.len()].copy_from_slice(bytes);
         let inputs = self.scratch.at(Space::Inputs);
@@ -244,6 +248,7 @@ impl CudaBackend {
                 products: &self.products,
                 kernels: &self.kernels,
                 scratch: &self.scratch,
+                collective: &self.collective,
             };
             through.mlp(&layer.mlp, rows.planes, rows.count, hidden)?;
         }
@@ -519,9 +524,11 @@ impl CudaBackend {
             head_ld,
         };
         self.attends.run(&self.stream, &self.arena, (attention, place), step, &ends)?;
+        let mut width = attention.heads * attention.v_dim;
         if let Projections::Latent(latent) = &attention.projections {
             // From the latent that each head summed up to the head's value.
-            let (value, width) = (latent.value, attention.heads * latent.value);
+            let value = latent.value;
+            width = attention.heads * value;
             let stride = latent.nope + value;
             let many =
                 Many::Batch { count: attention.heads, w: stride * latent.up.ld, x: head_ld, out: value, scale: stride };
@@ -541,13 +548,16 @@ impl CudaBackend {
             let grid = [rows.count, planes.ld.div_ceil(abi::ROW_THREADS as usize), 1];
             self.stream.launch(self.kernels.split, grid, abi::ROW_THREADS, &args)?;
         }
-        let change = Out { at: at(Space::Change), ld: self.config.hidden };
-        self.products.apply(&self.stream, &attention.output, planes, rows.count, change)
+        let planes = self.collective.planes(&self.stream, &self.scratch, planes, rows.count, width)?;
+        let hidden = self.config.hidden;
+        let part = self.collective.part(&self.scratch, hidden);
+        self.products.apply(&self.stream, &attention.output, planes, rows.count, part)?;
+        self.collective.change(&self.stream, &self.scratch, rows.count, hidden)
     }
 
     /// The logits of the rows that are wanted.
     fn output(&self, rows: Rows) -> Result<(), Error> {
-        let vocab = self.config.vocab;
+        let vocab = self.model.output.rows;
         let logits = Out { at: self.scratch.at(Space::Logits), ld: vocab };
         self.products.apply(&self.stream, &self.model.output, rows.planes, rows.count, logits)?;
         let count = rows.count * vocab;
@@ -561,7 +571,7 @@ impl CudaBackend {
 
     /// Brings the logits to the host.
     fn fetch(&self, step: &Step) -> Result<(), Error> {
-        let bytes = 4 * step.wanted.order.len() * self.config.vocab;
+        let bytes = 4 * step.wanted.order.len() * self.model.output.rows;
         // SAFETY: pinned memory of this backend with room for them, read after the stream was waited for.
         unsafe { self.stream.download(self.logits.as_ptr().cast(), self.scratch.at(Space::Logits), bytes) }
     }

@@ -13,6 +13,7 @@ use super::{
 use crate::{
     Error,
     graph::{LinearSpec, NormSpec},
+    group::Place,
     weights::{BLOCK, Dtype, Scale, Tensor, Weights},
 };
 
@@ -33,6 +34,8 @@ pub(super) fn padded(cols: usize) -> usize {
 /// Takes weights: to count them, or to bring them to the device.
 pub(super) struct Loader<'a> {
     weights: &'a Weights,
+    /// Whose part of them.
+    pub(super) place: Place,
     used: usize,
     filling: Option<Filling>,
 }
@@ -100,12 +103,17 @@ pub(super) struct Norm {
 
 impl<'a> Loader<'a> {
     /// One that only counts.
-    pub(super) fn counting(weights: &'a Weights) -> Self {
-        Self { weights, used: 0, filling: None }
+    pub(super) fn counting(weights: &'a Weights, place: Place) -> Self {
+        Self { weights, place, used: 0, filling: None }
     }
 
     /// One that brings `bytes` bytes, as counted, to the device.
-    pub(super) fn filling(weights: &'a Weights, context: &Arc<Context>, bytes: usize) -> Result<Self, Error> {
+    pub(super) fn filling(
+        weights: &'a Weights,
+        place: Place,
+        context: &Arc<Context>,
+        bytes: usize,
+    ) -> Result<Self, Error> {
         let staging = || Ok::<_, Error>((Pinned::new(context, STAGING)?, Event::new(context)?));
         let filling = Filling {
             buffer: Buffer::new(context, bytes)?,
@@ -114,7 +122,7 @@ impl<'a> Loader<'a> {
             next: 0,
             told: 0,
         };
-        Ok(Self { weights, used: 0, filling: Some(filling) })
+        Ok(Self { weights, place, used: 0, filling: Some(filling) })
     }
 
     /// Bytes so far.
@@ -134,24 +142,47 @@ impl<'a> Loader<'a> {
         self.weights.get(name)
     }
 
-    /// The map that `spec` describes.
+    /// This rank's outputs of a weight's.
+    pub(super) fn part(&self, name: &str) -> Tensor {
+        let tensor = self.tensor(name);
+        tensor.part(self.place.part(tensor.rows))
+    }
+
+    /// This rank's outputs of the map that `spec` describes.
     pub(super) fn linear(&mut self, spec: &LinearSpec) -> Result<Matrix, Error> {
         Ok(self.linears(&[spec])?.remove(0))
     }
 
-    /// Maps of the same rows: one matrix if their weights are of one type, else one each.
+    /// All outputs of a map, which every rank computes.
+    pub(super) fn whole(&mut self, spec: &LinearSpec) -> Result<Matrix, Error> {
+        Ok(self.maps(&[spec], Place::ALONE)?.remove(0))
+    }
+
+    /// This rank's outputs of maps of the same rows: one matrix if their weights are of one type, else one each.
     pub(super) fn linears(&mut self, specs: &[&LinearSpec]) -> Result<Vec<Matrix>, Error> {
-        let tensors: Vec<&Tensor> = specs.iter().map(|spec| self.tensor(&format!("{}.weight", spec.name))).collect();
+        self.maps(specs, self.place)
+    }
+
+    fn maps(&mut self, specs: &[&LinearSpec], place: Place) -> Result<Vec<Matrix>, Error> {
+        let part = |spec: &&LinearSpec| {
+            let tensor = self.tensor(&format!("{}.weight", spec.name));
+            tensor.part(place.part(tensor.rows))
+        };
+        let tensors: Vec<Tensor> = specs.iter().map(part).collect();
         if tensors.iter().any(|tensor| tensor.dtype != tensors[0].dtype || tensor.cols != tensors[0].cols) {
-            return specs.iter().map(|spec| self.linear(spec)).collect();
+            return specs.iter().map(|&spec| Ok(self.maps(&[spec], place)?.remove(0))).collect();
         }
         let bias = specs.iter().any(|spec| spec.bias).then(|| {
-            let part = |(spec, tensor): (&&LinearSpec, &&Tensor)| {
-                if spec.bias { self.tensor(&format!("{}.bias", spec.name)).to_f32() } else { vec![0.0; tensor.rows] }
+            let part = |(spec, tensor): (&&LinearSpec, &Tensor)| {
+                if spec.bias {
+                    self.tensor(&format!("{}.bias", spec.name)).to_f32()[place.part(spec.outputs)].to_vec()
+                } else {
+                    vec![0.0; tensor.rows]
+                }
             };
             specs.iter().zip(&tensors).flat_map(part).collect::<Vec<f32>>()
         });
-        Ok(vec![self.stack(&tensors, bias.as_deref())?])
+        Ok(vec![self.stack(&tensors.iter().collect::<Vec<_>>(), bias.as_deref())?])
     }
 
     /// Matrices of one type and width below one another.

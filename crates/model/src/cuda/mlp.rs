@@ -6,6 +6,7 @@
 
 use super::{
     abi::{self, Combine, Gate, GroupArgs, Route},
+    collective::Collective,
     driver::Stream,
     forward::Kernels,
     load::{Matrix, padded},
@@ -21,22 +22,25 @@ pub(super) struct Through<'a> {
     pub(super) products: &'a Products,
     pub(super) kernels: &'a Kernels,
     pub(super) scratch: &'a Scratch,
+    pub(super) collective: &'a Collective,
 }
 
 impl Through<'_> {
     /// Applies it to `rows` rows of `x`; what comes out is `f32`, rows of `hidden`.
     pub(super) fn mlp(&self, mlp: &Mlp, x: Planes, rows: usize, hidden: usize) -> Result<(), Error> {
-        let out = Out { at: self.scratch.at(Space::Change), ld: hidden };
+        let out = self.collective.part(self.scratch, hidden);
         match mlp {
-            Mlp::Dense(mlp) => self.gated(mlp, x, rows, out),
-            Mlp::Routed(mlp) => self.routed(mlp, x, rows, out),
+            Mlp::Dense(mlp) => self.gated(mlp, x, rows, out)?,
+            Mlp::Routed(mlp) => self.routed(mlp, x, rows, out)?,
         }
+        self.collective.change(self.stream, self.scratch, rows, hidden)
     }
 
     fn gated(&self, mlp: &Gated, x: Planes, rows: usize, out: Out) -> Result<(), Error> {
         let both = Out { at: self.scratch.at(Space::GateUp), ld: 2 * mlp.width };
         self.products.apply_all(self.stream, &mlp.gate_up, x, rows, both)?;
         let gated = self.gate(abi::activation(mlp.activation), mlp.width, rows)?;
+        let gated = self.collective.planes(self.stream, self.scratch, gated, rows, mlp.width)?;
         self.products.apply(self.stream, &mlp.down, gated, rows, out)
     }
 
@@ -108,6 +112,7 @@ impl Through<'_> {
         let both = Out { at: at(Space::GateUp), ld: 2 * mlp.width };
         self.products.many(self.stream, &gate_up, x, places, both, many)?;
         let gated = self.gate(abi::activation(mlp.activation), mlp.width, places)?;
+        let gated = self.collective.planes(self.stream, self.scratch, gated, places, mlp.width)?;
         let (down, many) = grouped(&mlp.down, out.ld, 0);
         let made = Out { at: at(Space::Experts), ld: out.ld };
         self.products.many(self.stream, &down, gated, places, made, many)?;

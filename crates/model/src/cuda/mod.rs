@@ -9,6 +9,7 @@
 //! forward   launches, layer after layer           scratch        what a step computes in
 //! graphs    the same as one call, for steps that come often
 //! arena     the host's blocks ◀── mirror ───────  the device's blocks
+//! collective                                      what several devices, each with a part of the model, hand one another
 //! ```
 //!
 //! The law of the seam holds as on the processor: every sum has one order, a function of the model alone (`kernels/abi.h`
@@ -25,12 +26,17 @@ use std::{fmt, sync::Arc};
 use kvasir_types::{BlockId, HostMemory, KvGroups, KvLayout};
 
 use crate::{
-    Backend, Error, Folder, Logits, ModelConfig, SeqInput, backend::check_batch, cpu::Compute, weights::Dtype,
+    Backend, Error, Folder, Logits, ModelConfig, SeqInput,
+    backend::check_batch,
+    cpu::Compute,
+    group::{self, Alone, Group, agree_on},
+    weights::Dtype,
 };
 
 mod abi;
 mod arena;
 mod attention;
+mod collective;
 mod driver;
 mod forward;
 mod graphs;
@@ -48,6 +54,7 @@ pub use limits::{Limits, limits};
 
 use arena::Arena;
 use attention::Attends;
+use collective::Collective;
 use driver::{Buffer, Context, Event, Pinned, Stream};
 use graphs::Graphs;
 use load::Loader;
@@ -98,6 +105,7 @@ pub struct CudaBackend {
     products: Products,
     attends: Attends,
     kernels: forward::Kernels,
+    collective: Collective,
     _module: Module,
 }
 
@@ -113,12 +121,25 @@ impl CudaBackend {
         memory: Arc<dyn HostMemory>,
         options: Options,
     ) -> Result<Self, Error> {
-        let Options { ordinal, compute, max_tokens, graphs } = options;
+        Self::rank(folder, layout, memory, options, Arc::new(Alone))
+    }
+
+    /// One of the ranks of a group, all of which are over the same blocks; devices are those from `options.ordinal` on.
+    pub(crate) fn rank(
+        folder: &Folder,
+        layout: KvLayout,
+        memory: Arc<dyn HostMemory>,
+        options: Options,
+        group: Arc<dyn Group>,
+    ) -> Result<Self, Error> {
+        let (place, ordinal) = (group.place(), options.ordinal + group.place().rank);
+        let Options { compute, max_tokens, graphs, .. } = options;
         let config = folder.config().clone();
         let expected = config.kv_layout(layout.block_size, layout.dtype);
         if layout != expected || layout.check().is_err() {
             return Err(Error::Layout { layout, expected });
         }
+        group::check(&config, place.size)?;
         let blocks = arena::blocks(memory.as_ref(), &layout)?;
         let context = Context::open(ordinal)?;
         let module = Module::load(&context)?;
@@ -126,18 +147,20 @@ impl CudaBackend {
 
         // First how much, then whether it fits, then the rest.
         let weights = folder.weights();
-        let mut counting = Loader::counting(weights);
+        let mut counting = Loader::counting(weights, place);
         let counted = Model::load(&config, &mut counting)?;
-        let per_row = PerRow::of(&config, &counted);
+        let per_row = PerRow::of(&config, &counted, place.size);
         // Small steps are padded.
         let max_tokens = step::padded_rows(max_tokens.max(1));
-        check_room(&context, counting.used(), per_row.total(max_tokens), max_tokens, blocks, layout.block_bytes())?;
-        let mut filling = Loader::filling(weights, &context, counting.used())?;
+        let block_bytes = arena::part(&layout, place).block_bytes();
+        let room = check_room(&context, counting.used(), per_row.total(max_tokens), max_tokens, blocks, block_bytes);
+        agree_on(&*group, room)?;
+        let mut filling = Loader::filling(weights, place, &context, counting.used())?;
         let model = Model::load(&config, &mut filling)?;
         let weights_bytes = counting.used();
         let weights = filling.finish()?.expect("it was filled");
 
-        let arena = Arena::new(&context, &module, memory, layout, &stream)?;
+        let arena = Arena::new(&context, &module, memory, layout, &stream, &*group)?;
         let scratch = Scratch::new(&context, &per_row, max_tokens, &stream)?;
         let mut products = Products::new(&module, compute, context.processors, scratch.at(Space::Partials))?;
         for dtype in folder.weights().sorted().iter().map(|(_, tensor)| tensor.dtype).chain([Dtype::F32]) {
@@ -145,6 +168,7 @@ impl CudaBackend {
         }
         let attends = Attends::new(&module, &model, &arena, compute, context.shared_bytes)?;
         let kernels = forward::Kernels::new(&module, &model, compute)?;
+        let collective = Collective::new(group, &module, &stream, compute)?;
         let events = || (0..config.layers.len()).map(|_| Event::new(&context)).collect::<Result<Vec<_>, _>>();
         let (written, mirrored) = (events()?, events()?);
         let (inputs, logits) = (Pinned::new(&context, 1 << 16)?, Pinned::new(&context, 1)?);
@@ -181,6 +205,7 @@ impl CudaBackend {
             products,
             attends,
             kernels,
+            collective,
             _module: module,
             context,
         })
@@ -237,10 +262,10 @@ impl Backend for CudaBackend {
     }
 
     fn forward(&mut self, batch: &[SeqInput<'_>], after_layer: &mut dyn FnMut(usize)) -> Result<Logits, Error> {
-        check_batch(&self.config, &self.arena.layout, &self.groups, self.arena.blocks, batch)?;
+        check_batch(&self.config, &self.arena.whole, &self.groups, self.arena.blocks, batch)?;
         if batch.is_empty() {
             (0..self.config.layers.len()).for_each(after_layer);
-            return Ok(Logits { vocab: self.config.vocab, rows: Vec::new() });
+            return Ok(Logits { vocab: self.model.output.rows, rows: Vec::new() });
         }
         self.context.enter()?;
         self.compute_step(batch, after_layer)

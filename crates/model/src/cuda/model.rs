@@ -15,7 +15,7 @@ use crate::{
     weights::{Dtype, EMBEDDING, LM_HEAD, Tensor},
 };
 
-/// Everything that has weights.
+/// Everything that has weights: one rank's part. Heads, widths and rows are what this rank has of them.
 pub(super) struct Model {
     pub(super) embedding: Matrix,
     pub(super) layers: Vec<Layer>,
@@ -135,9 +135,10 @@ impl Model {
         let ropes = ropes.collect::<Result<_, Error>>()?;
         // Its rows are read as well as multiplied by.
         let embedding = loader.plain(&[loader.tensor(EMBEDDING)], None)?;
+        let vocab = loader.place.part(config.vocab);
         let output = match config.tied_embeddings {
-            true => embedding.clone(),
-            false => loader.stack(&[loader.tensor(LM_HEAD)], None)?,
+            true => embedding.rows(vocab.start, vocab.len()),
+            false => loader.stack(&[&loader.part(LM_HEAD)], None)?,
         };
         let layers = config.layers.iter().map(|layer| Layer::load(layer, loader)).collect::<Result<_, _>>()?;
         Ok(Self { embedding, layers, final_norm: loader.norm(&config.final_norm)?, output, ropes })
@@ -162,11 +163,13 @@ impl Layer {
 
 impl Attention {
     fn load(spec: &AttentionSpec, loader: &mut Loader<'_>) -> Result<Self, Error> {
-        let &AttentionSpec { heads, scale, soft_cap, window, rope, .. } = spec;
+        let &AttentionSpec { scale, soft_cap, window, rope, .. } = spec;
+        let heads = loader.place.part(spec.heads).len();
         let (kv_heads, k_dim, v_dim, projections) = match &spec.kind {
             AttentionKind::Grouped(grouped) => {
                 let dim = grouped.head_dim;
-                (grouped.kv_heads, dim, dim, Projections::Grouped(Grouped::load(grouped, loader)?))
+                let kv_heads = loader.place.part(grouped.kv_heads).len();
+                (kv_heads, dim, dim, Projections::Grouped(Grouped::load(grouped, loader)?))
             }
             AttentionKind::Latent(latent) => {
                 let projections = Projections::Latent(Latent::load(latent, heads, loader)?);
@@ -183,7 +186,7 @@ impl Grouped {
         let all = loader.linears(&[&spec.q, &spec.k, &spec.v])?;
         let (q, kv) = match &all[..] {
             [one] => {
-                let queries = spec.q.outputs;
+                let queries = loader.place.part(spec.q.outputs).len();
                 (vec![one.rows(0, queries)], vec![one.rows(queries, one.rows - queries)])
             }
             several => (several[..1].to_vec(), several[1..].to_vec()),
@@ -199,7 +202,7 @@ impl Grouped {
 impl Latent {
     fn load(spec: &LatentSpec, heads: usize, loader: &mut Loader<'_>) -> Result<Self, Error> {
         let &LatentSpec { rank, nope, rope, v_dim: value, .. } = spec;
-        let up = loader.tensor(&format!("{}.weight", spec.kv_up.name));
+        let up = &loader.part(&format!("{}.weight", spec.kv_up.name));
         // A scale per row becomes one per column: then the numbers themselves are written down.
         let dtype = if up.dtype.is_scaled() { Dtype::F32 } else { up.dtype };
         let absorb = loader.made((dtype, heads * rank, padded(nope)), || transposed(up, dtype, heads, spec))?;
@@ -207,10 +210,10 @@ impl Latent {
             q: match &spec.q {
                 LatentQuery::Direct(q) => Query::Direct(loader.linear(q)?),
                 LatentQuery::Compressed { down, norm, up } => {
-                    Query::Compressed { down: loader.linear(down)?, norm: loader.norm(norm)?, up: loader.linear(up)? }
+                    Query::Compressed { down: loader.whole(down)?, norm: loader.norm(norm)?, up: loader.linear(up)? }
                 }
             },
-            kv_down: loader.linear(&spec.kv_down)?,
+            kv_down: loader.whole(&spec.kv_down)?,
             kv_norm: loader.norm(&spec.kv_norm)?,
             absorb,
             // Heads begin anywhere in a block.
@@ -253,7 +256,7 @@ impl Gated {
         Ok(Self {
             gate_up: loader.linears(&[&spec.gate, &spec.up])?,
             down: loader.linear(&spec.down)?,
-            width: spec.gate.outputs,
+            width: loader.place.part(spec.gate.outputs).len(),
             activation: spec.activation,
         })
     }
@@ -272,32 +275,28 @@ impl Routed {
             None => 0,
         };
         let mut one = |pick: &dyn Fn(&GatedSpec) -> Vec<&LinearSpec>| {
-            let tensors: Vec<&Tensor> =
-                spec.experts.iter().flat_map(pick).map(|linear| weight(loader, linear)).collect();
+            let part = |linear: &LinearSpec| loader.part(&format!("{}.weight", linear.name));
+            let tensors: Vec<Tensor> = spec.experts.iter().flat_map(pick).map(part).collect();
             let same = tensors.iter().all(|tensor| tensor.dtype == tensors[0].dtype && tensor.cols == tensors[0].cols);
             if !same || spec.experts.iter().flat_map(pick).any(|linear| linear.bias) {
                 return Err::<Matrix, _>(refused(
                     "experts whose weights differ in type, or that have biases".to_owned(),
                 ));
             }
-            loader.stack(&tensors, None)
+            loader.stack(&tensors.iter().collect::<Vec<_>>(), None)
         };
         let gate_up = one(&|expert| vec![&expert.gate, &expert.up])?;
         let down = one(&|expert| vec![&expert.down])?;
         Ok(Self {
-            router: loader.linear(&spec.router)?,
+            router: loader.whole(&spec.router)?,
             gate: spec.gate.clone(),
             correction,
             experts,
             gate_up,
             down,
-            width: spec.experts[0].gate.outputs,
+            width: loader.place.part(spec.experts[0].gate.outputs).len(),
             activation: spec.experts[0].activation,
             shared: spec.shared.as_ref().map(|shared| Gated::load(shared, loader)).transpose()?,
         })
     }
-}
-
-fn weight<'a>(loader: &Loader<'a>, linear: &LinearSpec) -> &'a Tensor {
-    loader.tensor(&format!("{}.weight", linear.name))
 }

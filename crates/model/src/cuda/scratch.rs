@@ -51,6 +51,11 @@ pub(super) enum Space {
     Experts,
     Shared,
     Logits,
+    /// Of several ranks: this one's columns of `Change`, what has been gathered, and planes made of it.
+    Part,
+    Gathered,
+    WholeHi,
+    WholeLo,
     /// Sums of parts of products and of attention.
     Partials,
     PartSums,
@@ -68,13 +73,14 @@ const LOGITS: usize = 64;
 
 /// Bytes that the model takes of a space for each row.
 pub(super) struct PerRow {
+    ranks: usize,
     rows: [usize; SPACES],
     wanted: [usize; SPACES],
 }
 
 impl PerRow {
-    pub(super) fn of(config: &ModelConfig, model: &Model) -> Self {
-        let mut this = Self { rows: [0; SPACES], wanted: [0; SPACES] };
+    pub(super) fn of(config: &ModelConfig, model: &Model, ranks: usize) -> Self {
+        let mut this = Self { ranks, rows: [0; SPACES], wanted: [0; SPACES] };
         let hidden = config.hidden;
         for (space, bytes) in [
             (Space::X, 4 * hidden),
@@ -83,6 +89,10 @@ impl PerRow {
             (Space::Change, 4 * hidden),
         ] {
             this.take(space, bytes);
+        }
+        if ranks > 1 {
+            this.take(Space::Part, 4 * hidden / ranks);
+            this.take(Space::Gathered, 4 * hidden);
         }
         let pairs: usize = model.ropes.iter().map(|rope| rope.half).sum();
         this.take(Space::Cos, 4 * pairs);
@@ -93,7 +103,9 @@ impl PerRow {
             match &attention.projections {
                 Projections::Grouped(grouped) => {
                     this.take(Space::Source, 4 * grouped.all.iter().map(|matrix| matrix.rows).sum::<usize>());
-                    this.both(Space::AttendedHi, Space::AttendedLo, padded(attention.heads * attention.v_dim));
+                    let width = attention.heads * attention.v_dim;
+                    this.both(Space::AttendedHi, Space::AttendedLo, padded(width));
+                    this.gathered(1, width);
                 }
                 Projections::Latent(latent) => {
                     let value = attention.heads * latent.value;
@@ -101,6 +113,7 @@ impl PerRow {
                     this.take(Space::Source, 4 * latent.kv_down.rows);
                     this.both(Space::AttendedHi, Space::AttendedLo, attention.heads * padded(latent.rank));
                     this.both(Space::AttendedHi, Space::AttendedLo, padded(value));
+                    this.gathered(1, value);
                     this.both(Space::NopeHi, Space::NopeLo, attention.heads * padded(latent.nope));
                     match &latent.q {
                         Query::Direct(q) => this.take(Space::Source, 4 * q.rows),
@@ -117,6 +130,7 @@ impl PerRow {
                     let top_k = mlp.gate.top_k;
                     this.gated(top_k * mlp.width);
                     this.both(Space::GatedHi, Space::GatedLo, top_k * padded(mlp.width));
+                    this.gathered(top_k, mlp.width);
                     this.take(Space::Scores, 4 * mlp.experts);
                     for space in [Space::Chosen, Space::Weights, Space::RowOf, Space::PlaceOf] {
                         this.take(space, 4 * top_k);
@@ -134,7 +148,7 @@ impl PerRow {
             (Space::WantedX, 4 * hidden),
             (Space::WantedHi, 2 * padded(hidden)),
             (Space::WantedLo, 2 * padded(hidden)),
-            (Space::Logits, 4 * config.vocab),
+            (Space::Logits, 4 * model.output.rows),
         ] {
             this.wanted[space as usize] = bytes;
         }
@@ -153,6 +167,15 @@ impl PerRow {
     fn gated(&mut self, width: usize) {
         self.take(Space::GateUp, 8 * width);
         self.both(Space::GatedHi, Space::GatedLo, padded(width));
+        self.gathered(1, width);
+    }
+
+    /// Planes of `width` columns of this rank, `count` for each row, that all ranks' are gathered of.
+    fn gathered(&mut self, count: usize, width: usize) {
+        if self.ranks > 1 {
+            self.both(Space::WholeHi, Space::WholeLo, count * padded(self.ranks * width));
+            self.take(Space::Gathered, 2 * 2 * self.ranks * count * padded(width));
+        }
     }
 
     /// Bytes of each space for a step of so many rows, `wanted` of which have logits.

@@ -30,6 +30,16 @@ pub fn built() -> PathBuf {
     out
 }
 
+/// The same for NCCL.
+pub fn emulated_nccl() {
+    static LOADED: OnceLock<libloading::Library> = OnceLock::new();
+    emulated();
+    LOADED.get_or_init(|| {
+        // SAFETY: built from this repository; its initialisers only fill tables.
+        unsafe { libloading::Library::new(built().join("libnccl.so")) }.unwrap()
+    });
+}
+
 /// Sees to it that the driver that is found is the emulated one. Everything that asks for a device calls this first.
 ///
 /// The library is loaded under the name that the real driver has, so whoever looks for that one later finds this.
