@@ -9,7 +9,7 @@ use std::{
 };
 
 use kvasir_kv_cache::{Batch, Geometry, Leaving, OnEvict, Snapshot};
-use kvasir_model::{Logits, SeqInput};
+use kvasir_model::{Row, Rows, SeqInput};
 use kvasir_types::{BlockHash, BlockId, KvGroups, KvLayout, TokenId};
 
 use crate::{
@@ -343,7 +343,7 @@ impl Engine {
         }
         self.speculate(&mut work);
         match self.run(&work) {
-            Ok(logits) => self.settle(&work, logits),
+            Ok(rows) => self.settle(&work, rows),
             Err(error) => {
                 for work in work {
                     self.scheduler.fail(work.key.seq, error.clone());
@@ -375,7 +375,7 @@ impl Engine {
     }
 
     /// Computes the batch. Sequences whose layer sink panicked are ended here.
-    fn run(&mut self, work: &[Work]) -> Result<Logits, Error> {
+    fn run(&mut self, work: &[Work]) -> Result<Rows, Error> {
         self.take_landed()?;
         for item in work.iter().filter(|item| item.last) {
             if let Some(constrained) = self.scheduler.get_mut(item.key).and_then(|s| s.constrained.as_mut()) {
@@ -401,6 +401,7 @@ impl Engine {
             let tokens = run.as_deref().unwrap_or_else(|| &sequence(item).tokens[item.tokens.clone()]);
             batch.push(SeqInput { tokens, start: item.tokens.start, tables: tables(item), rows: item.rows() });
         }
+        let few: Vec<bool> = work.iter().map(|item| sequence(item).needs_few(&self.spec)).collect();
         let mut after_layer = |layer: usize| {
             for (item, sink) in &mut watchers {
                 let done = layer_done(groups, layer, tables(item), item.tokens.clone(), block_size);
@@ -410,7 +411,7 @@ impl Engine {
                 }
             }
         };
-        let result = catch_unwind(AssertUnwindSafe(|| self.runner.run(&batch, &mut after_layer)));
+        let result = catch_unwind(AssertUnwindSafe(|| self.runner.run_few(&batch, &few, &mut after_layer)));
         for (item, sink) in watchers {
             if let Some(State::Prefilling(_, place)) = self.scheduler.get_mut(item.key).map(|s| &mut s.state) {
                 *place = Some(sink);
@@ -419,26 +420,26 @@ impl Engine {
         for seq in broken {
             self.scheduler.fail(seq, Error::SinkPanicked);
         }
-        let logits = match result {
+        let computed = match result {
             Ok(computed) => computed.map_err(|error| self.failed(error))?,
             Err(panic) => return Err(Error::RunnerBroken { reason: panic_text(panic.as_ref()) }),
         };
-        let rows: usize = work.iter().map(Work::rows).sum();
-        if logits.vocab != self.spec.vocab || logits.rows.len() != rows * logits.vocab {
-            let reason = format!("{} logits where {rows} rows of {} are due", logits.rows.len(), self.spec.vocab);
+        let (vocab, rows) = (self.spec.vocab, work.iter().map(Work::rows).sum::<usize>());
+        if (computed.vocab(), computed.len()) != (vocab, rows) {
+            let (of, came) = (computed.vocab(), computed.len());
+            let reason = format!("{came} rows of {of} logits where {rows} of {vocab} are due");
             return Err(Error::RunnerBroken { reason: reason.into() });
         }
-        Ok(logits)
+        Ok(computed)
     }
 
     /// The batch is computed: seals blocks, chooses tokens.
-    fn settle(&mut self, work: &[Work], logits: Logits) {
-        let Logits { vocab, mut rows } = logits;
-        let mut rest = rows.as_mut_slice();
+    fn settle(&mut self, work: &[Work], mut rows: Rows) {
+        let mut next = 0;
         self.scheduler.totals.steps += 1;
         for item in work {
-            let (rows, others) = rest.split_at_mut(item.rows() * vocab);
-            rest = others;
+            let first = next;
+            next += item.rows();
             let Some(sequence) = self.scheduler.get(item.key) else { continue };
             self.last_step.all += item.tokens.len() + item.drafts.len();
             if matches!(sequence.state, State::Prefilling(..)) {
@@ -452,13 +453,13 @@ impl Engine {
             }
             self.scheduler.advance(item.key, item.tokens.end, item.tokens.end);
             if item.last {
-                self.next_tokens(item, rows);
+                self.next_tokens(item, &mut rows, first);
             }
         }
     }
 
-    /// Chooses the next token, and as long as it is what was drafted, the one after.
-    fn next_tokens(&mut self, item: &Work, rows: &mut [f32]) {
+    /// Chooses the next token, and as long as it is what was drafted, the one after. Its rows are those from `first` on.
+    fn next_tokens(&mut self, item: &Work, rows: &mut Rows, first: usize) {
         let Some(sequence) = self.scheduler.get_mut(item.key) else { return };
         let masks = match sequence.constrained.as_mut().map(Constrained::receive).transpose() {
             Ok(masks) => masks,
@@ -469,12 +470,18 @@ impl Engine {
         if sequence.is_prompt() && item.key.choice == 0 {
             for choice in 1..sequence.request.answers() {
                 if let Some(fork) = self.fork(item.key, choice, item.tokens.end) {
-                    self.next_token(fork, &mut rows.to_vec(), mask(0));
+                    match rows.row(first) {
+                        // Choosing uses it up.
+                        Some(Row::Whole(row)) => self.next_token(fork, Row::Whole(&mut row.to_vec()), mask(0)),
+                        Some(few) => self.next_token(fork, few, mask(0)),
+                        None => None,
+                    };
                 }
             }
         }
         let mut accepted = 0;
-        for (at, row) in rows.chunks_exact_mut(self.spec.vocab).enumerate() {
+        for at in 0..item.rows() {
+            let Some(row) = rows.row(first + at) else { break };
             let Some(token) = self.next_token(item.key, row, mask(at)) else { break };
             if item.drafts.get(at) != Some(&token) {
                 break;
@@ -493,9 +500,9 @@ impl Engine {
     }
 
     /// Chooses a token and tells it. `None`: the sequence does not go on.
-    fn next_token(&mut self, key: Key, row: &mut [f32], mask: Option<&Mask>) -> Option<TokenId> {
+    fn next_token(&mut self, key: Key, row: Row<'_>, mask: Option<&Mask>) -> Option<TokenId> {
         let sequence = self.scheduler.get_mut(key)?;
-        let chosen = self.sampler.sample(row, sequence.ask(&self.spec.eos, mask));
+        let chosen = self.sampler.sample_row(row, sequence.ask(&self.spec.eos, mask));
         let pushed = chosen.and_then(|sampled| Ok((sequence.push(sampled.token, &self.spec.eos)?, sampled)));
         let mode = sequence.request.mode;
         let (finished, sampled) = match pushed {

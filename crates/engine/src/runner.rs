@@ -1,6 +1,6 @@
 //! The seam between scheduling and computing: a [`Runner`] turns a batch into logits.
 
-use kvasir_model::{Backend, Error, Logits, SeqInput};
+use kvasir_model::{Backend, Error, Logits, Rows, SeqInput};
 use kvasir_types::{BlockId, KvGroups, TokenId};
 
 /// What the engine must know of a model.
@@ -25,6 +25,17 @@ pub trait Runner: Send {
     /// complete for layer `l`, and returns the rows of logits that were asked for, in order. On an error or a
     /// panic nothing that it wrote is used.
     fn run(&mut self, batch: &[SeqInput<'_>], after_layer: &mut dyn FnMut(usize)) -> Result<Logits, Error>;
+
+    /// The same; where `few` says so of an input, the likeliest tokens of its rows are enough.
+    fn run_few(
+        &mut self,
+        batch: &[SeqInput<'_>],
+        few: &[bool],
+        after_layer: &mut dyn FnMut(usize),
+    ) -> Result<Rows, Error> {
+        let _ = few;
+        self.run(batch, after_layer).map(Rows::from)
+    }
 
     /// Copies whole blocks, `(from, to)`, before the next run.
     fn copy_blocks(&mut self, copies: &[(BlockId, BlockId)]) -> Result<(), Error>;
@@ -60,6 +71,15 @@ impl<B: Backend> Runner for ModelRunner<B> {
 
     fn run(&mut self, batch: &[SeqInput<'_>], after_layer: &mut dyn FnMut(usize)) -> Result<Logits, Error> {
         self.backend.forward(batch, after_layer)
+    }
+
+    fn run_few(
+        &mut self,
+        batch: &[SeqInput<'_>],
+        few: &[bool],
+        after_layer: &mut dyn FnMut(usize),
+    ) -> Result<Rows, Error> {
+        self.backend.forward_few(batch, few, after_layer)
     }
 
     fn copy_blocks(&mut self, copies: &[(BlockId, BlockId)]) -> Result<(), Error> {

@@ -13,7 +13,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use kvasir_model::{Error, Logits, SeqInput};
+use kvasir_model::{Error, Logits, Rows, SeqInput, likeliest};
 use kvasir_types::{BlockId, GroupKind, KvGroups, KvLayout, Sampling, TokenId};
 
 use crate::{Ask, History, Runner, RunnerSpec, Sampler, sampler::mix};
@@ -118,6 +118,22 @@ impl Runner for ScriptedRunner {
         drop(memory);
         (0..self.spec.groups.layers()).for_each(after_layer);
         Ok(logits)
+    }
+
+    /// As a device does: nothing whole where the likeliest tokens are enough.
+    fn run_few(
+        &mut self,
+        batch: &[SeqInput<'_>],
+        few: &[bool],
+        after_layer: &mut dyn FnMut(usize),
+    ) -> Result<Rows, Error> {
+        let logits = self.run(batch, after_layer)?;
+        let mut rows = Rows::new(logits.vocab);
+        let few = batch.iter().zip(few).flat_map(|(input, &few)| std::iter::repeat_n(few, input.rows));
+        for (row, few) in logits.iter().zip(few) {
+            if few { rows.push_likeliest(likeliest(row)) } else { rows.push_whole(row) }
+        }
+        Ok(rows)
     }
 
     fn copy_blocks(&mut self, copies: &[(BlockId, BlockId)]) -> Result<(), Error> {

@@ -25,7 +25,7 @@ use kvasir_kv_cache::{KvCache, Table};
 use kvasir_types::{BlockHash, FinishReason, TokenId};
 
 use crate::{
-    Ask, Error, Guess, History, LayerSink, MAX_CHOICES, Mask, Mode, Priority, Request, SeqId, choice_seed,
+    Ask, Error, Guess, History, LayerSink, MAX_CHOICES, Mask, Mode, Priority, Request, RunnerSpec, SeqId, choice_seed,
     constrain::Constrained, request::QueuePlace, speculate::Pace,
 };
 
@@ -272,6 +272,11 @@ impl Sequence {
     pub fn ask<'a>(&'a self, eos: &'a [TokenId], mask: Option<&'a Mask>) -> Ask<'a> {
         let sampling = &self.request.sampling;
         Ask { sampling, position: self.tokens.len(), history: &self.history, eos, mask }
+    }
+
+    /// Whether the likeliest tokens are enough to choose its next ones.
+    pub fn needs_few(&self, spec: &RunnerSpec) -> bool {
+        self.constrained.is_none() && self.ask(&spec.eos, None).needs_few(spec.vocab)
     }
 
     /// A number of its own for every choice.

@@ -14,7 +14,7 @@
 
 use kvasir_types::{BlockId, GroupKind, KvGroups, KvLayout, TokenId};
 
-use crate::{Error, ModelConfig};
+use crate::{Error, Logits, ModelConfig, Rows};
 
 /// The tokens of one sequence to compute in this step.
 #[derive(Clone, Copy, Debug)]
@@ -30,32 +30,6 @@ pub struct SeqInput<'a> {
     /// For how many of the last `tokens` the logits after them are wanted: none; 1 to go on; all of a run of drafted
     /// tokens to check them.
     pub rows: usize,
-}
-
-/// The rows of logits that were asked for: input by input in the batch's order, and position by position.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Logits {
-    /// Length of a row.
-    pub vocab: usize,
-    /// All rows, one after the other.
-    pub rows: Vec<f32>,
-}
-
-impl Logits {
-    /// How many rows there are.
-    pub fn len(&self) -> usize {
-        self.rows.len().checked_div(self.vocab).unwrap_or(0)
-    }
-
-    /// Whether no input asked for logits.
-    pub fn is_empty(&self) -> bool {
-        self.rows.is_empty()
-    }
-
-    /// The rows in order.
-    pub fn iter(&self) -> impl Iterator<Item = &[f32]> {
-        self.rows.chunks_exact(self.vocab.max(1))
-    }
 }
 
 /// Computes a model on some device, batch by batch.
@@ -95,6 +69,21 @@ pub trait Backend: Send {
     /// # Errors
     /// The whole batch is checked before anything is written: on an error the arena is as before.
     fn forward(&mut self, batch: &[SeqInput<'_>], after_layer: &mut dyn FnMut(usize)) -> Result<Logits, Error>;
+
+    /// The same, where of some inputs the likeliest tokens are enough: `few` says of which, one by one. A backend that has its
+    /// logits elsewhere than in the host's memory brings only those; others return whole rows, which serve as well.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward).
+    fn forward_few(
+        &mut self,
+        batch: &[SeqInput<'_>],
+        few: &[bool],
+        after_layer: &mut dyn FnMut(usize),
+    ) -> Result<Rows, Error> {
+        let _ = few;
+        self.forward(batch, after_layer).map(Rows::from)
+    }
 }
 
 impl Backend for Box<dyn Backend> {
@@ -116,6 +105,15 @@ impl Backend for Box<dyn Backend> {
 
     fn forward(&mut self, batch: &[SeqInput<'_>], after_layer: &mut dyn FnMut(usize)) -> Result<Logits, Error> {
         (**self).forward(batch, after_layer)
+    }
+
+    fn forward_few(
+        &mut self,
+        batch: &[SeqInput<'_>],
+        few: &[bool],
+        after_layer: &mut dyn FnMut(usize),
+    ) -> Result<Rows, Error> {
+        (**self).forward_few(batch, few, after_layer)
     }
 }
 

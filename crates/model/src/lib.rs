@@ -24,10 +24,11 @@ mod group;
 mod parallel;
 pub mod quantize;
 mod rope;
+mod rows;
 pub mod shapes;
 mod weights;
 
-pub use backend::{Backend, Logits, SeqInput};
+pub use backend::{Backend, SeqInput};
 pub use config::ModelConfig;
 pub use cost::Cost;
 pub use device::{BadDevice, Device, Options};
@@ -35,4 +36,5 @@ pub use error::Error;
 pub use families::supported as supported_families;
 pub use folder::Folder;
 pub use rope::{Rope, RopeScaling};
+pub use rows::{LIKELIEST, Likely, Logits, Row, Rows, likeliest};
 pub use weights::Dtype;

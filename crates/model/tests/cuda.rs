@@ -13,9 +13,10 @@ use common::{
 };
 use emulated::emulated;
 use kvasir_model::{
-    Backend, Folder, SeqInput,
+    Backend, Folder, Row, SeqInput,
     cpu::Compute,
     cuda::{CudaBackend, Options},
+    likeliest,
     quantize::{Scheme, quantize},
 };
 use kvasir_types::{BlockId, KvDtype, TokenId};
@@ -66,6 +67,38 @@ fn fast_products_are_near_the_reference() {
         let apart = logprobs_apart(&first, line);
         assert!(apart < 0.2, "log-probabilities differ by {apart}");
         assert_eq!(argmax(&first).0, line.output_ids[0]);
+    }
+}
+
+/// Where the likeliest tokens are enough the device lists them: those of the very logits that it would have brought.
+#[test]
+fn rows_that_need_not_be_whole_are_lists_of_the_likeliest_tokens() {
+    let folder = Folder::open(&models().join("tiny/gemma2")).unwrap();
+    let mut bench = bench(&folder, 16, KvDtype::F16);
+    let prompt = tokens(&(0..40).map(|i| i * 37 % 1532).collect::<Vec<_>>());
+    let tables: Vec<_> = (0..4).map(|_| bench.tables(prompt.len())).collect();
+    // A prompt, one without logits, one token, and a run of drafted ones; the device puts the prompt last.
+    let parts = [(0..20, 2), (0..4, 0), (0..1, 1), (0..3, 3)];
+    let inputs = parts.iter().zip(&tables).map(|((range, rows), tables)| SeqInput {
+        tokens: &prompt[range.clone()],
+        start: 0,
+        tables,
+        rows: *rows,
+    });
+    let inputs: Vec<_> = inputs.collect();
+    let whole = bench.backend.forward(&inputs, &mut |_| {}).unwrap();
+    assert_eq!(whole.len(), 6);
+    for few in [[false, false, false, true], [true, true, false, false], [true; 4], [false; 4]] {
+        let mut rows = bench.backend.forward_few(&inputs, &few, &mut |_| {}).unwrap();
+        assert_eq!((rows.len(), rows.vocab()), (6, whole.vocab));
+        let listed = parts.iter().zip(few).flat_map(|((_, rows), few)| std::iter::repeat_n(few, *rows));
+        for (index, (expected, listed)) in whole.iter().zip(listed).enumerate() {
+            match rows.row(index).unwrap() {
+                Row::Whole(row) if !listed => assert_same_bits(row, expected, "a whole row"),
+                Row::Likeliest(list) if listed => assert_eq!(list, likeliest(expected), "row {index}"),
+                other => panic!("row {index} is {other:?}"),
+            }
+        }
     }
 }
 

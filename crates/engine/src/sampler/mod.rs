@@ -29,6 +29,7 @@ mod mask;
 mod math;
 mod random;
 
+use kvasir_model::{LIKELIEST, Likely, Row};
 pub use kvasir_types::choice_seed;
 pub(crate) use kvasir_types::mix;
 use kvasir_types::{Sampled, Sampling, TokenId, TopLogprob};
@@ -72,6 +73,15 @@ impl Ask<'_> {
         let sampling = self.sampling;
         self.mask.is_some() || !sampling.logit_bias.is_empty() || sampling.penalizes() || self.too_short_to_end()
     }
+
+    /// Whether the [`LIKELIEST`] tokens of a row are enough to choose as one would of the whole row: nothing changes it before,
+    /// no sum over all of it is told, and no token beyond them can be chosen.
+    pub(crate) fn needs_few(&self, vocab: usize) -> bool {
+        let Sampling { temperature, top_k, logprobs, .. } = *self.sampling;
+        let top_k = usize::try_from(top_k).unwrap_or(usize::MAX);
+        let cut = temperature < GREEDY || (1..=LIKELIEST.min(vocab.saturating_sub(1))).contains(&top_k);
+        cut && logprobs.is_none() && !self.edits()
+    }
 }
 
 /// Chooses tokens. Holds memory to work in and nothing else: any sampler gives the same answer to the same question.
@@ -93,6 +103,43 @@ impl Sampler {
     /// at −∞: they are never chosen.
     pub fn sample(&mut self, row: &mut [f32], ask: Ask<'_>) -> Result<Sampled, Error> {
         self.choose(row, ask).ok_or(Error::BadLogits { position: ask.position })
+    }
+
+    /// The same of a row of which maybe only the likeliest tokens are there: where that is enough ([`Ask::needs_few`]) it is the
+    /// same token.
+    pub(crate) fn sample_row(&mut self, row: Row<'_>, ask: Ask<'_>) -> Result<Sampled, Error> {
+        match row {
+            Row::Whole(row) => self.sample(row, ask),
+            Row::Likeliest(likeliest) => self.few(likeliest, ask).ok_or(Error::BadLogits { position: ask.position }),
+        }
+    }
+
+    fn few(&mut self, likeliest: &[Likely], ask: Ask<'_>) -> Option<Sampled> {
+        let Sampling { temperature, top_k, top_p, min_p, seed, .. } = *ask.sampling;
+        let &(max, first) = likeliest.first()?;
+        let chosen = |token| Sampled { token, logprob: None, top: Vec::new() };
+        if temperature < GREEDY {
+            return Some(chosen(first));
+        }
+        let (scale, cut) = (temperature.recip(), cut::min_p(max, temperature, min_p));
+        self.candidates.clear();
+        let candidates = likeliest.iter().map(|&(logit, token)| (logit, token.0));
+        self.candidates.extend(candidates.filter(|&candidate| cut.keeps(candidate)));
+        self.candidates.truncate(usize::try_from(top_k).unwrap_or(usize::MAX));
+        let mut cut = self.candidates.last().map_or(cut, |&last| Cut(last));
+        if top_p < 1.0 {
+            cut = cut::top_p_of(&mut self.candidates, max, scale, top_p);
+        }
+        // As `draw` does, of few.
+        let noise = Noise::new(seed, ask.position);
+        let mut best = (f64::NEG_INFINITY, first.0);
+        for &(logit, token) in self.candidates.iter().filter(|&&candidate| cut.keeps(candidate)) {
+            let sum = f64::from(logit - max) * f64::from(scale) + random::gumbel(noise.bits(token));
+            if sum > best.0 || (sum == best.0 && token < best.1) {
+                best = (sum, token);
+            }
+        }
+        Some(chosen(TokenId(best.1)))
     }
 
     fn choose(&mut self, row: &mut [f32], ask: Ask<'_>) -> Option<Sampled> {
@@ -198,6 +245,10 @@ impl Sampler {
         let top_k = usize::try_from(top_k).unwrap_or(usize::MAX);
         if top_k > 0 && top_k < row.len() {
             blocks.likeliest(top_k, cut, &mut self.order, &mut self.candidates);
+            if top_k <= LIKELIEST {
+                // Sums over them have an order then, so they are the same of a list of the likeliest.
+                self.candidates.sort_unstable_by(likelier);
+            }
             cut = self.candidates.iter().copied().max_by(likelier).map_or(cut, Cut);
         }
         if top_p < 1.0 {

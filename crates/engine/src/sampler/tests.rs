@@ -310,3 +310,64 @@ proptest! {
         prop_assert_eq!(&told[..], &order[..(count as usize).min(order.len())]);
     }
 }
+
+/// A device tells the likeliest tokens instead of the whole row where that is enough: nobody can tell the difference.
+#[test]
+fn the_likeliest_tokens_give_the_token_that_the_whole_row_gives() {
+    let vocab = 3000;
+    let mut sampler = Sampler::default();
+    let mut chosen = std::collections::HashSet::new();
+    for round in 0..60u64 {
+        // Flat ones and peaked ones, many equal ones, impossible ones.
+        let coarse = if round % 3 == 0 { 2.0 } else { 1e6 };
+        let noise = |token: u64| (uniform(round, token) * coarse).round() / coarse;
+        let mut row: Vec<f32> = (0..vocab).map(|token| (noise(token) * (round % 20 + 1) as f64) as f32).collect();
+        row.iter_mut().step_by(7).for_each(|logit| *logit = f32::NEG_INFINITY);
+        for (temperature, top_k, top_p, min_p) in [
+            (0.0, 0, 1.0, 0.0),
+            (1.0, 1, 0.5, 0.0),
+            (0.7, 40, 0.9, 0.0),
+            (1.3, 64, 0.99, 0.05),
+            (2.0, 200, 0.6, 0.0),
+            (5.0, 256, 1.0, 0.3),
+        ] {
+            let sampling = tempered(temperature, top_k, top_p, min_p, round);
+            let history = History::default();
+            let ask = Ask { sampling: &sampling, position: 9, history: &history, eos: &[], mask: None };
+            assert!(ask.needs_few(vocab as usize));
+            let few = sampler.sample_row(Row::Likeliest(&kvasir_model::likeliest(&row)), ask).unwrap();
+            let whole = sampler.sample_row(Row::Whole(&mut row.clone()), ask).unwrap();
+            assert_eq!(few, whole, "round {round}, {sampling:?}");
+            chosen.insert(whole.token);
+        }
+    }
+    assert!(chosen.len() > 100, "{}", chosen.len());
+    for bad in [f32::NAN, -f32::NAN, f32::INFINITY] {
+        let listed = kvasir_model::likeliest(&[0.0, bad]);
+        let sampling = Sampling::default();
+        let history = History::default();
+        let ask = Ask { sampling: &sampling, position: 9, history: &history, eos: &[], mask: None };
+        assert!(matches!(sampler.sample_row(Row::Likeliest(&listed), ask), Err(Error::BadLogits { position: 9 })));
+    }
+}
+
+#[test]
+fn what_looks_at_a_whole_row_asks_for_it() {
+    let history = History::default();
+    let mask = Mask::of(10, [TokenId(1)]);
+    let needs =
+        |sampling: &Sampling, mask| Ask { sampling, position: 0, history: &history, eos: &[], mask }.needs_few(1000);
+    let greedy = Sampling { temperature: 0.0, ..Sampling::default() };
+    assert!(needs(&greedy, None) && needs(&tempered(1.0, 256, 0.9, 0.0, 1), None));
+    for whole in [
+        tempered(1.0, 0, 1.0, 0.0, 1),
+        tempered(1.0, 257, 1.0, 0.0, 1),
+        Sampling { logprobs: Some(0), ..greedy.clone() },
+        Sampling { presence_penalty: 0.1, ..greedy.clone() },
+        Sampling { logit_bias: vec![(TokenId(1), 1.0)], ..greedy.clone() },
+        Sampling { min_tokens: 1, ..greedy.clone() },
+    ] {
+        assert!(!needs(&whole, None), "{whole:?}");
+    }
+    assert!(!needs(&greedy, Some(&mask)));
+}

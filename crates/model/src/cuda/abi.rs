@@ -21,6 +21,10 @@ pub(super) const ATTEND_THREADS: u32 = 128;
 pub(super) const DECODE_ROWS: usize = 16;
 pub(super) const ANY_THREADS: u32 = 256;
 pub(super) const ANY_ROWS: usize = 16;
+pub(super) const SHORTLIST: usize = 256;
+pub(super) const SHORTLIST_THREADS: u32 = 1024;
+/// Tokens that a short list can name.
+pub(super) const SHORTLIST_VOCAB: usize = 1 << 22;
 pub(super) const GROUP_THREADS: u32 = 1024;
 pub(super) const MAX_EXPERTS: usize = 4096;
 pub(super) const MAX_TOP_K: usize = 64;

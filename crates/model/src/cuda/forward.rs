@@ -18,10 +18,10 @@ use super::{
     model::{Grouped, Latent, Layer, Mlp, Model, Projections, Query},
     module::{Function, Module},
     products::{Many, Out, Planes},
-    scratch::Space,
+    scratch::{LISTED, Space},
     step::{Attending, Making, Padding, Step},
 };
-use crate::{Error, Logits, SeqInput, cpu::Compute};
+use crate::{Error, SeqInput, cpu::Compute};
 
 /// Everything that is neither a product nor attention.
 pub(super) struct Kernels {
@@ -31,6 +31,7 @@ pub(super) struct Kernels {
     split: Function,
     soft_cap: Function,
     gather_rows: Function,
+    pub(super) shortlist: Function,
     rotations: Function,
     heads: Function,
     latent_keys: Function,
@@ -62,6 +63,7 @@ impl Kernels {
             split: find("split")?,
             soft_cap: find("soft_cap")?,
             gather_rows: find("gather_rows")?,
+            shortlist: find("shortlist")?,
             rotations: find("rotations")?,
             heads: find("heads")?,
             latent_keys: find("latent_keys")?,
@@ -104,8 +106,9 @@ impl CudaBackend {
     pub(super) fn compute_step(
         &mut self,
         batch: &[SeqInput<'_>],
+        few: &[bool],
         after_layer: &mut dyn FnMut(usize),
-    ) -> Result<Logits, Error> {
+    ) -> Result<crate::Rows, Error> {
         let (last, _) = self.groups.place(self.config.layers.len() - 1);
         let making = Making {
             groups: &self.groups,
@@ -117,7 +120,8 @@ impl CudaBackend {
         let step = Step::new(batch, making);
         let prepared = self.prepare(&step);
         let inputs = self.collective.agree(prepared)?;
-        let launched = self.run(&step, inputs).and_then(|()| self.fetch(&step));
+        let few = self.listed(batch, few);
+        let launched = self.run(&step, inputs).and_then(|()| self.fetch(&step.wanted.order, &few));
         if let Err(error) = &launched {
             self.collective.abort(error);
             // What was launched reads and writes what the caller frees or reuses next. If this fails, too, the first
@@ -138,13 +142,7 @@ impl CudaBackend {
             // A step that decodes is over before anyone could do much with a layer of it.
             (0..self.mirrored.len()).for_each(after_layer);
         }
-        let vocab = self.model.output.rows;
-        let mut logits = Logits { vocab, rows: vec![0.0; step.wanted.order.len() * vocab] };
-        let from = self.logits.slice();
-        for (row, &to) in step.wanted.order.iter().enumerate() {
-            logits.rows[to * vocab..][..vocab].copy_from_slice(&from[row * vocab..][..vocab]);
-        }
-        Ok(logits)
+        Ok(self.rows(&step.wanted.order, &few))
     }
 
     /// All of a step's launches, as one where it has a shape.
@@ -170,6 +168,9 @@ impl CudaBackend {
         }
         if self.inputs.len() < bytes.len() {
             self.inputs = Pinned::new(&self.context, bytes.len().next_power_of_two())?;
+        }
+        if self.likeliest.len() < wanted * LISTED {
+            self.likeliest = Pinned::new(&self.context, wanted.next_power_of_two() * LISTED)?;
         }
         if self.logits.len() < wanted * self.model.output.rows {
             self.logits = Pinned::new(&self.context, wanted.next_power_of_two() * self.model.output.rows)?;
@@ -567,12 +568,5 @@ impl CudaBackend {
             self.stream.launch(self.kernels.soft_cap, grid, abi::ROW_THREADS, &args)?;
         }
         Ok(())
-    }
-
-    /// Brings the logits to the host.
-    fn fetch(&self, step: &Step) -> Result<(), Error> {
-        let bytes = 4 * step.wanted.order.len() * self.model.output.rows;
-        // SAFETY: pinned memory of this backend with room for them, read after the stream was waited for.
-        unsafe { self.stream.download(self.logits.as_ptr().cast(), self.scratch.at(Space::Logits), bytes) }
     }
 }

@@ -8,6 +8,7 @@
 //! step      tokens, tables, units of attention ─▶ inputs, one copy a step
 //! forward   launches, layer after layer           scratch        what a step computes in
 //! graphs    the same as one call, for steps that come often
+//! likeliest ◀──────────── tokens and logits ────  whole rows only for those who need them
 //! arena     the host's blocks ◀── mirror ───────  the device's blocks
 //! collective                                      what several devices, each with a part of the model, hand one another
 //! ```
@@ -26,7 +27,7 @@ use std::{fmt, sync::Arc};
 use kvasir_types::{BlockId, HostMemory, KvGroups, KvLayout};
 
 use crate::{
-    Backend, Error, Folder, Logits, ModelConfig, SeqInput,
+    Backend, Error, Folder, Logits, ModelConfig, Rows, SeqInput,
     backend::check_batch,
     cpu::Compute,
     group::{self, Alone, Group, agree_on},
@@ -40,6 +41,7 @@ mod collective;
 mod driver;
 mod forward;
 mod graphs;
+mod likeliest;
 mod limits;
 mod load;
 mod mlp;
@@ -99,6 +101,7 @@ pub struct CudaBackend {
     scratch: Scratch,
     inputs: Pinned<u8>,
     logits: Pinned<f32>,
+    likeliest: Pinned<u32>,
     /// By layer: its keys and values are written, and mirrored to the host.
     written: Vec<Event>,
     mirrored: Vec<Event>,
@@ -172,6 +175,7 @@ impl CudaBackend {
         let events = || (0..config.layers.len()).map(|_| Event::new(&context)).collect::<Result<Vec<_>, _>>();
         let (written, mirrored) = (events()?, events()?);
         let (inputs, logits) = (Pinned::new(&context, 1 << 16)?, Pinned::new(&context, 1)?);
+        let likeliest = Pinned::new(&context, 1)?;
         stream.wait()?;
         if graphs && !arena.is_pinned() {
             tracing::warn!("without a pinned arena steps can't be graphs: every launch is a call of its own");
@@ -200,6 +204,7 @@ impl CudaBackend {
             scratch,
             inputs,
             logits,
+            likeliest,
             written,
             mirrored,
             products,
@@ -262,13 +267,22 @@ impl Backend for CudaBackend {
     }
 
     fn forward(&mut self, batch: &[SeqInput<'_>], after_layer: &mut dyn FnMut(usize)) -> Result<Logits, Error> {
+        self.forward_few(batch, &[], after_layer).map(Rows::into_logits)
+    }
+
+    fn forward_few(
+        &mut self,
+        batch: &[SeqInput<'_>],
+        few: &[bool],
+        after_layer: &mut dyn FnMut(usize),
+    ) -> Result<Rows, Error> {
         check_batch(&self.config, &self.arena.whole, &self.groups, self.arena.blocks, batch)?;
         if batch.is_empty() {
             (0..self.config.layers.len()).for_each(after_layer);
-            return Ok(Logits { vocab: self.model.output.rows, rows: Vec::new() });
+            return Ok(Rows::new(self.model.output.rows));
         }
         self.context.enter()?;
-        self.compute_step(batch, after_layer)
+        self.compute_step(batch, few, after_layer)
     }
 }
 

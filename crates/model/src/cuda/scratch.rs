@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use super::{
+    abi,
     driver::{Buffer, Context, Stream},
     load::padded,
     model::{Mlp, Model, Projections, Query},
@@ -56,6 +57,8 @@ pub(super) enum Space {
     Gathered,
     WholeHi,
     WholeLo,
+    /// The likeliest tokens, their logits, and what sums up a row.
+    Likeliest,
     /// Sums of parts of products and of attention.
     Partials,
     PartSums,
@@ -70,6 +73,10 @@ pub(super) const PARTIALS: usize = 16 << 20;
 pub(super) const PART_SUMS: usize = 128 << 20;
 /// Rows of logits that there is room for from the start.
 const LOGITS: usize = 64;
+
+/// Words that tell of a row's likeliest tokens: which, their logits, the largest of all, and the logarithm of the sum of their
+/// exponentials.
+pub(super) const LISTED: usize = 2 * abi::SHORTLIST + 2;
 
 /// Bytes that the model takes of a space for each row.
 pub(super) struct PerRow {
@@ -149,6 +156,7 @@ impl PerRow {
             (Space::WantedHi, 2 * padded(hidden)),
             (Space::WantedLo, 2 * padded(hidden)),
             (Space::Logits, 4 * model.output.rows),
+            (Space::Likeliest, 4 * LISTED),
         ] {
             this.wanted[space as usize] = bytes;
         }
