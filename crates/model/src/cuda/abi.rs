@@ -210,4 +210,6 @@ structs! {
         logits: u64, allowed: u64, allowed_at: u64, bias_tokens: u64, bias_values: u64, bias_at: u64,
         tokens: u64, values: u64, summary: u64, rows: u32, vocab: u32, ld: u32, pad: u32,
     }
+    args Perturb { logits: u64, noise: u64, scale: u64, out: u64, rows: u32, vocab: u32, ld: u32, pad: u32 }
+    args Pick { logits: u64, tokens: u64, values: u64, max: u64, rows: u32, vocab: u32, ld: u32, pad: u32 }
 }

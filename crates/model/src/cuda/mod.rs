@@ -26,7 +26,8 @@ use std::{fmt, sync::Arc};
 use kvasir_types::{BlockId, HostMemory, KvGroups, KvLayout};
 
 use crate::{
-    Backend, Error, Folder, Logits, ModelConfig, Rows, SeqInput, backend::check_batch, cpu::Compute, weights::Dtype,
+    Backend, Error, Folder, Logits, ModelConfig, Need, Rows, SeqInput, backend::check_batch, cpu::Compute,
+    weights::Dtype,
 };
 
 mod abi;
@@ -95,6 +96,7 @@ pub struct CudaBackend {
     inputs: Pinned<u8>,
     logits: Pinned<f32>,
     likeliest: Pinned<u32>,
+    noise: Pinned<u64>,
     /// By layer: its keys and values are written, and mirrored to the host.
     written: Vec<Event>,
     mirrored: Vec<Event>,
@@ -151,7 +153,7 @@ impl CudaBackend {
         let events = || (0..config.layers.len()).map(|_| Event::new(&context)).collect::<Result<Vec<_>, _>>();
         let (written, mirrored) = (events()?, events()?);
         let (inputs, logits) = (Pinned::new(&context, 1 << 16)?, Pinned::new(&context, 1)?);
-        let likeliest = Pinned::new(&context, 1)?;
+        let (likeliest, noise) = (Pinned::new(&context, 1)?, Pinned::new(&context, 1)?);
         stream.wait()?;
         if graphs && !arena.is_pinned() {
             tracing::warn!("without a pinned arena steps can't be graphs: every launch is a call of its own");
@@ -181,6 +183,7 @@ impl CudaBackend {
             inputs,
             logits,
             likeliest,
+            noise,
             written,
             mirrored,
             products,
@@ -248,16 +251,16 @@ impl Backend for CudaBackend {
     fn forward_few(
         &mut self,
         batch: &[SeqInput<'_>],
-        few: &[bool],
+        needs: &[Need],
         after_layer: &mut dyn FnMut(usize),
     ) -> Result<Rows, Error> {
         check_batch(&self.config, &self.arena.layout, &self.groups, self.arena.blocks, batch)?;
         if batch.is_empty() {
             (0..self.config.layers.len()).for_each(after_layer);
-            return Ok(Rows::new(self.config.vocab));
+            return Ok(Rows::new(self.model.output.rows));
         }
         self.context.enter()?;
-        self.compute_step(batch, few, after_layer)
+        self.compute_step(batch, needs, after_layer)
     }
 }
 
