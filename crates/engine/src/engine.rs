@@ -9,7 +9,7 @@ use std::{
 };
 
 use kvasir_kv_cache::{Batch, Geometry, Leaving, OnEvict, Snapshot};
-use kvasir_model::{Row, Rows, SeqInput};
+use kvasir_model::{Need, Row, Rows, SeqInput};
 use kvasir_types::{BlockHash, BlockId, KvGroups, KvLayout, TokenId};
 
 use crate::{
@@ -401,7 +401,9 @@ impl Engine {
             let tokens = run.as_deref().unwrap_or_else(|| &sequence(item).tokens[item.tokens.clone()]);
             batch.push(SeqInput { tokens, start: item.tokens.start, tables: tables(item), rows: item.rows() });
         }
-        let few: Vec<bool> = work.iter().map(|item| sequence(item).needs_few(&self.spec)).collect();
+        let need = |item: &Work, row| sequence(item).need(&self.spec, row);
+        let needs = work.iter().flat_map(|item| (0..item.rows()).map(move |row| (item, row)));
+        let needs: Vec<Need> = needs.map(|(item, row)| need(item, row)).collect();
         let mut after_layer = |layer: usize| {
             for (item, sink) in &mut watchers {
                 let done = layer_done(groups, layer, tables(item), item.tokens.clone(), block_size);
@@ -411,7 +413,7 @@ impl Engine {
                 }
             }
         };
-        let result = catch_unwind(AssertUnwindSafe(|| self.runner.run_few(&batch, &few, &mut after_layer)));
+        let result = catch_unwind(AssertUnwindSafe(|| self.runner.run_few(&batch, &needs, &mut after_layer)));
         for (item, sink) in watchers {
             if let Some(State::Prefilling(_, place)) = self.scheduler.get_mut(item.key).map(|s| &mut s.state) {
                 *place = Some(sink);

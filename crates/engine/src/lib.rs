@@ -60,7 +60,7 @@ pub use thread::{Handle, Pinned, spawn};
 pub use kvasir_kv_cache::{
     Batch as CacheBatch, CacheEvent, Counts, Leaving, OnEvict, Snapshot as CacheSnapshot, Stored,
 };
-pub use kvasir_model::{Likely, Logits, Row, Rows, SeqInput};
+pub use kvasir_model::{Likely, Logits, Need, Row, Rows, SeqInput};
 pub use kvasir_types::Priority;
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
 //! The seam between scheduling and computing: a [`Runner`] turns a batch into logits.
 
-use kvasir_model::{Backend, Error, Logits, Rows, SeqInput};
+use kvasir_model::{Backend, Error, Logits, Need, Rows, SeqInput};
 use kvasir_types::{BlockId, KvGroups, TokenId};
 
 /// What the engine must know of a model.
@@ -26,14 +26,14 @@ pub trait Runner: Send {
     /// panic nothing that it wrote is used.
     fn run(&mut self, batch: &[SeqInput<'_>], after_layer: &mut dyn FnMut(usize)) -> Result<Logits, Error>;
 
-    /// The same; where `few` says so of an input, the likeliest tokens of its rows are enough.
+    /// The same, where `needs` says how much of each row is needed; whole rows always serve.
     fn run_few(
         &mut self,
         batch: &[SeqInput<'_>],
-        few: &[bool],
+        needs: &[Need],
         after_layer: &mut dyn FnMut(usize),
     ) -> Result<Rows, Error> {
-        let _ = few;
+        let _ = needs;
         self.run(batch, after_layer).map(Rows::from)
     }
 
@@ -76,10 +76,10 @@ impl<B: Backend> Runner for ModelRunner<B> {
     fn run_few(
         &mut self,
         batch: &[SeqInput<'_>],
-        few: &[bool],
+        needs: &[Need],
         after_layer: &mut dyn FnMut(usize),
     ) -> Result<Rows, Error> {
-        self.backend.forward_few(batch, few, after_layer)
+        self.backend.forward_few(batch, needs, after_layer)
     }
 
     fn copy_blocks(&mut self, copies: &[(BlockId, BlockId)]) -> Result<(), Error> {

@@ -13,10 +13,13 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use kvasir_model::{Error, Logits, Rows, SeqInput, likeliest};
+use kvasir_model::{Error, Logits, Need, Rows, SeqInput, likeliest};
 use kvasir_types::{BlockId, GroupKind, KvGroups, KvLayout, Sampling, TokenId};
 
-use crate::{Ask, History, Runner, RunnerSpec, Sampler, sampler::mix};
+use crate::{
+    Ask, History, Runner, RunnerSpec, Sampler,
+    sampler::{drawable, mix},
+};
 
 /// Where the hash of a history starts.
 const START: u64 = 0x6b76_6173_6972;
@@ -120,18 +123,23 @@ impl Runner for ScriptedRunner {
         Ok(logits)
     }
 
-    /// As a device does: nothing whole where the likeliest tokens are enough.
+    /// As a device does: nothing whole where some tokens are enough.
     fn run_few(
         &mut self,
         batch: &[SeqInput<'_>],
-        few: &[bool],
+        needs: &[Need],
         after_layer: &mut dyn FnMut(usize),
     ) -> Result<Rows, Error> {
         let logits = self.run(batch, after_layer)?;
         let mut rows = Rows::new(logits.vocab);
-        let few = batch.iter().zip(few).flat_map(|(input, &few)| std::iter::repeat_n(few, input.rows));
-        for (row, few) in logits.iter().zip(few) {
-            if few { rows.push_likeliest(likeliest(row)) } else { rows.push_whole(row) }
+        for (row, need) in logits.iter().zip(needs) {
+            let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            match *need {
+                Need::Whole => rows.push_whole(row),
+                Need::Likeliest => rows.push_few(likeliest(row), max),
+                // A few that may be drawn.
+                Need::Drawn { noise, scale } => rows.push_few(drawable(row, noise, scale).into_iter().take(4), max),
+            }
         }
         Ok(rows)
     }

@@ -22,6 +22,7 @@
 use std::{fmt, sync::Arc};
 
 use kvasir_kv_cache::{KvCache, Table};
+use kvasir_model::Need;
 use kvasir_types::{BlockHash, FinishReason, TokenId};
 
 use crate::{
@@ -274,9 +275,15 @@ impl Sequence {
         Ask { sampling, position: self.tokens.len(), history: &self.history, eos, mask }
     }
 
-    /// Whether the likeliest tokens are enough to choose its next ones.
-    pub fn needs_few(&self, spec: &RunnerSpec) -> bool {
-        self.constrained.is_none() && self.ask(&spec.eos, None).needs_few(spec.vocab)
+    /// How much of a row of logits it takes to choose the token that is `ahead` tokens behind its next one. Several answers draw
+    /// each with noise of its own.
+    pub fn need(&self, spec: &RunnerSpec, ahead: usize) -> Need {
+        let several = self.is_prompt() && self.request.answers() > 1;
+        match self.ask(&spec.eos, None).need(spec.vocab, ahead) {
+            Need::Drawn { .. } if several => Need::Whole,
+            need if self.constrained.is_none() => need,
+            _ => Need::Whole,
+        }
     }
 
     /// A number of its own for every choice.

@@ -419,6 +419,26 @@ typedef struct {
     uint32_t rows, vocab, ld, pad;
 } shortlist_args;
 
+/* out = logits * scale[row] + noise, the noise of a token a standard Gumbel value made of noise[row] and the token, to some
+ * 1e-5; rows of scale 0 as they are. Grid (rows, ceil(vocab / KVASIR_ROW_THREADS)). */
+typedef struct {
+    const float *logits;   /* [rows][ld] */
+    const uint64_t *noise; /* [rows] */
+    const float *scale;    /* [rows] */
+    float *out;            /* [rows][ld] */
+    uint32_t rows, vocab, ld, pad;
+} perturb_args;
+
+/* Of each row of logits, those of the listed tokens (minus infinity for KVASIR_NONE), and the largest of all. Grid (rows),
+ * block KVASIR_SHORTLIST_THREADS. */
+typedef struct {
+    const float *logits;    /* [rows][ld] */
+    const uint32_t *tokens; /* [rows][KVASIR_SHORTLIST] */
+    float *values;          /* [rows][KVASIR_SHORTLIST] */
+    float *max;             /* [rows] */
+    uint32_t rows, vocab, ld, pad;
+} pick_args;
+
 /* ---- all: sizes of the structs, in this order, to be compared when a module is loaded ------------------------------------
  * `kvasir_abi_sizes` is a __device__ const uint32_t[KVASIR_ABI_STRUCTS]. */
 #define KVASIR_ABI_SIZES                                                                                                        \
@@ -426,7 +446,8 @@ typedef struct {
      sizeof(gate_args), sizeof(split_args), sizeof(soft_cap_args), sizeof(gather_rows_args), sizeof(scale_bias_args),            \
      sizeof(widen_args), sizeof(rotations_args), sizeof(heads_args), sizeof(latent_keys_args), sizeof(latent_queries_args),      \
      sizeof(linear_args), sizeof(attend_args), sizeof(merge_args), sizeof(route_args), sizeof(group_args), sizeof(combine_args), \
-     sizeof(copy_blocks_args), sizeof(mirror_args), sizeof(move_blocks_args), sizeof(shortlist_args), sizeof(side_by_side_args)}
-#define KVASIR_ABI_STRUCTS 27
+     sizeof(copy_blocks_args), sizeof(mirror_args), sizeof(move_blocks_args), sizeof(shortlist_args), sizeof(side_by_side_args), \
+     sizeof(perturb_args), sizeof(pick_args)}
+#define KVASIR_ABI_STRUCTS 29
 
 #endif

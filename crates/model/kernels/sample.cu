@@ -145,3 +145,47 @@ extern "C" __global__ void __launch_bounds__(KVASIR_SHORTLIST_THREADS) shortlist
     }
 }
 KVASIR_EXPORT(shortlist, shortlist_args);
+
+// SplitMix64's last step, as `kvasir_types::mix`.
+KVASIR_DEVICE u64 mixed(u64 z) {
+    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9ull;
+    z = (z ^ z >> 27) * 0x94d049bb133111ebull;
+    return z ^ z >> 31;
+}
+
+// -ln(-ln(u)) of the 52 bits that the host draws for a token: u = (bits + 1/2) / 2^52. Near 1 it is 1 - u that has the digits.
+KVASIR_DEVICE f32 gumbel(u64 noise, u32 token) {
+    const f32 unit = 1.0f / (f32)(1ull << 52);
+    u64 bits = mixed(noise + 0x9e3779b97f4a7c15ull * ((u64)token + 1)) >> 12;
+    f32 t = bits >> 51 ? -log1pf(-((f32)((1ull << 52) - bits) - 0.5f) * unit) : -logf(((f32)bits + 0.5f) * unit);
+    return -logf(t);
+}
+
+extern "C" __global__ void __launch_bounds__(KVASIR_ROW_THREADS) perturb(const perturb_args args) {
+    u32 row = blockIdx.x, i = blockIdx.y * KVASIR_ROW_THREADS + threadIdx.x;
+    if (i >= args.vocab) return;
+    u64 at = (u64)row * args.ld + i;
+    f32 value = args.logits[at], scale = args.scale[row];
+    args.out[at] = scale == 0.0f ? value : value * scale + gumbel(args.noise[row], i);
+}
+KVASIR_EXPORT(perturb, perturb_args);
+
+extern "C" __global__ void __launch_bounds__(KVASIR_SHORTLIST_THREADS) pick(const pick_args args) {
+    KVASIR_SHARED(f32[KVASIR_SHORTLIST_THREADS / 32], room);
+    u32 row = blockIdx.x;
+    const f32 *logits = args.logits + (u64)row * args.ld;
+    f32 max = -INFINITY;
+    for (u32 i = threadIdx.x; i < args.vocab; i += KVASIR_SHORTLIST_THREADS) max = fmaxf(max, logits[i]);
+    max = warp_max(max);
+    if (threadIdx.x % 32 == 0) room[threadIdx.x / 32] = max;
+    if (threadIdx.x < KVASIR_SHORTLIST) {
+        u64 at = (u64)row * KVASIR_SHORTLIST + threadIdx.x;
+        u32 token = args.tokens[at];
+        args.values[at] = token == KVASIR_NONE ? -INFINITY : logits[token];
+    }
+    __syncthreads();
+    if (threadIdx.x != 0) return;
+    for (u32 warp = 0; warp < KVASIR_SHORTLIST_THREADS / 32; warp++) max = fmaxf(max, room[warp]);
+    args.max[row] = max;
+}
+KVASIR_EXPORT(pick, pick_args);

@@ -14,7 +14,7 @@
 
 use kvasir_types::{BlockId, GroupKind, KvGroups, KvLayout, TokenId};
 
-use crate::{Error, Logits, ModelConfig, Rows};
+use crate::{Error, Logits, ModelConfig, Need, Rows};
 
 /// The tokens of one sequence to compute in this step.
 #[derive(Clone, Copy, Debug)]
@@ -70,18 +70,19 @@ pub trait Backend: Send {
     /// The whole batch is checked before anything is written: on an error the arena is as before.
     fn forward(&mut self, batch: &[SeqInput<'_>], after_layer: &mut dyn FnMut(usize)) -> Result<Logits, Error>;
 
-    /// The same, where of some inputs the likeliest tokens are enough: `few` says of which, one by one. A backend that has its
-    /// logits elsewhere than in the host's memory brings only those; others return whole rows, which serve as well.
+    /// The same, where not all rows of logits need be whole: `needs` says what is needed of each, in order, and nothing of one means
+    /// all of it. A backend that has its logits elsewhere than in the host's memory brings no more than that; others return whole
+    /// rows, which serve as well.
     ///
     /// # Errors
     /// As [`forward`](Self::forward).
     fn forward_few(
         &mut self,
         batch: &[SeqInput<'_>],
-        few: &[bool],
+        needs: &[Need],
         after_layer: &mut dyn FnMut(usize),
     ) -> Result<Rows, Error> {
-        let _ = few;
+        let _ = needs;
         self.forward(batch, after_layer).map(Rows::from)
     }
 }
@@ -110,10 +111,10 @@ impl Backend for Box<dyn Backend> {
     fn forward_few(
         &mut self,
         batch: &[SeqInput<'_>],
-        few: &[bool],
+        needs: &[Need],
         after_layer: &mut dyn FnMut(usize),
     ) -> Result<Rows, Error> {
-        (**self).forward_few(batch, few, after_layer)
+        (**self).forward_few(batch, needs, after_layer)
     }
 }
 

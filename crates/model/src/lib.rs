@@ -36,5 +36,5 @@ pub use error::Error;
 pub use families::supported as supported_families;
 pub use folder::Folder;
 pub use rope::{Rope, RopeScaling};
-pub use rows::{LIKELIEST, Likely, Logits, Row, Rows, likeliest};
+pub use rows::{LIKELIEST, Likely, Logits, Need, Row, Rows, likeliest};
 pub use weights::Dtype;

@@ -31,6 +31,25 @@ impl Logits {
     }
 }
 
+/// How much of a row somebody needs.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub enum Need {
+    /// All of it.
+    #[default]
+    Whole,
+    /// The likeliest tokens.
+    Likeliest,
+    /// The tokens that a draw may choose: those for which logit × `scale` + `G` is greatest, `G` the standard Gumbel value
+    /// −ln(−ln u) of the token's random number u = (b + ½) / 2⁵², b the upper 52 bits of
+    /// [`kvasir_types::mix`]`(noise + (token + 1) × 0x9e3779b97f4a7c15)`.
+    Drawn {
+        /// What the random numbers are made of.
+        noise: u64,
+        /// By what logits are multiplied, above 0.
+        scale: f32,
+    },
+}
+
 /// A token with its logit.
 pub type Likely = (f32, TokenId);
 
@@ -39,9 +58,14 @@ pub type Likely = (f32, TokenId);
 pub enum Row<'a> {
     /// All of it.
     Whole(&'a mut [f32]),
-    /// The [`LIKELIEST`] tokens that are possible at all, in order; the lower one first of two that are as likely. None where a
-    /// logit is NaN or +∞.
-    Likeliest(&'a [Likely]),
+    /// As many as are enough.
+    Few {
+        /// The [`LIKELIEST`] tokens that are possible at all, in order; the lower one first of two that are as likely. Where a draw
+        /// is what they are needed for, those that it may choose, in no order that matters. None where a logit is NaN or +∞.
+        tokens: &'a [Likely],
+        /// The largest logit of the row.
+        max: f32,
+    },
 }
 
 /// The same rows, some of them whole.
@@ -49,14 +73,14 @@ pub enum Row<'a> {
 pub struct Rows {
     vocab: usize,
     whole: Vec<f32>,
-    likeliest: Vec<Likely>,
+    few: Vec<Likely>,
     places: Vec<Place>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Place {
     Whole(usize),
-    Likeliest { first: usize, count: usize },
+    Few { first: usize, count: usize, max: f32 },
 }
 
 impl Rows {
@@ -73,11 +97,11 @@ impl Rows {
         }
     }
 
-    /// One more, of which these are the likeliest tokens, in order.
-    pub fn push_likeliest(&mut self, likeliest: impl IntoIterator<Item = Likely>) {
-        let first = self.likeliest.len();
-        self.likeliest.extend(likeliest);
-        self.places.push(Place::Likeliest { first, count: self.likeliest.len() - first });
+    /// One more, of which these tokens are enough, and the largest logit of all.
+    pub fn push_few(&mut self, tokens: impl IntoIterator<Item = Likely>, max: f32) {
+        let first = self.few.len();
+        self.few.extend(tokens);
+        self.places.push(Place::Few { first, count: self.few.len() - first, max });
     }
 
     /// Length of a whole row.
@@ -99,13 +123,13 @@ impl Rows {
     pub fn row(&mut self, index: usize) -> Option<Row<'_>> {
         Some(match *self.places.get(index)? {
             Place::Whole(at) => Row::Whole(&mut self.whole[at..at + self.vocab]),
-            Place::Likeliest { first, count } => Row::Likeliest(&self.likeliest[first..first + count]),
+            Place::Few { first, count, max } => Row::Few { tokens: &self.few[first..first + count], max },
         })
     }
 
     /// All of them, which are whole.
     pub(crate) fn into_logits(self) -> Logits {
-        debug_assert!(self.likeliest.is_empty(), "nobody asked for less");
+        debug_assert!(self.few.is_empty(), "nobody asked for less");
         Logits { vocab: self.vocab, rows: self.whole }
     }
 }
@@ -114,11 +138,11 @@ impl From<Logits> for Rows {
     fn from(logits: Logits) -> Self {
         let Logits { vocab, rows: whole } = logits;
         let places = (0..whole.len().checked_div(vocab).unwrap_or(0)).map(|row| Place::Whole(row * vocab)).collect();
-        Self { vocab, whole, likeliest: Vec::new(), places }
+        Self { vocab, whole, few: Vec::new(), places }
     }
 }
 
-/// The likeliest tokens of a whole row, as [`Row::Likeliest`] says.
+/// The likeliest tokens of a whole row, as [`Row::Few`] says.
 pub fn likeliest(row: &[f32]) -> Vec<Likely> {
     if row.iter().any(|logit| logit.is_nan() || *logit == f32::INFINITY) {
         return Vec::new();
@@ -139,13 +163,13 @@ mod tests {
         let mut rows = Rows::new(3);
         rows.push_whole(&[1.0, 2.0, 3.0]);
         rows.push_whole(&[1.0]);
-        rows.push_likeliest([(2.0, TokenId(7)), (1.0, TokenId(1))]);
-        rows.push_likeliest([]);
+        rows.push_few([(2.0, TokenId(7)), (1.0, TokenId(1))], 2.5);
+        rows.push_few([], f32::NAN);
         rows.push_whole(&[4.0, 5.0, 6.0]);
         assert_eq!((rows.len(), rows.vocab()), (4, 3));
         assert_eq!(rows.row(0), Some(Row::Whole(&mut [1.0, 2.0, 3.0])));
-        assert_eq!(rows.row(1), Some(Row::Likeliest(&[(2.0, TokenId(7)), (1.0, TokenId(1))])));
-        assert_eq!(rows.row(2), Some(Row::Likeliest(&[])));
+        assert_eq!(rows.row(1), Some(Row::Few { tokens: &[(2.0, TokenId(7)), (1.0, TokenId(1))], max: 2.5 }));
+        assert!(matches!(rows.row(2), Some(Row::Few { tokens: [], .. })));
         assert_eq!(rows.row(3), Some(Row::Whole(&mut [4.0, 5.0, 6.0])));
         assert_eq!(rows.row(4), None);
         let logits = Logits { vocab: 2, rows: vec![0.0, 1.0, 2.0, 3.0] };

@@ -13,13 +13,13 @@ use common::{
 };
 use emulated::emulated;
 use kvasir_model::{
-    Backend, Folder, Row, SeqInput,
+    Backend, Folder, Need, Row, SeqInput,
     cpu::Compute,
     cuda::{CudaBackend, Options},
     likeliest,
     quantize::{Scheme, quantize},
 };
-use kvasir_types::{BlockId, KvDtype, TokenId};
+use kvasir_types::{BlockId, KvDtype, TokenId, mix};
 
 const OPTIONS: Options = Options { ordinal: 0, compute: Compute::Exact, max_tokens: 64, graphs: true };
 
@@ -88,14 +88,37 @@ fn rows_that_need_not_be_whole_are_lists_of_the_likeliest_tokens() {
     let inputs: Vec<_> = inputs.collect();
     let whole = bench.backend.forward(&inputs, &mut |_| {}).unwrap();
     assert_eq!(whole.len(), 6);
-    for few in [[false, false, false, true], [true, true, false, false], [true; 4], [false; 4]] {
-        let mut rows = bench.backend.forward_few(&inputs, &few, &mut |_| {}).unwrap();
+    let drawn = |noise| Need::Drawn { noise, scale: 1.5 };
+    for needs in [
+        [Need::Whole, Need::Whole, Need::Whole, Need::Likeliest, Need::Likeliest, Need::Likeliest],
+        [Need::Likeliest, drawn(5), Need::Whole, drawn(77), Need::Likeliest, drawn(1 << 60)],
+        [drawn(1), drawn(2), drawn(3), drawn(4), drawn(5), drawn(6)],
+        [Need::Whole; 6],
+    ] {
+        let mut rows = bench.backend.forward_few(&inputs, &needs, &mut |_| {}).unwrap();
         assert_eq!((rows.len(), rows.vocab()), (6, whole.vocab));
-        let listed = parts.iter().zip(few).flat_map(|((_, rows), few)| std::iter::repeat_n(few, *rows));
-        for (index, (expected, listed)) in whole.iter().zip(listed).enumerate() {
-            match rows.row(index).unwrap() {
-                Row::Whole(row) if !listed => assert_same_bits(row, expected, "a whole row"),
-                Row::Likeliest(list) if listed => assert_eq!(list, likeliest(expected), "row {index}"),
+        for (index, (expected, need)) in whole.iter().zip(needs).enumerate() {
+            let largest = expected.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            match (rows.row(index).unwrap(), need) {
+                (Row::Whole(row), Need::Whole) => assert_same_bits(row, expected, "a whole row"),
+                (Row::Few { tokens, max }, Need::Likeliest) => {
+                    assert_eq!((tokens, max), (&likeliest(expected)[..], largest), "row {index}");
+                }
+                (Row::Few { tokens, max }, Need::Drawn { noise, scale }) => {
+                    let sum = |token: usize| {
+                        let bits =
+                            mix(noise.wrapping_add((token as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15))) >> 12;
+                        let unit = (bits as f64 + 0.5) / (1u64 << 52) as f64;
+                        f64::from(expected[token]) * f64::from(scale) - (-unit.ln()).ln()
+                    };
+                    let mut order: Vec<usize> = (0..expected.len()).collect();
+                    order.sort_by(|&a, &b| sum(b).total_cmp(&sum(a)));
+                    // The last places are rounding's; the first are not, with these numbers.
+                    let first: Vec<usize> = tokens[..16].iter().map(|(_, token)| token.0 as usize).collect();
+                    assert_eq!(first, order[..16]);
+                    assert_eq!((tokens.len(), max), (256, largest));
+                    assert!(tokens.iter().all(|&(logit, token)| logit == expected[token.0 as usize]));
+                }
                 other => panic!("row {index} is {other:?}"),
             }
         }

@@ -29,7 +29,7 @@ mod mask;
 mod math;
 mod random;
 
-use kvasir_model::{LIKELIEST, Likely, Row};
+use kvasir_model::{LIKELIEST, Likely, Need, Row};
 pub use kvasir_types::choice_seed;
 pub(crate) use kvasir_types::mix;
 use kvasir_types::{Sampled, Sampling, TokenId, TopLogprob};
@@ -74,14 +74,32 @@ impl Ask<'_> {
         self.mask.is_some() || !sampling.logit_bias.is_empty() || sampling.penalizes() || self.too_short_to_end()
     }
 
-    /// Whether the [`LIKELIEST`] tokens of a row are enough to choose as one would of the whole row: nothing changes it before,
-    /// no sum over all of it is told, and no token beyond them can be chosen.
-    pub(crate) fn needs_few(&self, vocab: usize) -> bool {
-        let Sampling { temperature, top_k, logprobs, .. } = *self.sampling;
+    /// How much of a row it takes to choose as one would of the whole of it, for the token `ahead` behind this one. Some tokens are
+    /// enough where nothing changes the row before, no sum over all of it is told, and no token beyond them can be chosen.
+    pub(crate) fn need(&self, vocab: usize, ahead: usize) -> Need {
+        let Sampling { temperature, top_k, top_p, min_p, logprobs, seed, .. } = *self.sampling;
         let top_k = usize::try_from(top_k).unwrap_or(usize::MAX);
-        let cut = temperature < GREEDY || (1..=LIKELIEST.min(vocab.saturating_sub(1))).contains(&top_k);
-        cut && logprobs.is_none() && !self.edits()
+        if logprobs.is_some() || self.edits() {
+            Need::Whole
+        } else if temperature < GREEDY || (1..=LIKELIEST.min(vocab.saturating_sub(1))).contains(&top_k) {
+            Need::Likeliest
+        } else if (top_k == 0 || top_k >= vocab) && top_p >= 1.0 && min_p <= 0.0 {
+            let noise = Noise::new(seed, self.position + ahead).number();
+            Need::Drawn { noise, scale: temperature.recip() }
+        } else {
+            Need::Whole
+        }
     }
+}
+
+/// All tokens of a row that are possible, those that a draw with this noise prefers first.
+pub(crate) fn drawable(row: &[f32], noise: u64, scale: f32) -> Vec<Likely> {
+    let sum =
+        |&(logit, token): &Likely| f64::from(logit) * f64::from(scale) + random::gumbel(Noise::of(noise).bits(token.0));
+    let mut tokens: Vec<Likely> = row.iter().zip(0..).map(|(&logit, token)| (logit, TokenId(token))).collect();
+    tokens.retain(|(logit, _)| *logit > f32::NEG_INFINITY);
+    tokens.sort_by(|a, b| sum(b).total_cmp(&sum(a)));
+    tokens
 }
 
 /// Chooses tokens. Holds memory to work in and nothing else: any sampler gives the same answer to the same question.
@@ -105,28 +123,29 @@ impl Sampler {
         self.choose(row, ask).ok_or(Error::BadLogits { position: ask.position })
     }
 
-    /// The same of a row of which maybe only the likeliest tokens are there: where that is enough ([`Ask::needs_few`]) it is the
+    /// The same of a row of which maybe only the likeliest tokens are there: where that is enough ([`Ask::need`]) it is the
     /// same token.
     pub(crate) fn sample_row(&mut self, row: Row<'_>, ask: Ask<'_>) -> Result<Sampled, Error> {
         match row {
             Row::Whole(row) => self.sample(row, ask),
-            Row::Likeliest(likeliest) => self.few(likeliest, ask).ok_or(Error::BadLogits { position: ask.position }),
+            Row::Few { tokens, max } => self.few(tokens, max, ask).ok_or(Error::BadLogits { position: ask.position }),
         }
     }
 
-    fn few(&mut self, likeliest: &[Likely], ask: Ask<'_>) -> Option<Sampled> {
+    fn few(&mut self, tokens: &[Likely], max: f32, ask: Ask<'_>) -> Option<Sampled> {
         let Sampling { temperature, top_k, top_p, min_p, seed, .. } = *ask.sampling;
-        let &(max, first) = likeliest.first()?;
+        let &(_, first) = tokens.first()?;
         let chosen = |token| Sampled { token, logprob: None, top: Vec::new() };
         if temperature < GREEDY {
             return Some(chosen(first));
         }
-        let (scale, cut) = (temperature.recip(), cut::min_p(max, temperature, min_p));
+        let (scale, mut cut) = (temperature.recip(), cut::min_p(max, temperature, min_p));
         self.candidates.clear();
-        let candidates = likeliest.iter().map(|&(logit, token)| (logit, token.0));
+        let candidates = tokens.iter().map(|&(logit, token)| (logit, token.0));
         self.candidates.extend(candidates.filter(|&candidate| cut.keeps(candidate)));
-        self.candidates.truncate(usize::try_from(top_k).unwrap_or(usize::MAX));
-        let mut cut = self.candidates.last().map_or(cut, |&last| Cut(last));
+        if top_k > 0 {
+            self.candidates.truncate(usize::try_from(top_k).unwrap_or(usize::MAX));
+        }
         if top_p < 1.0 {
             cut = cut::top_p_of(&mut self.candidates, max, scale, top_p);
         }

@@ -19,6 +19,16 @@ impl Noise {
         Self(mix(start.wrapping_add(GOLDEN_GAMMA.wrapping_mul(position as u64))))
     }
 
+    /// What the numbers are made of.
+    pub fn number(self) -> u64 {
+        self.0
+    }
+
+    /// Those made of that.
+    pub fn of(number: u64) -> Self {
+        Self(number)
+    }
+
     /// 52 random bits for a token.
     pub fn bits(self, token: u32) -> u64 {
         mix(self.0.wrapping_add(GOLDEN_GAMMA.wrapping_mul(u64::from(token) + 1))) >> 12

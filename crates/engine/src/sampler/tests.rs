@@ -330,12 +330,20 @@ fn the_likeliest_tokens_give_the_token_that_the_whole_row_gives() {
             (1.3, 64, 0.99, 0.05),
             (2.0, 200, 0.6, 0.0),
             (5.0, 256, 1.0, 0.3),
+            (1.0, 0, 1.0, 0.0),
+            (0.3, 0, 1.0, 0.0),
+            (20.0, 5000, 1.0, 0.0),
         ] {
             let sampling = tempered(temperature, top_k, top_p, min_p, round);
             let history = History::default();
             let ask = Ask { sampling: &sampling, position: 9, history: &history, eos: &[], mask: None };
-            assert!(ask.needs_few(vocab as usize));
-            let few = sampler.sample_row(Row::Likeliest(&kvasir_model::likeliest(&row)), ask).unwrap();
+            let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            let tokens = match ask.need(vocab as usize, 0) {
+                Need::Likeliest => kvasir_model::likeliest(&row),
+                Need::Drawn { noise, scale } => drawable(&row, noise, scale).into_iter().take(3).rev().collect(),
+                Need::Whole => panic!("{sampling:?}"),
+            };
+            let few = sampler.sample_row(Row::Few { tokens: &tokens, max }, ask).unwrap();
             let whole = sampler.sample_row(Row::Whole(&mut row.clone()), ask).unwrap();
             assert_eq!(few, whole, "round {round}, {sampling:?}");
             chosen.insert(whole.token);
@@ -347,7 +355,10 @@ fn the_likeliest_tokens_give_the_token_that_the_whole_row_gives() {
         let sampling = Sampling::default();
         let history = History::default();
         let ask = Ask { sampling: &sampling, position: 9, history: &history, eos: &[], mask: None };
-        assert!(matches!(sampler.sample_row(Row::Likeliest(&listed), ask), Err(Error::BadLogits { position: 9 })));
+        assert!(matches!(
+            sampler.sample_row(Row::Few { tokens: &listed, max: bad }, ask),
+            Err(Error::BadLogits { position: 9 })
+        ));
     }
 }
 
@@ -355,13 +366,15 @@ fn the_likeliest_tokens_give_the_token_that_the_whole_row_gives() {
 fn what_looks_at_a_whole_row_asks_for_it() {
     let history = History::default();
     let mask = Mask::of(10, [TokenId(1)]);
-    let needs =
-        |sampling: &Sampling, mask| Ask { sampling, position: 0, history: &history, eos: &[], mask }.needs_few(1000);
+    let needs = |sampling: &Sampling, mask| {
+        Ask { sampling, position: 0, history: &history, eos: &[], mask }.need(1000, 0) != Need::Whole
+    };
     let greedy = Sampling { temperature: 0.0, ..Sampling::default() };
     assert!(needs(&greedy, None) && needs(&tempered(1.0, 256, 0.9, 0.0, 1), None));
     for whole in [
-        tempered(1.0, 0, 1.0, 0.0, 1),
+        tempered(1.0, 0, 0.9, 0.0, 1),
         tempered(1.0, 257, 1.0, 0.0, 1),
+        tempered(1.0, 0, 1.0, 0.1, 1),
         Sampling { logprobs: Some(0), ..greedy.clone() },
         Sampling { presence_penalty: 0.1, ..greedy.clone() },
         Sampling { logit_bias: vec![(TokenId(1), 1.0)], ..greedy.clone() },

@@ -129,6 +129,37 @@ void listed(u32 vocab, Spread spread, bool dense_mask) {
     }
 }
 
+// Noise on logits, as the host makes it, in double precision; and the logits of what was listed.
+void noisy(u32 vocab) {
+    u32 rows = 3, ld = vocab + 3;
+    Memory<f32> logits((size_t)rows * ld), out((size_t)rows * ld), scale(rows), values(rows * KVASIR_SHORTLIST), max(rows);
+    Memory<u64> noise(rows);
+    Memory<u32> tokens(rows * KVASIR_SHORTLIST);
+    for (u32 i = 0; i < rows * ld; i++) logits[i] = i % 11 == 0 ? -INFINITY : 4 * gauss();
+    for (u32 r = 0; r < rows; r++) noise[r] = random()(), scale[r] = r == 1 ? 0.0f : 0.5f + (f32)r;
+    for (u32 i = 0; i < rows * KVASIR_SHORTLIST; i++) tokens[i] = i % 5 == 4 ? KVASIR_NONE : between(0, vocab - 1);
+    launch("perturb", {rows, ceil(vocab, KVASIR_ROW_THREADS)}, KVASIR_ROW_THREADS, 0, perturb_args{logits, noise, scale, out, rows, vocab, ld, 0});
+    launch("pick", {rows}, KVASIR_SHORTLIST_THREADS, 0, pick_args{logits, tokens, values, max, rows, vocab, ld, 0});
+    for (u32 r = 0; r < rows; r++) {
+        f32 largest = -INFINITY;
+        for (u32 i = 0; i < vocab; i++) {
+            f32 logit = logits[r * ld + i];
+            largest = logit > largest ? logit : largest;
+            u64 z = noise[r] + 0x9e3779b97f4a7c15ull * ((u64)i + 1);
+            z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9ull;
+            z = (z ^ z >> 27) * 0x94d049bb133111ebull;
+            z = (z ^ z >> 31) >> 12;
+            f64 gumbel = -std::log(-std::log(((f64)z + 0.5) / 4503599627370496.0));
+            if (logit == -INFINITY || r == 1) require("perturb", out[r * ld + i] == logit);
+            else record("perturb", off(out[r * ld + i], (f64)logit * scale[r] + gumbel, 1), 1e-5);
+        }
+        require("pick", max[r] == largest);
+        for (u32 i = r * KVASIR_SHORTLIST; i < (r + 1) * KVASIR_SHORTLIST; i++) {
+            require("pick", values[i] == (tokens[i] == KVASIR_NONE ? -INFINITY : (f32)logits[r * ld + tokens[i]]));
+        }
+    }
+}
+
 } // namespace
 
 void experts(u32 rounds) {
@@ -139,6 +170,7 @@ void shortlist(u32 rounds) {
     const u32 vocabularies[] = {128, 256, 1000, 60000};
     for (u32 round = 0; round < rounds; round++) {
         listed(round < 4 ? vocabularies[round] : between(128, 40000), (Spread)(round % 6), round % 2 == 0);
+        noisy(round < 4 ? vocabularies[round] : between(128, 40000));
     }
 }
 

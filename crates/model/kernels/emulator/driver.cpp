@@ -11,6 +11,7 @@
 //   EMULATED_CUDA_FAIL_CODE   how it fails (700, an illegal address)
 //   EMULATED_CUDA_NO_PINNING  host memory cannot be registered
 //   EMULATED_CUDA_NO_GRAPHS   streams cannot be captured
+//   EMULATED_CUDA_ANY_IMAGE   the module that is loaded need not have the kernels: those that are not built for GPUs yet
 //   EMULATED_CUDA_EAGER       work runs when it is queued
 //   EMULATED_CUDA_ORDER       `backward`: the last block and thread first
 //   EMULATED_CUDA_THREADS     OS threads that run blocks (as many as there are processors)

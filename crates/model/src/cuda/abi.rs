@@ -215,4 +215,6 @@ structs! {
     args SideBySide {
         from: u64, to: u64, bytes: u64, from_stride: u64, to_stride: u64, rows: u32, pad: u32,
     }
+    args Perturb { logits: u64, noise: u64, scale: u64, out: u64, rows: u32, vocab: u32, ld: u32, pad: u32 }
+    args Pick { logits: u64, tokens: u64, values: u64, max: u64, rows: u32, vocab: u32, ld: u32, pad: u32 }
 }

@@ -21,7 +21,7 @@ use super::{
     scratch::{LISTED, Space},
     step::{Attending, Making, Padding, Step},
 };
-use crate::{Error, SeqInput, cpu::Compute};
+use crate::{Error, Need, SeqInput, cpu::Compute};
 
 /// Everything that is neither a product nor attention.
 pub(super) struct Kernels {
@@ -32,6 +32,8 @@ pub(super) struct Kernels {
     soft_cap: Function,
     gather_rows: Function,
     pub(super) shortlist: Function,
+    pub(super) perturb: Function,
+    pub(super) pick: Function,
     rotations: Function,
     heads: Function,
     latent_keys: Function,
@@ -64,6 +66,8 @@ impl Kernels {
             soft_cap: find("soft_cap")?,
             gather_rows: find("gather_rows")?,
             shortlist: find("shortlist")?,
+            perturb: find("perturb")?,
+            pick: find("pick")?,
             rotations: find("rotations")?,
             heads: find("heads")?,
             latent_keys: find("latent_keys")?,
@@ -106,7 +110,7 @@ impl CudaBackend {
     pub(super) fn compute_step(
         &mut self,
         batch: &[SeqInput<'_>],
-        few: &[bool],
+        needs: &[Need],
         after_layer: &mut dyn FnMut(usize),
     ) -> Result<crate::Rows, Error> {
         let (last, _) = self.groups.place(self.config.layers.len() - 1);
@@ -120,8 +124,8 @@ impl CudaBackend {
         let step = Step::new(batch, making);
         let prepared = self.prepare(&step);
         let inputs = self.collective.agree(prepared)?;
-        let few = self.listed(batch, few);
-        let launched = self.run(&step, inputs).and_then(|()| self.fetch(&step.wanted.order, &few));
+        let needs = self.needs(batch, needs);
+        let launched = self.run(&step, inputs).and_then(|()| self.fetch(&step.wanted.order, &needs));
         if let Err(error) = &launched {
             self.collective.abort(error);
             // What was launched reads and writes what the caller frees or reuses next. If this fails, too, the first
@@ -142,7 +146,7 @@ impl CudaBackend {
             // A step that decodes is over before anyone could do much with a layer of it.
             (0..self.mirrored.len()).for_each(after_layer);
         }
-        Ok(self.rows(&step.wanted.order, &few))
+        self.rows(&step.wanted.order, &needs)
     }
 
     /// All of a step's launches, as one where it has a shape.
@@ -171,6 +175,9 @@ impl CudaBackend {
         }
         if self.likeliest.len() < wanted * LISTED {
             self.likeliest = Pinned::new(&self.context, wanted.next_power_of_two() * LISTED)?;
+        }
+        if self.noise.len() < 2 * wanted {
+            self.noise = Pinned::new(&self.context, 2 * wanted.next_power_of_two())?;
         }
         if self.logits.len() < wanted * self.model.output.rows {
             self.logits = Pinned::new(&self.context, wanted.next_power_of_two() * self.model.output.rows)?;

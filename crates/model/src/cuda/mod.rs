@@ -27,7 +27,7 @@ use std::{fmt, sync::Arc};
 use kvasir_types::{BlockId, HostMemory, KvGroups, KvLayout};
 
 use crate::{
-    Backend, Error, Folder, Logits, ModelConfig, Rows, SeqInput,
+    Backend, Error, Folder, Logits, ModelConfig, Need, Rows, SeqInput,
     backend::check_batch,
     cpu::Compute,
     group::{self, Alone, Group, agree_on},
@@ -102,6 +102,7 @@ pub struct CudaBackend {
     inputs: Pinned<u8>,
     logits: Pinned<f32>,
     likeliest: Pinned<u32>,
+    noise: Pinned<u64>,
     /// By layer: its keys and values are written, and mirrored to the host.
     written: Vec<Event>,
     mirrored: Vec<Event>,
@@ -175,7 +176,7 @@ impl CudaBackend {
         let events = || (0..config.layers.len()).map(|_| Event::new(&context)).collect::<Result<Vec<_>, _>>();
         let (written, mirrored) = (events()?, events()?);
         let (inputs, logits) = (Pinned::new(&context, 1 << 16)?, Pinned::new(&context, 1)?);
-        let likeliest = Pinned::new(&context, 1)?;
+        let (likeliest, noise) = (Pinned::new(&context, 1)?, Pinned::new(&context, 1)?);
         stream.wait()?;
         if graphs && !arena.is_pinned() {
             tracing::warn!("without a pinned arena steps can't be graphs: every launch is a call of its own");
@@ -205,6 +206,7 @@ impl CudaBackend {
             inputs,
             logits,
             likeliest,
+            noise,
             written,
             mirrored,
             products,
@@ -273,7 +275,7 @@ impl Backend for CudaBackend {
     fn forward_few(
         &mut self,
         batch: &[SeqInput<'_>],
-        few: &[bool],
+        needs: &[Need],
         after_layer: &mut dyn FnMut(usize),
     ) -> Result<Rows, Error> {
         check_batch(&self.config, &self.arena.whole, &self.groups, self.arena.blocks, batch)?;
@@ -282,7 +284,7 @@ impl Backend for CudaBackend {
             return Ok(Rows::new(self.model.output.rows));
         }
         self.context.enter()?;
-        self.compute_step(batch, few, after_layer)
+        self.compute_step(batch, needs, after_layer)
     }
 }
 

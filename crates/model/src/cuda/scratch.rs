@@ -57,7 +57,10 @@ pub(super) enum Space {
     Gathered,
     WholeHi,
     WholeLo,
-    /// The likeliest tokens, their logits, and what sums up a row.
+    /// What tokens are listed by where that is not their logits; noise and scale of each row.
+    Noisy,
+    Noise,
+    /// The listed tokens, and what sums up a row.
     Likeliest,
     /// Sums of parts of products and of attention.
     Partials,
@@ -74,9 +77,9 @@ pub(super) const PART_SUMS: usize = 128 << 20;
 /// Rows of logits that there is room for from the start.
 const LOGITS: usize = 64;
 
-/// Words that tell of a row's likeliest tokens: which, their logits, the largest of all, and the logarithm of the sum of their
-/// exponentials.
-pub(super) const LISTED: usize = 2 * abi::SHORTLIST + 2;
+/// Words that tell of a row's listed tokens: which, by what they were listed, the largest of that and the logarithm of the sum of
+/// its exponentials, their logits, and the largest logit.
+pub(super) const LISTED: usize = 3 * abi::SHORTLIST + 3;
 
 /// Bytes that the model takes of a space for each row.
 pub(super) struct PerRow {
@@ -156,6 +159,8 @@ impl PerRow {
             (Space::WantedHi, 2 * padded(hidden)),
             (Space::WantedLo, 2 * padded(hidden)),
             (Space::Logits, 4 * model.output.rows),
+            (Space::Noisy, 4 * model.output.rows),
+            (Space::Noise, 16),
             (Space::Likeliest, 4 * LISTED),
         ] {
             this.wanted[space as usize] = bytes;
