@@ -99,6 +99,17 @@ void elements(u32 activation) {
         record("scale_bias", off(src[i], wanted, 1e-1), 1e-4);
     }
 
+    // Three ranks' columns as rows, and zeros behind them.
+    u32 part = 2 * between(1, 300), part_stride = part + 2 * between(0, 5), whole = 3 * part + 2 * between(0, 40);
+    Memory<u8> parts((size_t)3 * 4 * part_stride), wholes((size_t)4 * whole);
+    for (u32 i = 0; i < 3 * 4 * part_stride; i++) parts[i] = (u8)between(0, 255);
+    launch("side_by_side", {4, 3}, KVASIR_ROW_THREADS, 0, side_by_side_args{parts, wholes, part, part_stride, whole, 4, 0});
+    for (u32 i = 0; i < 4 * whole; i++) {
+        u32 row = i / whole, at = i % whole;
+        u8 wanted = at < 3 * part ? parts[(size_t)(at / part * 4 + row) * part_stride + at % part] : 0;
+        require("side_by_side", wholes[i] == wanted);
+    }
+
     u32 bytes = 4 * between(1, 200), from_stride = bytes + 16, to_stride = bytes + 8;
     Memory<u8> from((size_t)7 * from_stride), to((size_t)5 * to_stride);
     Memory<u32> row_of(5);
@@ -113,19 +124,26 @@ void elements(u32 activation) {
 void blocks(u32 dtype) {
     u32 dim = between(1, 40), heads = between(1, 3), size = between(2, 20), count = 9;
     size_t head = (size_t)size * dim * bytes_of(dtype), layer = 2 * heads * head, block = 2 * layer;
-    Memory<u8> arena(count * block), other(count * block), packed(2 * layer);
+    // The other arena has the heads of `ranks` such as this one, and these are those from `rank` on.
+    u32 ranks = between(1, 3), rank = between(0, ranks - 1);
+    Memory<u8> arena(count * block), other(count * block * ranks), packed(2 * layer);
     for (size_t i = 0; i < count * block; i++) arena[i] = (u8)between(0, 254);
     Memory<kvasir_run> runs(2);
     runs[0] = {1, 1, size - 1, 0}, runs[1] = {3, 0, 2, 0};
     mirror_args mirror = {};
     mirror.kv = {arena, block, layer, layer + heads * head, size, heads, dim, dim, dtype, 0};
-    mirror.to = other, mirror.runs = runs, mirror.count = 2;
+    size_t first = ranks * layer + rank * heads * head;
+    mirror.to = {other, block * ranks, first, first + ranks * heads * head, size, heads, dim, dim, dtype, 0};
+    mirror.runs = runs, mirror.count = 2;
     launch("mirror", {2, heads}, KVASIR_ROW_THREADS, 0, mirror);
+    std::vector<u8> expected(count * block * ranks, 0xff);
     for (size_t i = 0; i < count * block; i++) {
         u32 in_block = (u32)(i / block), slot = (u32)(i % block % head / (dim * bytes_of(dtype)));
-        bool named = i % block >= layer && ((in_block == 1 && slot >= 1) || (in_block == 3 && slot < 2));
-        require("mirror", other[i] == (named ? arena[i] : 0xff));
+        if (i % block < layer || !((in_block == 1 && slot >= 1) || (in_block == 3 && slot < 2))) continue;
+        size_t in_layer = i % block - layer, values = in_layer / (heads * head);
+        expected[in_block * block * ranks + first + values * ranks * heads * head + in_layer % (heads * head)] = arena[i];
     }
+    require("mirror", other.copy() == expected);
 
     std::vector<u8> before = arena.copy();
     Memory<u32> pairs(4), listed(2);

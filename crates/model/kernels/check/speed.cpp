@@ -98,7 +98,7 @@ void mirror(Told &told, u32 tokens) {
     for (u32 block : scattered(blocks)) runs.push_back({block, 0, BLOCK});
     Device list(runs);
     mirror_args args = {};
-    args.kv = cache(arena.at), args.to = (u8 *)host.device, args.runs = (kvasir_run *)list.at, args.count = blocks;
+    args.kv = cache(arena.at), args.to = cache(host.device), args.runs = (kvasir_run *)list.at, args.count = blocks;
     double plain = bytes / median(told.quick, [&] { host.download(arena.at, bytes); });
     double seconds = median(told.quick, [&] { fire("mirror", {blocks, KV_HEADS}, KVASIR_ROW_THREADS, 0, args); });
     told.row("blocks to the host, " + std::to_string(blocks), (double)bytes, seconds, plain, 0.8);
