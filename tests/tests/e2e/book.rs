@@ -4,11 +4,14 @@
 //! Who adds a command to a page and fails here finds in the message what to do. What is a picture, or what a program says, is
 //! fenced as `text`.
 
-mod commands;
+pub(crate) mod commands;
+mod coverage;
 mod follow;
 mod help;
+mod kubernetes;
 mod names;
-mod pages;
+pub(crate) mod pages;
+mod security;
 
 use std::collections::BTreeSet;
 

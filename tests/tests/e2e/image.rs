@@ -10,6 +10,11 @@ use anyhow::{Context, Result, ensure};
 use kvasir_tests::workspace;
 use serde_json::Value;
 
+use crate::book::{
+    commands::simple,
+    pages::{self, What},
+};
+
 /// Where `scripts/setup --test` has put Debian's smallest system, as an archive.
 fn base() -> Result<PathBuf> {
     let path = workspace::target_dir().join("tools/base.tar");
@@ -64,9 +69,21 @@ fn the_image_runs_every_program_as_nobody() -> Result<()> {
         ensure!(built.status.success(), "{}", said(&built));
         Ok(serde_json::from_str(&buildah(root, &["inspect", "--type", "image", tag])?)?)
     };
-    let (described, again) = (build("kvasir:test")?, build("kvasir:again")?);
+    let described = build("kvasir:test")?;
     let layers = &described["OCIv1"]["rootfs"]["diff_ids"];
-    ensure!(layers.is_array() && *layers == again["OCIv1"]["rootfs"]["diff_ids"], "another build, other files");
+    ensure!(layers.is_array(), "{described}");
+    // As the pages say it, with what scripts/image has collected: the same files again.
+    for line in shown("docker build", "docker push")? {
+        let mut docker = docker(root)?;
+        storage(&mut docker, root);
+        let done = docker.args(["-c", &line]).env("SOURCE_DATE_EPOCH", "1700000000").output()?;
+        ensure!(done.status.success(), "{line}: {}", said(&done));
+        if let Some(tag) = line.split(" -t ").nth(1).and_then(|rest| rest.split(' ').next()) {
+            let again: Value = serde_json::from_str(&buildah(root, &["inspect", "--type", "image", tag])?)?;
+            ensure!(*layers == again["OCIv1"]["rootfs"]["diff_ids"], "{line}: another build, other files");
+        }
+    }
+    ensure!(root.join("pushed/manifest.json").exists(), "nothing was pushed");
 
     let config = &described["OCIv1"]["config"];
     ensure!(config["User"] == "65532:65532" && config["Entrypoint"].is_null(), "{config}");
@@ -119,6 +136,102 @@ fn the_image_runs_every_program_as_nobody() -> Result<()> {
     ensure!(components.iter().any(|part| part["name"] == "tokio"), "{} components", components.len());
     for part in components {
         ensure!(part["licenses"][0]["expression"].is_string(), "{part}");
+    }
+    Ok(())
+}
+
+/// `docker` where there is none: its build is buildah's, without a registry and with programs that are built; its push goes to a folder;
+/// its compose is podman-compose's, whose podman (`create` and the like) writes down what it is told, and does nothing.
+const DOCKER: &str = r#"#!/usr/bin/env bash
+set -euo pipefail
+verb=$1 && shift
+case $verb in
+build)
+    exec buildah build --build-arg BINARIES=prebuilt --build-arg BASE=localhost/base --build-arg UCX= --pull=never --layers=false \
+        --build-arg "REVISION=$(git rev-parse HEAD 2>/dev/null || echo unknown)" --timestamp "$SOURCE_DATE_EPOCH" \
+        --ignorefile deploy/Dockerfile.dockerignore "$@"
+    ;;
+push) exec buildah push "$1" "dir:$ROOT/pushed" ;;
+compose) exec "$PYTHON" -m podman_compose "$@" ;;
+esac
+"#;
+
+const PODMAN: &str = r#"#!/usr/bin/env bash
+printf '%s\n' "$*" >>"$ROOT/podman.txt"
+case $1 in
+ps) echo '[]' ;;
+--version) echo 'podman version 4.3.1' ;;
+esac
+"#;
+
+/// A shell in which there is a `docker`.
+fn docker(root: &Path) -> Result<Command> {
+    use std::os::unix::fs::PermissionsExt as _;
+    let bin = root.join("bin");
+    std::fs::create_dir_all(&bin)?;
+    for (name, text) in [("docker", DOCKER), ("podman", PODMAN)] {
+        std::fs::write(bin.join(name), text)?;
+        std::fs::set_permissions(bin.join(name), std::fs::Permissions::from_mode(0o755))?;
+    }
+    let mut command = Command::new("bash");
+    command.current_dir(workspace::root()).env("ROOT", root).env("PYTHON", workspace::python()?);
+    command.env("PYTHONPATH", workspace::target_dir().join("compose"));
+    command.env("PATH", format!("{}:{}", bin.display(), std::env::var("PATH").unwrap_or_default()));
+    Ok(command)
+}
+
+/// What the pages show that begins so, or so; each once.
+fn shown(start: &str, other: &str) -> Result<Vec<String>> {
+    let mut lines = Vec::new();
+    for page in pages::all()? {
+        for block in page.blocks {
+            let What::Commands(commands) = block.what else { continue };
+            for words in commands.iter().map(|shown| simple(&shown.command)) {
+                lines.extend(words?.iter().map(|words| words.join(" ")));
+            }
+        }
+    }
+    lines.retain(|line| line.starts_with(start) || line.starts_with(other));
+    lines.sort();
+    lines.dedup();
+    ensure!(!lines.is_empty(), "the pages show no {start}");
+    Ok(lines)
+}
+
+#[test]
+fn compose_starts_what_the_pages_say() -> Result<()> {
+    let installed = workspace::target_dir().join("compose/installed.txt");
+    ensure!(installed.exists(), "podman-compose is missing; run: scripts/setup --test");
+    for line in shown("docker compose", "docker compose")? {
+        let dir = tempfile::tempdir()?;
+        let done = docker(dir.path())?.args(["-c", &line]).output()?;
+        ensure!(done.status.success(), "{line}: {}", said(&done));
+        let told = std::fs::read_to_string(dir.path().join("podman.txt"))?;
+        let count = |service: &str| {
+            let begin = format!("create --name=kvasir_{service}_");
+            told.lines().filter(|line| line.starts_with(&begin)).count()
+        };
+        let prefill = line.split("prefill=").nth(1).map_or(Ok(1), str::parse)?;
+        for (service, wanted) in [("etcd", 1), ("kv-store", 1), ("prefill", prefill), ("decode", 1), ("router", 1)] {
+            ensure!(count(service) == wanted, "{line}: {} of {service}:\n{told}", count(service));
+        }
+        let router = told.lines().find(|line| line.contains("name=kvasir_router_1")).context("the router")?;
+        for word in [
+            "127.0.0.1:8000:8000",
+            "models/demo:/model:ro",
+            "KVASIR_MODELS=[{name: demo, path: /model}]",
+            "kvasir:0.1.0",
+        ] {
+            ensure!(router.contains(word), "{line}: {router}");
+        }
+        ensure!(told.contains("start -a kvasir_router_1"), "{line}: nothing was started:\n{told}");
+    }
+    // A typo does not pass.
+    let dir = tempfile::tempdir()?;
+    for wrong in
+        ["docker compose -f deploy/compose.yml up", "docker compose -f deploy/compose.yaml up --scael prefill=2"]
+    {
+        ensure!(!docker(dir.path())?.args(["-c", wrong]).output()?.status.success(), "{wrong}: it went well");
     }
     Ok(())
 }

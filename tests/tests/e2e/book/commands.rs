@@ -14,19 +14,19 @@ use kvasir_tests::workspace;
 use super::pages::Shown;
 use crate::chart::manifests::{helm, said};
 
-/// Programs whose commands nobody looks at, and why not. Keep it small: what can be run should be.
-const NOT_LOOKED_AT: &[(&str, &str)] = &[
-    ("docker", "needs Docker; the same files are built and started by e2e's image.rs, and must exist"),
-    ("kubectl", "needs a Kubernetes cluster; a kvasirctl behind `--` is looked at"),
-    ("vllm", "an engine of others"),
-    ("python", "an engine of others (sglang)"),
-    ("etcdctl", "etcd's own: e2e's guarded.rs gives a user the same rights by HTTP"),
-    ("openssl", "run by hand: tests make their certificates themselves"),
-    ("export", "the shell's: KVASIR_ETCD and PATH are set by the test"),
-    ("alias", "the shell's"),
-    ("echo", "the shell's"),
-    ("jq", "not installed everywhere"),
-    ("tests/rivals/foyer/target/release/foyer-disk-bench", "a rival, built apart"),
+/// Programs of others: that they are run, or why not, `coverage` sees to.
+const OF_OTHERS: [&str; 11] = [
+    "docker",
+    "kubectl",
+    "vllm",
+    "python",
+    "etcdctl",
+    "openssl",
+    "export",
+    "alias",
+    "echo",
+    "jq",
+    "tests/rivals/foyer/target/release/foyer-disk-bench",
 ];
 
 const SERVICES: [&str; 5] = ["router", "prefill-worker", "decode-worker", "kv-store", "standalone"];
@@ -84,11 +84,10 @@ impl Inspector {
             "helm" => chart(arguments, shown)?,
             _ if program.starts_with("scripts/") => script(program, arguments)?,
             _ => {
-                let known = NOT_LOOKED_AT.iter().any(|(name, _)| *name == program);
                 ensure!(
-                    known,
+                    OF_OTHERS.contains(&program),
                     "nobody looks at commands of {program:?}. Teach Inspector::one of tests/tests/e2e/book/commands.rs to, \
-                     or add it to NOT_LOOKED_AT there with a reason; pictures and outputs are fenced as ```text"
+                     or add it to OF_OTHERS there and have it run; pictures and outputs are fenced as ```text"
                 );
                 files_exist(program, arguments)?;
                 if let Some(at) = arguments.iter().rposition(|word| word == "kvasirctl") {
@@ -157,6 +156,20 @@ impl Inspector {
         ensure!(found, "there is no {kind} {name}");
         Ok(())
     }
+}
+
+/// The program of a command without what is set before it and where it lies, and all of it from there on.
+pub(crate) fn program_of(words: &[String]) -> (&str, String) {
+    let rest = &words[words.iter().take_while(|word| is_assignment(word)).count()..];
+    let line = rest.join(" ");
+    let line = line.strip_prefix("target/release/").unwrap_or(&line).to_owned();
+    let program = rest.first().map_or("", String::as_str);
+    (program.strip_prefix("target/release/").unwrap_or(program), line)
+}
+
+/// Whether looking at it is to run it: a service that prints its configuration, a chart that is rendered.
+pub(crate) fn asks(program: &str, words: &[String]) -> bool {
+    program.is_empty() || SERVICES.contains(&program) || words.starts_with(&["helm".to_owned(), "template".to_owned()])
 }
 
 /// Marks the words of a span, which may be the beginning of a command.
