@@ -177,7 +177,13 @@ const WRONG: &[(&[&str], &str)] = &[
         "pools[0].resources.limits.memory: 256Mi, but kvMemory alone is 512Mi",
     ),
     (
-        &["pools[0].gpu.count=1", "pools[0].config.engine.tensor_parallel=2"],
+        &[
+            "pools[0].name=a",
+            "pools[0].role=decode",
+            "pools[0].model=demo",
+            "pools[0].gpu.count=1",
+            "pools[0].config.engine.tensor_parallel=2",
+        ],
         "pools[0].gpu.count: 1, but its config.engine.tensor_parallel is 2",
     ),
     (&["models=null"], "models"),

@@ -92,6 +92,33 @@ async fn one_request_is_one_tree_of_spans_in_all_processes() -> Result<()> {
         .await
 }
 
+/// Blocks too large to be put with one call: room is reserved, written into, and what was written is committed.
+#[tokio::test]
+async fn large_blocks_are_reserved_and_committed_because_of_a_request() -> Result<()> {
+    let collector = Collector::start().await?;
+    telling(&collector.url(), 1.0)
+        .worker("kv.block_size", 128)
+        .run(async |cluster| {
+            ask(&cluster.client(), &chat(cluster.model(), &long(100)), "01").await?;
+            let spans = wait::until("all spans have come", SOON, async || {
+                let spans = collector.trace(TRACE);
+                let here = |name: &str| spans.iter().any(|span| span.name == name);
+                ["write_back", "reserve", "commit"].iter().all(|name| here(name)).then_some(spans.clone())
+            })
+            .await?;
+            let written = spans.iter().find(|span| span.name == "write_back").context("write_back")?;
+            let (reserve, commit) = (child(&spans, "reserve", &written.id)?, child(&spans, "commit", &written.id)?);
+            ensure!([reserve, commit].iter().all(|span| span.service == "kvasir-kv-store"), "{reserve:?}, {commit:?}");
+            ensure!(
+                written.began <= reserve.began && reserve.ended <= commit.began,
+                "{written:?}, {reserve:?}, {commit:?}"
+            );
+            ensure!(commit.ended <= written.ended, "{written:?}, {commit:?}");
+            Ok(())
+        })
+        .await
+}
+
 /// What took time, of the one request that there was, by service.
 const TIMED: [(Service, &[&str]); 3] = [
     (

@@ -21,6 +21,7 @@ const BY_OTHERS: &[(&str, &str, &str)] = &[
     ("scripts/cluster down", "scripts.rs", "a_cluster_goes_up_answers_and_goes_down_without_a_trace"),
     ("kvasirctl engine add", "engines/discovery.rs", "engines_in_etcd_are_used_shown_and_taken_out"),
     ("kvasirctl engine remove", "engines/discovery.rs", "engines_in_etcd_are_used_shown_and_taken_out"),
+    ("kvasirctl events -f", "operate.rs", "events_are_followed_as_they_happen_and_outlive_who_saw_them"),
     ("kvasirctl status", "ctl.rs", "it_shows_every_member_as_a_table_and_as_json"),
     ("docker build", "image.rs", "the_image_runs_every_program_as_nobody"),
     ("docker push", "image.rs", "the_image_runs_every_program_as_nobody"),
@@ -41,13 +42,15 @@ const NOT_HERE: &[(&str, &str)] = &[
         "the same programs, built for speed in many minutes; the tests run those of their own build",
     ),
     ("cargo run --release", "a reckoning built for speed; the program's own tests run it smaller"),
-    ("kvasir-engine-bench", "a measurement of minutes, and weights that are not here"),
     ("examples/kvasir-disk-bench", "writes gigabytes to a disk"),
     ("tests/rivals/foyer/", "a rival, built apart; writes gigabytes to a disk"),
-    ("kvasirctl bench --concurrency", "a measurement of minutes; e2e's load.rs runs smaller ones"),
-    ("kvasirctl bench --rate", "a measurement of minutes; e2e's load.rs runs smaller ones"),
-    ("kvasirctl events -f", "follows until it is interrupted"),
-    ("kvasirctl top", "shows until it is interrupted"),
+    ("kvasir-engine-bench decode --shape", "writes the gigabytes of a large model's weights first"),
+    (
+        "kvasirctl bench --concurrency 1 --requests 20",
+        "minutes long but for a release build; e2e's tools.rs runs shorter ones",
+    ),
+    ("kvasirctl bench --concurrency 16 --duration 60s", "a minute long; e2e's tools.rs runs shorter ones"),
+    ("kvasirctl bench --rate", "minutes long; e2e's tools.rs runs shorter ones"),
     ("kvasir-simulate conversation --copies", "a reckoning of minutes but for a release build"),
     ("kvasir-replay --simulate conversation --memory 5%", "a reckoning of minutes but for a release build"),
     ("kvasir-replay --simulate conversation chat documents", "a reckoning of minutes but for a release build"),
@@ -112,6 +115,11 @@ pub(crate) fn never(line: &str) -> Option<(&'static str, &'static str)> {
 fn begins(line: &str, start: &str) -> bool {
     let after = line.strip_prefix(start);
     after.is_some_and(|after| after.is_empty() || after.starts_with(' ') || start.ends_with('/'))
+}
+
+/// Whether a command goes on until it is interrupted: a test of its own does that.
+pub(crate) fn goes_on(line: &str) -> bool {
+    begins(line, "kvasirctl events -f")
 }
 
 /// Whether a test of ours runs the whole line.

@@ -18,7 +18,7 @@ use super::{
 use crate::chart::manifests::said;
 
 /// Pages whose commands are run. Names in them are those of this cluster: prefill-0 and 1, decode-0 and 1, kv-store-0 and 1.
-const PAGES: [&str; 11] = [
+const PAGES: [&str; 12] = [
     "README.md",
     "docs/first-model.md",
     "docs/sizing.md",
@@ -30,10 +30,12 @@ const PAGES: [&str; 11] = [
     "docs/routing.md",
     "docs/simulator.md",
     "docs/kvasirctl.md",
+    "docs/engine-bench.md",
 ];
 
 /// Programs that are run.
-const RUN: [&str; 6] = ["kvasirctl", "curl", "kvasir-quantize", "kvasir-simulate", "kvasir-replay", "echo"];
+const RUN: [&str; 7] =
+    ["kvasirctl", "curl", "kvasir-engine-bench", "kvasir-quantize", "kvasir-simulate", "kvasir-replay", "echo"];
 
 /// Who looks for something wrong may find it here: a drained node, a limit of this machine.
 const MAY_BE_UNWELL: [&str; 2] = ["kvasirctl doctor", "kvasirctl status --check"];
@@ -80,10 +82,12 @@ async fn the_guides_can_be_followed() -> Result<()> {
 
 /// Whether a line of a page is run here.
 pub(crate) fn runs(page: &str, line: &str) -> bool {
+    let line = line.strip_prefix("target/release/").unwrap_or(line);
     PAGES.contains(&page)
         && !kubernetes::runs(page, line)
         && RUN.iter().any(|program| line.starts_with(&format!("{program} ")))
         && coverage::never(line).is_none()
+        && !coverage::goes_on(line)
 }
 
 /// Runs a line as a shell would, in a folder in which a person who follows the guides might be.
