@@ -90,6 +90,47 @@ fn an_arena_that_can_not_be_pinned_is_copied_all_the_same() {
     });
 }
 
+/// Logits after a prompt of many rows in `fast`, beside the processor's, and how many products the library made of them.
+fn fast(name: &str) -> (f32, u64) {
+    let folder = Folder::open(&models().join(name)).unwrap();
+    let layout = folder.kv_layout(16, KvDtype::F16);
+    let memory = || TestMemory::new(32 * layout.block_bytes());
+    let options = Options { compute: Compute::Fast, max_tokens: 512, ..OPTIONS };
+    let mut cuda = CudaBackend::new(&folder, layout, memory(), options).unwrap();
+    let mut cpu = CpuBackend::new(&folder, layout, memory(), 1).unwrap();
+    let prompt = tokens(&(0..300).map(|i| i * 41 % 1532).collect::<Vec<_>>());
+    let tables = [(0..32).map(BlockId).collect()];
+    // In two steps: the second finds the ways of the first.
+    let mut apart = 0.0f32;
+    for part in [0..140, 140..300] {
+        let input = SeqInput { tokens: &prompt[part.clone()], start: part.start, tables: &tables, rows: 8 };
+        let rows = |backend: &mut dyn Backend| backend.forward(&[input], &mut |_| {}).unwrap().rows;
+        apart = apart.max(common::furthest(&rows(&mut cuda), &rows(&mut cpu)));
+    }
+    (apart, cuda.products_by_library())
+}
+
+#[test]
+fn products_of_many_rows_are_left_to_the_library_where_there_is_one() {
+    with_faults("products_of_many_rows_are_left_to_the_library_where_there_is_one", &[], || {
+        emulated::emulated_cublas();
+        for (name, limit) in [("demo", 0.2), ("tiny/qwen2-tied", 0.2)] {
+            let (apart, products) = fast(name);
+            assert!(apart < limit, "{name}: logits differ by {apart}");
+            assert!(products > 8, "{name}: {products} products");
+        }
+    });
+}
+
+#[test]
+fn a_library_that_fails_is_done_without() {
+    with_faults("a_library_that_fails_is_done_without", &[("EMULATED_CUBLAS_FAIL", "1")], || {
+        emulated::emulated_cublas();
+        let (apart, products) = fast("demo");
+        assert!(apart < 0.2 && products == 0, "{apart}, {products} products");
+    });
+}
+
 #[test]
 fn blocks_of_one_backend_are_read_by_the_other() {
     for dtype in [KvDtype::F16, KvDtype::Fp8] {

@@ -193,6 +193,8 @@ API int cublasLtMatmulAlgoGetHeuristic(void *handle, void *desc, void *a, void *
 API int cublasLtMatmul(void *handle, void *desc_at, const void *alpha_at, const void *a, void *a_layout, const void *b, void *b_layout, const void *beta_at,
                        const void *c, void *c_layout, void *d, void *d_layout, const Algo *algo, void *workspace, size_t workspace_bytes, void *stream) {
     if (handle == nullptr) return NOT_INITIALIZED;
+    // EMULATED_CUBLAS_FAIL: every product fails.
+    if (const char *fail = getenv("EMULATED_CUBLAS_FAIL"); fail != nullptr && *fail != 0) return EXECUTION_FAILED;
     Desc desc = *(Desc *)desc_at;
     Layout la = *(Layout *)a_layout, lb = *(Layout *)b_layout, lc = *(Layout *)c_layout, ld = *(Layout *)d_layout;
     if (!fits(desc, la, lb, lc, ld)) return INVALID_VALUE;

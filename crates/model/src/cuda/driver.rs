@@ -243,6 +243,14 @@ impl Stream {
         self.context.check(unsafe { sys::cuStreamSynchronize(self.raw) }, "cuStreamSynchronize")
     }
 
+    /// Whether what is put in becomes a graph instead of running.
+    pub(crate) fn is_capturing(&self) -> Result<bool, Error> {
+        let mut status = sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
+        // SAFETY: a stream of ours; writes the status.
+        self.context.check(unsafe { sys::cuStreamIsCapturing(self.raw, &raw mut status) }, "cuStreamIsCapturing")?;
+        Ok(status != sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE)
+    }
+
     /// What is put in from now on waits for the event.
     pub(crate) fn after(&self, event: &Event) -> Result<(), Error> {
         // SAFETY: both are ours.

@@ -8,14 +8,15 @@
 //! step      tokens, tables, units of attention ─▶ inputs, one copy a step
 //! forward   launches, layer after layer           scratch        what a step computes in
 //! graphs    the same as one call, for steps that come often
+//! library   products of many rows by cuBLASLt, in `fast`
 //! likeliest ◀──────────── tokens and logits ────  whole rows only for those who need them
 //! arena     the host's blocks ◀── mirror ───────  the device's blocks
 //! collective                                      what several devices, each with a part of the model, hand one another
 //! ```
 //!
 //! The law of the seam holds as on the processor: every sum has one order, a function of the model alone (`kernels/abi.h`
-//! says which). In [`Compute::Fast`] it does not hold across shapes of batches only where products are left to a library,
-//! which is nowhere yet. Products of exact arithmetic are of two bf16 terms of each activation with the exact weight: some
+//! says which). In [`Compute::Fast`] it does not hold across shapes of batches where products are left to the library.
+//! Products of exact arithmetic are of two bf16 terms of each activation with the exact weight: some
 //! 16 bits of mantissa, so a CPU's results differ in the last places, as they do between processors' families of kernels.
 //!
 //! Nothing of this needs CUDA to be built or to start: the driver is looked up when a device is asked for.
@@ -41,6 +42,7 @@ mod collective;
 mod driver;
 mod forward;
 mod graphs;
+mod library;
 mod likeliest;
 mod limits;
 mod load;
@@ -157,7 +159,9 @@ impl CudaBackend {
         // Small steps are padded.
         let max_tokens = step::padded_rows(max_tokens.max(1));
         let block_bytes = arena::part(&layout, place).block_bytes();
-        let room = check_room(&context, counting.used(), per_row.total(max_tokens), max_tokens, blocks, block_bytes);
+        let library = if compute == Compute::Fast { library::WORKSPACE } else { 0 };
+        let scratched = per_row.total(max_tokens) + library;
+        let room = check_room(&context, counting.used(), scratched, max_tokens, blocks, block_bytes);
         agree_on(&*group, room)?;
         let mut filling = Loader::filling(weights, place, &context, counting.used())?;
         let model = Model::load(&config, &mut filling)?;
@@ -166,7 +170,7 @@ impl CudaBackend {
 
         let arena = Arena::new(&context, &module, memory, layout, &stream, &*group)?;
         let scratch = Scratch::new(&context, &per_row, max_tokens, &stream)?;
-        let mut products = Products::new(&module, compute, context.processors, scratch.at(Space::Partials))?;
+        let mut products = Products::new(&context, &module, compute, scratch.at(Space::Partials))?;
         for dtype in folder.weights().sorted().iter().map(|(_, tensor)| tensor.dtype).chain([Dtype::F32]) {
             products.prepare(&module, dtype)?;
         }
@@ -223,6 +227,11 @@ impl CudaBackend {
     /// What graphs have done so far.
     pub fn graphs(&self) -> GraphCounts {
         self.graphs.counts
+    }
+
+    /// Products that were left to cuBLASLt so far: in `fast` arithmetic, of many rows with bf16 weights.
+    pub fn products_by_library(&self) -> u64 {
+        self.products.by_library()
     }
 }
 

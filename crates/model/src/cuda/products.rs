@@ -1,8 +1,12 @@
-//! Products of activations with weights: which kernel, on what grid. All kernels give a row the same bits.
+//! Products of activations with weights: which kernel, on what grid. All kernels give a row the same bits; `fast` leaves bf16
+//! weights and many rows to cuBLASLt ([`library`](super::library)), whose bits are its own.
+
+use std::sync::Arc;
 
 use super::{
-    abi::{self, LinearArgs},
-    driver::Stream,
+    abi::{self, LinearArgs, ScaleBias},
+    driver::{Context, Stream},
+    library::Blas,
     load::Matrix,
     module::{Function, Module},
     scratch::PARTIALS,
@@ -49,6 +53,8 @@ pub(super) struct Products {
     /// By type and arithmetic.
     families: [[Option<Family>; 2]; 5],
     sum: Function,
+    scale_bias: Function,
+    blas: Option<Blas>,
     partials: u64,
     processors: usize,
     compute: Compute,
@@ -60,9 +66,19 @@ const NARROW: usize = 8;
 const LARGE: usize = 96;
 
 impl Products {
-    pub(super) fn new(module: &Module, compute: Compute, processors: u32, partials: u64) -> Result<Self, Error> {
-        let (sum, processors) = (module.function("linear_sum", 0)?, processors as usize);
-        Ok(Self { families: [[None; 2]; 5], sum, partials, processors, compute })
+    pub(super) fn new(context: &Arc<Context>, module: &Module, compute: Compute, partials: u64) -> Result<Self, Error> {
+        let (sum, scale_bias) = (module.function("linear_sum", 0)?, module.function("scale_bias", 0)?);
+        let blas = match compute {
+            Compute::Fast => Blas::new(context)?,
+            Compute::Exact => None,
+        };
+        let processors = context.processors as usize;
+        Ok(Self { families: [[None; 2]; 5], sum, scale_bias, blas, partials, processors, compute })
+    }
+
+    /// Products that cuBLASLt made.
+    pub(super) fn by_library(&self) -> u64 {
+        self.blas.as_ref().map_or(0, Blas::made)
     }
 
     /// Looks up the kernels for weights of a type.
@@ -137,6 +153,17 @@ impl Products {
     ) -> Result<(), Error> {
         if rows == 0 {
             return Ok(());
+        }
+        if let (Compute::Fast, Many::Single, Some(blas)) = (compute, many, &self.blas)
+            && blas.multiply(stream, w, x, rows, out)?
+        {
+            if w.bias == 0 {
+                return Ok(());
+            }
+            let (rows, width, ld) = (rows as u32, w.rows as u32, out.ld as u32);
+            let args = ScaleBias { y: out.at, scale: 0, bias: w.bias, rows, width, ld, pad: 0 };
+            let grid = [rows as usize, w.rows.div_ceil(abi::ROW_THREADS as usize), 1];
+            return stream.launch(self.scale_bias, grid, abi::ROW_THREADS, &args);
         }
         let family = self.families[abi::code(w.dtype) as usize][compute as usize];
         let family = family.expect("kernels are looked up for every type of weights that is loaded");

@@ -30,6 +30,16 @@ pub fn built() -> PathBuf {
     out
 }
 
+/// The same for cuBLASLt.
+pub fn emulated_cublas() {
+    static LOADED: OnceLock<libloading::Library> = OnceLock::new();
+    emulated();
+    LOADED.get_or_init(|| {
+        // SAFETY: built from this repository, as the driver is.
+        unsafe { libloading::Library::new(built().join("libcublasLt.so")) }.unwrap()
+    });
+}
+
 /// The same for NCCL.
 pub fn emulated_nccl() {
     static LOADED: OnceLock<libloading::Library> = OnceLock::new();
