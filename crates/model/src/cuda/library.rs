@@ -90,7 +90,6 @@ struct Lt {
         *mut Proposal,
         *mut c_int,
     ) -> c_int,
-    #[expect(clippy::type_complexity, reason = "the library's own signature")]
     multiply: unsafe extern "C" fn(
         Handle,
         Handle,

@@ -128,6 +128,8 @@ pub(crate) struct Matrix<'a> {
     dtype: Dtype,
     rows: usize,
     cols: usize,
+    /// Elements from row to row.
+    ld: usize,
     /// What each row is multiplied by; empty for none.
     scale: &'a [f32],
     /// What blocks of it are multiplied by; not with a scale per row.
@@ -145,6 +147,8 @@ struct Blocks<'a> {
     first: usize,
     /// Blocks of columns.
     across: usize,
+    /// Which of those the products are of.
+    piece: usize,
 }
 
 impl<'a> Matrix<'a> {
@@ -154,7 +158,7 @@ impl<'a> Matrix<'a> {
     /// If `bytes` are not exactly the matrix.
     pub(crate) fn new(bytes: &'a [u8], dtype: Dtype, rows: usize, cols: usize) -> Self {
         assert_eq!(bytes.len(), rows * cols * dtype.bytes(), "a {rows} x {cols} matrix of {dtype:?}");
-        Self { bytes, dtype, rows, cols, scale: &[], blocks: None, bias: &[] }
+        Self { bytes, dtype, rows, cols, ld: cols, scale: &[], blocks: None, bias: &[] }
     }
 
     /// The same with an element per row that the row is multiplied by. Products are summed up unscaled, and the sum is
@@ -177,7 +181,7 @@ impl<'a> Matrix<'a> {
     pub(crate) fn with_blocks(self, scale: &'a [f32], first: usize) -> Self {
         let across = self.cols.div_ceil(BLOCK);
         assert!(scale.len() >= (first + self.rows).div_ceil(BLOCK) * across, "a scale per block");
-        Self { blocks: Some(Blocks { scale, first, across }), ..self }
+        Self { blocks: Some(Blocks { scale, first, across, piece: 0 }), ..self }
     }
 
     /// The same with an element per row that is added to the row's products.
@@ -217,29 +221,32 @@ impl<'a> Matrix<'a> {
         Self { bytes: &self.bytes[first * width..(first + count) * width], rows: count, scale, blocks, bias, ..*self }
     }
 
-    /// Pieces of columns, `(first, how many)`, that are summed up apart.
+    /// Whether its products are added to those of columns before.
     #[inline(always)]
-    fn pieces(&self) -> impl Iterator<Item = (usize, usize)> {
-        let width = if self.blocks.is_some() { BLOCK } else { self.cols.max(1) };
-        let cols = self.cols;
-        (0..cols.div_ceil(width)).map(move |piece| (piece * width, width.min(cols - piece * width)))
+    fn is_further(&self) -> bool {
+        self.blocks.as_ref().is_some_and(|blocks| blocks.piece > 0)
     }
 
-    /// Adds the sums of the piece that begins at column `from`, of the rows from `row` on, to those of the pieces before it.
-    #[inline(always)]
-    fn add_piece(&self, row: usize, from: usize, sums: &mut [f32], piece: &[f32]) {
-        let Some(Blocks { scale, first, across }) = self.blocks else {
-            return sums.copy_from_slice(piece); // the only one
-        };
-        for (i, (sum, value)) in sums.iter_mut().zip(piece).enumerate() {
-            let scaled = value * scale[(first + row + i) / BLOCK * across + from / BLOCK];
-            *sum = if from == 0 { scaled } else { *sum + scaled };
-        }
+    /// Of a matrix whose blocks have scales the blocks of columns, each a matrix whose products are one sum; and where each begins.
+    fn pieces(self) -> impl Iterator<Item = (usize, Self)> {
+        let count = self.blocks.map_or(0, |blocks| blocks.across);
+        (0..count).map(move |piece| {
+            let from = piece * BLOCK;
+            let bytes = &self.bytes[from * self.dtype.bytes()..];
+            let blocks = self.blocks.map(|blocks| Blocks { piece, ..blocks });
+            let bias = if piece + 1 == count { self.bias } else { &[] };
+            (from, Self { bytes, cols: BLOCK.min(self.cols - from), blocks, bias, ..self })
+        })
     }
 
     /// What is left to do to one token's products with the rows from `row` on.
     #[inline(always)]
     fn finish(&self, row: usize, values: &mut [f32]) {
+        if let Some(Blocks { scale, first, across, piece }) = self.blocks {
+            for (i, value) in values.iter_mut().enumerate() {
+                *value *= scale[(first + row + i) / BLOCK * across + piece];
+            }
+        }
         if !self.scale.is_empty() {
             values.iter_mut().zip(&self.scale[row..]).for_each(|(value, scale)| *value *= scale);
         }
@@ -283,8 +290,8 @@ pub(crate) struct Output<'a> {
     lifetime: PhantomData<&'a mut [f32]>,
 }
 
-// SAFETY: it is a `&mut [f32]` whose only access is `write`, and that one's contract keeps two threads from writing the
-// same element.
+// SAFETY: it is a `&mut [f32]` whose only accesses are `write` and `put`, and their contract keeps two threads from the same
+// element.
 unsafe impl Send for Output<'_> {}
 // SAFETY: as for `Send`.
 unsafe impl Sync for Output<'_> {}
@@ -293,6 +300,26 @@ impl<'a> Output<'a> {
     /// Borrows `data` for writing by several tasks.
     pub(crate) fn new(data: &'a mut [f32]) -> Self {
         Self { base: data.as_mut_ptr(), len: data.len(), lifetime: PhantomData }
+    }
+
+    /// Writes `values` from element `at` on, or adds them to what is there.
+    ///
+    /// # Safety
+    /// As for [`Self::write`].
+    ///
+    /// # Panics
+    /// If they are not inside.
+    #[inline(always)]
+    unsafe fn put(&self, at: usize, values: &[f32], add: bool) {
+        if !add {
+            // SAFETY: the caller's.
+            return unsafe { self.write(at, values) };
+        }
+        assert!(at <= self.len && values.len() <= self.len - at, "add inside the output");
+        for (i, value) in values.iter().enumerate() {
+            // SAFETY: inside by the assertion, and nobody else's by the caller's promise.
+            unsafe { *self.base.add(at + i) += value };
+        }
     }
 
     /// Writes `values` from element `at` on.
@@ -339,23 +366,16 @@ macro_rules! tiled {
         let mut token = 0;
         $(
             while x.count - token >= $t {
-                let mut sums = [[0.0; $r]; $t];
-                for (from, cols) in w.pieces() {
-                    // SAFETY: `matmul` has checked that all rows of `x` and `w` are inside their slices, and token + t
-                    // and row + r are at most their counts; the instructions are there (see `Isa`).
-                    let tile = unsafe {
-                        let weights = w.bytes.as_ptr().add(($row * w.cols + from) * w.dtype.bytes());
-                        let x_row = x.data.as_ptr().add(token * x.stride + from);
-                        $tile::<$d, $t, $r>(x_row, x.stride, weights, w.cols, cols)
-                    };
-                    for (sums, piece) in sums.iter_mut().zip(&tile) {
-                        w.add_piece($row, from, sums, piece);
-                    }
-                }
-                for (i, mut values) in sums.into_iter().enumerate() {
+                // SAFETY: `matmul` has checked that all rows of `x` and `w` are inside their slices, and token + t and
+                // row + r are at most their counts; the instructions are there (see `Isa`).
+                let tile = unsafe {
+                    let weights = w.bytes.as_ptr().add($row * w.ld * w.dtype.bytes());
+                    $tile::<$d, $t, $r>(x.data.as_ptr().add(token * x.stride), x.stride, weights, w.ld, w.cols)
+                };
+                for (i, mut values) in tile.into_iter().enumerate() {
                     w.finish($row, &mut values);
                     // SAFETY: nobody else writes there, as the caller of `matmul` promised.
-                    unsafe { out.write(first + (token + i) * stride + $row, &values) };
+                    unsafe { out.put(first + (token + i) * stride + $row, &values, w.is_further()) };
                 }
                 token += $t;
             }
@@ -403,8 +423,15 @@ pub(crate) unsafe fn matmul(isa: Isa, x: Rows<'_>, w: Matrix<'_>, out: &Output<'
         (Variant::Portable, Dtype::F8) => portable::matmul::<F8>,
         (Variant::Portable, Dtype::F32) => portable::matmul::<F32> as unsafe fn(Product<'_>),
     };
-    // SAFETY: an `Isa` proves its instructions, and all rows were just checked to be inside.
-    unsafe { kernel(Product { x, w, out, first, stride }) }
+    if w.blocks.is_none() {
+        // SAFETY: an `Isa` proves its instructions, and all rows were just checked to be inside.
+        return unsafe { kernel(Product { x, w, out, first, stride }) };
+    }
+    for (from, w) in w.pieces() {
+        let x = Rows { data: &x.data[from..], ..x };
+        // SAFETY: as above; columns of what was checked.
+        unsafe { kernel(Product { x, w, out, first, stride }) };
+    }
 }
 
 /// `acc[r] += Σ_j (p[r][j] · scale[j]) · v[j]` for every row `r` of `acc` (`v.cols` long), `j` ascending over the rows of `v`.
